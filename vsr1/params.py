@@ -1,0 +1,150 @@
+"""Profiles: every knob of a run, typed, in one frozen record read from `vsr1/profiles/<name>.yaml`.
+
+Quoted words are the paper's or its project page's; "ours" marks a choice of this project (reasons in DEVIATIONS.md).
+"""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent  # the clone: profiles name their files relative to it
+DATASETS = ("charades", "didemo", "activitynet")
+
+
+class InputError(ValueError):
+    """Something a person gave us is wrong; the message is one line: what, where (file, line, key), what to do."""
+
+
+@dataclass(frozen=True)
+class World:
+    """How large the rendered corpora are (`miniworld`); absent where the videos are real. All ours."""
+
+    train_videos: int
+    test_videos: int
+    foundation_videos: int  # per data set; for `make foundation` only
+    width: int = 128  # pixels of the MP4 files
+    height: int = 96
+    fps: int = 8
+    seed: int = 2607  # of the world, not of the experiment: every seed searches the same corpora
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One way to run everything. A knob without a default must stand in the yaml file."""
+
+    name: str
+    datasets: tuple[str, ...]
+    engine: str  # "Qwen3-VL-Embedding-2B": folder relative to the clone, or hub name
+    engine_large: str  # Qwen3-VL-Embedding-8B, for A2
+    world: World | None = None  # None: real annotations and videos under `data`
+    data: str = "data"  # <data>/<dataset>/{annotations,videos}/ for real data
+    seed: int = 42  # official; `make paper SEED=...` replaces it
+    threads: int = 1  # ours: two torch threads can stall on a shared machine
+    device: str = "auto"  # auto: the first GPU where there is one, else the CPU
+    dtype: str = "float32"  # "bf16" at paper scale
+    decoders: int = 1  # ours: worker processes that decode ahead of the engine
+    video_fps: float = 1.0  # "1 fps"
+    max_frames: int = 64  # official: at most 64 frames, spread over the whole video
+    frame_pixels: int = (
+        200704  # official: at most this many pixels a frame, sides in multiples of patch x merge
+    )
+    instruction: str = (
+        "Represent the user's input"  # official; a full stop is added where punctuation is missing
+    )
+    query_tokens: int = 128  # official: the embedder's length limit; longer query texts are cut and counted
+    batch_tokens: int = 4096  # ours: padded tokens a batch of the engine may hold
+    vr_ks: tuple[int, ...] = (1, 5, 10, 100)  # "R@1/5/10/100"
+    bootstrap: int = 2000  # ours: resamples behind every 95 % interval
+    probe_steps: int = 600  # ours: training steps of the attribute probe (the headroom figure)
+    neutral_tokens: int = 8  # ours: inserted where the paper's "N = 8" soft tokens will stand
+
+    def runs(self, dataset: str) -> Path:
+        """Where this profile keeps what it computes for `dataset`."""
+        return ROOT / "runs" / self.name / dataset
+
+    def results(self) -> Path:
+        """Where this profile's numbers, tables and figures go."""
+        return ROOT / "results" / self.name
+
+    def digest(self) -> str:
+        """Twelve hex digits that change when any knob changes."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def load(name: str, seed: int | None = None) -> Profile:
+    """The profile called `name`, or read from `name` if that is a path that ends in .yaml.
+
+    >>> load("mini").max_frames
+    64
+    """
+    path = Path(name) if name.endswith(".yaml") else HERE / "profiles" / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in (HERE / "profiles").glob("*.yaml")))
+        raise InputError(f"{path}: no such profile; there are {known}")
+    try:
+        knobs = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not readable as yaml: {' '.join(str(error).split())}") from error
+    if not isinstance(knobs, dict):
+        raise InputError(f"{path}: expected `key: value` lines")
+    knobs["name"] = path.stem
+    if seed is not None:
+        knobs["seed"] = seed
+    profile = _record(Profile, knobs, str(path))
+    for dataset in profile.datasets:
+        check_dataset(dataset, str(path))
+    return profile
+
+
+def check_dataset(dataset: str, where: str = "DATASETS") -> str:
+    """`dataset` itself, if there is such a data set."""
+    if dataset not in DATASETS:
+        raise InputError(f"{where}: unknown data set {dataset!r}; there are {', '.join(DATASETS)}")
+    return dataset
+
+
+def _record(kind, knobs, where):
+    """A `kind` made of `knobs`; an unknown, missing or wrongly typed key is an error that names file and key."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in knobs:
+        if key not in fields:
+            raise InputError(
+                f"{where}: no such knob {key!r}; remove it or look at {kind.__name__} in vsr1/params.py"
+            )
+    hints = typing.get_type_hints(kind)
+    values = {key: _typed(value, hints[key], f"{where}: {key}") for key, value in knobs.items()}
+    needed = [
+        name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in knobs
+    ]
+    if needed:
+        raise InputError(f"{where}: {needed[0]} is missing; add it")
+    return kind(**values)
+
+
+def _typed(value, hint, where):
+    """`value` if it has the type `hint`, with yaml's lists as tuples, whole numbers as floats, mappings as records."""
+    if isinstance(hint, types.UnionType):  # X | None
+        if value is None:
+            return None
+        hint = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: expected a mapping, found {value!r}")
+        return _record(hint, value, where)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise InputError(f"{where}: expected a list, found {value!r}")
+        return tuple(_typed(item, typing.get_args(hint)[0], where) for item in value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:  # not isinstance: True is no int here, and yaml reads 1e-6 as text
+        raise InputError(f"{where}: expected {hint.__name__}, found {value!r} ({type(value).__name__})")
+    return value
