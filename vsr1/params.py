@@ -29,8 +29,7 @@ class World:
     train_videos: int
     test_videos: int
     foundation_videos: int  # per data set; for `make foundation` only
-    width: int = 128  # pixels of the MP4 files
-    height: int = 96
+    size: int = 128  # pixels, width and height of the MP4 files
     fps: int = 8
     seed: int = 2607  # of the world, not of the experiment: every seed searches the same corpora
 

@@ -1,0 +1,113 @@
+"""Prompts, patches and batches, each against a second way of making them."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3VLForConditionalGeneration
+
+from vsr1 import foundation, qwen
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    tokenizer = foundation.make_tokenizer(foundation.vocabulary())
+    return Qwen3VLForConditionalGeneration(foundation.make_config(tokenizer)).eval(), tokenizer
+
+
+def video_row(tiny, frames, seconds=None, question="Describe what happens when."):
+    model, tokenizer = tiny
+    patches, grid = qwen.patchify(frames, model.config.vision_config, 4096)
+    seen_at = np.arange(len(frames)) if seconds is None else seconds
+    text = qwen.chat(tokenizer, "Watch.", qwen.video_text(np.asarray(seen_at, float), grid[1] * grid[2] // 4) + question)
+    return qwen.Prompt(tokenizer(text)["input_ids"], patches, grid)
+
+
+def noise(count, height=64, width=64, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def test_the_prompt_of_a_video_has_one_wrapper_around_each_pair_of_frames(tiny):
+    """Golden ids in the layout of transformers 4.57.1; 5.x's processor doubles the wrapper (STACK.md 2.4)."""
+    _, tokenizer = tiny
+    tokens = tokenizer.convert_ids_to_tokens(video_row(tiny, noise(4), question="Who?").ids)
+    block = ["<|vision_start|>"] + ["<|video_pad|>"] * 4 + ["<|vision_end|>"]
+    start = tokens.index("<")
+    assert tokens[start:][: 2 * 10] == ["<", "0", ".5", "Ġseconds>", *block, "<", "2", ".5", "Ġseconds>", *block]
+    head = tokenizer.decode(video_row(tiny, noise(4), question="Who?").ids[:start])
+    assert head == "<|im_start|>system\nWatch.<|im_end|>\n<|im_start|>user\n"
+
+
+def test_patches_equal_the_library_s_own_for_a_still_picture(tiny):
+    """The image processor repeats a picture to fill the temporal patch; two equal frames are the same thing."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    picture = noise(1, 96, 64)[0]
+    half = [0.5, 0.5, 0.5]
+    official = Qwen2VLImageProcessorPil(
+        patch_size=16, merge_size=2, temporal_patch_size=2, do_resize=False, image_mean=half, image_std=half
+    )(picture, return_tensors="pt")
+    config = tiny[0].config.vision_config
+    patches, grid = qwen.patchify(np.stack([picture, picture]), config, 10**6)
+    assert grid == tuple(official["image_grid_thw"][0].tolist())
+    torch.testing.assert_close(patches, torch.as_tensor(official["pixel_values"]).float(), atol=1e-5, rtol=0)
+
+
+def test_both_frames_of_a_pair_reach_the_patches_in_order(tiny):
+    config = tiny[0].config.vision_config
+    black, white = np.zeros((1, 64, 64, 3), np.uint8), np.full((1, 64, 64, 3), 255, np.uint8)
+    patches, _ = qwen.patchify(np.concatenate([black, white]), config, 4096)
+    both = patches.reshape(-1, 3, 2, 16, 16)
+    assert (both[:, :, 0] == -1).all() and (both[:, :, 1] == 1).all()
+
+
+def test_a_row_alone_equals_the_row_in_a_left_padded_batch(tiny):
+    model, tokenizer = tiny
+    rows = [video_row(tiny, noise(count, seed=count)) for count in (2, 6, 4)]
+    batch = qwen.collate(rows, model, tokenizer.pad_token_id)
+    together = model(**batch).logits[:, -1]
+    for row, logits in zip(rows, together, strict=True):
+        alone = model(**qwen.collate([row], model, tokenizer.pad_token_id)).logits[0, -1]
+        torch.testing.assert_close(alone, logits, atol=1e-5, rtol=0)
+
+
+def test_positions_of_videos_follow_the_rule_of_the_paper_s_model(tiny):
+    """Text counts on; a pair of frames shares one time and spreads over rows and columns (Qwen3-VL's interleaved rope)."""
+    model, tokenizer = tiny
+    row = video_row(tiny, noise(4))
+    positions = qwen.collate([row], model, tokenizer.pad_token_id)["position_ids"][:, 0]
+    pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    expected, now, i = [], 0, 0
+    while i < len(row.ids):
+        if row.ids[i] == pad:
+            expected += [(now, now + r, now + c) for r in range(2) for c in range(2)]
+            now, i = now + 2, i + 4
+        else:
+            expected.append((now, now, now))
+            now, i = now + 1, i + 1
+    assert positions.T.tolist() == [list(p) for p in expected]
+
+
+def test_black_frames_and_other_times_change_the_answer(tiny):
+    """The cheapest detector of a video that never reached the model (STACK.md 5.1)."""
+    model, tokenizer = tiny
+    answer = lambda row: model(**qwen.collate([row], model, tokenizer.pad_token_id)).logits[0, -1]  # noqa: E731
+    seen = answer(video_row(tiny, noise(4)))
+    assert (answer(video_row(tiny, np.zeros((4, 64, 64, 3), np.uint8))) - seen).abs().max() > 1e-3
+    assert (answer(video_row(tiny, noise(4), [0, 1, 7, 8])) - seen).abs().max() > 1e-3
+
+
+def test_any_text_survives_the_mini_tokenizer_and_world_words_are_single_tokens(tiny):
+    _, tokenizer = tiny
+    for text in ("Größe 10.25 naïve 東京 <start>12.0</start>", "a\nb  c\t", "The person waves."):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer(" trousers umbrella kitchen")["input_ids"]) == 3
+    assert len(tokenizer("179.5")["input_ids"]) == 2
+
+
+def test_batches_cover_every_row_once_and_respect_the_limit():
+    lengths = np.random.default_rng(0).integers(1, 90, 500).tolist()
+    groups = qwen.batches(lengths, 256)
+    assert sorted(row for group in groups for row in group) == list(range(500))
+    assert all(len(group) * max(lengths[row] for row in group) <= 256 for group in groups)
+    assert lengths[groups[0][0]] == max(lengths)

@@ -1,0 +1,520 @@
+"""The mini foundation: one tiny Qwen3-VL taught to describe the rendered world, then search engines made from it.
+
+Everything here is ours; it stands where Qwen's own pretraining stands for the real models. The backbone learns dense
+captioning from the `foundation` split. An engine starts from it and learns two things at once: video vectors that a
+linear map from all seven attributes must tell apart (a rich index), and text vectors that follow them from captions
+which mostly name action and object only (a coarse text side). What the index holds and the text side misses is the
+room that query refinement can work in (`headroom`).
+"""
+
+import json
+import os
+import resource
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
+
+from vsr1 import corpus, engine, frames, metrics, miniworld, params, qwen, stages
+from vsr1.miniworld import ATTRIBUTES
+
+SPECIALS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>", "<think>", "</think>", "<answer>", "</answer>", "<start>", "</start>",
+    "<end>", "</end>", "<query_update>", "</query_update>",
+)  # fmt: skip
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FILLER = (
+    "",
+    "",
+    "Find the video: ",
+    "Show me a clip. ",
+    "Which video is it? ",
+    "Please search for this moment: ",
+)
+ASK = "Describe what happens when."
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Training of the mini models; batch sizes in videos, one torch thread each."""
+
+    steps: int
+    batch: int
+    rate: float
+    frames: tuple[int, int]  # fewest and most frames of a video shown in training
+    seed: int = 7
+    layers: int | None = None  # of the backbone's text layers, how many an engine keeps
+    detail: float = 0.0  # how often a training caption of the text side names a further attribute
+    save_every: int = 100
+
+
+RECIPES = {
+    "backbone": Recipe(steps=1200, batch=32, rate=1.5e-3, frames=(10, 16)),
+    "engine-small": Recipe(steps=1000, batch=48, rate=8e-4, frames=(10, 24), layers=2, detail=0.15),
+    "engine-large": Recipe(steps=1000, batch=48, rate=8e-4, frames=(10, 24), layers=4, detail=0.15),
+}
+
+
+# --- tokenizer and configuration -----------------------------------------------------------------------------------
+
+
+def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with Qwen's special tokens in which every word of `texts` and every number to 199 is one token.
+
+    Any other text still has ids (bytes), as with the real tokenizer.
+    """
+    pattern = Regex(r"[ ]?seconds>|[ ]?\p{L}+|\d{1,3}|\.\d|[ ]?[^\s\p{L}\p{N}]|\s")
+    split = pre_tokenizers.Split(pattern, "isolated")
+    core = Tokenizer(models.BPE())
+    core.normalizer = normalizers.NFC()
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=4000, special_tokens=list(SPECIALS), initial_alphabet=alphabet)
+    core.train_from_iterator(texts, trainer)
+    ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **ends)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def vocabulary() -> list[str]:
+    """Texts that hold every word the mini world uses, often enough that each becomes one token."""
+    numbers = " ".join(f"<{n}.{n % 10} seconds>{n}" for n in range(200))
+    roles = (
+        "system\nuser\nassistant\nRepresent the user's input. matched not_matched Query: Retrieved video: "
+    )
+    own = "the query asks for but the video shows same different no yes what who where when is it and or so to from "
+    parts = [numbers, roles, own, " " + own.title(), ASK, *FILLER]
+    for table in (
+        miniworld.COLOURS,
+        miniworld.OBJECTS,
+        miniworld.LIGHTS.values(),
+        miniworld.ACTIONS.values(),
+    ):
+        parts += [f" {word}" for word in table]
+    for dataset, places in miniworld.PLACES.items():
+        for place in places:
+            for style in range(miniworld.STYLES):
+                for named in (
+                    ATTRIBUTES,
+                    ("action", "object"),
+                    ("colour",),
+                    ("object",),
+                    ("place",),
+                    ("light",),
+                ):
+                    look = {name: miniworld.values(name, dataset)[0] for name in ATTRIBUTES} | {
+                        "place": place
+                    }
+                    parts.append(miniworld.tell(miniworld.Moment(0, 1, **look), style, named))
+    parts += [part.lower() for part in parts]
+    return (parts + [f" {part}" for part in parts]) * 3
+
+
+def make_config(tokenizer) -> Qwen3VLConfig:
+    """A Qwen3-VL of about 3 M parameters: one visual token per 32 x 32 pixels and pair of frames, as in the real one."""
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
+    marks = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True
+        },
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    vision = {
+        "depth": 3, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 192,
+        "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1],
+    }  # fmt: skip
+    return Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=marks["vision_start"],
+        vision_end_token_id=marks["vision_end"],
+    )
+
+
+# --- the foundation split in memory ----------------------------------------------------------------------------------
+
+
+class Films:
+    """All foundation videos at the size the models see: frames on disk, times and scenes in memory."""
+
+    def __init__(self, folder: Path):
+        index = json.loads((folder / "films.json").read_text(encoding="utf-8"))
+        pixels = np.memmap(folder / "frames.raw", np.uint8, "r")
+        self.frames = pixels.reshape(-1, *index["size"], 3)  # (sum of T, H, W, 3)
+        self.datasets, self.starts = index["datasets"], index["starts"]
+        self.seen_at = [np.array(times) for times in index["seen_at"]]
+        self.scenes = [
+            miniworld.Scene(**(row | {"moments": tuple(miniworld.Moment(**m) for m in row["moments"])}))
+            for row in index["scenes"]
+        ]
+        families = {}
+        for number, scene in enumerate(self.scenes):
+            families.setdefault((self.datasets[number], scene.family), []).append(number)
+        self.families = list(families.values())
+
+    def clip(self, number: int, count: int, rng) -> frames.Clip:
+        """`count` frames of a video in order, drawn at random: the same film at a lower, uneven rate."""
+        times = self.seen_at[number]
+        some = np.sort(rng.choice(len(times), min(count, len(times)) // 2 * 2, replace=False))
+        pixels = self.frames[self.starts[number] + some]
+        return frames.Clip(pixels, times[some], self.scenes[number].seconds, None)
+
+
+def load_films(profile) -> Films:
+    """Render and decode the foundation split of every data set, once."""
+    homes = [miniworld.render(profile, dataset, ("foundation",)) for dataset in profile.datasets]
+    inputs = {"videos": [stages.stamp(home)["key"] for home in homes], "pixels": profile.frame_pixels}
+    target = profile.runs("foundation") / "films"
+
+    def decode(folder):
+        index, total = {"datasets": [], "starts": [], "seen_at": [], "scenes": []}, 0
+        with open(folder / "frames.raw", "wb") as file:  # one after the other: they need not fit into memory
+            for dataset, home in zip(profile.datasets, homes, strict=True):
+                scenes = list(miniworld.read_scenes(home.parent / "corpus").values())
+                reader = frames.Reader(profile.video_fps, profile.max_frames)
+                clips = frames.read_many([home / f"{s.video}.mp4" for s in scenes], reader, os.cpu_count())
+                for scene, clip in zip(scenes, stages.progress(clips, f"decode {dataset}", len(scenes)), strict=True):
+                    assert clip.problem is None, (scene.video, clip.problem)
+                    index["size"] = qwen.fit(*clip.frames.shape[1:3], 32, profile.frame_pixels)
+                    index["datasets"].append(dataset)
+                    index["starts"].append(total)
+                    index["seen_at"].append(clip.seen_at.round(3).tolist())
+                    index["scenes"].append(asdict(scene))
+                    file.write(shrink(clip.frames, index["size"]).tobytes())
+                    total += len(clip.frames)
+        stages.write_json(folder / "films.json", index)
+
+    return Films(stages.run(target, inputs, decode))
+
+
+def shrink(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Frames at the size `qwen.patchify` would give them, kept as uint8."""
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
+    pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    return pixels.byte().permute(0, 2, 3, 1).numpy()
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+
+def train(name: str, recipe: Recipe, model, losses, folder: Path, extra=()) -> None:
+    """AdamW with a cosine schedule over `losses(step, rng) -> (total, log)`; resumes from `folder`; one line a step."""
+    weights = [p for p in model.parameters() if p.requires_grad] + list(extra)
+    optimizer = torch.optim.AdamW(weights, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    state, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
+    first, spent = 0, 0.0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        first, spent = saved["step"], saved["seconds"]
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        for weight, value in zip(extra, saved["extra"], strict=True):
+            weight.data.copy_(value)
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:first]))
+    started = time.time() - spent
+    model.train()
+    with open(log, "a", encoding="utf-8") as lines:
+        for step in stages.progress(range(first, recipe.steps), name, recipe.steps - first):
+            warm = min(1.0, (step + 1) / 50)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate * warm * (0.5 + 0.5 * np.cos(np.pi * step / recipe.steps)) + 1e-6
+            total, row = losses(step, np.random.default_rng([recipe.seed, step]))
+            assert torch.isfinite(total), f"{name}: loss {total} at step {step}"
+            optimizer.zero_grad()
+            total.backward()
+            norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            row = {key: round(float(value), 4) for key, value in row.items()}
+            row = {"step": step, "loss": round(total.item(), 4), **row, "norm": round(norm.item(), 3)}
+            lines.write(json.dumps(row | {"seconds": round(time.time() - started, 1)}) + "\n")
+            if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+                lines.flush()
+                saved = {"step": step + 1, "seconds": time.time() - started, "model": model.state_dict()}
+                saved |= {"optimizer": optimizer.state_dict(), "extra": [weight.data for weight in extra]}
+                torch.save(saved, state.with_suffix(".tmp"))
+                state.with_suffix(".tmp").replace(state)
+    model.eval()
+
+
+def train_backbone(profile, films: Films, tokenizer, recipe: Recipe, folder: Path):
+    """A Qwen3-VL trained from nothing to tell, moment by moment, what happens when."""
+    torch.manual_seed(recipe.seed)
+    model = Qwen3VLForConditionalGeneration(make_config(tokenizer))
+
+    def losses(step, rng):
+        count = int(rng.integers(recipe.frames[0] // 2, recipe.frames[1] // 2 + 1)) * 2
+        rows = [
+            caption_row(profile, films, tokenizer, model, int(n), count, rng)
+            for n in draw(films, recipe, rng)
+        ]
+        batch = qwen.collate([prompt for prompt, _ in rows], model, tokenizer.pad_token_id)
+        told = max(length for _, length in rows)
+        logits = model(**batch, logits_to_keep=told + 1).logits[:, :-1]  # (B, told, vocabulary)
+        wanted = batch["input_ids"][:, -told:]
+        spoken = torch.arange(told)[None] >= told - torch.tensor([length for _, length in rows])[:, None]
+        loss = F.cross_entropy(logits[spoken], wanted[spoken])
+        right = (logits[spoken].argmax(-1) == wanted[spoken]).float().mean()
+        return loss, {"accuracy": right}
+
+    train("backbone", recipe, model, losses, folder)
+    return model
+
+
+def draw(films: Films, recipe: Recipe, rng) -> list[int]:
+    """Numbers of a batch's videos: whole families as far as they fit, since near-duplicates teach the most."""
+    batch = []
+    while len(batch) < recipe.batch:
+        batch += films.families[int(rng.integers(len(films.families)))]
+    return list(dict.fromkeys(batch))[: recipe.batch]
+
+
+def caption_row(profile, films, tokenizer, model, number, count, rng):
+    """(prompt with answer, tokens of the answer) of one captioning example."""
+    clip = films.clip(number, count, rng)
+    patches, grid = qwen.patchify(clip.frames, model.config.vision_config, profile.frame_pixels)
+    per_pair = grid[1] * grid[2] // model.config.vision_config.spatial_merge_size**2
+    ask = qwen.chat(tokenizer, "Watch the video.", qwen.video_text(clip.seen_at, per_pair) + ASK)
+    answer = "".join(
+        f"{m.start:.1f} to {m.end:.1f}: {miniworld.tell(m, int(rng.integers(miniworld.STYLES)))}\n"
+        for m in films.scenes[number].moments
+    )
+    answer = tokenizer(answer + "<|im_end|>")["input_ids"]
+    return qwen.Prompt(tokenizer(ask)["input_ids"] + answer, patches, grid), len(answer)
+
+
+def train_engine(
+    name: str, profile, films: Films, backbone, tokenizer, recipe: Recipe, folder: Path
+) -> engine.Engine:
+    """A search engine from the backbone: rich video vectors, and a text side that knows little more than the coarse."""
+    torch.manual_seed(recipe.seed)
+    model = Qwen3VLModel(backbone.config)
+    model.load_state_dict(backbone.model.state_dict())
+    model.language_model.layers = model.language_model.layers[: recipe.layers]
+    model.config.text_config.num_hidden_layers = recipe.layers
+    made = engine.Engine(profile, model, tokenizer, name)
+    probe = torch.nn.Parameter(0.05 * torch.randn(len(features()), made.width))
+    rms = model.get_input_embeddings().weight.detach().norm(dim=1).mean().item()
+
+    def losses(step, rng):
+        numbers = draw(films, recipe, rng)
+        count = int(rng.integers(recipe.frames[0] // 2, recipe.frames[1] // 2 + 1)) * 2
+        prompts = [made.video_prompt(films.clip(number, count, rng)) for number in numbers]
+        video_vecs = made.pool(qwen.collate(prompts, model, tokenizer.pad_token_id))  # (B, D)
+        moments = [
+            (row, moment) for row, number in enumerate(numbers) for moment in films.scenes[number].moments
+        ]
+        asked = probe_vecs(probe, [moment for _, moment in moments])  # (M, D)
+        owner = torch.tensor([row for row, _ in moments])
+        rich = asked @ video_vecs.T  # (M, B)
+        told = [
+            films.scenes[number].moments[int(rng.integers(len(films.scenes[number].moments)))]
+            for number in numbers
+        ]
+        texts = [partial_caption(moment, recipe.detail, rng) for moment in told]
+        soft = (
+            neutral_tokens(model, len(texts), int(rng.integers(1, 11)), rms, rng)
+            if rng.random() < 0.5
+            else None
+        )
+        coarse = made.pool(made.text_batch(texts, soft)) @ video_vecs.detach().T  # (B, B)
+        losses = (
+            F.cross_entropy(rich / 0.07, owner),
+            F.cross_entropy(coarse / 0.07, torch.arange(len(numbers))),
+        )
+        hits = (
+            (rich.argmax(1) == owner).float().mean(),
+            (coarse.argmax(1) == torch.arange(len(numbers))).float().mean(),
+        )
+        return sum(losses), {"rich": losses[0], "coarse": losses[1], "rich_r1": hits[0], "coarse_r1": hits[1]}
+
+    train(name, recipe, model, losses, folder, extra=[probe])
+    return made
+
+
+def features() -> dict[tuple[str, str], int]:
+    """A number for every (attribute, value) of the world."""
+    pairs = [
+        (name, value)
+        for name in ATTRIBUTES
+        for dataset in miniworld.PLACES
+        for value in miniworld.values(name, dataset)
+    ]
+    return {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+
+
+def probe_vecs(probe: torch.Tensor, moments: list[miniworld.Moment]) -> torch.Tensor:
+    """(M, D) unit vectors: a linear map of the seven attributes of each moment."""
+    table = features()
+    rows = torch.tensor(
+        [[table[name, getattr(moment, name)] for name in ATTRIBUTES] for moment in moments]
+    )  # (M, 7)
+    return F.normalize(probe[rows].sum(dim=1), dim=-1)
+
+
+def partial_caption(moment: miniworld.Moment, detail: float, rng) -> str:
+    """A caption for the text side: action, object or both, each further attribute with probability `detail`."""
+    named = {name for name in ATTRIBUTES if rng.random() < detail}
+    named |= set((("action",), ("object",), ("action", "object"))[int(rng.choice(3, p=(0.2, 0.2, 0.6)))])
+    text = miniworld.tell(moment, int(rng.integers(miniworld.STYLES)), tuple(named))
+    return str(rng.choice(FILLER)) + text
+
+
+def neutral_tokens(model, rows: int, count: int, size: float, rng) -> torch.Tensor:
+    """(rows, count, D) embeddings without a message, put where soft tokens will stand: nothing, noise, or stray words.
+
+    An engine that never met extra tokens there takes them for a query (MINIWORLD.md, point 4).
+    """
+    words = model.get_input_embeddings().weight.detach()
+    kind = rng.integers(3)
+    if kind == 0:
+        return torch.zeros(rows, count, words.shape[1])
+    noise = torch.from_numpy(rng.standard_normal((rows, count, words.shape[1]))).float()
+    if kind == 1:
+        return noise / noise.norm(dim=-1, keepdim=True) * size * float(rng.random())
+    return words[torch.from_numpy(rng.integers(len(SPECIALS), len(words), (rows, count)))] * float(
+        rng.random()
+    )
+
+
+# --- stages ------------------------------------------------------------------------------------------------------------
+
+
+def publish(name: str, recipe: Recipe, model, tokenizer, folder: Path) -> None:
+    """Weights in 16 bit, tokenizer, training log and provenance of a mini model, as the package ships them."""
+    model.half().save_pretrained(folder)
+    model.float()
+    tokenizer.save_pretrained(folder)
+    log = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(log[-1])
+    facts = {
+        "recipe": asdict(recipe),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "last_step": last,
+        "minutes": round(last["seconds"] / 60, 1),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": "cpu, one thread",
+        "data": "foundation splits of the mini world, rendered by vsr1.miniworld; no other data",
+    }
+    stages.write_json(folder / "provenance.json", facts)
+    (folder / f"{name}.pt").unlink()  # optimizer and float32 weights: only for resuming
+
+
+def make(profile) -> None:
+    """Train backbone and engines, or leave what is up to date, and put them where the package ships them."""
+    torch.set_num_threads(profile.threads)
+    films = load_films(profile)
+    homes = [stages.stamp(profile.runs("foundation") / "films")["key"]]
+    built, backbone, tokenizer = {}, None, make_tokenizer(vocabulary())
+    for name, recipe in RECIPES.items():
+        inputs = {
+            "data": homes,
+            "recipe": asdict(recipe),
+            "code": stages.code("foundation", "engine", "qwen"),
+        }
+        inputs["from"] = built.get("backbone")
+
+        def work(folder, name=name, recipe=recipe):
+            if name == "backbone":
+                model = train_backbone(profile, films, tokenizer, recipe, folder)
+            else:
+                model = train_engine(name, profile, films, backbone, tokenizer, recipe, folder).model
+            publish(name, recipe, model, tokenizer, folder)
+
+        target = stages.run(profile.runs("foundation") / name, inputs, work)
+        built[name] = stages.stamp(target)["key"]
+        if name == "backbone":
+            backbone, _ = qwen.load(Qwen3VLForConditionalGeneration, str(target))
+        shipped = params.HERE / "models" / name
+        shutil.rmtree(shipped, ignore_errors=True)
+        shutil.copytree(target, shipped, ignore=shutil.ignore_patterns(".*"))
+        print(f"{name}: {shipped}")
+
+
+# --- headroom ------------------------------------------------------------------------------------------------------------
+
+
+def headroom(profile, dataset: str, which: str = "engine") -> dict:
+    """How much a better query could gain on a test split: see `_headroom` for the names. Percent; a stage."""
+    home = profile.runs(dataset)
+    folders = [engine.embed_corpus(profile, dataset, split, which) for split in ("train", "test")]
+    inputs = {
+        "vectors": [stages.stamp(folder)["key"] for folder in folders],
+        "code": stages.code("foundation", "metrics"),
+    }
+    inputs["knobs"] = [profile.probe_steps, profile.neutral_tokens, profile.seed]
+
+    def work(folder):
+        stages.write_json(folder / "headroom.json", _headroom(profile, dataset, which, *folders))
+
+    target = stages.run(home / "embed" / which / "headroom", inputs, work)
+    return json.loads((target / "headroom.json").read_text(encoding="utf-8"))
+
+
+def moment_of(scenes: dict[str, miniworld.Scene], query: corpus.Query) -> miniworld.Moment:
+    """The moment that a query of the mini world is about."""
+    return next(m for m in scenes[query.video].moments if (m.start, m.end) == query.span)
+
+
+def _headroom(profile, dataset, which, train_folder, test_folder):
+    """Names as in MINIWORLD.md, point 6: plain and walk-down from the vectors, the probe trained on the train gallery."""
+    torch.manual_seed(profile.seed)
+    home = profile.runs(dataset)
+    scenes = miniworld.read_scenes(home / "corpus")
+    sides = []
+    for split, folder in (("train", train_folder), ("test", test_folder)):
+        vectors = engine.load_vectors(folder)
+        row = {video: number for number, video in enumerate(vectors.video_ids)}
+        queries = [
+            query for query in corpus.read_fig(home / "corpus" / f"{split}.jsonl") if query.video in row
+        ]
+        moments = [moment_of(scenes, query) for query in queries]
+        sides.append((vectors, moments, np.array([row[query.video] for query in queries])))
+    (train_vectors, train_moments, train_column), (vectors, moments, column) = sides
+    kept = np.isin(
+        vectors.query_ids, [query.id for query in queries]
+    )  # a video that cannot be read has no vector
+    probe = torch.nn.Parameter(0.05 * torch.randn(len(features()), vectors.video_vecs.shape[1]))
+    gallery, wanted = torch.from_numpy(train_vectors.video_vecs), torch.from_numpy(train_column)
+    optimizer = torch.optim.Adam([probe], lr=0.02)
+    for _ in stages.progress(range(profile.probe_steps), f"probe {dataset}"):
+        loss = F.cross_entropy(probe_vecs(probe, train_moments) @ gallery.T / 0.1, wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    plain = metrics.ranks(vectors.query_vecs[kept] @ vectors.video_vecs.T, column)
+    probed = metrics.ranks(probe_vecs(probe, moments).detach().numpy() @ vectors.video_vecs.T, column)
+    failed = plain > 1
+    percent = lambda hits: round(100 * float(np.mean(hits)), 2) if len(hits) else None  # noqa: E731
+    room = {"n": len(plain), "failed": int(failed.sum()), "plain_r1": percent(plain == 1)}
+    room |= {"walkdown": percent(plain[failed] == 2), "probe_r1": percent(probed == 1)}
+    room |= {"probe_failed": percent(probed[failed] == 1)}
+    made = engine.load(profile, which)
+    texts = [query.text for query in queries]
+    rms = made.model.get_input_embeddings().weight.norm(dim=1).mean().item()
+    noise = torch.randn(len(texts), profile.neutral_tokens, made.width)
+    noise = noise / noise.norm(dim=-1, keepdim=True) * rms / 2
+    for kind, soft in (("zeros", torch.zeros_like(noise)), ("noise", noise)):
+        scores = made.embed_texts(texts, soft) @ vectors.video_vecs.T
+        room[f"neutral_{kind}_r1"] = percent(metrics.ranks(scores, column) == 1)
+    return room
