@@ -260,7 +260,7 @@ def test_every_query_needs_exactly_one_entry(run, task):
     assert refused(run(example(**{task: [two]}), TRUTH), "sub.json", task, "desc_id 1")
     assert refused(run(example(**{task: [one, two, one]}), TRUTH), "sub.json", task, "desc_id 1")
     for stranger in (33, "1", 1.0, True, None, [1]):
-        entries = [one, two, {"desc_id": stranger, "predictions": []}]
+        entries = [{"desc_id": stranger, "predictions": []}, two]  # 1.0 and True equal 1 in Python
         assert refused(run(example(**{task: entries}), TRUTH), "sub.json", task, f"desc_id {stranger!r}")
 
 
@@ -294,9 +294,10 @@ def test_an_error_leaves_no_warning_beside_it(run):
     assert refused(run(example(VR=[]), [TRUTH[0] | {"time": [10, 0]}, TRUTH[1]]))
 
 
-def test_an_id_with_line_ends_stays_on_one_line(run):
+def test_a_name_with_line_ends_stays_on_one_line(run, capsys):
     rows = [TRUTH[0] | {"video": "A\nB\u2028C\r"}, TRUTH[1]]
     assert refused(run(SUBMISSION, rows), "sub.json")
+    assert refused((score.main(["no\nsuch.json", "no\nsuch.jsonl"]), *capsys.readouterr()))
 
 
 @pytest.mark.parametrize("value", ["0", "-0.5", "1.01", "nan", "inf", "half", "50%"])
