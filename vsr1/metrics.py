@@ -1,0 +1,252 @@
+"""What a ranking, a verdict and a moment are worth. METHOD section 7 and DATASETS section 4 define all of it.
+
+Numbers about a set of queries are percent of ALL its queries: a query that was not answered counts as wrong.
+No queries is an assertion, never 0.0. Nothing here reads files; randomness comes in as `rng`.
+
+    P  ranked predictions of one query, best first      hit   (Q, P) this prediction is right
+    place  position in a list, from 1                   right (Q, P) it names the right video
+"""
+
+import numpy as np
+
+CUT = 100  # a list of predictions is cut here before anything else
+AT = (1, 5, 10, 100)  # K of R@K
+THRESHOLDS = (0.3, 0.5, 0.7)  # m of IoU=m
+NEVER = np.iinfo(np.int64).max  # the place of an answer that is not in the list
+# Times lie on a 0.1 s grid, so overlaps fall exactly on a threshold often, and float64 puts some of them just
+# below it. An overlap of times in whole milliseconds that is not on a threshold is much farther from it.
+SLACK = 1e-9
+
+
+# --- Overlap of two moments
+
+
+def milliseconds(seconds):
+    """Times as whole milliseconds, int64, same shape.
+
+    >>> milliseconds((14.2, 23.0))
+    array([14200, 23000])
+    """
+    return np.rint(np.asarray(seconds, dtype=np.float64) * 1000).astype(np.int64)
+
+
+def overlap(a, b):
+    """Intersection over hull of two moments, in the arithmetic of their dtype; shapes (..., 2) broadcast.
+
+    Whenever they meet the hull is the union, so this is the IoU. A reversed or empty `a` gets 0 by itself.
+    """
+    shared = np.minimum(a[..., 1], b[..., 1]) - np.maximum(a[..., 0], b[..., 0])
+    hull = np.maximum(a[..., 1], b[..., 1]) - np.minimum(a[..., 0], b[..., 0])
+    iou = np.zeros(shared.shape, dtype=np.result_type(shared.dtype, np.float32))  # int64 becomes float64
+    return np.divide(np.maximum(shared, 0), hull, out=iou, where=hull != 0)[()]
+
+
+def span_iou(a, b):
+    """Overlap of two moments in seconds, in [0, 1]; shapes (..., 2) broadcast.
+
+    Exact: a quotient of whole milliseconds, so that what is 3/10 equals 0.3.
+
+    >>> float(span_iou((0, 10), (5, 15))) == 5 / 15
+    True
+    >>> float(span_iou((14.2, 23.0), (16.5, 20.9)))  # plain float64 says 0.4999999999999998
+    0.5
+    >>> float(span_iou((5, 5), (5, 5))), float(span_iou((15, 5), (5, 15)))
+    (0.0, 0.0)
+    """
+    return overlap(milliseconds(a), milliseconds(b))
+
+
+def span_iou_as_written(a, b, float32=False):
+    """Overlap for times that need not be whole milliseconds: what a submission holds. Compare with `reaches`.
+
+    With `float32` every step is rounded as TVR's evaluator rounds it, bit for bit.
+
+    >>> truth, answers = (14.2, 23.0), [(10.1, 27.7), (16.5, 20.9), (17.5, 25.2)]  # all exactly 1/2
+    >>> [bool(reaches(span_iou_as_written(answer, truth), 0.5)) for answer in answers]
+    [True, True, True]
+    >>> [bool(reaches(span_iou_as_written(answer, truth, float32=True), 0.5)) for answer in answers]
+    [True, False, False]
+    """
+    dtype = np.float32 if float32 else np.float64
+    with np.errstate(over="ignore", invalid="ignore"):  # 1e300 is a number, if a silly one, and a miss
+        return overlap(
+            np.asarray(a, dtype=np.float64).astype(dtype), np.asarray(b, dtype=np.float64).astype(dtype)
+        )
+
+
+def reaches(iou, threshold):
+    """Whether an overlap is at least the threshold, which is inclusive; shape of `iou`.
+
+    >>> bool(reaches(0.3, 0.3)), bool(reaches(0.0, 1e-12))
+    (True, False)
+    """
+    iou = np.asarray(iou)
+    bar = np.float32(threshold) if iou.dtype == np.float32 else threshold - SLACK
+    return (iou > 0) & (iou >= bar)
+
+
+# --- Ranks: from the scores of a whole gallery, or from a list of predictions
+
+
+def ranks(scores, true_column):
+    """Rank of the right video of each query, (Q,) from (Q, V) scores; ties count for us (official).
+
+    >>> ranks(np.array([[0.9, 0.9, 0.1]]), np.array([1]))
+    array([1])
+    """
+    assert not np.isnan(scores).any(), "a score that is not a number would rank its video nowhere"
+    return 1 + (scores > _true_score(scores, true_column)).sum(axis=1)
+
+
+def ranks_pessimistic(scores, true_column):
+    """The same with ties counting against us, (Q,); printed beside `ranks`.
+
+    >>> ranks_pessimistic(np.array([[0.9, 0.9, 0.1]]), np.array([1]))
+    array([2])
+    """
+    return ranks(scores, true_column) + ties(scores, true_column)
+
+
+def ties(scores, true_column):
+    """How many wrong videos have exactly the score of the right one, (Q,)."""
+    return (scores == _true_score(scores, true_column)).sum(axis=1) - 1
+
+
+def _true_score(scores, true_column):
+    return np.take_along_axis(scores, np.asarray(true_column)[:, None], axis=1)  # (Q, 1)
+
+
+def first_place(hit, counted):
+    """Place of the first hit among the predictions that take a place, (Q,); NEVER where nothing is hit.
+
+    >>> hit = np.array([[False, False, True]])
+    >>> first_place(hit, np.array([[True, True, True]])), first_place(hit, np.array([[False, True, True]]))
+    (array([3]), array([2]))
+    """
+    assert hit.shape == counted.shape and not (hit & ~counted).any(), "a hit that takes no place"
+    return np.where(hit, np.cumsum(counted, axis=1), NEVER).min(axis=1)
+
+
+def vr_ranks(right):
+    """Place of the right video in each list, (Q,). A video that is listed twice takes two places."""
+    return first_place(right, np.ones_like(right))
+
+
+def vcmr_ranks(right, iou, threshold):
+    """Place of the first prediction with the right video and enough overlap, (Q,)."""
+    return first_place(right & reaches(iou, threshold), np.ones_like(right))
+
+
+def svmr_ranks(right, iou, threshold):
+    """The same with the video given: only predictions in the right video take a place, (Q,)."""
+    return first_place(right & reaches(iou, threshold), right)
+
+
+def first_svmr_iou(right, iou):
+    """Overlap of the first prediction in the right video, (Q,); 0 where there is none. Its mean is mIoU."""
+    first = np.take_along_axis(iou, right.argmax(axis=1)[:, None], axis=1)[:, 0]
+    return np.where(right.any(axis=1), first, 0)
+
+
+# --- Percent of queries
+
+
+def percent(values):
+    """Mean of one value per query, truth values or parts in [0, 1], in percent.
+
+    >>> percent([True, False, False, False]), percent([0.5, 1.0])
+    (25.0, 75.0)
+    """
+    assert len(values), "a share of no queries is undefined, not zero"
+    return float(np.sum(values)) / len(values) * 100
+
+
+def recall_at(ranks, k):
+    """R@k: percent of the queries whose right answer stands at place k or before.
+
+    >>> recall_at(np.array([1, 3, NEVER]), 1) == 1 / 3 * 100
+    True
+    """
+    return percent(np.asarray(ranks) <= k)
+
+
+def verdicts_right(verdicts, shown_is_right):
+    """Whether each verdict fits the video that was shown, (Q,); None, no readable verdict, never does.
+
+    >>> verdicts_right([True, False, None, True], [True, False, False, False])
+    array([ True,  True, False, False])
+    """
+    pairs = zip(verdicts, shown_is_right, strict=True)
+    return np.array(
+        [verdict is not None and bool(verdict) == bool(shown) for verdict, shown in pairs], dtype=bool
+    )
+
+
+def ver(verdicts, shown_is_right):
+    """VER: percent of all queries whose verdict on the shown video is right; None counts as wrong."""
+    return percent(verdicts_right(verdicts, shown_is_right))
+
+
+# --- Floors
+
+
+def chance_recall(videos, k):
+    """VR R@k of a random ranking of a gallery, percent.
+
+    >>> round(chance_recall(1334, 100), 2), chance_recall(20, 100)
+    (7.5, 100.0)
+    """
+    assert videos > 0, "a gallery without videos has no chance"
+    return min(k / videos, 1.0) * 100
+
+
+def known_video(answers, truth, thresholds=THRESHOLDS):
+    """`<m>-r1` and `miou`, percent, of one answer per query in its right video; both (Q, 2) seconds."""
+    iou = span_iou(answers, truth)  # (Q,)
+    return {f"{m}-r1": percent(reaches(iou, m)) for m in thresholds} | {"miou": percent(iou)}
+
+
+def whole_video_floor(durations, truth, thresholds=THRESHOLDS):
+    """`known_video` of the answer [0, duration]; (Q,) and (Q, 2) seconds.
+
+    >>> whole_video_floor([10, 10], [(0, 5), (2, 4)])
+    {'0.3-r1': 50.0, '0.5-r1': 50.0, '0.7-r1': 0.0, 'miou': 35.0}
+    """
+    durations = np.asarray(durations, dtype=np.float64)
+    return known_video(np.stack([np.zeros_like(durations), durations], axis=1), truth, thresholds)
+
+
+# --- Intervals
+
+
+def bootstrap(values, clusters=None, samples=2000, *, rng):
+    """95 % interval (low, high), percent, of `percent(values)` over other queries of the same kind.
+
+    Queries of one video are not independent: whole clusters (the right videos) are drawn with replacement.
+    Without clusters every query is its own.
+
+    >>> bootstrap([1.0, 1.0, 1.0], rng=np.random.default_rng(0))
+    (100.0, 100.0)
+    """
+    values = np.asarray(values, dtype=np.float64)
+    assert len(values), "an interval of no queries is undefined"
+    clusters = np.arange(len(values)) if clusters is None else np.asarray(clusters)
+    assert clusters.shape == values.shape, f"{clusters.shape} clusters for {values.shape} values"
+    _, cluster = np.unique(clusters, return_inverse=True)  # (Q,) 0 .. C-1
+    sums, counts = np.bincount(cluster, weights=values), np.bincount(cluster)  # (C,)
+    means = np.empty(samples)
+    for i in range(samples):
+        drawn = rng.integers(len(sums), size=len(sums))
+        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    low, high = np.percentile(means * 100, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def paired_bootstrap(a, b, clusters=None, samples=2000, *, rng):
+    """95 % interval of `percent(a) - percent(b)` where both answered the same queries; without 0 they differ.
+
+    >>> paired_bootstrap([1, 1, 0], [0, 0, -1], rng=np.random.default_rng(0))
+    (100.0, 100.0)
+    """
+    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    return bootstrap(difference, clusters, samples, rng=rng)
