@@ -171,7 +171,7 @@ def _claims(path):
 def _clock(video, formats):
     """When each frame appears and is gone at the earliest, both (F,) seconds after the first; stamped."""
     starts, ends = video.get_frame_timestamp(np.arange(len(video))).astype(np.float64).T
-    stamped = bool((starts > -1e9).all())
+    stamped = bool((np.abs(starts) < 1e9).all())  # decord's "none" is about 1e15 seconds off
     if not stamped and not formats & PROVEN:  # there, and only there, frames are taken as equally long
         starts = np.arange(len(video)) / video.get_avg_fps()
     elif not stamped or (np.diff(starts) < 0).any():
@@ -228,6 +228,8 @@ def _decode(path, times, fps, max_frames, size):
         raise Unreadable(f"cut short: {len(video)} of {claimed_frames} frames are in the file")
     if claimed_seconds and ends[-1] < WHOLE * claimed_seconds:
         raise Unreadable(f"cut short: {ends[-1]:.1f} of {claimed_seconds:.1f} s are in the file")
+    if claimed_seconds and claimed_seconds > starts[-1]:  # the last frame may be shorter than usual
+        ends[-1] = min(ends[-1], claimed_seconds)
     index = _choose(sample_times(ends[-1], fps, max_frames) if times is None else times, starts, ends)
     if formats & PROVEN and len(starts) == len(video):
         frames = video.get_batch(index).asnumpy()
