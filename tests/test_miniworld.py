@@ -32,7 +32,9 @@ def test_exactly_one_video_of_the_gallery_fits_each_fine_query(dataset, split):
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_no_video_of_one_split_is_in_another(dataset):
-    names = [{scene.video for scene in scenes_of(dataset, split, 640)} for split in ("train", "test", "foundation")]
+    names = [
+        {scene.video for scene in scenes_of(dataset, split, 640)} for split in ("train", "test", "foundation")
+    ]
     assert not (names[0] & names[1] or names[0] & names[2] or names[1] & names[2])
 
 
@@ -122,7 +124,9 @@ def test_the_film_shows_what_the_scene_says_when_it_says(dataset, tmp_path):
 def test_render_writes_fig_files_and_a_killed_rendering_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(params, "ROOT", tmp_path)
     profile = params.load("smoke")
-    small = dataclasses.replace(profile, world=dataclasses.replace(profile.world, train_videos=3, test_videos=2))
+    small = dataclasses.replace(
+        profile, world=dataclasses.replace(profile.world, train_videos=3, test_videos=2)
+    )
     folder = miniworld.render(small, "charades")
     files = {path.name: path.read_bytes() for path in folder.glob("*.mp4")}
     queries = corpus.read_fig(folder.parent / "corpus" / "test.jsonl")

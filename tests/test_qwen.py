@@ -19,7 +19,9 @@ def video_row(tiny, frames, seconds=None, question="Describe what happens when."
     model, tokenizer = tiny
     patches, grid = qwen.patchify(frames, model.config.vision_config, 4096)
     seen_at = np.arange(len(frames)) if seconds is None else seconds
-    text = qwen.chat(tokenizer, "Watch.", qwen.video_text(np.asarray(seen_at, float), grid[1] * grid[2] // 4) + question)
+    text = qwen.chat(
+        tokenizer, "Watch.", qwen.video_text(np.asarray(seen_at, float), grid[1] * grid[2] // 4) + question
+    )
     return qwen.Prompt(tokenizer(text)["input_ids"], patches, grid)
 
 
@@ -33,7 +35,18 @@ def test_the_prompt_of_a_video_has_one_wrapper_around_each_pair_of_frames(tiny):
     tokens = tokenizer.convert_ids_to_tokens(video_row(tiny, noise(4), question="Who?").ids)
     block = ["<|vision_start|>"] + ["<|video_pad|>"] * 4 + ["<|vision_end|>"]
     start = tokens.index("<")
-    assert tokens[start:][: 2 * 10] == ["<", "0", ".5", "Ġseconds>", *block, "<", "2", ".5", "Ġseconds>", *block]
+    assert tokens[start:][: 2 * 10] == [
+        "<",
+        "0",
+        ".5",
+        "Ġseconds>",
+        *block,
+        "<",
+        "2",
+        ".5",
+        "Ġseconds>",
+        *block,
+    ]
     head = tokenizer.decode(video_row(tiny, noise(4), question="Who?").ids[:start])
     assert head == "<|im_start|>system\nWatch.<|im_end|>\n<|im_start|>user\n"
 

@@ -11,12 +11,14 @@ import json
 import os
 import resource
 import shutil
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -47,22 +49,27 @@ ASK = "Describe what happens when."
 
 @dataclass(frozen=True)
 class Recipe:
-    """Training of the mini models; batch sizes in videos, one torch thread each."""
+    """Training of the mini models: data parallel over `processes`, each with one torch thread."""
 
     steps: int
-    batch: int
+    batch: int  # videos of one process
     rate: float
     frames: tuple[int, int]  # fewest and most frames of a video shown in training
     seed: int = 7
     layers: int | None = None  # of the backbone's text layers, how many an engine keeps
     detail: float = 0.0  # how often a training caption of the text side names a further attribute
+    processes: int = 2
     save_every: int = 100
 
 
 RECIPES = {
-    "backbone": Recipe(steps=1200, batch=32, rate=1.5e-3, frames=(10, 16)),
-    "engine-small": Recipe(steps=1000, batch=48, rate=8e-4, frames=(10, 24), layers=2, detail=0.15),
-    "engine-large": Recipe(steps=1000, batch=48, rate=8e-4, frames=(10, 24), layers=4, detail=0.15),
+    "backbone": Recipe(steps=1100, batch=16, rate=1.5e-3, frames=(10, 16)),
+    "engine-small": Recipe(
+        steps=1000, batch=48, rate=8e-4, frames=(10, 24), layers=2, detail=0.15, processes=1
+    ),
+    "engine-large": Recipe(
+        steps=1000, batch=48, rate=8e-4, frames=(10, 24), layers=3, detail=0.15, processes=1
+    ),
 }
 
 
@@ -128,7 +135,7 @@ def make_config(tokenizer) -> Qwen3VLConfig:
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
     marks = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
+        "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 3,
         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
         "rope_parameters": {
             "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True
@@ -192,7 +199,9 @@ def load_films(profile) -> Films:
                 scenes = list(miniworld.read_scenes(home.parent / "corpus").values())
                 reader = frames.Reader(profile.video_fps, profile.max_frames)
                 clips = frames.read_many([home / f"{s.video}.mp4" for s in scenes], reader, os.cpu_count())
-                for scene, clip in zip(scenes, stages.progress(clips, f"decode {dataset}", len(scenes)), strict=True):
+                for scene, clip in zip(
+                    scenes, stages.progress(clips, f"decode {dataset}", len(scenes)), strict=True
+                ):
                     assert clip.problem is None, (scene.video, clip.problem)
                     index["size"] = qwen.fit(*clip.frames.shape[1:3], 32, profile.frame_pixels)
                     index["datasets"].append(dataset)
@@ -221,7 +230,7 @@ def train(name: str, recipe: Recipe, model, losses, folder: Path, extra=()) -> N
     weights = [p for p in model.parameters() if p.requires_grad] + list(extra)
     optimizer = torch.optim.AdamW(weights, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
     state, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
-    first, spent = 0, 0.0
+    first, spent, rank, world = 0, 0.0, dist.get_rank(), dist.get_world_size()
     if state.exists():
         saved = torch.load(state, weights_only=True)
         first, spent = saved["step"], saved["seconds"]
@@ -229,24 +238,29 @@ def train(name: str, recipe: Recipe, model, losses, folder: Path, extra=()) -> N
         optimizer.load_state_dict(saved["optimizer"])
         for weight, value in zip(extra, saved["extra"], strict=True):
             weight.data.copy_(value)
-        log.write_text("".join(log.read_text().splitlines(keepends=True)[:first]))
+        if rank == 0:
+            log.write_text("".join(log.read_text().splitlines(keepends=True)[:first]))
     started = time.time() - spent
     model.train()
-    with open(log, "a", encoding="utf-8") as lines:
-        for step in stages.progress(range(first, recipe.steps), name, recipe.steps - first):
+    with open(log if rank == 0 else os.devnull, "a", buffering=1, encoding="utf-8") as lines:
+        steps = range(first, recipe.steps)
+        for step in stages.progress(steps, name) if rank == 0 else steps:
             warm = min(1.0, (step + 1) / 50)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate * warm * (0.5 + 0.5 * np.cos(np.pi * step / recipe.steps)) + 1e-6
-            total, row = losses(step, np.random.default_rng([recipe.seed, step]))
+            total, row = losses(step, np.random.default_rng([recipe.seed, step, rank]))
             assert torch.isfinite(total), f"{name}: loss {total} at step {step}"
             optimizer.zero_grad()
             total.backward()
+            for weight in weights:
+                dist.all_reduce(weight.grad)
+                weight.grad /= world
             norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             row = {key: round(float(value), 4) for key, value in row.items()}
             row = {"step": step, "loss": round(total.item(), 4), **row, "norm": round(norm.item(), 3)}
             lines.write(json.dumps(row | {"seconds": round(time.time() - started, 1)}) + "\n")
-            if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+            if rank == 0 and ((step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps):
                 lines.flush()
                 saved = {"step": step + 1, "seconds": time.time() - started, "model": model.state_dict()}
                 saved |= {"optimizer": optimizer.state_dict(), "extra": [weight.data for weight in extra]}
@@ -413,7 +427,7 @@ def publish(name: str, recipe: Recipe, model, tokenizer, folder: Path) -> None:
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": "cpu, one thread",
+        "device": f"cpu, {recipe.processes} process(es) of one thread",
         "data": "foundation splits of the mini world, rendered by vsr1.miniworld; no other data",
     }
     stages.write_json(folder / "provenance.json", facts)
@@ -422,33 +436,38 @@ def publish(name: str, recipe: Recipe, model, tokenizer, folder: Path) -> None:
 
 def make(profile) -> None:
     """Train backbone and engines, or leave what is up to date, and put them where the package ships them."""
-    torch.set_num_threads(profile.threads)
-    films = load_films(profile)
-    homes = [stages.stamp(profile.runs("foundation") / "films")["key"]]
-    built, backbone, tokenizer = {}, None, make_tokenizer(vocabulary())
+    load_films(profile)
+    home = profile.runs("foundation")
     for name, recipe in RECIPES.items():
-        inputs = {
-            "data": homes,
-            "recipe": asdict(recipe),
-            "code": stages.code("foundation", "engine", "qwen"),
-        }
-        inputs["from"] = built.get("backbone")
+        inputs = {"data": stages.stamp(home / "films")["key"], "recipe": asdict(recipe)}
+        inputs["code"] = stages.code("foundation", "engine", "qwen", "miniworld")
+        inputs["from"] = None if name == "backbone" else stages.stamp(home / "backbone")["key"]
 
         def work(folder, name=name, recipe=recipe):
-            if name == "backbone":
-                model = train_backbone(profile, films, tokenizer, recipe, folder)
-            else:
-                model = train_engine(name, profile, films, backbone, tokenizer, recipe, folder).model
-            publish(name, recipe, model, tokenizer, folder)
+            with tempfile.NamedTemporaryFile() as meeting:
+                job = (profile, name, recipe, folder, meeting.name)
+                torch.multiprocessing.spawn(_work, job, nprocs=recipe.processes)
 
-        target = stages.run(profile.runs("foundation") / name, inputs, work)
-        built[name] = stages.stamp(target)["key"]
-        if name == "backbone":
-            backbone, _ = qwen.load(Qwen3VLForConditionalGeneration, str(target))
+        target = stages.run(home / name, inputs, work)
         shipped = params.HERE / "models" / name
         shutil.rmtree(shipped, ignore_errors=True)
         shutil.copytree(target, shipped, ignore=shutil.ignore_patterns(".*"))
-        print(f"{name}: {shipped}")
+        print(f"{name}: {shipped.relative_to(params.ROOT)}")
+
+
+def _work(rank, profile, name, recipe, folder, meeting):
+    """One process of a training run; the first one writes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=recipe.processes)
+    films, tokenizer = load_films(profile), make_tokenizer(vocabulary())
+    if name == "backbone":
+        model = train_backbone(profile, films, tokenizer, recipe, folder)
+    else:
+        backbone, _ = qwen.load(Qwen3VLForConditionalGeneration, str(profile.runs("foundation") / "backbone"))
+        model = train_engine(name, profile, films, backbone, tokenizer, recipe, folder).model
+    if rank == 0:
+        publish(name, recipe, model, tokenizer, folder)
+    dist.destroy_process_group()
 
 
 # --- headroom ------------------------------------------------------------------------------------------------------------

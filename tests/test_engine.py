@@ -1,0 +1,174 @@
+"""The search engine, each result computed a second way."""
+
+import dataclasses
+import json
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3VLModel
+
+from vsr1 import corpus, engine, foundation, frames, metrics, miniworld, params, qwen, stages
+
+TEXTS = [
+    "With a red ball, someone in white trousers and a pink shirt sits on a stool in the kitchen at night.",
+    "A person waves.",
+    "Someone jumps up and down by the lake with a blue dog.",
+]
+
+
+@pytest.fixture(scope="module")
+def made():
+    """An engine of the mini shape with random weights: nothing here depends on what training taught."""
+    torch.manual_seed(0)
+    tokenizer = foundation.make_tokenizer(foundation.vocabulary())
+    model = Qwen3VLModel(foundation.make_config(tokenizer)).eval()
+    return engine.Engine(params.load("smoke"), model, tokenizer, "random")
+
+
+def clip(count, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+    return frames.Clip(pixels, np.arange(count, dtype=float), float(count), None)
+
+
+def test_a_query_vector_is_the_normalised_state_of_the_end_of_text_token(made):
+    """Against a plain, unpadded forward of ids written out by hand."""
+    text = (
+        "<|im_start|>system\nRepresent the user's input.<|im_end|>\n<|im_start|>user\n"
+        f"{TEXTS[1]}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+    )
+    ids = torch.tensor([made.tokenizer(text)["input_ids"]])
+    state = made.model(
+        input_ids=ids, position_ids=torch.arange(ids.shape[1]).expand(3, 1, -1)
+    ).last_hidden_state[0, -1]
+    np.testing.assert_allclose(
+        made.embed_texts([f" {TEXTS[1]}\n"])[0], (state / state.norm()).detach(), atol=1e-5
+    )
+
+
+def test_texts_and_videos_give_the_same_vectors_in_a_batch_alone_and_in_another_order(made):
+    together = made.embed_texts(TEXTS)
+    for text, vec in zip(TEXTS, together, strict=True):
+        np.testing.assert_allclose(made.embed_texts([text])[0], vec, atol=1e-5)
+    np.testing.assert_allclose(made.embed_texts(TEXTS[::-1])[::-1], together, atol=1e-5)
+    clips = [clip(4, 1), clip(10, 2), clip(2, 3)]
+    videos = made.embed_clips(clips)
+    for one, vec in zip(clips, videos, strict=True):
+        np.testing.assert_allclose(made.embed_clips([one])[0], vec, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(videos, axis=1), 1, atol=1e-6)
+    assert together.dtype == videos.dtype == np.float32
+
+
+def test_soft_tokens_stand_right_after_the_last_word_of_each_query(made):
+    """Soft tokens that are the embeddings of words equal those words written at the end of the text."""
+    more = " in the kitchen"
+    ids = made.tokenizer(more)["input_ids"]
+    soft = made.model.get_input_embeddings().weight[torch.tensor(ids)].detach().expand(len(TEXTS), -1, -1)
+    np.testing.assert_allclose(
+        made.embed_texts(TEXTS, soft), made.embed_texts([text + more for text in TEXTS]), atol=1e-5
+    )
+
+
+def test_no_soft_tokens_are_exactly_the_plain_query_and_gradients_reach_soft_tokens(made):
+    np.testing.assert_allclose(
+        made.embed_texts(TEXTS, torch.zeros(3, 0, made.width)), made.embed_texts(TEXTS), atol=1e-6
+    )
+    soft = torch.zeros(3, 2, made.width, requires_grad=True)
+    made.pool(made.text_batch(TEXTS, soft))[:, 0].sum().backward()
+    assert soft.grad.abs().sum() > 0
+
+
+def test_a_query_over_the_limit_loses_words_not_the_template(made):
+    small = engine.Engine(
+        dataclasses.replace(params.load("smoke"), query_tokens=30), made.model, made.tokenizer, "small"
+    )
+    prompt, end = small.query_prompt(TEXTS[0] * 5)
+    assert len(prompt.ids) == 30 and end == 24 and small.cut == 1
+    assert made.tokenizer.decode(prompt.ids[24:]) == "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+
+
+def test_a_template_that_ends_differently_is_refused(made):
+    tokenizer = foundation.make_tokenizer(foundation.vocabulary())
+    tokenizer.chat_template = foundation.CHAT.replace("assistant\\n", "assistant:")
+    tokenizer.chat_template = foundation.CHAT.replace("<|im_start|>assistant\n", "<|im_start|>assistant")
+    other = engine.Engine(params.load("smoke"), made.model, tokenizer, "other")
+    with pytest.raises(params.InputError, match="unexpected end of the query template"):
+        other.query_prompt("hello")
+
+
+def test_search_equals_a_matrix_product_and_a_sort_with_ties_in_row_order():
+    rng = np.random.default_rng(0)
+    videos = rng.standard_normal((50, 16)).astype(np.float32)
+    videos[30] = videos[7]  # a tie
+    videos /= np.linalg.norm(videos, axis=1, keepdims=True)
+    queries = np.concatenate([videos[[7, 3]], rng.standard_normal((20, 16))]).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    scores, rows = engine.search(engine.build_index(videos), queries, 10)
+    product = queries @ videos.T
+    np.testing.assert_allclose(scores, -np.sort(-product, axis=1)[:, :10], atol=1e-6)
+    assert rows[0, :2].tolist() == [7, 30]
+    column = rng.integers(0, 50, len(queries))
+    by_index = [
+        row.tolist().index(c) + 1
+        for row, c in zip(engine.search(engine.build_index(videos), queries, 50)[1], column, strict=True)
+    ]
+    np.testing.assert_array_equal(by_index, metrics.ranks(product, column))
+
+
+def test_embedding_a_corpus_names_the_broken_video_and_resumes_to_the_same_files(tmp_path, monkeypatch, made):
+    monkeypatch.setattr(params, "ROOT", tmp_path)
+    monkeypatch.setattr(engine, "load", lambda profile, which: made)
+    monkeypatch.setattr(engine, "SHARD", 2)
+    profile = params.load("smoke")
+    profile = dataclasses.replace(
+        profile, world=dataclasses.replace(profile.world, train_videos=2, test_videos=5)
+    )
+    videos = miniworld.render(profile, "charades")
+    queries = corpus.read_fig(videos.parent / "corpus" / "test.jsonl")
+    broken = corpus.gallery(queries)[1]
+    (videos / f"{broken}.mp4").write_bytes(b"not a film")
+    folder = engine.embed_corpus(profile, "charades", "test")
+    vectors = engine.load_vectors(folder)
+    assert broken not in vectors.video_ids and len(vectors.video_ids) == 4
+    assert vectors.query_ids == [query.id for query in queries]
+    assert (folder / "skipped.csv").read_text().splitlines()[1].startswith(f"{broken},test,")
+    index = faiss.read_index(str(folder / "index.faiss"))
+    assert index.ntotal == 4
+    before = {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".npy", ".faiss", ".csv")
+    }
+    stages.write_json(folder / ".stage.json", {"key": "of another engine"})
+
+    embed, calls = made.embed_clips, []
+
+    def killed(clips):
+        calls.append(len(clips))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return embed(clips)
+
+    monkeypatch.setattr(made, "embed_clips", killed)
+    with pytest.raises(KeyboardInterrupt):
+        engine.embed_corpus(profile, "charades", "test")
+    monkeypatch.setattr(made, "embed_clips", lambda clips: calls.append(len(clips)) or embed(clips))
+    again = engine.embed_corpus(profile, "charades", "test")
+    assert len(calls) == 2 + 2, "the finished shard must not be embedded again"
+    assert {path.name: path.read_bytes() for path in again.iterdir() if path.name in before} == before
+    assert json.loads((again / "notes.json").read_text())["skipped"] == 1
+
+
+def test_an_engine_that_is_not_there_is_one_clear_line():
+    profile = dataclasses.replace(params.load("smoke"), engine="vsr1/models/no-such-engine")
+    with pytest.raises(params.InputError, match="no-such-engine: cannot load this model"):
+        engine.load(profile)
+
+
+def test_16_bit_weights_are_saved_and_load_as_the_same_engine(tmp_path, made):
+    made.model.half().save_pretrained(tmp_path)
+    made.model.float()
+    made.tokenizer.save_pretrained(tmp_path)
+    profile = dataclasses.replace(params.load("smoke"), engine=str(tmp_path))
+    loaded = engine.load(profile)
+    np.testing.assert_allclose(loaded.embed_texts(TEXTS), made.embed_texts(TEXTS), atol=2e-3)
+    assert qwen.place(str(tmp_path)) == str(tmp_path)
