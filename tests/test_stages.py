@@ -108,7 +108,9 @@ def test_a_killed_stage_shows_no_target_and_resumes_to_the_same_content(tmp_path
     assert 5 <= begun < 40
     subprocess.run(worker(tmp_path / "out", 0), check=True)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
-    assert len((tmp_path / "out.log").read_text().split()) == 40, "what was done before the kill was done again"
+    assert len((tmp_path / "out.log").read_text().split()) == 40, (
+        "what was done before the kill was done again"
+    )
     assert not (tmp_path / "out.partial").exists()
 
 

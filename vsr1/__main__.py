@@ -43,9 +43,9 @@ def _command(argv):
     # torch and OpenMP read it when they are first imported, in this process and in the kernels of notebooks.
     os.environ["OMP_NUM_THREADS"] = str(profile.threads)
     if args.command in ("report", "check"):
-        from vsr1 import results
+        from vsr1 import page, results
 
-        return results.check(profile) if args.command == "check" else results.report(profile) and None
+        return results.check(profile) if args.command == "check" else page.publish(profile) and None
     if args.command == "doctor":
         from vsr1 import doctor
 
