@@ -10,7 +10,7 @@ stop() { echo "error: $1" >&2; exit 1; }
 
 if nvidia-smi -L >/dev/null 2>&1; then faiss=faiss-gpu other=faiss-cpu; else faiss=faiss-cpu other=faiss-gpu; fi
 # The folder counts, because scripts in .venv and the editable install name it.
-key=$({ cat requirements.txt pyproject.toml; echo "$faiss $PWD"; } | sha256sum | cut -c1-16)
+key=$({ cat requirements*.txt pyproject.toml; echo "$faiss $PWD"; } | sha256sum | cut -c1-16)
 mkdir -p $venv || stop "cannot write to $PWD; check the permissions and the free space"
 exec 9<$venv
 flock 9  # a second make waits here for the first
@@ -32,8 +32,9 @@ if ! $venv/bin/python -m pip --version >/dev/null 2>&1 || [ "$(version $venv/bin
     "$python" -m venv --clear $venv || stop "$python -m venv $venv failed; the lines above say why"
 fi
 
-sed "s/^faiss-cpu==/$faiss==/" requirements.txt >$venv/requirements.txt
-echo "installing $(grep -c == $venv/requirements.txt) packages into $venv (about 2 GB, 1 to 4 minutes; log in $log)"
+cp requirements.txt $venv/requirements.txt
+[ $faiss = faiss-cpu ] || { grep -v '^faiss-cpu==' requirements.txt; cat requirements-gpu.txt; } >$venv/requirements.txt
+echo "installing $(grep -c == $venv/requirements.txt) packages into $venv (1 to 4 minutes, about 2 GB, more with CUDA; log in $log)"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 pip=("$venv/bin/python" -m pip)
 {

@@ -26,8 +26,8 @@ def pins(lines):
     return {re.sub(r"[-_.]+", "-", match[1]).lower(): match[2] for match in found}
 
 
-def lock():
-    return pins([line for line in text("requirements.txt").splitlines() if line and line[0] != "#"])
+def lock(name="requirements.txt"):
+    return pins([line for line in text(name).splitlines() if line and line[0] != "#"])
 
 
 def asked():
@@ -40,7 +40,8 @@ def test_pyproject_and_requirements_pin_the_same_versions():
     direct, extra = asked()
     wanted = direct | extra["cpu"] | extra["test"]
     assert wanted.items() <= lock().items(), wanted.items() - lock().items()
-    assert set(extra["gpu"]) == {"faiss-gpu"} and [*extra["gpu"].values()] == [*extra["cpu"].values()]
+    assert extra["gpu"].items() <= lock("requirements-gpu.txt").items()
+    assert extra["gpu"] == {"faiss-gpu": extra["cpu"]["faiss-cpu"]}
 
 
 def test_environment_yml_pins_the_same_versions_with_faiss_gpu():
@@ -49,7 +50,11 @@ def test_environment_yml_pins_the_same_versions_with_faiss_gpu():
     words = environment["dependencies"][-1]["pip"]
     direct, extra = asked()
     assert pins([word for word in words if word[0] != "-"]) == direct | extra["gpu"] | extra["test"]
-    assert [word for word in words if word[0] == "-"] == ["-c requirements.txt", "-e ."]
+    assert [word for word in words if word[0] == "-"] == [
+        "-c requirements.txt",
+        "-c requirements-gpu.txt",
+        "-e .",
+    ]
 
 
 def test_the_lock_is_complete_and_what_runs_here_is_what_it_says():
@@ -93,7 +98,7 @@ def test_the_makefile_runs_every_notebook_in_order():
 @pytest.fixture
 def clone(tmp_path):
     """A clone whose Python installs nothing: it writes down what it is asked to do."""
-    for name in ("setup.sh", "requirements.txt", "pyproject.toml", "Makefile"):
+    for name in ("setup.sh", "requirements.txt", "requirements-gpu.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "bin").mkdir()
     return tmp_path
@@ -114,7 +119,7 @@ esac
 
 
 def set_up(clone, old=0, bare=0, gpu=False):
-    """The finished setup.sh, run with a pretended Python (too old, without venv) and a pretended GPU."""
+    """One run of setup.sh run with a pretended Python (too old, without venv) and a pretended GPU."""
     for name, script in {
         "fakepython": FAKE.format(clone=clone, old=old, bare=bare),
         "nvidia-smi": f"#!/bin/bash\nexit {0 if gpu else 9}\n",
