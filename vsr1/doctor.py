@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vsr1 import params
+from vsr1 import corpus, params
 from vsr1.params import HERE, ROOT
 
 GB = 1024**3
@@ -24,11 +24,6 @@ DISK_GB = {"rendered": 3, "real": 60}
 MEMORY_GB = {"rendered": 8, "real": 32}
 GPU_GB = 24
 AGAIN = "rm .venv/.ready; make doctor installs them again"
-ANNOTATIONS = {
-    "charades": ("charades_fig_train.jsonl", "charades_fig_test.jsonl"),
-    "didemo": ("didemo_fig_train.jsonl", "didemo_fig_test.jsonl"),
-    "activitynet": ("activitynet_fig_train.jsonl", "activitynet_fig_val_2.jsonl"),
-}
 
 
 @dataclass(frozen=True)
@@ -213,7 +208,7 @@ def large_gpu() -> Row:
 def real_data(profile, dataset) -> Row:
     """Annotation files and a folder of videos for one real data set."""
     folder = ROOT / profile.data / dataset
-    absent = [name for name in ANNOTATIONS[dataset] if not (folder / "annotations" / name).exists()]
+    absent = [name for name in corpus.FILES[dataset] if not (folder / "annotations" / name).exists()]
     videos = sum(1 for _ in (folder / "videos").glob("*")) if (folder / "videos").is_dir() else 0
     if absent:
         remedy = f"put it into {profile.data}/{dataset}/annotations/"
