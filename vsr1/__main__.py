@@ -1,17 +1,220 @@
-"""`python -m vsr1 score SUBMISSION.json GROUNDTRUTH.jsonl`: the evaluator; see vsr1/score.py."""
+"""The command line, `python -m vsr1 COMMAND`. The Makefile calls it; each command imports only what it needs."""
 
+import argparse
+import ast
+import json
+import os
+import secrets
+import socket
 import sys
+import time
+from pathlib import Path
 
-from vsr1 import score
-from vsr1.params import InputError
+from vsr1 import params, stages
+from vsr1.params import ROOT, InputError
+
+OTHERS = ("score", "foundation")  # modules whose main reads its own arguments
 
 
-def main(argv):
-    """Exit status of one command line."""
-    if argv[:1] != ["score"]:
-        raise InputError("the only command so far is `python -m vsr1 score`")
-    return score.main(argv[1:])
+def main(argv=None) -> int:
+    """The exit status of one command. Bad input is one line and 2; an error of ours keeps its traceback."""
+    try:
+        return _command(sys.argv[1:] if argv is None else argv) or 0
+    except InputError as error:
+        message = " ".join(str(error).splitlines())
+    except OSError as error:
+        if error.errno not in (28, 30):  # no space left, read-only
+            raise
+        message = f"{error.filename or ROOT}: {error.strerror}; free some space, then run it again"
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _command(argv):
+    if argv and argv[0] in OTHERS:
+        return __import__(f"vsr1.{argv[0]}", fromlist=["main"]).main(argv[1:])
+    args = _parser().parse_args(argv)
+    if args.command == "lab":
+        return lab(args.port)
+    profile = params.load(args.profile, args.seed)
+    # torch and OpenMP read it when they are first imported, in this process and in the kernels of notebooks.
+    os.environ["OMP_NUM_THREADS"] = str(profile.threads)
+    if args.command in ("report", "check"):
+        from vsr1 import page, results
+
+        return results.check(profile) if args.command == "check" else page.publish(profile) and None
+    if args.command == "doctor":
+        from vsr1 import doctor
+
+        return doctor.main(profile)
+    given = " ".join(args.datasets).replace(",", " ").split()
+    datasets = tuple(params.check_dataset(name) for name in given) or profile.datasets
+    if args.command == "notebook":
+        return notebooks(args.names, args.profile, profile, datasets)
+    return {"corpus": corpus, "embed": embed}[args.command](profile, datasets)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m vsr1", description="VideoSearch-R1, reproduced.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--profile", default="mini", help="name in vsr1/profiles/, or a path to a .yaml")
+    common.add_argument("--seed", type=int, help="of the experiment (the profile's own)")
+    sets = argparse.ArgumentParser(add_help=False, parents=[common])
+    words = "charades didemo activitynet, by spaces or commas (the profile's own)"
+    sets.add_argument("--datasets", "--dataset", nargs="+", default=[], metavar="NAME", help=words)
+    commands.add_parser("corpus", parents=[sets], help="render the corpora, or bring in the real ones")
+    commands.add_parser("embed", parents=[sets], help="videos and queries to vectors and an index")
+    told = commands.add_parser("notebook", parents=[sets], help="run notebooks headless")
+    told.add_argument("names", nargs="+", metavar="NAME", help="file names in notebooks/, without .ipynb")
+    commands.add_parser("report", parents=[common], help="numbers, tables, figures and report.html")
+    commands.add_parser("check", parents=[common], help="measured numbers against expected ones")
+    commands.add_parser("doctor", parents=[common], help="what this machine can reproduce")
+    told = commands.add_parser("lab", help="JupyterLab on the notebooks")
+    told.add_argument("--port", type=int, default=8888)
+    for name in OTHERS:
+        commands.add_parser(name, help=f"`python -m vsr1 {name} --help` says more")
+    return parser
+
+
+def corpus(profile, datasets):
+    """Every corpus under runs/: rendered where the profile has a world, else brought in from the real files."""
+    from vsr1 import corpus as annotations
+    from vsr1 import miniworld
+
+    for dataset in datasets:
+        started = time.time()
+        (miniworld.render if profile.world else annotations.bring)(profile, dataset)
+        print(f"corpus {dataset}: {time.time() - started:.0f} s", flush=True)
+
+
+def embed(profile, datasets):
+    """Vectors and index of both splits under the small engine; the large one belongs to the study that needs it."""
+    from vsr1 import engine
+
+    for dataset in datasets:
+        started = time.time()
+        for split in ("train", "test"):
+            engine.embed_corpus(profile, dataset, split, "engine")
+        print(f"embed {dataset}: {time.time() - started:.0f} s", flush=True)
+
+
+def notebooks(names, profile_name, profile, datasets):
+    """Executed copies under runs/, one per data set for a notebook that takes `dataset`, else one."""
+    if profile_name.endswith(".yaml"):
+        profile_name = str(Path(profile_name).resolve())  # the kernel starts in another folder
+    for name in names:
+        source = ROOT / "notebooks" / f"{name}.ipynb"
+        if not source.exists():
+            known = ", ".join(sorted(path.stem for path in source.parent.glob("*.ipynb")))
+            raise InputError(f"{source}: no such notebook; there are {known or 'none'}")
+        declared = parameters(source)
+        if lacking := {"profile", "seed"} - declared:  # papermill would only warn
+            raise InputError(f"{source}: its parameters cell has no {min(lacking)!r}; add it")
+        for dataset in datasets if "dataset" in declared else [None]:
+            given = {"profile": profile_name, "seed": profile.seed}
+            if dataset:
+                given["dataset"] = dataset
+            started = time.time()
+            folder = profile.runs(dataset) if dataset else ROOT / "runs" / profile.name
+            ran = execute(source, given, folder, profile.digest())
+            took = f"{time.time() - started:.0f} s" if ran else "unchanged"
+            print(f"notebook {' '.join(filter(None, (name, dataset)))}: {took}", flush=True)
+
+
+def parameters(source):
+    """The names assigned in the one cell tagged `parameters` of a notebook file."""
+    tagged = [cell for cell in _cells(source) if "parameters" in cell["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise InputError(f"{source}: expected one cell tagged `parameters`, found {len(tagged)}")
+    statements = ast.parse("".join(tagged[0]["source"])).body
+    return {target.id for node in statements if isinstance(node, ast.Assign) for target in node.targets}
+
+
+def _cells(source):
+    try:
+        return json.loads(source.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{source}: not readable as a notebook; restore it with git") from error
+
+
+def execute(source, given, folder, profile_digest):
+    """True after `source` ran and its copy lies in `folder`/notebooks; False where that copy still stands.
+
+    It stands while the cells, the package, the pins, the profile and every stage that existed after the last run are
+    the same. Stages are compared one by one: what a later notebook adds does not make an earlier one run again.
+    """
+    copy = folder / "notebooks" / source.name
+    record = copy.with_name(f".{source.stem}.json")
+    modules = sorted(path.stem for path in (ROOT / "vsr1").glob("[!_]*.py"))
+    inputs = {
+        "given": given,
+        "profile": profile_digest,
+        "cells": stages.fingerprint([[c["cell_type"], "".join(c["source"])] for c in _cells(source)]),
+        "code": stages.code(*modules),
+        "packages": stages.digest(ROOT / "requirements.txt"),
+    }
+    if copy.exists() and record.exists():
+        last, now = json.loads(record.read_text(encoding="utf-8")), stage_keys(folder)
+        if last["inputs"] == inputs and last["stages"].items() <= now.items():
+            return False
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    _papermill(source, copy, given)
+    stages.write_json(record, {"inputs": inputs, "stages": stage_keys(folder)})
+    return True
+
+
+def stage_keys(folder):
+    """{folder of a finished stage: its key} for everything below `folder`."""
+    done = [path.parent for path in folder.rglob(".stage.json") if ".partial" not in str(path)]
+    return {path.relative_to(folder).as_posix(): stages.stamp(path)["key"] for path in done}
+
+
+def _papermill(source, copy, given):
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    running, failed = (copy.with_name(f"{source.stem}.{state}.ipynb") for state in ("running", "failed"))
+    quiet = ["--IPKernelApp.log_level=ERROR"]  # else every kernel warns that it talks over TCP (on loopback)
+    options = {
+        "kernel_name": "python3",
+        "language": "python",
+        "progress_bar": False,
+        "extra_arguments": quiet,
+    }
+    try:
+        papermill.execute_notebook(source, running, given, cwd=source.parent, **options)
+    except (papermill.PapermillExecutionError, DeadKernelError) as error:
+        os.replace(running, failed)
+        what = f"{source.stem}: the kernel died, most likely for lack of memory"
+        if isinstance(error, papermill.PapermillExecutionError):
+            what = f"{source.stem}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
+        raise InputError(f"notebook {what}; the executed copy is {failed}") from error
+    os.replace(running, copy)
+    failed.unlink(missing_ok=True)
+
+
+def lab(port):
+    """JupyterLab in this process, on loopback and with a token, until it is stopped."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise InputError(f"port {port} cannot be used ({error}); make lab PORT={port + 1}") from error
+    from jupyterlab.labapp import LabApp
+
+    token = secrets.token_hex(24)
+    print(f"JupyterLab: http://127.0.0.1:{port}/lab?token={token}   (Ctrl-C twice stops it)", flush=True)
+    server = {"ip": "127.0.0.1", "port": port, "port_retries": 0, "open_browser": False, "allow_root": True}
+    text = [f"--ServerApp.{name}={value}" for name, value in server.items()] + ["--ServerApp.log_level=WARN"]
+    # Handed over inside the process: a token on a command line could be read by every user of the machine.
+    text += [f"--ServerApp.root_dir={ROOT}/notebooks", f"--IdentityProvider.token={token}"]
+    LabApp.launch_instance(text)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

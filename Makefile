@@ -1,0 +1,64 @@
+# `make help` lists the targets. PROFILE, DATASETS and SEED are make variables: make paper DATASETS=charades SEED=7
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.SUFFIXES:
+
+PROFILE  := mini
+DATASETS := charades didemo activitynet
+SEED     := 42
+PORT     := 8888
+# Candidates for making .venv, best first. `make paper PY=/path/to/python` uses an environment of your own as it is.
+PYTHON   := python3.11 python3
+PY       := .venv/bin/python
+
+# The order in which the paper is told.
+NOTEBOOKS := 01_corpus_embedding
+
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+
+comma := ,
+VSR1  := $(PY) -m vsr1
+ONE   := --profile $(PROFILE) --seed $(SEED)
+ALL   := $(ONE) --datasets $(subst $(comma), ,$(DATASETS))
+
+paper: START := $(shell date +%s)
+paper: setup  ## regenerate every table and figure of PROFILE into results/PROFILE (set-up included)
+	@$(VSR1) corpus $(ALL)
+	@$(VSR1) embed $(ALL)
+	@$(VSR1) notebook $(NOTEBOOKS) $(ALL)
+	@$(VSR1) report $(ONE)
+	@echo "done in $$(($$(date +%s) - $(START))) s: open results/$(basename $(notdir $(PROFILE)))/report.html"
+
+test: setup  ## lint, unit tests, docstring examples, and all notebooks on the smoke profile
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m pytest
+
+lab: setup  ## JupyterLab on the notebooks: this machine only, with a token (PORT=8888)
+	@$(VSR1) lab --port $(PORT)
+
+doctor: setup  ## what this machine can reproduce, and what is missing
+	@$(VSR1) doctor $(ONE)
+
+check: setup  ## every measured number against its expected value: ok, close, OFF, MISSING
+	@$(VSR1) check $(ONE)
+
+foundation: setup  ## retrain the mini models that ship with the package
+	@$(VSR1) foundation
+
+clean:  ## delete what was computed (runs/) and caches; results/ and .venv stay
+	rm -rf runs *.egg-info .pytest_cache .ruff_cache
+	find vsr1 tests -name __pycache__ -prune -exec rm -rf {} +
+
+help:  ## this list
+	@echo "make TARGET [PROFILE=$(PROFILE)] [DATASETS=\"$(DATASETS)\"] [SEED=$(SEED)]"
+	@sed -n 's/^\([a-z]*\):[^#]*  ## \(.*\)/  \1 \2/p' $(MAKEFILE_LIST) | \
+	    while read -r target words; do printf '  %-12s %s\n' "$$target" "$$words"; done
+
+setup:
+ifeq ($(PY),.venv/bin/python)
+	@./setup.sh "$(PYTHON)"
+endif
+
+.PHONY: paper test lab doctor check foundation clean help setup

@@ -1,0 +1,229 @@
+"""The set-up hangs together: pins, Makefile, setup.sh, imports, and what must not be in a tracked file."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+
+import pytest
+import yaml
+
+from vsr1.params import ROOT
+
+MODULES = sorted(path.stem for path in (ROOT / "vsr1").glob("*.py") if path.stem != "__init__")
+
+
+def text(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def pins(lines):
+    """{name: version}; every line must be an exact pin."""
+    found = [re.fullmatch(r"([A-Za-z0-9_.-]+)==([0-9][\w.]*)", line.strip()) for line in lines]
+    assert all(found), [line for line, match in zip(lines, found, strict=True) if not match]
+    return {re.sub(r"[-_.]+", "-", match[1]).lower(): match[2] for match in found}
+
+
+def lock(name="requirements.txt"):
+    return pins([line for line in text(name).splitlines() if line and line[0] != "#"])
+
+
+def asked():
+    """What pyproject.toml names: dependencies and extras."""
+    project = tomllib.loads(text("pyproject.toml"))["project"]
+    return pins(project["dependencies"]), {k: pins(v) for k, v in project["optional-dependencies"].items()}
+
+
+def test_pyproject_and_requirements_pin_the_same_versions():
+    direct, extra = asked()
+    wanted = direct | extra["cpu"] | extra["test"]
+    assert wanted.items() <= lock().items(), wanted.items() - lock().items()
+    assert extra["gpu"].items() <= lock("requirements-gpu.txt").items()
+    assert extra["gpu"] == {"faiss-gpu": extra["cpu"]["faiss-cpu"]}
+
+
+def test_environment_yml_pins_the_same_versions_with_faiss_gpu():
+    environment = yaml.safe_load(text("environment.yml"))
+    assert "python=3.11" in environment["dependencies"] and "nodefaults" in environment["channels"]
+    words = environment["dependencies"][-1]["pip"]
+    direct, extra = asked()
+    assert pins([word for word in words if word[0] != "-"]) == direct | extra["gpu"] | extra["test"]
+    assert [word for word in words if word[0] == "-"] == [
+        "-c requirements.txt",
+        "-c requirements-gpu.txt",
+        "-e .",
+    ]
+
+
+def test_the_lock_is_complete_and_what_runs_here_is_what_it_says():
+    """Every requirement of an installed pinned package is pinned too: two machines get the same set."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    from packaging.requirements import Requirement
+
+    pinned = lock()
+    for name, version in pinned.items():
+        try:
+            package = distribution(name)
+        except PackageNotFoundError:
+            assert name == "faiss-cpu", f"{name} is pinned and not installed"  # a GPU machine has faiss-gpu
+            continue
+        assert package.version.split("+")[0] == version, name
+        for requirement in map(Requirement, package.requires or []):
+            needed = re.sub(r"[-_.]+", "-", requirement.name).lower()
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                # CUDA builds of torch bring NVIDIA's libraries and triton, each pinned by torch itself
+                assert needed in pinned or needed.startswith(("nvidia-", "cuda-", "triton")), (
+                    f"{name}: {needed}"
+                )
+
+
+def test_make_help_lists_every_target_and_is_the_default():
+    makefile = text("Makefile")
+    phony = set(re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split())
+    shown = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = {line.split()[0] for line in shown.splitlines()[1:]}
+    assert listed == phony - {"setup"}
+    assert set(re.findall(r"^([a-z]+):", makefile, re.M)) - {"paper"} == phony - {"paper"}
+
+
+def test_the_makefile_runs_every_notebook_in_order():
+    order = re.search(r"^NOTEBOOKS := (.*)$", text("Makefile"), re.M)[1].split()
+    there = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert order == [name for name in there if name != "10_your_videos"]
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone whose Python installs nothing: it writes down what it is asked to do."""
+    for name in ("setup.sh", "requirements.txt", "requirements-gpu.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "bin").mkdir()
+    return tmp_path
+
+
+FAKE = """#!/bin/bash
+here={clone}
+case "$*" in
+    *sys.exit*) exit {old} ;;
+    *ensurepip*) exit {bare} ;;
+    *print*) echo 3.11 ;;
+    "-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo venv >>"$here/calls" ;;
+    "-m pip --version") ;;
+    "-m pip show"*) exit 1 ;;
+    "-m pip"*) echo "$*" >>"$here/calls"; [ -e "$here/broken" ] && {{ seq 30; exit 1; }}; exit 0 ;;
+esac
+"""
+
+
+def set_up(clone, old=0, bare=0, gpu=False):
+    """One run of setup.sh run with a pretended Python (too old, without venv) and a pretended GPU."""
+    for name, script in {
+        "fakepython": FAKE.format(clone=clone, old=old, bare=bare),
+        "nvidia-smi": f"#!/bin/bash\nexit {0 if gpu else 9}\n",
+    }.items():
+        (clone / "bin" / name).write_text(script)
+        (clone / "bin" / name).chmod(0o755)
+    words = ["./setup.sh", "no-such-python fakepython"]
+    path = {**os.environ, "PATH": f"{clone}/bin:{os.environ['PATH']}"}
+    return subprocess.run(
+        words, cwd=clone, env=path, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+
+
+def calls(clone):
+    return (clone / "calls").read_text().splitlines() if (clone / "calls").exists() else []
+
+
+def test_set_up_installs_once_for_the_same_content(clone):
+    first = set_up(clone)
+    assert first.returncode == 0 and len(first.stdout.splitlines()) == 1, first
+    assert [call.split()[-1] for call in calls(clone)] == ["venv", ".venv/requirements.txt", "."]
+    os.utime(clone / "requirements.txt", (1, 1))
+    again = set_up(clone)
+    assert (again.returncode, again.stdout, len(calls(clone))) == (0, "", 3)
+    with (clone / "requirements.txt").open("a") as file:
+        file.write("another==1.0\n")
+    assert set_up(clone).returncode == 0
+    assert len(calls(clone)) == 5, "new pins are installed into the same environment"
+
+
+def test_set_up_takes_one_faiss_and_never_both(clone):
+    for gpu, faiss in ((False, "faiss-cpu"), (True, "faiss-gpu")):
+        assert set_up(clone, gpu=gpu).returncode == 0
+        chosen = re.findall(r"^faiss.*?(?===)", (clone / ".venv" / "requirements.txt").read_text(), re.M)
+        assert chosen == [faiss]
+
+
+def test_a_failed_installation_shows_its_last_lines_and_goes_on_next_time(clone):
+    (clone / "broken").touch()
+    failed = set_up(clone)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[:-1] == [str(number) for number in range(16, 31)]
+    assert "run the same command again" in failed.stderr.splitlines()[-1]
+    (clone / "broken").unlink()
+    assert set_up(clone).returncode == 0
+    assert calls(clone).count("venv") == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"), [({"old": 1}, "no Python 3.11 or newer"), ({"bare": 1}, "python3.11-venv")]
+)
+def test_an_unusable_python_is_one_line_with_the_remedy(clone, fault, words):
+    done = set_up(clone, **fault)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and words in done.stderr
+    assert done.stderr.count("\n") == 1 and calls(clone) == []
+
+
+def file_map():
+    """The modules in the order of the README's map."""
+    return re.findall(r"^\| `(\w+)` \|", text("README.md").partition("<!-- map -->")[2], re.M)
+
+
+def test_the_readme_maps_every_module():
+    assert sorted(file_map()) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_those_above_it_in_the_map(module):
+    above = file_map()[: file_map().index(module)]
+    for node in ast.walk(ast.parse(text(f"vsr1/{module}.py"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module == "vsr1":
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vsr1."):
+            names = [node.module.split(".")[1]]
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("vsr1.")]
+        assert set(names) <= set(above), f"{module} imports {set(names) - set(above)}, which stands below it"
+
+
+def test_no_code_asks_for_the_name_of_a_profile():
+    asks = re.compile(r"(profile|name)\w*\s*(==|!=|in)\s*\(?[\"'](mini|smoke|paper)[\"']")
+    found = [
+        f"{module}: {match[0]}" for module in MODULES for match in asks.finditer(text(f"vsr1/{module}.py"))
+    ]
+    assert not found
+
+
+def tracked():
+    if not (ROOT / ".git").exists():
+        return [path for path in ROOT.glob("*") if path.is_file()]
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    return [ROOT / name for name in names.split("\0") if name]
+
+
+def test_no_tracked_file_names_a_path_of_somebodys_machine():
+    paths = re.compile(r"(?<![\w.~/}-])/(?:home|root|work|mnt|Users|opt)/\w")
+    for path in tracked():
+        if path.exists() and path.suffix not in {".png", ".safetensors", ".mp4", ".faiss", ".npy"}:
+            for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+                assert not paths.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
+
+
+def test_continuous_integration_types_what_a_person_types():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK) and "make test" in text(".ci/run")
