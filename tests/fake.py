@@ -1,4 +1,4 @@
-"""A measured run that never ran: numbers for three data sets in a scratch folder, for tests of what shows numbers."""
+"""A measured run that never ran: numbers for three data sets in a scratch folder."""
 
 import numpy as np
 

@@ -60,7 +60,7 @@ class Strip:
 @style()
 def contact_sheet(strips: list[Strip], columns: int = 6) -> Figure:
     """Rows of at most `columns` frames, spread over the clip, times below and the caption above."""
-    wrapped = [textwrap.wrap(strip.caption, 17 * columns) or [""] for strip in strips]
+    wrapped = [textwrap.wrap(strip.caption, 20 * columns) or [""] for strip in strips]
     frame_inches = 1.5 * strips[0].frames.shape[1] / strips[0].frames.shape[2]
     heights = [frame_inches + 0.32 + 0.17 * len(lines) for lines in wrapped]
     figure = Figure(figsize=(1.55 * columns, sum(heights)))
@@ -176,5 +176,6 @@ def retrieval_curves(numbers: dict, series: dict, datasets: list[str]) -> Figure
         axes.set(xscale="log", xlabel="k", ylim=(0, 102), title=f"{dataset}, {videos} videos")
         axes.set_xticks([1, 10, 100], ["1", "10", "100"])
     figure.axes[0].set_ylabel("R@k, %")
-    figure.axes[0].legend(loc="lower right")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure

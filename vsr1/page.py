@@ -69,7 +69,13 @@ def rows(numbers: dict, table: str) -> list:
 
 
 def caption(profile: Profile, numbers: dict, table: str) -> str:
-    """What a table rests on: profile, queries, videos, unreadable videos, seeds, and what mini means."""
+    """The title of a table, what it rests on, and what mini means: a table may be copied out of its page."""
+    title, caveat = results.layouts()[table]["title"], [CAVEAT] if profile.world else []
+    return " ".join([f"{title}.", basis(profile, numbers, table), *caveat])
+
+
+def basis(profile: Profile, numbers: dict, table: str) -> str:
+    """What a table rests on: profile, queries, videos, unreadable videos, seeds; and how to read a cell."""
     facts = []
     for dataset in profile.datasets:
         counts = [
@@ -83,11 +89,10 @@ def caption(profile: Profile, numbers: dict, table: str) -> str:
     seeds = sorted(
         {seed for name in numbers if name.startswith(f"{table}/") for seed in numbers[name]["seeds"]}
     )
-    title = results.layouts()[table]["title"]
     legend = "± is half the 95 % interval; in parentheses the published value; — is missing."
-    parts = [f"{title}. Profile {profile.name}: {'; '.join(facts) or 'nothing measured yet'}."]
+    parts = [f"Profile {profile.name}: {'; '.join(facts) or 'nothing measured yet'}."]
     parts += [f"Seeds {', '.join(map(str, seeds))}."] if seeds else []
-    return " ".join([*parts, legend, *([CAVEAT] if profile.world else [])])
+    return " ".join([*parts, legend])
 
 
 def footnotes(numbers: dict, table: str) -> list[str]:
@@ -227,7 +232,7 @@ def _table(profile, numbers, table):
     return (
         f'<section id="{table}"><h2>{table} {_safe(layout["title"])}</h2>'
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f"<p>{_safe(caption(profile, numbers, table))}</p><ul>{notes}</ul></section>"
+        f"<p>{_safe(basis(profile, numbers, table))}</p><ul>{notes}</ul></section>"
     )
 
 

@@ -1,0 +1,88 @@
+import json
+
+import matplotlib
+import numpy as np
+import pytest
+from fake import profile as fake_profile
+from fake import record
+from PIL import Image
+
+from vsr1 import gallery, results
+
+
+def strip(colours, caption="a clip", span=None):
+    """A clip of one second per colour."""
+    frames = np.broadcast_to(np.array(colours, np.uint8)[:, None, None, :], (len(colours), 24, 32, 3))
+    return gallery.Strip(frames, np.arange(len(colours), dtype=float), caption, span)
+
+
+def pixels(path):
+    """How often each colour occurs in a picture."""
+    values, counts = np.unique(
+        np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3), axis=0, return_counts=True
+    )
+    return {tuple(map(int, value)): int(count) for value, count in zip(values, counts, strict=True)}
+
+
+def test_a_contact_sheet_shows_every_frame_of_every_clip(tmp_path):
+    rows = [[(200, 10 * i, 30) for i in range(1, 5)], [(20, 10 * i, 130) for i in range(1, 5)]]
+    sheet = gallery.contact_sheet([strip(row) for row in rows], columns=4)
+    seen = pixels(gallery.save(sheet, tmp_path, "sheet", "two clips", kinds=("png",)))
+    areas = [seen.get(colour, 0) for row in rows for colour in row]
+    assert min(areas) > 10_000 and max(areas) < 1.1 * min(areas)
+
+
+def test_frames_inside_the_moment_are_marked(tmp_path):
+    red = tuple(int(gallery.RED[i : i + 2], 16) for i in (1, 3, 5))
+    grey = [(90, 90, 90)] * 4
+    marked, plain = (
+        gallery.contact_sheet([strip(grey, span=span)], columns=4) for span in ((1.0, 2.0), None)
+    )
+    assert pixels(gallery.save(marked, tmp_path, "marked", "", kinds=("png",))).get(red, 0) > 500
+    assert pixels(gallery.save(plain, tmp_path, "plain", "", kinds=("png",))).get(red, 0) == 0
+
+
+def test_a_long_clip_is_spread_over_the_columns(tmp_path):
+    colours = [(i, 100, 100) for i in range(64)]
+    seen = pixels(
+        gallery.save(gallery.contact_sheet([strip(colours)], columns=3), tmp_path, "long", "", ("png",))
+    )
+    assert sum(seen.get(colour, 0) > 10_000 for colour in colours) == 3
+    assert seen[(0, 100, 100)] > 10_000 and seen[(63, 100, 100)] > 10_000
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    return record(fake_profile(tmp_path, monkeypatch))
+
+
+def test_figures_carry_their_captions_and_are_the_same_bytes_twice(run):
+    paths = gallery.figures(run, results.collect(run))
+    assert [path.stem for path in paths] == ["H1", "H2"]
+    assert "rendered corpora" in Image.open(paths[0]).text["Description"]
+    files = {p: p.read_bytes() for p in paths[0].parent.iterdir()}
+    assert {p.suffix for p in files} == {".png", ".svg"} and len(files) == 4
+    gallery.figures(run, results.collect(run))
+    assert files == {p: p.read_bytes() for p in paths[0].parent.iterdir()}
+
+
+def test_a_missing_number_leaves_a_gap_and_no_bar_of_height_zero(run):
+    numbers = results.collect(run)
+    numbers["H1/didemo/probe/vr@1"] |= {"value": None, "measured": False}
+    heights = [bar.get_height() for bar in gallery.headroom(numbers, list(run.datasets)).axes[0].patches]
+    assert sorted(heights) == [24.4, 34.4, 44.4, 54.4, 74.4]
+
+
+def test_the_curve_shows_the_measured_series_chance_and_the_papers_points(run):
+    numbers = results.collect(run)
+    series = json.loads((run.results() / "series.json").read_text())
+    measured, chance, paper = gallery.retrieval_curves(numbers, series, ["charades"]).axes[0].lines
+    assert list(measured.get_ydata()) == [y for _, y in series["H2/charades/zs/vr@k"]]
+    assert chance.get_ydata()[0] == 100 / 160 and paper.get_fillstyle() == "none"
+    assert list(zip(*paper.get_data(), strict=True)) == [(1, 21.6), (5, 41.8), (10, 51.5), (100, 84.2)]
+
+
+def test_drawing_leaves_matplotlib_as_it_was(run):
+    before = dict(matplotlib.rcParams)
+    gallery.figures(run, results.collect(run))
+    assert dict(matplotlib.rcParams) == before

@@ -1,0 +1,195 @@
+import csv
+import html
+import json
+import re
+
+import pytest
+import yaml
+from fake import profile as fake_profile
+from fake import record
+
+from vsr1 import page, results
+from vsr1.params import InputError
+from vsr1.results import Number
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    return record(fake_profile(tmp_path, monkeypatch))
+
+
+def expect(run, numbers, tolerance=0.5):
+    """An expectations file for `run` with these numbers."""
+    results.EXPECTED.mkdir(exist_ok=True)
+    kept = {"reasons": {"trial": {"tolerance": tolerance, "why": "a trial"}}}
+    kept["numbers"] = {name: [value, "trial"] for name, value in numbers.items()}
+    (results.EXPECTED / f"{run.name}.yaml").write_text(yaml.safe_dump(kept))
+
+
+def measured(run):
+    return {name: entry["value"] for name, entry in results.collect(run).items() if entry["measured"]}
+
+
+def test_what_is_recorded_comes_out_of_numbers_json_unchanged(run):
+    results.collect(run)
+    entry = json.loads((run.results() / "numbers.json").read_text())["T1/charades/zs/vr@1"]
+    assert (entry["value"], entry["n"], entry["ci"], entry["seeds"]) == (24.4, 412, [20.4, 28.9], [42])
+    assert entry["measured"] and entry["paper"] == 21.6
+
+
+def test_a_missing_number_stays_missing_in_every_product(run):
+    page.publish(run)
+    entry = results.collect(run)["T1/charades/zs/ver"]
+    assert entry["value"] is None and entry["measured"] is False and entry["paper"] == 30.0
+    assert page.cell(entry) == "— (30.0)"
+    rows = list(csv.DictReader(open(run.results() / "tables" / "T1.csv")))
+    row = next(r for r in rows if (r["dataset"], r["system"], r["metric"]) == ("charades", "zs", "ver"))
+    assert row["value"] == "" and row["measured"] == "False"
+    zeros = [n for n, e in results.collect(run).items() if e["value"] == 0 and n.startswith("T1/")]
+    assert zeros == [f"T1/{d}/wholevideo/vcmr@0.7" for d in run.datasets]  # measured as zero, all of them
+
+
+def test_a_value_that_is_not_a_number_is_refused(run):
+    with pytest.raises(AssertionError, match="a missing value is None"):
+        results.record(run, "charades", "x", {"T1/charades/zs/vr@1": Number(float("nan"))})
+    with pytest.raises(AssertionError, match="not <id>/charades"):
+        results.record(run, "charades", "x", {"T1/didemo/zs/vr@1": Number(1.0)})
+
+
+def test_mini_numbers_never_get_a_verdict_against_the_paper(run):
+    assert {entry["verdict"] for entry in results.collect(run).values()} == {None}
+    expect(run, measured(run))
+    judged = {name: entry for name, entry in results.collect(run).items() if entry["verdict"]}
+    assert judged.keys() == measured(run).keys()
+    assert all(
+        entry["expected"][0] == entry["value"] for entry in judged.values()
+    )  # 24.4, not the paper's 21.6
+
+
+def test_paper_numbers_are_judged_against_the_published_ones(tmp_path, monkeypatch):
+    run = fake_profile(tmp_path, monkeypatch, "paper")
+    hand_made = {
+        "vr@1": (22.1, (21.9, 22.3), "ok"),
+        "vr@5": (43.2, None, "close"),
+        "vr@10": (53.1, None, "OFF"),
+    }
+    hand_made |= {"vr@100": (87.0, (84.0, 90.0), "ok"), "ver": (30.0, None, "ok")}  # 2.8 away, half-width 3
+    numbers = {f"T1/charades/zs/{m}": Number(value, 3720, ci) for m, (value, ci, _) in hand_made.items()}
+    results.record(run, "charades", "part", numbers)
+    entries = results.collect(run)
+    assert {m: entries[f"T1/charades/zs/{m}"]["verdict"] for m in hand_made} == {
+        metric: verdict for metric, (_, _, verdict) in hand_made.items()
+    }
+    assert entries["T1/charades/zs/vcmr@0.3"]["verdict"] == "MISSING"
+    quoted = entries["T1/charades/conquer/vr@1"]
+    assert (quoted["value"], quoted["measured"], quoted["verdict"]) == (2.8, False, None)
+    assert results.check(run) == 1
+
+
+def test_check_fails_on_off_missing_and_unexpected_and_on_nothing_to_check(run, capsys):
+    assert results.check(run) == 1  # no file: a missing reference is no pass
+    values = measured(run)
+    expect(run, values)
+    assert results.check(run) == 0
+    expect(run, values | {"T1/charades/zs/vr@1": 25.4})
+    assert results.check(run) == 0 and "close" in capsys.readouterr().out
+    for wrong in ({"T1/charades/zs/vr@1": 29.0}, {"T1/charades/zs/vr@5": 40.0}):
+        expect(run, values | wrong)
+        assert results.check(run) == 1
+    expect(run, {name: value for name, value in values.items() if name != "T1/charades/zs/vr@1"})
+    assert results.check(run) == 1 and "nobody expected it" in capsys.readouterr().out
+
+
+def test_an_unreadable_expectation_names_its_file_and_key(run):
+    expect(run, {})
+    (results.EXPECTED / "mini.yaml").write_text("reasons: {}\nnumbers: {T1/charades/zs/vr@1: 24.4}")
+    with pytest.raises(InputError, match=r"mini.yaml: T1/charades/zs/vr@1"):
+        results.collect(run)
+
+
+def test_numbers_of_other_knobs_are_left_out_and_named(run, capsys):
+    other = results.dataclasses.replace(run, bootstrap=7)
+    assert not measured(other) and "was measured with other knobs" in capsys.readouterr().out
+
+
+def test_published_values_are_the_table_of_the_paper():
+    cells = results.published()
+    assert sum(name.startswith("T1/") for name in cells) == 3 * (6 + 6 + 8 + 8 + 8)
+    assert [cells[f"T1/{d}/zs/vr@1"] for d in ("charades", "didemo", "activitynet")] == [21.6, 54.8, 55.1]
+    assert "T1/charades/conquer/vcmr@0.3" not in cells  # a dash is no zero
+
+
+def test_markdown_latex_and_html_show_the_cells_that_numbers_json_holds(run):
+    page.publish(run)
+    numbers = json.loads((run.results() / "numbers.json").read_text())
+    text = {kind: (run.results() / "tables" / f"T1.{kind}").read_text() for kind in ("md", "tex")}
+    shown = html.unescape(re.sub("<[^>]+>", " ", (run.results() / "report.html").read_text()))
+    for dataset, system, label, entries in page.rows(numbers, "T1"):
+        cells = [page.cell(entry) for entry in entries]
+        row = next(r for r in text["md"].splitlines() if r.startswith(f"| {dataset} |") and label in r)
+        assert [part.strip() for part in row.split("|")[3:-1]] == cells, (dataset, system)
+        assert " & ".join(map(page._tex, cells)) in text["tex"]
+        assert all(part in shown for cell in cells for part in cell.split(" "))
+    lines = list(csv.DictReader(open(run.results() / "tables" / "T1.csv")))
+    for line in lines:
+        name = f"T1/{line['dataset']}/{line['system']}/{line['metric']}"
+        assert line["value"] == ("" if numbers[name]["value"] is None else str(numbers[name]["value"]))
+    assert len(lines) == sum(name.startswith("T1/") for name in numbers)
+
+
+def test_a_later_system_becomes_a_row_without_code(run):
+    results.record(
+        run, "charades", "later", {"T1/charades/vsr1/vr@1": Number(30.0), "T1/charades/new/ver": Number(9.0)}
+    )
+    page.publish(run)
+    table = (run.results() / "tables" / "T1.md").read_text()
+    assert (
+        "**VideoSearch-R1** | — (16.5)" in table and "30.0 (24.6)" in table and "| charades | new |" in table
+    )
+
+
+def test_a_second_publication_writes_the_same_bytes(run):
+    def files():
+        return {p: p.read_bytes() for p in run.results().rglob("*") if p.is_file()}
+
+    page.publish(run)
+    first = files()
+    assert {p.suffix for p in first} == {".json", ".csv", ".md", ".tex", ".png", ".svg", ".html"}
+    page.publish(run)
+    assert files() == first
+
+
+def test_the_report_escapes_what_it_is_given_and_loads_nothing(run, monkeypatch):
+    hostile = '<script>alert("x")</script>'
+    layouts = json.loads(json.dumps(results.layouts()))
+    layouts["T1"]["systems"]["zs"], layouts["T1"]["title"] = hostile, hostile
+    monkeypatch.setattr(results, "layouts", lambda: layouts)
+    numbers = {"T1/charades/sft/ver": Number(1.0, 5, (0.0, 2.0), note=f'">{hostile}')}
+    results.record(run, "charades", "part2", numbers)
+    from vsr1 import gallery
+
+    figure = gallery.Figure()
+    gallery.save(figure, run.results() / "figures", "D9", f'"{hostile}')
+    text = page.publish(run).read_text()
+    assert "<script" not in text and text.count(html.escape(hostile)) >= 4
+    loads = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)|@import', text)
+    assert loads and all(src.startswith("data:image/png;base64,") for src, _ in loads)
+    assert "//" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
+
+
+def test_the_report_says_that_mini_is_no_evidence_and_paper_does_not(run, tmp_path, monkeypatch):
+    assert page.CAVEAT in html.unescape(page.publish(run).read_text())
+    real = fake_profile(tmp_path, monkeypatch, "paper")
+    assert page.CAVEAT not in html.unescape(page.publish(real).read_text())
+
+
+def test_provenance_names_commit_device_libraries_and_what_stages_cost(run):
+    from vsr1 import stages
+
+    stages.run(run.runs("didemo") / "embed" / "engine", {"a": 1}, lambda folder: (folder / "x").touch())
+    origin = results.provenance(run)
+    assert re.fullmatch("[0-9a-f]{40}|unknown", origin["commit"])
+    assert (
+        origin["libraries"]["numpy"] and origin["device"]["cores"] >= 1 and origin["digest"] == run.digest()
+    )
+    assert list(origin["stages"]) == ["didemo/embed/engine"]

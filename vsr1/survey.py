@@ -1,0 +1,182 @@
+"""What notebook 01 measures: a corpus, and how far one search of it gets.
+
+A query whose video could not be read has no place in any ranking: its rank is `metrics.NEVER`, and it counts.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vsr1 import frames, gallery, metrics
+from vsr1.corpus import Query
+from vsr1.params import Profile
+from vsr1.results import Number
+
+
+@dataclass(frozen=True)
+class FirstSearch:
+    """What the query as it is finds; arrays are (Q,), in the order of `queries`."""
+
+    queries: list[Query]
+    videos: int  # that have a vector
+    ranks: np.ndarray  # of the right video, ties for us
+    pessimistic: np.ndarray  # ties against us
+    shown: list[str]  # id of the video on rank 1
+
+    def hits(self, k: int = 1) -> np.ndarray:
+        """Whether the right video is among the first k, (Q,)."""
+        return self.ranks <= k
+
+    def interval(self, profile: Profile, hits: np.ndarray) -> tuple[float, float]:
+        """95 % interval of the share of `hits`, clustered by right video."""
+        clusters, rng = [query.video for query in self.queries], np.random.default_rng(profile.seed)
+        return metrics.bootstrap(hits, clusters, profile.bootstrap, rng=rng)
+
+
+def first_search(queries: list[Query], vectors) -> FirstSearch:
+    """Ranks of all queries by a plain matrix product over the whole gallery."""
+    column = {video: number for number, video in enumerate(vectors.video_ids)}
+    row = {query: number for number, query in enumerate(vectors.query_ids)}
+    known = np.array([query.video in column for query in queries])
+    right = np.array([column.get(query.video, 0) for query in queries])
+    scores = vectors.query_vecs[[row[query.id] for query in queries]] @ vectors.video_vecs.T  # (Q, V)
+    ranks, pessimistic = metrics.ranks(scores, right), metrics.ranks_pessimistic(scores, right)
+    shown = [
+        vectors.video_ids[best] for best in scores.argmax(axis=1)
+    ]  # the first of equals, as the index does
+    never = metrics.NEVER
+    return FirstSearch(
+        queries, len(column), np.where(known, ranks, never), np.where(known, pessimistic, never), shown
+    )
+
+
+def corpus_numbers(dataset: str, queries: list[Query], skipped: int) -> dict[str, Number]:
+    """D1: what is searched. Means over queries, videos counted once."""
+    seconds = np.array(list({query.video: query.duration for query in queries}.values()), dtype=float)
+    spans = np.array([query.span[1] - query.span[0] for query in queries])
+    shares = spans / np.array([query.duration for query in queries])
+    words, coarse = (np.mean([len(text.split()) for text in texts]) for texts in _texts(queries))
+    values = {
+        "queries": (len(queries), "queries"),
+        "videos": (len(seconds), "videos"),
+        "queries_per_video": (len(queries) / len(seconds), "queries"),
+        "video_seconds": (seconds.mean(), "s"),
+        "video_seconds_median": (np.median(seconds), "s"),
+        "span_seconds": (spans.mean(), "s"),
+        "span_seconds_median": (np.median(spans), "s"),
+        "span_share": (100 * shares.mean(), "%"),
+        "words": (words, "words"),
+        "words_coarse": (coarse, "words"),
+        "skipped": (skipped, "videos"),
+    }
+    return {
+        f"D1/{dataset}/test/{key}": Number(value, len(queries), unit=unit)
+        for key, (value, unit) in values.items()
+    }
+
+
+def _texts(queries):
+    return [query.text for query in queries], [query.coarse for query in queries]
+
+
+def retrieval_numbers(profile: Profile, dataset: str, found: FirstSearch) -> dict[str, Number]:
+    """T1: R@k of the first search and of chance, and the floor of answering with the whole top-1 video."""
+    numbers = {}
+    for k in profile.vr_ks:
+        hits = found.hits(k)
+        ci = found.interval(profile, hits)
+        numbers[f"T1/{dataset}/zs/vr@{k}"] = Number(metrics.percent(hits), len(hits), ci, (profile.seed,))
+        numbers[f"T1/{dataset}/random/vr@{k}"] = Number(metrics.chance_recall(found.videos, k), len(hits))
+    iou = metrics.span_iou(
+        [(0, query.duration) for query in found.queries], [query.span for query in found.queries]
+    )
+    right = np.array([video == query.video for video, query in zip(found.shown, found.queries, strict=True)])
+    for threshold in metrics.THRESHOLDS:
+        hits = right & metrics.reaches(iou, threshold)
+        number = Number(metrics.percent(hits), len(hits), found.interval(profile, hits), (profile.seed,))
+        numbers[f"T1/{dataset}/wholevideo/vcmr@{threshold}"] = number
+    return numbers
+
+
+def headroom_numbers(
+    profile: Profile, dataset: str, found: FirstSearch, room: dict, families: dict
+) -> dict[str, Number]:
+    """H1: what the first search leaves to gain. `room` is foundation's; empty without attributes to probe."""
+    everyone, failed, seeds = len(found.queries), int((~found.hits()).sum()), (profile.seed,)
+    low_high = found.interval(profile, found.hits())
+    ties = int((found.ranks != found.pessimistic).sum())
+    rank_2 = metrics.percent(found.ranks[~found.hits()] == 2) if failed else None
+    values = {
+        "zs/vr@1": Number(metrics.recall_at(found.ranks, 1), everyone, low_high, seeds),
+        "zs/vr@1_pessimistic": Number(metrics.recall_at(found.pessimistic, 1), everyone, seeds=seeds),
+        "zs/ties": Number(ties, everyone, unit="queries"),
+        "zs/wrong_from_family": Number(family_share(found, families), failed),
+        "walkdown/vr@1_failed": Number(rank_2, failed),
+        "probe/vr@1": Number(room.get("probe_r1"), everyone, seeds=seeds),
+        "probe/vr@1_failed": Number(room.get("probe_failed"), failed, seeds=seeds),
+        "neutral-zeros/vr@1": Number(room.get("neutral_zeros_r1"), everyone),
+        "neutral-noise/vr@1": Number(room.get("neutral_noise_r1"), everyone, seeds=seeds),
+    }
+    return {f"H1/{dataset}/{name}": number for name, number in values.items()}
+
+
+def family_share(found: FirstSearch, families: dict) -> float | None:
+    """Percent of the wrong top-1 videos from the right one's family; None without failures or families."""
+    wrong = [
+        families[shown] == families[query.video]
+        for shown, query, hit in zip(found.shown, found.queries, found.hits(), strict=True)
+        if not hit and families
+    ]
+    return metrics.percent(wrong) if wrong else None
+
+
+def recall_curve(found: FirstSearch, longest: int = 100) -> list:
+    """[k, R@k] for k up to `longest` or the size of the gallery."""
+    return [[k, metrics.recall_at(found.ranks, k)] for k in range(1, min(longest, found.videos) + 1)]
+
+
+def skipped(folder: Path) -> list[dict]:
+    """The rows of a stage's skipped.csv: video, split, problem."""
+    with open(folder / "skipped.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# --- Clips to look at
+
+
+def differences(one, other) -> list[str]:
+    """What differs between two rendered scenes of a family, moment by moment."""
+    pairs = enumerate(zip(one.moments, other.moments, strict=True), 1)
+    return [
+        f"moment {number}: {name} {getattr(b, name)} instead of {getattr(a, name)}"
+        for number, (a, b) in pairs
+        for name in vars(a)
+        if getattr(a, name) != getattr(b, name)
+    ]
+
+
+def moments_to_see(span: tuple[float, float], seconds: float, inside: int = 4) -> np.ndarray:
+    """Seconds of the frames that show a moment: one from before it, `inside` from within, one from after.
+
+    >>> moments_to_see((10, 20), 30)
+    array([ 5. , 11.25, 13.75, 16.25, 18.75, 25. ])
+    """
+    start, end = min(span[0], seconds), min(span[1], seconds)  # the truth may end behind the video
+    within = start + (end - start) * (np.arange(inside) + 0.5) / inside
+    return np.array([start / 2, *within, (end + seconds) / 2])
+
+
+def strips(
+    videos: Sequence[Path], spans: Sequence, seconds: Sequence, captions: Sequence[str]
+) -> list[gallery.Strip]:
+    """One row of a contact sheet per readable video, with frames around its span."""
+    rows = []
+    with frames.Reader() as reader:
+        for path, span, length, caption in zip(videos, spans, seconds, captions, strict=True):
+            clip = reader.read(path, moments_to_see(span, length - 0.2))
+            if clip.problem is None:
+                rows.append(gallery.Strip(clip.frames, clip.seen_at, caption, span))
+    return rows
