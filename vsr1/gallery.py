@@ -60,6 +60,10 @@ class Strip:
 @style()
 def contact_sheet(strips: list[Strip], columns: int = 6) -> Figure:
     """Rows of at most `columns` frames, spread over the clip, times below and the caption above."""
+    if not strips:
+        figure = Figure(figsize=(4, 0.5))
+        figure.text(0.05, 0.4, "nothing to show here")
+        return figure
     wrapped = [textwrap.wrap(strip.caption, 20 * columns) or [""] for strip in strips]
     frame_inches = 1.5 * strips[0].frames.shape[1] / strips[0].frames.shape[2]
     heights = [frame_inches + 0.32 + 0.17 * len(lines) for lines in wrapped]

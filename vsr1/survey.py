@@ -4,13 +4,14 @@ A query whose video could not be read has no place in any ranking: its rank is `
 """
 
 import csv
-from collections.abc import Sequence
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from vsr1 import frames, gallery, metrics
+from vsr1 import corpus, frames, gallery, metrics
 from vsr1.corpus import Query
 from vsr1.params import Profile
 from vsr1.results import Number
@@ -148,7 +149,9 @@ def skipped(folder: Path) -> list[dict]:
 
 
 def differences(one, other) -> list[str]:
-    """What differs between two rendered scenes of a family, moment by moment."""
+    """What differs between two rendered scenes of a family, moment by moment; words for scenes of two families."""
+    if one.family != other.family:
+        return ["not of one family"]
     pairs = enumerate(zip(one.moments, other.moments, strict=True), 1)
     return [
         f"moment {number}: {name} {getattr(b, name)} instead of {getattr(a, name)}"
@@ -169,14 +172,55 @@ def moments_to_see(span: tuple[float, float], seconds: float, inside: int = 4) -
     return np.array([start / 2, *within, (end + seconds) / 2])
 
 
-def strips(
-    videos: Sequence[Path], spans: Sequence, seconds: Sequence, captions: Sequence[str]
-) -> list[gallery.Strip]:
-    """One row of a contact sheet per readable video, with frames around its span."""
+def strips(folder: Path, queries: list[Query], videos: list[str], captions: list[str]) -> list[gallery.Strip]:
+    """A row of a contact sheet per readable video of `folder`, with frames around the moment of its query."""
     rows = []
     with frames.Reader() as reader:
-        for path, span, length, caption in zip(videos, spans, seconds, captions, strict=True):
-            clip = reader.read(path, moments_to_see(span, length - 0.2))
-            if clip.problem is None:
-                rows.append(gallery.Strip(clip.frames, clip.seen_at, caption, span))
+        for video, query, caption in zip(corpus.find_videos(folder, videos), queries, captions, strict=True):
+            if video.path is not None:
+                clip = reader.read(video.path, moments_to_see(query.span, query.duration - 0.5))
+                if clip.problem is None:
+                    rows.append(gallery.Strip(clip.frames, clip.seen_at, caption, query.span))
     return rows
+
+
+def pictures(profile: Profile, dataset: str) -> Path:
+    """Where contact sheets go: into results/ if rendered; frames of real video stay in runs/, out of git."""
+    return (profile.results() if profile.world else profile.runs(dataset)) / "figures"
+
+
+def family_of(scenes: dict, members: int = 4) -> list:
+    """The first `members` scenes of the first family of the test split that has two; empty without families."""
+    test = [scene for scene in scenes.values() if scene.split == "test"]
+    sizes = Counter(scene.family for scene in test)
+    first = next((family for family, size in sizes.items() if size > 1), None)
+    return [scene for scene in test if scene.family == first][:members]
+
+
+def a_failure(found: FirstSearch, families: dict) -> int | None:
+    """Row of the failed query with the smallest id, those first whose wrong top-1 is a near-duplicate."""
+
+    def order(row):
+        query = found.queries[row]
+        return not families or families[found.shown[row]] != families[query.video], query.id
+
+    return min(np.flatnonzero(~found.hits()), key=order, default=None)
+
+
+def failure_strips(folder: Path, found: FirstSearch, row: int | None, scenes: dict) -> list[gallery.Strip]:
+    """Two rows of a contact sheet: the right video of one query, then the wrong one and what differs in it."""
+    if row is None:
+        return []
+    query, shown = found.queries[row], found.shown[row]
+    told = "; ".join(differences(scenes[query.video], scenes[shown])) if scenes else ""
+    captions = [f"right, on rank {found.ranks[row]}: {query.text}", f"shown: {shown} {told}"]
+    return strips(folder, [query, query], [query.video, shown], captions)
+
+
+def shorten(text: str, token: str) -> str:
+    """`text` with every run of `token` as one and a count.
+
+    >>> shorten("a<p><p><p>b", "<p>")
+    'a<p>x3b'
+    """
+    return re.sub(f"(?:{re.escape(token)})+", lambda run: f"{token}x{len(run[0]) // len(token)}", text)
