@@ -26,7 +26,7 @@ def style():
             **{"font.size": 10, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.labelsize": 9},
             **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
             **{"axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "legend.frameon": False},
-            **{"xtick.labelsize": 9, "ytick.labelsize": 9, "figure.dpi": 100, "savefig.dpi": 150},
+            **{"xtick.labelsize": 9, "ytick.labelsize": 9, "figure.dpi": 150, "savefig.dpi": "figure"},
             **{"svg.hashsalt": "vsr1", "figure.facecolor": "white"},
         }
     )
@@ -57,6 +57,11 @@ class Strip:
     )
 
 
+def save_sheet(strips: list[Strip], folder: Path, name: str, caption: str) -> Path:
+    """The png of a contact sheet; no svg, which would only wrap the same pixels."""
+    return save(contact_sheet(strips), folder, name, caption, kinds=("png",))
+
+
 @style()
 def contact_sheet(strips: list[Strip], columns: int = 6) -> Figure:
     """Rows of at most `columns` frames, spread over the clip, times below and the caption above."""
@@ -64,10 +69,10 @@ def contact_sheet(strips: list[Strip], columns: int = 6) -> Figure:
         figure = Figure(figsize=(4, 0.5))
         figure.text(0.05, 0.4, "nothing to show here")
         return figure
-    wrapped = [textwrap.wrap(strip.caption, 20 * columns) or [""] for strip in strips]
+    wrapped = [textwrap.wrap(strip.caption, 23 * columns) or [""] for strip in strips]
     frame_inches = 1.5 * strips[0].frames.shape[1] / strips[0].frames.shape[2]
     heights = [frame_inches + 0.32 + 0.17 * len(lines) for lines in wrapped]
-    figure = Figure(figsize=(1.55 * columns, sum(heights)))
+    figure = Figure(figsize=(1.55 * columns, sum(heights)), dpi=100)  # frames at about their own size
     top = 1.0
     for strip, lines, height in zip(strips, wrapped, heights, strict=True):
         share = height / sum(heights)
@@ -158,6 +163,7 @@ def _bars(axes, numbers, datasets, metric, systems):
                 results.digits(height), (place, high), (0, 3), textcoords="offset points", ha="center"
             )
     axes.set_xticks(range(len(datasets)), datasets)
+    axes.set_xlim(-0.8, max(1, len(datasets) - 0.2))
     axes.grid(axis="x", visible=False)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
 
@@ -165,7 +171,7 @@ def _bars(axes, numbers, datasets, metric, systems):
 @style()
 def retrieval_curves(numbers: dict, series: dict, datasets: list[str]) -> Figure:
     """One panel per data set: R@k against k, chance below, the paper's four points as hollow markers."""
-    figure = Figure(figsize=(3.1 * len(datasets), 3.3), layout="constrained")
+    figure = Figure(figsize=(max(4.5, 3.1 * len(datasets)), 3.3), layout="constrained")
     for axes, dataset in zip(
         figure.subplots(1, len(datasets), sharey=True, squeeze=False)[0], datasets, strict=True
     ):

@@ -31,6 +31,10 @@ class FirstSearch:
         """Whether the right video is among the first k, (Q,)."""
         return self.ranks <= k
 
+    def ties(self) -> int:
+        """How many queries share the score of their video with another."""
+        return int((self.ranks != self.pessimistic).sum())
+
     def interval(self, profile: Profile, hits: np.ndarray) -> tuple[float, float]:
         """95 % interval of the share of `hits`, clustered by right video."""
         clusters, rng = [query.video for query in self.queries], np.random.default_rng(profile.seed)
@@ -108,12 +112,11 @@ def headroom_numbers(
     """H1: what the first search leaves to gain. `room` is foundation's; empty without attributes to probe."""
     everyone, failed, seeds = len(found.queries), int((~found.hits()).sum()), (profile.seed,)
     low_high = found.interval(profile, found.hits())
-    ties = int((found.ranks != found.pessimistic).sum())
     rank_2 = metrics.percent(found.ranks[~found.hits()] == 2) if failed else None
     values = {
         "zs/vr@1": Number(metrics.recall_at(found.ranks, 1), everyone, low_high, seeds),
         "zs/vr@1_pessimistic": Number(metrics.recall_at(found.pessimistic, 1), everyone, seeds=seeds),
-        "zs/ties": Number(ties, everyone, unit="queries"),
+        "zs/ties": Number(found.ties(), everyone, unit="queries"),
         "zs/wrong_from_family": Number(family_share(found, families), failed),
         "walkdown/vr@1_failed": Number(rank_2, failed),
         "probe/vr@1": Number(room.get("probe_r1"), everyone, seeds=seeds),
