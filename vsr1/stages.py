@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -48,9 +49,10 @@ def run(target: Path, inputs: dict, build) -> Path:
                 f"{target}: {error.strerror}; free some space and run the same command again"
             ) from error
         raise
-    write_json(
-        partial / ".stage.json", {"key": key, "seconds": spent + time.time() - started, "inputs": inputs}
-    )
+    stamped = {"key": key, "seconds": spent + time.time() - started, "inputs": inputs}
+    # The peak is the process's so far, in MB on Linux: an upper bound where several stages share a process.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    write_json(partial / ".stage.json", stamped | {"made": time.strftime("%Y-%m-%d"), "peak_mb": peak})
     if target.exists():
         shutil.rmtree(target)
     os.replace(partial, target)
@@ -58,7 +60,7 @@ def run(target: Path, inputs: dict, build) -> Path:
 
 
 def stamp(target: Path) -> dict:
-    """What `run` recorded about a folder: key, seconds, inputs. Empty if it never did."""
+    """What `run` recorded about a folder: key, seconds, inputs, day, peak memory. Empty if it never did."""
     path = Path(target) / ".stage.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
