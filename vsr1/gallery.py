@@ -59,7 +59,8 @@ class Strip:
 
 def save_sheet(strips: list[Strip], folder: Path, name: str, caption: str) -> Path:
     """The png of a contact sheet; no svg, which would only wrap the same pixels."""
-    return save(contact_sheet(strips), folder, name, caption, kinds=("png",))
+    words = f"{caption}. Underlined frames lie inside the moment."
+    return save(contact_sheet(strips), folder, name, words, kinds=("png",))
 
 
 @style()

@@ -191,7 +191,8 @@ def report(profile: Profile) -> Path:
     body = [f"<h1>{_safe(title)}</h1>"]
     body += [f'<p class="caveat">{_safe(CAVEAT)}</p>'] if profile.world else []
     body += [_table(profile, numbers, table) for table in results.layouts() if rows(numbers, table)]
-    body += ["<h2>Figures</h2>", *(_figure(path) for path in sorted((folder / "figures").glob("*.png")))]
+    pictures = sorted((folder / "figures").glob("*.png"), key=lambda path: (path.stem[0] == "D", path.stem))
+    body += ["<h2>Figures</h2>", *map(_figure, pictures)]  # the corpora (D) last
     body += [_origin(origin), _links(profile)]
     (folder / "report.html").write_text(_page(title, body), encoding="utf-8")
     return folder / "report.html"
