@@ -22,7 +22,7 @@ class FirstSearch:
     """What the query as it is finds; arrays are (Q,), in the order of `queries`."""
 
     queries: list[Query]
-    videos: int  # that have a vector
+    videos: int  # of the gallery, the unreadable ones included
     ranks: np.ndarray  # of the right video, ties for us
     pessimistic: np.ndarray  # ties against us
     shown: list[str]  # id of the video on rank 1
@@ -54,7 +54,11 @@ def first_search(queries: list[Query], vectors) -> FirstSearch:
     ]  # the first of equals, as the index does
     never = metrics.NEVER
     return FirstSearch(
-        queries, len(column), np.where(known, ranks, never), np.where(known, pessimistic, never), shown
+        queries,
+        len({query.video for query in queries}),
+        np.where(known, ranks, never),
+        np.where(known, pessimistic, never),
+        shown,
     )
 
 
