@@ -1,6 +1,7 @@
 """The rendered corpora: what the annotations promise is what the films show."""
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_spans_have_the_character_of_their_data_set(dataset):
     for scene in scenes_of(dataset, "train"):
         spans = [(moment.start, moment.end) for moment in scene.moments]
         assert all(0 <= start < end <= scene.seconds for start, end in spans)
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)), "moments overlap"
+        assert all(a[1] <= b[0] for a, b in pairwise(spans)), "moments overlap"
         if dataset == "charades":
             assert 24 <= scene.seconds <= 37 and 2 <= len(spans) <= 3
         elif dataset == "didemo":

@@ -85,7 +85,7 @@ def test_a_row_alone_equals_the_row_in_a_left_padded_batch(tiny):
 
 
 def test_positions_of_videos_follow_the_rule_of_the_paper_s_model(tiny):
-    """Text counts on; a pair of frames shares one time and spreads over rows and columns (Qwen3-VL's interleaved rope)."""
+    """Text counts on; a pair of frames shares one time and spreads over rows and columns."""
     model, tokenizer = tiny
     row = video_row(tiny, noise(4))
     positions = qwen.collate([row], model, tokenizer.pad_token_id)["position_ids"][:, 0]

@@ -122,7 +122,7 @@ def _sentence(text):
     return text if unicodedata.category(text.rstrip()[-1]).startswith("P") else text.rstrip() + "."
 
 
-# --- the index ---------------------------------------------------------------------------------------------------------
+# --- the index -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def to_gpu(index: faiss.Index) -> faiss.Index:
 
 
 def search(index: faiss.Index, query_vecs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(scores, rows), both (Q, k), best first; equal scores in row order, so that every machine shows the same video."""
+    """(scores, rows), both (Q, k), best first; equal scores in row order: every machine shows the same video."""
     scores, rows = index.search(np.ascontiguousarray(query_vecs, np.float32), min(k, index.ntotal))
     order = np.lexsort((rows, -scores), axis=1)
     return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
@@ -164,7 +164,7 @@ def load_vectors(folder: Path) -> Vectors:
     )
 
 
-# --- stages ------------------------------------------------------------------------------------------------------------
+# --- stages --------------------------------------------------------------------------------------------------------
 
 SHARD = 64  # videos between two saves: what a kill can cost
 
@@ -200,7 +200,8 @@ def _embed(profile, dataset, split, which, folder):
     started = time.time()
     shards = [videos[i : i + SHARD] for i in range(0, len(videos), SHARD)]
     todo = [shard for shard in range(len(shards)) if not (folder / f"shard-{shard:05}.npz").exists()]
-    paths = [video.path for shard in todo for video in shards[shard]]
+    # A video without a file is read under the name it should have: the reader says what is wrong with it.
+    paths = [video.path or home / "videos" / f"{video.id}.mp4" for shard in todo for video in shards[shard]]
     clips = frames.read_many(paths, frames.Reader(profile.video_fps, profile.max_frames), profile.decoders)
     clips = iter(stages.progress(clips, f"embed {dataset} {split}", len(paths)))
     for shard in todo:

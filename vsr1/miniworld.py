@@ -120,6 +120,13 @@ class Scene:
     moments: tuple[Moment, ...]
     extras: dict
 
+    def on(self, second: float) -> tuple[int, bool]:
+        """(moment number, busy?) at a time; between two moments the one to come has set the stage already."""
+        for number, moment in enumerate(self.moments):
+            if second < moment.end:
+                return number, second >= moment.start
+        return len(self.moments) - 1, False
+
 
 # --- what happens: scenes ------------------------------------------------------------------------------------------
 
@@ -223,7 +230,8 @@ def _name(rng, dataset):
     if dataset == "charades":
         return "".join(rng.choice(letters, 7))
     if dataset == "didemo":
-        return f"{rng.integers(10**7, 10**8)}@N{rng.integers(10, 100)}_{rng.integers(10**9, 10**10)}_{rng.bytes(5).hex()}"
+        user, photo = rng.integers(10**7, 10**8), rng.integers(10**9, 10**10)
+        return f"{user}@N{rng.integers(10, 100)}_{photo}_{rng.bytes(5).hex()}"
     marks = np.array(list(string.ascii_letters + string.digits + "-_"))
     return "v_" + "".join(rng.choice(marks, 11))
 
@@ -407,7 +415,7 @@ def _motif(pen, motif, dark, ground):
 
 
 def pose(action, phase, side):
-    """Joints of a figure as offsets from the spot it stands on: (hip, neck, head, knees, feet, hands); phase in [0, 1)."""
+    """Joints as offsets from the spot a figure stands on: hip, neck, head, knees, feet, hands; phase in [0, 1)."""
     swing = float(np.sin(2 * np.pi * phase))
     up = abs(swing)
     hip, neck, head = (0, -30), (0, -62), (0, -73)
@@ -555,7 +563,7 @@ def film(scene: Scene, dataset: str, path: Path, size: int, fps: int) -> None:
         stream.options = {"preset": "ultrafast", "crf": "24", "g": str(8 * fps)}
         pictures, to_yuv = {}, av.video.reformatter.VideoReformatter()
         for number in range(round(scene.seconds * fps)):
-            which, busy = _what_is_on(scene, number / fps)
+            which, busy = scene.on(number / fps)
             key = (which, busy, number % PHASES)
             if key not in pictures:
                 pixels = picture(dataset, scene.moments[which], busy, key[2] / PHASES, scene.extras, size)
@@ -564,14 +572,6 @@ def film(scene: Scene, dataset: str, path: Path, size: int, fps: int) -> None:
             container.mux(stream.encode(pictures[key]))
         container.mux(stream.encode(None))
     os.replace(scratch, path)
-
-
-def _what_is_on(scene, second):
-    """(moment number, busy?) at a time; between two moments the one to come has set the stage already."""
-    for number, moment in enumerate(scene.moments):
-        if second < moment.end:
-            return number, second >= moment.start
-    return len(scene.moments) - 1, False
 
 
 def _film_one(job):

@@ -6,6 +6,7 @@ the released weights were trained with; a golden test pins it.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,6 +35,10 @@ def place(name: str) -> str:
 
 def load(kind, name: str, dtype: str = "float32", device: str = "cpu"):
     """(model, tokenizer) of class `kind`, in eval mode; safetensors only, no code from the checkpoint."""
+    if name.startswith("vsr1/") and not Path(place(name)).is_dir():
+        raise InputError(
+            f"{name}: the mini model is missing; restore it with `git checkout {name}` or `make foundation`"
+        )
     try:
         model = kind.from_pretrained(place(name), dtype=getattr(torch, dtype), use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(place(name))
@@ -141,4 +146,4 @@ def batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
             groups.append(group)
             group = []
         group.append(row)
-    return groups + [group] if group else groups
+    return [*groups, group] if group else groups
