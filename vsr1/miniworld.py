@@ -230,8 +230,8 @@ def _name(rng, dataset):
     if dataset == "charades":
         return "".join(rng.choice(letters, 7))
     if dataset == "didemo":
-        user, photo = rng.integers(10**7, 10**8), rng.integers(10**9, 10**10)
-        return f"{user}@N{rng.integers(10, 100)}_{photo}_{rng.bytes(5).hex()}"
+        user, number, photo = rng.integers(10**7, 10**8), rng.integers(10, 100), rng.integers(10**9, 10**10)
+        return f"{user}@N{number}_{photo}_{rng.bytes(5).hex()}"
     marks = np.array(list(string.ascii_letters + string.digits + "-_"))
     return "v_" + "".join(rng.choice(marks, 11))
 
