@@ -7,6 +7,7 @@ which mostly name action and object only (a coarse text side). What the index ho
 room that query refinement can work in (`headroom`).
 """
 
+import copy
 import json
 import math
 import os
@@ -64,17 +65,13 @@ class Recipe:
     save_every: int = 100
 
 
-VISION = Recipe(
-    steps=500, batch=160, rate=1e-3, frames=(2, 2)
-)  # of the backbone's vision tower, before it talks
-RECIPES = {
-    "backbone": Recipe(steps=700, batch=16, rate=1e-3, frames=(10, 16)),
-    "engine-small": Recipe(
-        steps=1000, batch=48, rate=8e-4, frames=(10, 24), layers=2, detail=0.15, processes=1
-    ),
-    "engine-large": Recipe(
-        steps=1000, batch=48, rate=8e-4, frames=(10, 24), layers=3, detail=0.15, processes=1
-    ),
+VISION = Recipe(steps=500, batch=160, rate=1e-3, frames=(2, 2))  # backbone: its vision tower learns to see,
+WORDS = Recipe(steps=300, batch=40, rate=1e-3, frames=(2, 2))  # then its language model to say what it sees,
+TEXT = Recipe(280, 72, 1e-3, (10, 32), setting=0.8, detail=0.15, processes=1)  # of an engine: its text side
+RECIPES = {  # then to say what happens when
+    "backbone": Recipe(steps=360, batch=16, rate=7e-4, frames=(10, 16)),
+    "engine-small": Recipe(steps=360, batch=40, rate=8e-4, frames=(10, 24), layers=2, processes=1),
+    "engine-large": Recipe(steps=360, batch=40, rate=8e-4, frames=(10, 24), layers=3, processes=1),
 }
 
 
@@ -190,6 +187,15 @@ class Films:
         pixels = self.frames[self.starts[number] + some]
         return frames.Clip(pixels, times[some], self.scenes[number].seconds, None)
 
+    def pair(self, rng) -> tuple[int, int, bool, int]:
+        """Two frames in a row that show the same: (first frame, moment, busy?, video), drawn at random."""
+        while True:
+            number = int(rng.integers(len(self.scenes)))
+            at = int(rng.integers(len(self.seen_at[number]) - 1))
+            on = {self.scenes[number].on(float(second)) for second in self.seen_at[number][at : at + 2]}
+            if len(on) == 1:
+                return at, *on.pop(), number
+
 
 def load_films(profile) -> Films:
     """Render and decode the foundation split of every data set, once."""
@@ -264,7 +270,7 @@ def train(name: str, recipe: Recipe, model, losses, folder: Path, extra=()) -> N
                 weight.grad /= world
             norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
-            row = {key: round(float(value), 4) for key, value in row.items()}
+            row = {key: round(value.item(), 4) for key, value in row.items()}
             row = {"step": step, "loss": round(total.item(), 4), **row, "norm": round(norm.item(), 3)}
             lines.write(json.dumps(row | {"seconds": round(time.time() - started, 1)}) + "\n")
             if rank == 0 and ((step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps):
@@ -307,16 +313,9 @@ def train_vision(films: Films, model, recipe: Recipe, folder: Path) -> None:
 
 
 def seen_pair(films: Films, rng) -> tuple[np.ndarray, dict]:
-    """Two frames in a row of a random film and the attributes on view; between moments no action, object, colour."""
-    number = int(rng.integers(len(films.scenes)))
-    scene, times = films.scenes[number], films.seen_at[number]
-    while True:
-        at = int(rng.integers(len(times) - 1))
-        on = {scene.on(float(times[at])), scene.on(float(times[at + 1]))}
-        if len(on) == 1:
-            break
-    which, busy = on.pop()
-    look = {name: getattr(scene.moments[which], name) for name in ATTRIBUTES}
+    """Two frames in a row and the attributes on view; between moments no action, object, colour."""
+    at, which, busy, number = films.pair(rng)
+    look = {name: getattr(films.scenes[number].moments[which], name) for name in ATTRIBUTES}
     look |= {} if busy else dict.fromkeys(("action", "object", "colour"))
     return films.frames[films.starts[number] + at : films.starts[number] + at + 2], look
 
@@ -327,12 +326,7 @@ def train_backbone(profile, films: Films, tokenizer, recipe: Recipe, folder: Pat
     model = Qwen3VLForConditionalGeneration(make_config(tokenizer))
     train_vision(films, model, VISION, folder)
 
-    def losses(step, rng):
-        count = int(rng.integers(recipe.frames[0] // 2, recipe.frames[1] // 2 + 1)) * 2
-        rows = [
-            caption_row(profile, films, tokenizer, model, int(n), count, rng)
-            for n in draw(films, recipe, rng)
-        ]
+    def told_loss(rows):
         batch = qwen.collate([prompt for prompt, _ in rows], model, tokenizer.pad_token_id)
         told = max(length for _, length in rows)
         logits = model(**batch, logits_to_keep=told + 1).logits[:, :-1]  # (B, told, vocabulary)
@@ -342,7 +336,18 @@ def train_backbone(profile, films: Films, tokenizer, recipe: Recipe, folder: Pat
         right = (logits[spoken].argmax(-1) == wanted[spoken]).float().mean()
         return loss, {"accuracy": right}
 
-    train("backbone", recipe, model, losses, folder)
+    def words(step, rng):
+        return told_loss([picture_row(profile, films, tokenizer, model, rng) for _ in range(WORDS.batch)])
+
+    def captions(step, rng):
+        count = int(rng.integers(recipe.frames[0] // 2, recipe.frames[1] // 2 + 1)) * 2
+        numbers = draw(films, recipe, rng)
+        return told_loss(
+            [caption_row(profile, films, tokenizer, model, number, count, rng) for number in numbers]
+        )
+
+    train("words", WORDS, model, words, folder)
+    train("backbone", recipe, model, captions, folder)
     return model
 
 
@@ -355,23 +360,37 @@ def draw(films: Films, recipe: Recipe, rng) -> list[int]:
 
 
 def caption_row(profile, films, tokenizer, model, number, count, rng):
-    """(prompt with answer, tokens of the answer) of one captioning example."""
-    clip = films.clip(number, count, rng)
-    patches, grid = qwen.patchify(clip.frames, model.config.vision_config, profile.frame_pixels)
-    per_pair = grid[1] * grid[2] // model.config.vision_config.spatial_merge_size**2
-    ask = qwen.chat(tokenizer, "Watch the video.", qwen.video_text(clip.seen_at, per_pair) + ASK)
+    """(prompt with answer, tokens of the answer): a whole film, and what happens when."""
     answer = "".join(
         f"{m.start:.1f} to {m.end:.1f}: {miniworld.tell(m, int(rng.integers(miniworld.STYLES)))}\n"
         for m in films.scenes[number].moments
     )
+    return _row(profile, tokenizer, model, films.clip(number, count, rng), ASK, answer)
+
+
+def picture_row(profile, films, tokenizer, model, rng):
+    """(prompt with answer, tokens of the answer): two frames of one moment, and its fine caption."""
+    while True:
+        at, which, busy, number = films.pair(rng)
+        if busy:
+            break
+    some = slice(films.starts[number] + at, films.starts[number] + at + 2)
+    clip = frames.Clip(films.frames[some], films.seen_at[number][at : at + 2], 2.0, None)
+    moment = films.scenes[number].moments[which]
+    answer = miniworld.tell(moment, int(rng.integers(miniworld.STYLES))) + "\n"
+    return _row(profile, tokenizer, model, clip, "Describe the picture.", answer)
+
+
+def _row(profile, tokenizer, model, clip, ask, answer):
+    patches, grid = qwen.patchify(clip.frames, model.config.vision_config, profile.frame_pixels)
+    per_pair = grid[1] * grid[2] // model.config.vision_config.spatial_merge_size**2
+    prompt = qwen.chat(tokenizer, "Watch the video.", qwen.video_text(clip.seen_at, per_pair) + ask)
     answer = tokenizer(answer + "<|im_end|>")["input_ids"]
-    return qwen.Prompt(tokenizer(ask)["input_ids"] + answer, patches, grid), len(answer)
+    return qwen.Prompt(tokenizer(prompt)["input_ids"] + answer, patches, grid), len(answer)
 
 
-def train_engine(
-    name: str, profile, films: Films, backbone, tokenizer, recipe: Recipe, folder: Path
-) -> engine.Engine:
-    """A search engine from the backbone: rich video vectors, a text side that knows little more than the coarse."""
+def train_engine(name: str, profile, films: Films, backbone, tokenizer, recipe: Recipe, folder: Path):
+    """A search engine from the backbone: first a rich index, then a text side that knows little but the coarse."""
     torch.manual_seed(recipe.seed)
     model = Qwen3VLModel(backbone.config)
     model.load_state_dict(backbone.model.state_dict())
@@ -379,9 +398,8 @@ def train_engine(
     model.config.text_config.num_hidden_layers = recipe.layers
     made = engine.Engine(profile, model, tokenizer, name)
     probe = torch.nn.Parameter(0.05 * torch.randn(len(features()), made.width))
-    rms = model.get_input_embeddings().weight.detach().norm(dim=1).mean().item()
 
-    def losses(step, rng):
+    def rich(step, rng):
         numbers = draw(films, recipe, rng)
         count = int(rng.integers(recipe.frames[0] // 2, recipe.frames[1] // 2 + 1)) * 2
         prompts = [made.video_prompt(films.clip(number, count, rng)) for number in numbers]
@@ -389,32 +407,60 @@ def train_engine(
         moments = [
             (row, moment) for row, number in enumerate(numbers) for moment in films.scenes[number].moments
         ]
-        asked = probe_vecs(probe, [moment for _, moment in moments])  # (M, D)
+        scores = probe_vecs(probe, [moment for _, moment in moments]) @ video_vecs.T  # (M, B)
         owner = torch.tensor([row for row, _ in moments])
-        rich = asked @ video_vecs.T  # (M, B)
-        told = [
-            films.scenes[number].moments[int(rng.integers(len(films.scenes[number].moments)))]
-            for number in numbers
-        ]
-        texts = [partial_caption(moment, recipe, rng) for moment in told]
+        return F.cross_entropy(scores / 0.07, owner), {"r1": (scores.argmax(1) == owner).float().mean()}
+
+    train(name, recipe, model, rich, folder, extra=[probe])
+    train_text_side(made, films, folder)
+    return made
+
+
+def train_text_side(made: engine.Engine, films: Films, folder: Path) -> None:
+    """Teach an engine's texts the frozen index, from captions that mostly name action, object and setting.
+
+    Texts and videos share the language model, so a copy of the engine as it was holds the video side in place: on
+    every step some clips must keep the vectors that it gives them.
+    """
+    rng = np.random.default_rng(TEXT.seed)
+    made.model.eval()
+    numbers = range(len(films.scenes))
+    vecs = [made.embed_clips([films.clip(n, 24, rng) for n in numbers[i : i + 64]]) for i in numbers[::64]]
+    gallery = torch.from_numpy(np.concatenate(vecs))  # (V, D)
+    before = copy.deepcopy(made)
+    made.model.visual.requires_grad_(False)
+    size = made.model.get_input_embeddings().weight.detach().norm(dim=1).mean().item()
+    pad = made.tokenizer.pad_token_id
+
+    def coarse(step, rng):
+        numbers = rng.choice(len(films.scenes), TEXT.batch, replace=False)
+        moments = [films.scenes[number].moments for number in numbers]
+        texts = [partial_caption(some[int(rng.integers(len(some)))], TEXT, rng) for some in moments]
         soft = (
-            neutral_tokens(model, len(texts), int(rng.integers(1, 11)), rms, rng)
+            neutral_tokens(made.model, len(texts), int(rng.integers(1, 11)), size, rng)
             if rng.random() < 0.5
             else None
         )
-        coarse = made.pool(made.text_batch(texts, soft)) @ video_vecs.detach().T  # (B, B)
-        losses = (
-            F.cross_entropy(rich / 0.07, owner),
-            F.cross_entropy(coarse / 0.07, torch.arange(len(numbers))),
-        )
-        hits = (
-            (rich.argmax(1) == owner).float().mean(),
-            (coarse.argmax(1) == torch.arange(len(numbers))).float().mean(),
-        )
-        return sum(losses), {"rich": losses[0], "coarse": losses[1], "rich_r1": hits[0], "coarse_r1": hits[1]}
+        rivals = rng.choice(len(gallery), 4 * TEXT.batch, replace=False)
+        rivals = np.concatenate([numbers, rivals[~np.isin(rivals, numbers)]])
+        scores = made.pool(made.text_batch(texts, soft)) @ gallery[torch.from_numpy(rivals)].T
+        right = torch.arange(len(numbers))
+        count = int(rng.integers(TEXT.frames[0] // 2, TEXT.frames[1] // 2 + 1)) * 2
+        prompts = [
+            made.video_prompt(films.clip(int(number), count, rng)) for number in numbers[: TEXT.batch // 6]
+        ]
+        batch = qwen.collate(prompts, made.model, pad)
+        with torch.no_grad():
+            held = before.pool(batch)
+        moved = 1 - (made.pool(batch) * held).sum(dim=1).mean()
+        loss = F.cross_entropy(scores / 0.07, right)
+        return loss + 20 * moved, {
+            "coarse": loss,
+            "moved": moved,
+            "r1": (scores.argmax(1) == right).float().mean(),
+        }
 
-    train(name, recipe, model, losses, folder, extra=[probe])
-    return made
+    train("text", TEXT, made.model, coarse, folder)
 
 
 def features() -> dict[tuple[str, str], int]:
