@@ -1,12 +1,14 @@
 """The mini foundation: one tiny Qwen3-VL taught to describe the rendered world, then search engines made from it.
 
-Everything here is ours; it stands where Qwen's own pretraining stands for the real models. The backbone learns dense
-captioning from the `foundation` split. An engine starts from it and learns two things at once: video vectors that a
-linear map from all seven attributes must tell apart (a rich index), and text vectors that follow them from captions
-which mostly name action and object only (a coarse text side). What the index holds and the text side misses is the
-room that query refinement can work in (`headroom`).
+Everything here is ours; it stands where Qwen's own pretraining stands for the real models. On the `foundation` split
+the backbone learns to see (attributes of single pictures), to name (their captions), then to tell what happens when
+(dense captioning). An engine starts from it and learns video vectors that a linear map from all seven attributes can
+tell apart: a rich index. Its text side then follows that index from captions which rarely name a colour: coarse. What
+the index holds and the text side misses is the room that query refinement can work in (`headroom`). LOG.md has what
+failed on the way.
 """
 
+import argparse
 import copy
 import json
 import math
@@ -553,6 +555,14 @@ def make(profile) -> None:
         shutil.rmtree(shipped, ignore_errors=True)
         shutil.copytree(target, shipped, ignore=shutil.ignore_patterns(".*"))
         print(f"{name}: {shipped.relative_to(params.ROOT)}")
+
+
+def main(argv: list[str]) -> int:
+    """`make foundation`: about an hour on 2 cores; goes on where it was stopped."""
+    parser = argparse.ArgumentParser(prog="python -m vsr1 foundation", description=main.__doc__)
+    parser.add_argument("--profile", default="mini", help="whose world to render and learn")
+    make(params.load(parser.parse_args(argv).profile))
+    return 0
 
 
 def _work(rank, profile, name, recipe, folder, meeting):
