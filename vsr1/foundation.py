@@ -70,6 +70,7 @@ class Recipe:
 VISION = Recipe(steps=500, batch=160, rate=1e-3, frames=(2, 2))  # backbone: its vision tower learns to see,
 WORDS = Recipe(steps=300, batch=40, rate=1e-3, frames=(2, 2))  # then its language model to say what it sees,
 TEXT = Recipe(280, 72, 1e-3, (10, 32), setting=0.8, detail=0.15, processes=1)  # of an engine: its text side
+HOLD = 20.0  # weight of one minus the cosine between a video's vector and what it was
 RECIPES = {  # then to say what happens when
     "backbone": Recipe(steps=360, batch=16, rate=7e-4, frames=(10, 16)),
     "engine-small": Recipe(steps=360, batch=40, rate=8e-4, frames=(10, 24), layers=2, processes=1),
@@ -394,7 +395,7 @@ def _row(profile, tokenizer, model, clip, ask, answer):
 def train_engine(name: str, profile, films: Films, backbone, tokenizer, recipe: Recipe, folder: Path):
     """A search engine from the backbone: first a rich index, then a text side that knows little but the coarse."""
     torch.manual_seed(recipe.seed)
-    model = Qwen3VLModel(backbone.config)
+    model = Qwen3VLModel(copy.deepcopy(backbone.config))
     model.load_state_dict(backbone.model.state_dict())
     model.language_model.layers = model.language_model.layers[: recipe.layers]
     model.config.text_config.num_hidden_layers = recipe.layers
@@ -443,7 +444,7 @@ def train_text_side(made: engine.Engine, films: Films, folder: Path) -> None:
             if rng.random() < 0.5
             else None
         )
-        rivals = rng.choice(len(gallery), 4 * TEXT.batch, replace=False)
+        rivals = rng.choice(len(gallery), min(4 * TEXT.batch, len(gallery)), replace=False)
         rivals = np.concatenate([numbers, rivals[~np.isin(rivals, numbers)]])
         scores = made.pool(made.text_batch(texts, soft)) @ gallery[torch.from_numpy(rivals)].T
         right = torch.arange(len(numbers))
@@ -456,7 +457,7 @@ def train_text_side(made: engine.Engine, films: Films, folder: Path) -> None:
             held = before.pool(batch)
         moved = 1 - (made.pool(batch) * held).sum(dim=1).mean()
         loss = F.cross_entropy(scores / 0.07, right)
-        return loss + 20 * moved, {
+        return loss + HOLD * moved, {
             "coarse": loss,
             "moved": moved,
             "r1": (scores.argmax(1) == right).float().mean(),
