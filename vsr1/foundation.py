@@ -534,7 +534,8 @@ def publish(name: str, recipe: Recipe, model, tokenizer, folder: Path) -> None:
         "data": "foundation splits of the mini world, rendered by vsr1.miniworld; no other data",
     }
     stages.write_json(folder / "provenance.json", facts)
-    (folder / f"{name}.pt").unlink()  # optimizer and float32 weights: only for resuming
+    for state in folder.glob("*.pt"):  # optimizers and float32 weights: only for resuming
+        state.unlink()
 
 
 def make(profile) -> None:
