@@ -74,7 +74,7 @@ def test_a_killed_training_run_resumes_to_the_same_weights_and_log(
     tmp_path, monkeypatch, group, films, backbone
 ):
     profile, train = params.load("smoke"), foundation.train
-    monkeypatch.setattr(foundation, "TEXT", small(batch=6))
+    monkeypatch.setattr(foundation, "TEXT", (small(batch=6, neutral=0.5),))
 
     def run(folder):
         folder.mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def test_a_killed_training_run_resumes_to_the_same_weights_and_log(
         train(name, recipe, model, stops, folder, extra)
 
     monkeypatch.setattr(foundation, "train", killed)
-    for phase in (("engine", 3), ("text", 3)):  # noqa: B007  once in each: the index, then the text side
+    for phase in (("engine", 3), ("text-1", 3)):  # noqa: B007  once in each: the index, then the text side
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "parts")
     monkeypatch.setattr(foundation, "train", train)
@@ -118,7 +118,6 @@ def test_backbone_training_lowers_all_three_losses_on_a_handful_of_films(
 
 def test_the_text_side_learns_while_the_index_is_held_in_place(tmp_path, monkeypatch, group, films, backbone):
     """The same steps without the held clips move the video vectors several times as far."""
-    monkeypatch.setattr(foundation, "TEXT", small(steps=10, batch=6))
     model, tokenizer = backbone
     vecs = {}
     for held in (True, False):
@@ -128,7 +127,7 @@ def test_the_text_side_learns_while_the_index_is_held_in_place(tmp_path, monkeyp
         if not held:
             monkeypatch.setattr(foundation, "HOLD", 0.0)
         (tmp_path / str(held)).mkdir()
-        foundation.train_text_side(made, films, tmp_path / str(held))
+        foundation.train_text_side("text", made, films, small(steps=10, batch=6), tmp_path / str(held))
         vecs[held] = 1 - (made.embed_clips(clips) * before).sum(axis=1).mean()
     assert vecs[True] < vecs[False] / 2, vecs
 

@@ -61,15 +61,20 @@ class Recipe:
     frames: tuple[int, int]  # fewest and most frames of a video shown in training
     seed: int = 7
     layers: int | None = None  # of the backbone's text layers, how many an engine keeps
-    setting: float = 0.0  # how often a training caption of the text side names place or light
-    detail: float = 0.0  # how often it names a colour: of shirt, trousers or object
+    place: float = 0.0  # how often a training caption of the text side names the place,
+    light: float = 0.0  # the light,
+    detail: float = 0.0  # a colour: of shirt, trousers or object
+    neutral: float = 0.0  # how often neutral tokens stand where soft tokens will
     processes: int = 2
     save_every: int = 100
 
 
 VISION = Recipe(steps=500, batch=160, rate=1e-3, frames=(2, 2))  # backbone: its vision tower learns to see,
 WORDS = Recipe(steps=300, batch=40, rate=1e-3, frames=(2, 2))  # then its language model to say what it sees,
-TEXT = Recipe(280, 72, 1e-3, (10, 32), setting=0.8, detail=0.15, processes=1)  # of an engine: its text side
+TEXT = (  # of an engine: its text side, in two rounds, the second with the place always named and more neutral tokens
+    Recipe(280, 72, 1e-3, (10, 32), place=0.8, light=0.8, detail=0.15, neutral=0.5, processes=1),
+    Recipe(240, 72, 7e-4, (10, 32), place=1.0, light=0.3, detail=0.05, neutral=0.75, processes=1),
+)
 HOLD = 20.0  # weight of one minus the cosine between a video's vector and what it was
 RECIPES = {  # then to say what happens when
     "backbone": Recipe(steps=360, batch=16, rate=7e-4, frames=(10, 16)),
@@ -415,17 +420,18 @@ def train_engine(name: str, profile, films: Films, backbone, tokenizer, recipe: 
         return F.cross_entropy(scores / 0.07, owner), {"r1": (scores.argmax(1) == owner).float().mean()}
 
     train(name, recipe, model, rich, folder, extra=[probe])
-    train_text_side(made, films, folder)
+    for number, recipe in enumerate(TEXT, 1):
+        train_text_side(f"text-{number}", made, films, recipe, folder)
     return made
 
 
-def train_text_side(made: engine.Engine, films: Films, folder: Path) -> None:
+def train_text_side(name: str, made: engine.Engine, films: Films, recipe: Recipe, folder: Path) -> None:
     """Teach an engine's texts the frozen index, from captions that mostly name action, object and setting.
 
     Texts and videos share the language model, so a copy of the engine as it was holds the video side in place: on
     every step some clips must keep the vectors that it gives them.
     """
-    rng = np.random.default_rng(TEXT.seed)
+    rng = np.random.default_rng(recipe.seed)
     made.model.eval()
     numbers = range(len(films.scenes))
     vecs = [made.embed_clips([films.clip(n, 24, rng) for n in numbers[i : i + 64]]) for i in numbers[::64]]
@@ -436,21 +442,21 @@ def train_text_side(made: engine.Engine, films: Films, folder: Path) -> None:
     pad = made.tokenizer.pad_token_id
 
     def coarse(step, rng):
-        numbers = rng.choice(len(films.scenes), TEXT.batch, replace=False)
+        numbers = rng.choice(len(films.scenes), recipe.batch, replace=False)
         moments = [films.scenes[number].moments for number in numbers]
-        texts = [partial_caption(some[int(rng.integers(len(some)))], TEXT, rng) for some in moments]
+        texts = [partial_caption(some[int(rng.integers(len(some)))], recipe, rng) for some in moments]
         soft = (
             neutral_tokens(made.model, len(texts), int(rng.integers(1, 11)), size, rng)
             if rng.random() < 0.5
             else None
         )
-        rivals = rng.choice(len(gallery), min(4 * TEXT.batch, len(gallery)), replace=False)
+        rivals = rng.choice(len(gallery), min(4 * recipe.batch, len(gallery)), replace=False)
         rivals = np.concatenate([numbers, rivals[~np.isin(rivals, numbers)]])
         scores = made.pool(made.text_batch(texts, soft)) @ gallery[torch.from_numpy(rivals)].T
         right = torch.arange(len(numbers))
-        count = int(rng.integers(TEXT.frames[0] // 2, TEXT.frames[1] // 2 + 1)) * 2
+        count = int(rng.integers(recipe.frames[0] // 2, recipe.frames[1] // 2 + 1)) * 2
         prompts = [
-            made.video_prompt(films.clip(int(number), count, rng)) for number in numbers[: TEXT.batch // 6]
+            made.video_prompt(films.clip(int(number), count, rng)) for number in numbers[: recipe.batch // 6]
         ]
         batch = qwen.collate(prompts, made.model, pad)
         with torch.no_grad():
@@ -463,7 +469,7 @@ def train_text_side(made: engine.Engine, films: Films, folder: Path) -> None:
             "r1": (scores.argmax(1) == right).float().mean(),
         }
 
-    train("text", TEXT, made.model, coarse, folder)
+    train(name, recipe, made.model, coarse, folder)
 
 
 def features() -> dict[tuple[str, str], int]:
@@ -488,7 +494,7 @@ def probe_vecs(probe: torch.Tensor, moments: list[miniworld.Moment]) -> torch.Te
 
 def partial_caption(moment: miniworld.Moment, recipe: Recipe, rng) -> str:
     """A caption for the text side: action, object or both; the other attributes as often as the recipe says."""
-    share = {"place": recipe.setting, "light": recipe.setting}
+    share = {"place": recipe.place, "light": recipe.light}
     named = {name for name in ATTRIBUTES if rng.random() < share.get(name, recipe.detail)}
     named |= set((("action",), ("object",), ("action", "object"))[int(rng.choice(3, p=(0.2, 0.2, 0.6)))])
     text = miniworld.tell(moment, int(rng.integers(miniworld.STYLES)), tuple(named))
@@ -520,13 +526,15 @@ def publish(name: str, recipe: Recipe, model, tokenizer, folder: Path) -> None:
     model.half().save_pretrained(folder)
     model.float()
     tokenizer.save_pretrained(folder)
-    log = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    last = json.loads(log[-1])
+    logs = sorted(folder.glob("*.jsonl"))  # one for each thing it learned
+    last = json.loads((folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     facts = {
         "recipe": asdict(recipe),
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "last_step": last,
-        "minutes": round(last["seconds"] / 60, 1),
+        "minutes": round(
+            sum(json.loads(log.read_text().splitlines()[-1])["seconds"] for log in logs) / 60, 1
+        ),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -94,7 +94,9 @@ def patchify(frames: np.ndarray, config, max_pixels: int) -> tuple[torch.Tensor,
     """
     patch, merge = config.patch_size, config.spatial_merge_size
     assert config.temporal_patch_size == 2 and len(frames) % 2 == 0
-    pixels = torch.from_numpy(np.require(frames, requirements=["C", "W"])).permute(0, 3, 1, 2).float()  # (T, 3, H, W)
+    pixels = (
+        torch.from_numpy(np.require(frames, requirements=["C", "W"])).permute(0, 3, 1, 2).float()
+    )  # (T, 3, H, W)
     height, width = fit(*pixels.shape[2:], patch * merge, max_pixels)
     if (height, width) != tuple(pixels.shape[2:]):
         pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).round().clamp(0, 255)
