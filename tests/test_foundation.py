@@ -60,7 +60,8 @@ def small(**knobs):
         "rate": 1e-3,
         "frames": (4, 6),
         "layers": 2,
-        "setting": 0.5,
+        "place": 0.5,
+        "light": 0.5,
         "detail": 0.1,
     }
     return foundation.Recipe(**(recipe | {"processes": 1, "save_every": 2} | knobs))
