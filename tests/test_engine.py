@@ -90,7 +90,6 @@ def test_a_query_over_the_limit_loses_words_not_the_template(made):
 
 def test_a_template_that_ends_differently_is_refused(made):
     tokenizer = foundation.make_tokenizer(foundation.vocabulary())
-    tokenizer.chat_template = foundation.CHAT.replace("assistant\\n", "assistant:")
     tokenizer.chat_template = foundation.CHAT.replace("<|im_start|>assistant\n", "<|im_start|>assistant")
     other = engine.Engine(params.load("smoke"), made.model, tokenizer, "other")
     with pytest.raises(params.InputError, match="unexpected end of the query template"):
