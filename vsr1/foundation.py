@@ -1,11 +1,12 @@
-"""The mini foundation: one tiny Qwen3-VL taught to describe the rendered world, then search engines made from it.
+"""The mini foundation: one tiny Qwen3-VL taught the rendered world, then search engines and a policy made from it.
 
-Everything here is ours; it stands where Qwen's own pretraining stands for the real models. On the `foundation` split
-the backbone learns to see (attributes of single pictures), to name (their captions), then to tell what happens when
-(dense captioning). An engine starts from it and learns video vectors that a linear map from all seven attributes can
-tell apart: a rich index. Its text side then follows that index from captions which rarely name a colour: coarse. What
-the index holds and the text side misses is the room that query refinement can work in (`headroom`). LOG.md has what
-failed on the way.
+Everything here is ours; it stands where Qwen's own training stands for the real models. Phases, each a stage that
+starts from the weights of another (`models/recipes.yaml`): on the `foundation` split the backbone learns to *see*
+(attributes of single pictures), to *name* (their captions), then to *tell* what happens when (dense captions). An
+engine first learns video vectors that a linear map from all seven attributes can tell apart (*index*: rich); then its
+*text* side follows that index from captions whose colours are mostly wrong (coarse). What the index holds and the text
+side misses is the room in which query refinement works (`headroom`). The policy is taught to judge, place, answer and
+rewrite (*instruct*). LOG.md has what failed on the way.
 """
 
 import argparse
@@ -15,9 +16,11 @@ import math
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +28,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
-from vsr1 import corpus, engine, frames, metrics, miniworld, params, qwen, stages
+from vsr1 import corpus, engine, frames, metrics, miniworld, params, policy, qwen, stages, teacher
 from vsr1.miniworld import ATTRIBUTES
 
 SPECIALS = (
@@ -51,36 +55,36 @@ FILLER = (
 ASK = "Describe what happens when."
 
 
+SPARE = 64  # the embedding matrix has rows above the vocabulary, as the real one has: room for <REFINE>
+HOLD = 20.0  # weight of one minus the cosine between a video's vector and what it was
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """Training of the mini models: data parallel over `processes`, each with one torch thread."""
+    """One phase of training, data parallel over `processes` of one torch thread each."""
 
     steps: int
-    batch: int  # videos of one process
-    rate: float
-    frames: tuple[int, int]  # fewest and most frames of a video shown in training
-    seed: int = 7
-    layers: int | None = None  # of the backbone's text layers, how many an engine keeps
-    place: float = 0.0  # how often a training caption of the text side names the place,
-    light: float = 0.0  # the light,
-    detail: float = 0.0  # a colour: of shirt, trousers or object
-    neutral: float = 0.0  # how often neutral tokens stand where soft tokens will
+    batch: int  # rows of one process: pictures, films or texts
+    rate: float  # learning rate, warmed up, then on a cosine to nearly nothing
+    frames: tuple[int, ...]  # fewest and most frames of a film
+    start: str = ""  # the phase whose weights it starts from
+    ships: str = ""  # the folder of vsr1/models that gets the result
     processes: int = 2
+    layers: int = 0  # of the text layers, how many an engine keeps; 0: all
+    place: float = 0.0  # how often a caption for the text side names the place,
+    light: float = 0.0  # the light,
+    detail: float = 0.0  # a colour of shirt, trousers or object,
+    wrong: float = 0.0  # and how often such a colour is another than the film's
+    neutral: float = 0.0  # how often neutral tokens stand where soft tokens will
+    seed: int = 7
     save_every: int = 100
 
 
-VISION = Recipe(steps=500, batch=160, rate=1e-3, frames=(2, 2))  # backbone: its vision tower learns to see,
-WORDS = Recipe(steps=300, batch=40, rate=1e-3, frames=(2, 2))  # then its language model to say what it sees,
-TEXT = (  # of an engine: its text side, in two rounds, the second with the place always named and more neutral tokens
-    Recipe(280, 72, 1e-3, (10, 32), place=0.8, light=0.8, detail=0.15, neutral=0.5, processes=1),
-    Recipe(240, 72, 7e-4, (10, 32), place=1.0, light=0.3, detail=0.05, neutral=0.75, processes=1),
-)
-HOLD = 20.0  # weight of one minus the cosine between a video's vector and what it was
-RECIPES = {  # then to say what happens when
-    "backbone": Recipe(steps=360, batch=16, rate=7e-4, frames=(10, 16)),
-    "engine-small": Recipe(steps=360, batch=40, rate=8e-4, frames=(10, 24), layers=2, processes=1),
-    "engine-large": Recipe(steps=360, batch=40, rate=8e-4, frames=(10, 24), layers=3, processes=1),
-}
+def recipes() -> dict[str, Recipe]:
+    """The phases of vsr1/models/recipes.yaml, in order."""
+    path = params.HERE / "models" / "recipes.yaml"
+    kept = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {name: params.record(Recipe, knobs, f"{path}: {name}") for name, knobs in kept.items()}
 
 
 # --- tokenizer and configuration -----------------------------------------------------------------------------------
@@ -113,7 +117,9 @@ def vocabulary() -> list[str]:
         "system\nuser\nassistant\nRepresent the user's input. matched not_matched Query: Retrieved video: "
     )
     own = "the query asks for but the video shows same different no yes what who where when is it and or so to from "
-    parts = [numbers, roles, own, " " + own.title(), ASK, *FILLER]
+    said = "From to as asked not , . : ? What colour is are does do Which Where When Focus on someone who scene there "
+    parts = [numbers, roles, own, " " + own.title(), said, ASK, *FILLER]
+    parts += [policy.SYSTEM, policy.SYSTEM_ZS, policy.SYSTEM_HQR, policy.REWRITE]
     for table in (
         miniworld.COLOURS,
         miniworld.OBJECTS,
@@ -141,11 +147,12 @@ def vocabulary() -> list[str]:
 
 
 def make_config(tokenizer) -> Qwen3VLConfig:
-    """A Qwen3-VL of about 3 M parameters; a visual token covers 32 x 32 pixels of two frames, as in the real one."""
+    """A Qwen3-VL of about 3.2 M parameters; a visual token covers 32 x 32 pixels of two frames, as in the real one."""
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
     marks = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 3,
+        "vocab_size": (len(tokenizer) // SPARE + 1) * SPARE, "hidden_size": 192, "intermediate_size": 384,
+        "num_hidden_layers": 4,
         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
         "rope_parameters": {
             "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True
@@ -187,6 +194,7 @@ class Films:
         for number, scene in enumerate(self.scenes):
             families.setdefault((self.datasets[number], scene.family), []).append(number)
         self.families = list(families.values())
+        self.family_of = {number: i for i, family in enumerate(self.families) for number in family}
 
     def clip(self, number: int, count: int, rng) -> frames.Clip:
         """`count` frames of a video in order, drawn at random: the same film at a lower, uneven rate."""
@@ -194,6 +202,23 @@ class Films:
         some = np.sort(rng.choice(len(times), min(count, len(times)) // 2 * 2, replace=False))
         pixels = self.frames[self.starts[number] + some]
         return frames.Clip(pixels, times[some], self.scenes[number].seconds, None)
+
+    def window(self, number: int, count: int, rng) -> tuple[frames.Clip, tuple[miniworld.Moment, ...]]:
+        """`count` frames in a row, and the moments of which they show at least two, cut to what is shown."""
+        times = self.seen_at[number]
+        count = min(count, len(times)) // 2 * 2
+        first = int(rng.integers(len(times) - count + 1))
+        some = times[first : first + count]
+        clip = frames.Clip(
+            self.frames[self.starts[number] + first :][:count], some, self.scenes[number].seconds, None
+        )
+        low, high = (
+            float(some[0]),
+            float(some[-1]) + float(times[1]),
+        )  # the first frame is at 0: the second at one step
+        seen = [m for m in self.scenes[number].moments if ((some >= m.start) & (some < m.end)).sum() >= 2]
+        cut = [replace(m, start=max(m.start, round(low, 1)), end=min(m.end, round(high, 1))) for m in seen]
+        return clip, tuple(cut)
 
     def pair(self, rng) -> tuple[int, int, bool, int]:
         """Two frames in a row that show the same: (first frame, moment, busy?, video), drawn at random."""
@@ -244,11 +269,11 @@ def shrink(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 # --- training ------------------------------------------------------------------------------------------------------
 
 
-def train(name: str, recipe: Recipe, model, losses, folder: Path, extra=()) -> None:
+def train(recipe: Recipe, model, losses, folder: Path, extra=()) -> None:
     """AdamW with a cosine schedule over `losses(step, rng) -> (total, log)`; resumable; logs one line a step."""
     weights = [p for p in model.parameters() if p.requires_grad] + list(extra)
     optimizer = torch.optim.AdamW(weights, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
-    state, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
+    state, log = folder / "state.pt", folder / "log.jsonl"
     first, spent, rank, world = 0, 0.0, dist.get_rank(), dist.get_world_size()
     if state.exists():  # resume
         saved = torch.load(state, weights_only=True)
@@ -263,14 +288,14 @@ def train(name: str, recipe: Recipe, model, losses, folder: Path, extra=()) -> N
     model.train()
     with open(log if rank == 0 else os.devnull, "a", buffering=1, encoding="utf-8") as lines:
         steps = range(first, recipe.steps)
-        for step in stages.progress(steps, name) if rank == 0 else steps:
+        for step in stages.progress(steps, folder.stem) if rank == 0 else steps:
             warm = min(1.0, (step + 1) / 50)
             for group in optimizer.param_groups:
                 group["lr"] = (
                     recipe.rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / recipe.steps)) + 1e-6
                 )
             total, row = losses(step, np.random.default_rng([recipe.seed, step, rank]))
-            assert torch.isfinite(total), f"{name}: loss {total} at step {step}"
+            assert torch.isfinite(total), f"{folder}: loss {total} at step {step}"
             optimizer.zero_grad()
             total.backward()
             for weight in weights:
@@ -290,12 +315,13 @@ def train(name: str, recipe: Recipe, model, losses, folder: Path, extra=()) -> N
     model.eval()
 
 
-def train_vision(films: Films, model, recipe: Recipe, folder: Path) -> None:
+def see(lesson, recipe: Recipe, folder: Path):
     """Teach the vision tower to see: the attributes of single pairs of frames, by linear heads that are thrown away.
 
     As the real model's tower was an image encoder before it saw a video. Without it the captions of a backbone named
     place and light after 300 steps and guessed everything else (LOG.md).
     """
+    films, model = lesson.films, lesson.model
     tower, table = model.model.visual, features()
     count = (
         3 * model.config.text_config.hidden_size * 4
@@ -317,7 +343,7 @@ def train_vision(films: Films, model, recipe: Recipe, folder: Path) -> None:
             log[name] = (some[logits[:, some].argmax(1)] == wanted).float().mean()
         return total / len(ATTRIBUTES), log
 
-    train("vision", recipe, tower, losses, folder, extra=[heads])
+    train(recipe, tower, losses, folder, extra=[heads])
 
 
 def seen_pair(films: Films, rng) -> tuple[np.ndarray, dict]:
@@ -328,35 +354,21 @@ def seen_pair(films: Films, rng) -> tuple[np.ndarray, dict]:
     return films.frames[films.starts[number] + at : films.starts[number] + at + 2], look
 
 
-def train_backbone(profile, films: Films, tokenizer, recipe: Recipe, folder: Path):
-    """A Qwen3-VL trained from nothing to see, then to tell, moment by moment, what happens when."""
-    torch.manual_seed(recipe.seed)
-    model = Qwen3VLForConditionalGeneration(make_config(tokenizer))
-    train_vision(films, model, VISION, folder)
+def name(lesson, recipe: Recipe, folder: Path):
+    """Teach the language model to say what two frames show."""
+    train(recipe, lesson.model, lesson.told(recipe, picture_row), folder)
 
-    def told_loss(rows):
-        batch = qwen.collate([prompt for prompt, _ in rows], model, tokenizer.pad_token_id)
-        told = max(length for _, length in rows)
-        logits = model(**batch, logits_to_keep=told + 1).logits[:, :-1]  # (B, told, vocabulary)
-        wanted = batch["input_ids"][:, -told:]
-        spoken = torch.arange(told)[None] >= told - torch.tensor([length for _, length in rows])[:, None]
-        loss = F.cross_entropy(logits[spoken], wanted[spoken])
-        right = (logits[spoken].argmax(-1) == wanted[spoken]).float().mean()
-        return loss, {"accuracy": right}
 
-    def words(step, rng):
-        return told_loss([picture_row(profile, films, tokenizer, model, rng) for _ in range(WORDS.batch)])
+def tell(lesson, recipe: Recipe, folder: Path):
+    """Teach it what happens when, in windows of films. From here on the vision tower stays as it is."""
+    lesson.model.model.visual.requires_grad_(False)
+    train(recipe, lesson.model, lesson.told(recipe, caption_row), folder)
 
-    def captions(step, rng):
-        count = int(rng.integers(recipe.frames[0] // 2, recipe.frames[1] // 2 + 1)) * 2
-        numbers = draw(films, recipe, rng)
-        return told_loss(
-            [caption_row(profile, films, tokenizer, model, number, count, rng) for number in numbers]
-        )
 
-    train("words", WORDS, model, words, folder)
-    train("backbone", recipe, model, captions, folder)
-    return model
+def instruct(lesson, recipe: Recipe, folder: Path):
+    """Teach it what an agent has to do: judge, place, answer, rewrite; with captions kept in the mix."""
+    lesson.model.model.visual.requires_grad_(False)
+    train(recipe, lesson.model, lesson.told(recipe, task_row), folder)
 
 
 def draw(films: Films, recipe: Recipe, rng) -> list[int]:
@@ -367,51 +379,154 @@ def draw(films: Films, recipe: Recipe, rng) -> list[int]:
     return list(dict.fromkeys(batch))[: recipe.batch]
 
 
-def caption_row(profile, films, tokenizer, model, number, count, rng):
-    """(prompt with answer, tokens of the answer): a whole film, and what happens when."""
-    answer = "".join(
-        f"{m.start:.1f} to {m.end:.1f}: {miniworld.tell(m, int(rng.integers(miniworld.STYLES)))}\n"
-        for m in films.scenes[number].moments
-    )
-    return _row(profile, tokenizer, model, films.clip(number, count, rng), ASK, answer)
+def caption_row(lesson, count, rng):
+    """(prompt with answer, tokens of the answer): a window of a film, and what happens when."""
+    clip, moments = lesson.films.window(int(rng.integers(len(lesson.films.scenes))), count, rng)
+    when = [f"{teacher.seconds(m.start)} to {teacher.seconds(m.end)}" for m in moments]
+    what = [miniworld.tell(m, int(rng.integers(miniworld.STYLES))) for m in moments]
+    told = [f"{span}: {caption}" for span, caption in zip(when, what, strict=True)]
+    return lesson.row("Watch the video.", (lesson.video(clip), ASK), "\n".join(told) or "Nothing.")
 
 
-def picture_row(profile, films, tokenizer, model, rng):
+def picture_row(lesson, count, rng):
     """(prompt with answer, tokens of the answer): two frames of one moment, and its fine caption."""
+    films = lesson.films
     while True:
         at, which, busy, number = films.pair(rng)
         if busy:
             break
     some = slice(films.starts[number] + at, films.starts[number] + at + 2)
     clip = frames.Clip(films.frames[some], films.seen_at[number][at : at + 2], 2.0, None)
-    moment = films.scenes[number].moments[which]
-    answer = miniworld.tell(moment, int(rng.integers(miniworld.STYLES))) + "\n"
-    return _row(profile, tokenizer, model, clip, "Describe the picture.", answer)
+    answer = miniworld.tell(films.scenes[number].moments[which], int(rng.integers(miniworld.STYLES)))
+    return lesson.row("Watch the video.", (lesson.video(clip), "Describe the picture."), answer)
 
 
-def _row(profile, tokenizer, model, clip, ask, answer):
-    patches, grid = qwen.patchify(clip.frames, model.config.vision_config, profile.frame_pixels)
-    per_pair = grid[1] * grid[2] // model.config.vision_config.spatial_merge_size**2
-    prompt = qwen.chat(tokenizer, "Watch the video.", qwen.video_text(clip.seen_at, per_pair) + ask)
-    answer = tokenizer(answer + "<|im_end|>")["input_ids"]
-    return qwen.Prompt(tokenizer(prompt)["input_ids"] + answer, patches, grid), len(answer)
+def task_row(lesson, count, rng):
+    """(prompt with answer, tokens of the answer): one of the agent's tasks about a window of a film."""
+    kind = rng.random()
+    if kind < 0.15:
+        return caption_row(lesson, count, rng)
+    films = lesson.films
+    while True:
+        number = int(rng.integers(len(films.scenes)))
+        clip, moments = films.window(number, count, rng)
+        if moments:
+            break
+    if kind < 0.3:
+        ask, answer = teacher.question(moments[int(rng.integers(len(moments)))], rng)
+        return lesson.row("Watch the video.", (lesson.video(clip), ask), answer)
+    asked = asked_moment(films, number, moments, rng)
+    seen = teacher.closest(asked, moments)
+    query = f'Query: "{miniworld.tell(asked, int(rng.integers(miniworld.STYLES)))}"'
+    update = teacher.rewrite(asked, seen, rng) if teacher.differing(asked, seen) else None
+    shown = (f"{query}\nRetrieved video: ", lesson.video(clip))
+    if kind < 0.35:
+        blind = teacher.rewrite(asked, None, rng)
+        return lesson.row(policy.REWRITE, (query,), f"<query_update>{blind}</query_update>")
+    if kind < 0.45 and update:
+        return lesson.row(policy.REWRITE, shown, f"<query_update>{update}</query_update>")
+    if kind < 0.6:
+        return lesson.row(policy.SYSTEM_HQR, shown, teacher.verdict(asked, moments, update))
+    return lesson.row(policy.SYSTEM_ZS, shown, teacher.verdict(asked, moments))
 
 
-def train_engine(name: str, profile, films: Films, backbone, tokenizer, recipe: Recipe, folder: Path):
-    """A search engine from the backbone: first a rich index, then a text side that knows little but the coarse."""
-    torch.manual_seed(recipe.seed)
-    model = Qwen3VLModel(copy.deepcopy(backbone.config))
-    model.load_state_dict(backbone.model.state_dict())
-    model.language_model.layers = model.language_model.layers[: recipe.layers]
-    model.config.text_config.num_hidden_layers = recipe.layers
-    made = engine.Engine(profile, model, tokenizer, name)
+def asked_moment(films, number, moments, rng) -> miniworld.Moment:
+    """What a query about a film asks for: half of the time a moment that is there, else mostly almost one."""
+    mine = moments[int(rng.integers(len(moments)))]
+    kind, there = rng.random(), {moment.look() for moment in moments}
+    if kind < 0.5:
+        return mine
+    family = films.families[films.family_of[number]]
+    if kind < 0.75 and len(family) > 1:  # of a near-duplicate
+        scene = films.scenes[int(rng.choice([other for other in family if other != number]))]
+        which = [moment.start <= mine.start and mine.end <= moment.end for moment in scene.moments].index(
+            True
+        )
+        asked = scene.moments[which]
+    elif kind < 0.92:  # the same with one or two attributes changed
+        asked = mine
+        for changed in rng.choice(ATTRIBUTES, int(rng.integers(1, 3)), replace=False):
+            rest = [
+                v for v in miniworld.values(changed, films.datasets[number]) if v != getattr(mine, changed)
+            ]
+            asked = replace(asked, **{changed: str(rng.choice(rest))})
+    else:  # of any film of the data set
+        others = [n for n, name in enumerate(films.datasets) if name == films.datasets[number]]
+        scene = films.scenes[int(rng.choice(others))]
+        asked = scene.moments[int(rng.integers(len(scene.moments)))]
+    return mine if asked.look() in there else asked
+
+
+class Lesson:
+    """What a phase trains on and with: the films, a tokenizer, a model that starts where its recipe says."""
+
+    def __init__(self, profile, recipe: Recipe):
+        self.profile, self.films = profile, load_films(profile)
+        self.tokenizer = make_tokenizer(vocabulary())
+        torch.manual_seed(recipe.seed)
+        self.model = Qwen3VLForConditionalGeneration(make_config(self.tokenizer))
+        if recipe.start:
+            start = profile.runs("foundation") / recipe.start
+            kind = Qwen3VLModel if recipe.start.startswith("index") else Qwen3VLForConditionalGeneration
+            self.model, _ = qwen.load(kind, str(start))
+
+    def video(self, clip: frames.Clip) -> tuple[str, torch.Tensor, tuple]:
+        """A film's place in a prompt: its text, patches and grid."""
+        config = self.model.config.vision_config
+        patches, grid = qwen.patchify(clip.frames, config, self.profile.frame_pixels)
+        per_pair = grid[1] * grid[2] // config.spatial_merge_size**2
+        return qwen.video_text(clip.seen_at, per_pair), patches, grid
+
+    def row(self, system: str, user: tuple, answer: str) -> tuple[qwen.Prompt, int]:
+        """(prompt with answer, tokens of the answer); `user` mixes texts and at most one `video`."""
+        text = "".join(part if isinstance(part, str) else part[0] for part in user)
+        film = next((part[1:] for part in user if not isinstance(part, str)), (None, None))
+        told = self.tokenizer(f"{answer}<|im_end|>")["input_ids"]
+        return qwen.Prompt(
+            self.tokenizer(qwen.chat(self.tokenizer, system, text))["input_ids"] + told, *film
+        ), len(told)
+
+    def engine(self, recipe: Recipe) -> engine.Engine:
+        """A search engine from the model's body, with as many text layers as the recipe says."""
+        if isinstance(self.model, Qwen3VLForConditionalGeneration):
+            body = self.model.model
+            body.language_model.layers = body.language_model.layers[: recipe.layers]
+            body.config.text_config.num_hidden_layers = recipe.layers
+            self.model = body
+        return engine.Engine(self.profile, self.model, self.tokenizer, "engine")
+
+    def told(self, recipe: Recipe, make_row):
+        """The language-model loss over the answers of rows from `make_row(lesson, frames, rng)`."""
+
+        def losses(step, rng):
+            count = int(rng.integers(recipe.frames[0] // 2, recipe.frames[1] // 2 + 1)) * 2
+            rows = [make_row(self, count, rng) for _ in range(recipe.batch)]
+            batch = qwen.collate([prompt for prompt, _ in rows], self.model, self.tokenizer.pad_token_id)
+            lengths = torch.tensor([length for _, length in rows])
+            told = int(lengths.max())
+            logits = self.model(**batch, logits_to_keep=told + 1).logits[:, :-1]  # (B, told, vocabulary)
+            wanted = batch["input_ids"][:, -told:]
+            spoken = torch.arange(told)[None] >= told - lengths[:, None]
+            hit = logits.argmax(-1) == wanted
+            log = {"accuracy": hit[spoken].float().mean()}
+            for tag in ("answer", "start"):  # the verdict's first word, and the second: given a right trace
+                here = spoken[:, 1:] & (wanted[:, :-1] == self.tokenizer.convert_tokens_to_ids(f"<{tag}>"))
+                log |= {tag: hit[:, 1:][here].float().mean()} if here.any() else {}
+            return F.cross_entropy(logits[spoken], wanted[spoken]), log
+
+        return losses
+
+
+def index(lesson, recipe: Recipe, folder: Path):
+    """Teach an engine video vectors that a linear map of all seven attributes of their moments can tell apart."""
+    films, made = lesson.films, lesson.engine(recipe)
     probe = torch.nn.Parameter(0.05 * torch.randn(len(features()), made.width))
 
-    def rich(step, rng):
+    def losses(step, rng):
         numbers = draw(films, recipe, rng)
         count = int(rng.integers(recipe.frames[0] // 2, recipe.frames[1] // 2 + 1)) * 2
         prompts = [made.video_prompt(films.clip(number, count, rng)) for number in numbers]
-        video_vecs = made.pool(qwen.collate(prompts, model, tokenizer.pad_token_id))  # (B, D)
+        video_vecs = made.pool(qwen.collate(prompts, made.model, lesson.tokenizer.pad_token_id))  # (B, D)
         moments = [
             (row, moment) for row, number in enumerate(numbers) for moment in films.scenes[number].moments
         ]
@@ -419,57 +534,46 @@ def train_engine(name: str, profile, films: Films, backbone, tokenizer, recipe: 
         owner = torch.tensor([row for row, _ in moments])
         return F.cross_entropy(scores / 0.07, owner), {"r1": (scores.argmax(1) == owner).float().mean()}
 
-    train(name, recipe, model, rich, folder, extra=[probe])
-    for number, recipe in enumerate(TEXT, 1):
-        train_text_side(f"text-{number}", made, films, recipe, folder)
-    return made
+    train(recipe, made.model, losses, folder, extra=[probe])
 
 
-def train_text_side(name: str, made: engine.Engine, films: Films, recipe: Recipe, folder: Path) -> None:
-    """Teach an engine's texts the frozen index, from captions that mostly name action, object and setting.
+def text(lesson, recipe: Recipe, folder: Path):
+    """Teach an engine's texts the frozen index, from captions that name the setting and get most colours wrong.
 
     Texts and videos share the language model, so a copy of the engine as it was holds the video side in place: on
     every step some clips must keep the vectors that it gives them.
     """
-    rng = np.random.default_rng(recipe.seed)
+    films, made = lesson.films, lesson.engine(recipe)
+    rng, numbers = np.random.default_rng(recipe.seed), range(len(films.scenes))
     made.model.eval()
-    numbers = range(len(films.scenes))
     vecs = [made.embed_clips([films.clip(n, 24, rng) for n in numbers[i : i + 64]]) for i in numbers[::64]]
     gallery = torch.from_numpy(np.concatenate(vecs))  # (V, D)
     before = copy.deepcopy(made)
     made.model.visual.requires_grad_(False)
     size = made.model.get_input_embeddings().weight.detach().norm(dim=1).mean().item()
-    pad = made.tokenizer.pad_token_id
 
-    def coarse(step, rng):
+    def losses(step, rng):
         numbers = rng.choice(len(films.scenes), recipe.batch, replace=False)
-        moments = [films.scenes[number].moments for number in numbers]
-        texts = [partial_caption(some[int(rng.integers(len(some)))], recipe, rng) for some in moments]
-        soft = (
-            neutral_tokens(made.model, len(texts), int(rng.integers(1, 11)), size, rng)
-            if rng.random() < 0.5
-            else None
-        )
+        some = [films.scenes[number].moments for number in numbers]
+        texts = [partial_caption(moments[int(rng.integers(len(moments)))], recipe, rng) for moments in some]
+        soft = neutral_tokens(made.model, len(texts), size, rng) if rng.random() < recipe.neutral else None
         rivals = rng.choice(len(gallery), min(4 * recipe.batch, len(gallery)), replace=False)
         rivals = np.concatenate([numbers, rivals[~np.isin(rivals, numbers)]])
         scores = made.pool(made.text_batch(texts, soft)) @ gallery[torch.from_numpy(rivals)].T
         right = torch.arange(len(numbers))
         count = int(rng.integers(recipe.frames[0] // 2, recipe.frames[1] // 2 + 1)) * 2
-        prompts = [
-            made.video_prompt(films.clip(int(number), count, rng)) for number in numbers[: recipe.batch // 6]
-        ]
-        batch = qwen.collate(prompts, made.model, pad)
+        clips = [films.clip(int(number), count, rng) for number in numbers[: recipe.batch // 6]]
+        batch = qwen.collate(
+            [made.video_prompt(clip) for clip in clips], made.model, lesson.tokenizer.pad_token_id
+        )
         with torch.no_grad():
             held = before.pool(batch)
         moved = 1 - (made.pool(batch) * held).sum(dim=1).mean()
-        loss = F.cross_entropy(scores / 0.07, right)
-        return loss + HOLD * moved, {
-            "coarse": loss,
-            "moved": moved,
-            "r1": (scores.argmax(1) == right).float().mean(),
-        }
+        coarse = F.cross_entropy(scores / 0.07, right)
+        log = {"coarse": coarse, "moved": moved, "r1": (scores.argmax(1) == right).float().mean()}
+        return coarse + HOLD * moved, log
 
-    train(name, recipe, made.model, coarse, folder)
+    train(recipe, made.model, losses, folder)
 
 
 def features() -> dict[tuple[str, str], int]:
@@ -496,24 +600,28 @@ def partial_caption(moment: miniworld.Moment, recipe: Recipe, rng) -> str:
     """A caption for the text side: action, object or both; the other attributes as often as the recipe says."""
     share = {"place": recipe.place, "light": recipe.light}
     named = {name for name in ATTRIBUTES if rng.random() < share.get(name, recipe.detail)}
-    named |= set((("action",), ("object",), ("action", "object"))[int(rng.choice(3, p=(0.2, 0.2, 0.6)))])
-    text = miniworld.tell(moment, int(rng.integers(miniworld.STYLES)), tuple(named))
-    return str(rng.choice(FILLER)) + text
+    named |= set((("action",), ("object",), ("action", "object"))[int(rng.choice(3, p=(0.1, 0.1, 0.8)))])
+    colours = [name for name in miniworld.DIFFERING if rng.random() < recipe.wrong]
+    told = replace(moment, **{name: str(rng.choice(list(miniworld.COLOURS))) for name in colours})
+    style, lead = int(rng.integers(miniworld.STYLES)), str(rng.choice(FILLER))
+    if rng.random() < 0.25:  # in the manner of a rewritten query
+        return lead + teacher.rewrite(told, None, rng, style, tuple(named))
+    return lead + miniworld.tell(told, style, tuple(named))
 
 
-def neutral_tokens(model, rows: int, count: int, size: float, rng) -> torch.Tensor:
-    """(rows, count, D) embeddings without a message, put where soft tokens will stand: nothing, noise, or stray words.
+def neutral_tokens(model, rows: int, size: float, rng) -> torch.Tensor:
+    """(rows, 1 to 10, D) embeddings without a message, where soft tokens will stand: nothing, noise, stray words.
 
     An engine that never met extra tokens there takes them for a query (MINIWORLD.md, point 4).
     """
     words = model.get_input_embeddings().weight.detach()
-    kind = rng.integers(3)
+    kind, count = rng.integers(3), int(rng.integers(1, 11))
     if kind == 0:
         return torch.zeros(rows, count, words.shape[1])
     noise = torch.from_numpy(rng.standard_normal((rows, count, words.shape[1]))).float()
     if kind == 1:
         return noise / noise.norm(dim=-1, keepdim=True) * size * float(rng.random())
-    return words[torch.from_numpy(rng.integers(len(SPECIALS), len(words), (rows, count)))] * float(
+    return words[torch.from_numpy(rng.integers(len(SPECIALS), len(words) - SPARE, (rows, count)))] * float(
         rng.random()
     )
 
@@ -521,73 +629,114 @@ def neutral_tokens(model, rows: int, count: int, size: float, rng) -> torch.Tens
 # --- stages --------------------------------------------------------------------------------------------------------
 
 
-def publish(name: str, recipe: Recipe, model, tokenizer, folder: Path) -> None:
-    """Weights in 16 bit, tokenizer, training log and provenance of a mini model, as the package ships them."""
-    model.half().save_pretrained(folder)
-    model.float()
-    tokenizer.save_pretrained(folder)
-    logs = sorted(folder.glob("*.jsonl"))  # one for each thing it learned
-    last = json.loads((folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    facts = {
-        "recipe": asdict(recipe),
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "last_step": last,
-        "minutes": round(
-            sum(json.loads(log.read_text().splitlines()[-1])["seconds"] for log in logs) / 60, 1
-        ),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": f"cpu, {recipe.processes} process(es) of one thread",
-        "data": "foundation splits of the mini world, rendered by vsr1.miniworld; no other data",
-    }
-    stages.write_json(folder / "provenance.json", facts)
-    for state in folder.glob("*.pt"):  # optimizers and float32 weights: only for resuming
-        state.unlink()
+LESSONS = {"see": see, "name": name, "tell": tell, "index": index, "text": text, "instruct": instruct}
 
 
-def make(profile) -> None:
-    """Train backbone and engines, or leave what is up to date, and put them where the package ships them."""
-    load_films(profile)
-    home = profile.runs("foundation")
-    for name, recipe in RECIPES.items():
-        inputs = {"data": stages.stamp(home / "films")["key"], "recipe": asdict(recipe)}
-        inputs["code"] = stages.code("foundation", "engine", "qwen", "miniworld")
-        inputs["from"] = None if name == "backbone" else stages.stamp(home / "backbone")["key"]
+def train_phase(profile, phase: str) -> Path:
+    """The folder of a trained phase: weights in 32 bit, tokenizer, log. Resumes, or leaves what is up to date."""
+    recipe, home = recipes()[phase], profile.runs("foundation")
+    inputs = {"data": stages.stamp(home / "films")["key"], "recipe": asdict(recipe)}
+    inputs["code"] = stages.code("foundation", "engine", "qwen", "miniworld", "teacher")
+    inputs["from"] = stages.stamp(home / recipe.start)["key"] if recipe.start else None
 
-        def work(folder, name=name, recipe=recipe):
-            with tempfile.NamedTemporaryFile() as meeting:
-                job = (profile, name, recipe, folder, meeting.name)
-                torch.multiprocessing.spawn(_work, job, nprocs=recipe.processes)
+    def work(folder):
+        with tempfile.NamedTemporaryFile() as meeting:
+            job = (profile, phase, recipe, folder, meeting.name)
+            torch.multiprocessing.spawn(_work, job, nprocs=recipe.processes)
 
-        target = stages.run(home / name, inputs, work)
-        shipped = params.HERE / "models" / name
-        shutil.rmtree(shipped, ignore_errors=True)
-        shutil.copytree(target, shipped, ignore=shutil.ignore_patterns(".*"))
-        print(f"{name}: {shipped.relative_to(params.ROOT)}")
+    return stages.run(home / phase, inputs, work)
 
 
-def main(argv: list[str]) -> int:
-    """`make foundation`: about an hour on 2 cores; goes on where it was stopped."""
-    parser = argparse.ArgumentParser(prog="python -m vsr1 foundation", description=main.__doc__)
-    parser.add_argument("--profile", default="mini", help="whose world to render and learn")
-    make(params.load(parser.parse_args(argv).profile))
-    return 0
-
-
-def _work(rank, profile, name, recipe, folder, meeting):
+def _work(rank, profile, phase, recipe, folder, meeting):
     """One process of a training run; the first one writes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=recipe.processes)
-    films, tokenizer = load_films(profile), make_tokenizer(vocabulary())
-    if name == "backbone":
-        model = train_backbone(profile, films, tokenizer, recipe, folder)
-    else:
-        backbone, _ = qwen.load(Qwen3VLForConditionalGeneration, str(profile.runs("foundation") / "backbone"))
-        model = train_engine(name, profile, films, backbone, tokenizer, recipe, folder).model
+    lesson = Lesson(profile, recipe)
+    LESSONS[phase.split("-")[0]](lesson, recipe, folder)
     if rank == 0:
-        publish(name, recipe, model, tokenizer, folder)
+        lesson.model.save_pretrained(folder)
+        lesson.tokenizer.save_pretrained(folder)
+        (folder / "state.pt").unlink()  # only for resuming
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        stages.write_json(folder / "memory.json", {"peak_memory_gb_per_process": round(peak, 2)})
     dist.destroy_process_group()
+
+
+def publish(profile, phase: str) -> Path:
+    """A phase's model as the package ships it: weights in 16 bit, tokenizer, logs and provenance of its own phases."""
+    plan, home = recipes(), profile.runs("foundation")
+    kind = Qwen3VLModel if phase.startswith("text") else Qwen3VLForConditionalGeneration
+    model, tokenizer = qwen.load(kind, str(home / phase))
+    shipped = params.HERE / "models" / plan[phase].ships
+    shutil.rmtree(shipped, ignore_errors=True)
+    facts = {"parameters": sum(weight.numel() for weight in model.parameters()), "phases": {}}
+    model.half().save_pretrained(shipped)
+    tokenizer.save_pretrained(shipped)
+    while phase and not (facts["phases"] and plan[phase].ships):  # back to the model it starts from
+        log = (home / phase / "log.jsonl").read_text(encoding="utf-8")
+        last = json.loads(log.splitlines()[-1])
+        memory = json.loads((home / phase / "memory.json").read_text(encoding="utf-8"))
+        facts["phases"][phase] = (
+            asdict(plan[phase]) | memory | {"minutes": round(last["seconds"] / 60, 1), "last": last}
+        )
+        (shipped / f"{phase}.jsonl").write_text(log, encoding="utf-8")
+        phase = plan[phase].start
+    facts |= {"starts_from": phase or "random weights", "torch": torch.__version__}
+    facts |= {"transformers": transformers.__version__, "device": "cpu, one thread a process"}
+    facts["data"] = "foundation splits of the mini world, rendered by vsr1.miniworld; no other data"
+    stages.write_json(shipped / "provenance.json", facts)
+    return shipped
+
+
+def make(profile) -> None:
+    """Train every phase, or leave what is up to date, and put the models where the package ships them.
+
+    Phases of one process that wait for the same ones run side by side.
+    """
+    load_films(profile)
+    plan, done = recipes(), {""}
+    while len(done) <= len(plan):
+        ready = [phase for phase, recipe in plan.items() if phase not in done and recipe.start in done]
+        if plan[ready[0]].processes > 1:
+            train_phase(profile, ready[0])
+            done.add(ready[0])
+        else:
+            single = [phase for phase in ready if plan[phase].processes == 1][: os.cpu_count()]
+            command = [sys.executable, "-m", "vsr1", "foundation", "--profile", profile.name, "--phase"]
+            children = [subprocess.Popen([*command, phase], cwd=params.ROOT) for phase in single]
+            if any([child.wait() for child in children]):
+                raise params.InputError(
+                    f"{', '.join(single)}: training stopped; run `make foundation` again to go on"
+                )
+            done.update(single)
+        for phase in done - {""}:
+            if plan[phase].ships and not _is_shipped(profile, phase):
+                print(f"{phase}: {publish(profile, phase).relative_to(params.ROOT)}", flush=True)
+
+
+def _is_shipped(profile, phase):
+    kept = params.HERE / "models" / recipes()[phase].ships / f"{phase}.jsonl"
+    return (
+        kept.exists() and kept.read_bytes() == (profile.runs("foundation") / phase / "log.jsonl").read_bytes()
+    )
+
+
+def main(argv: list[str]) -> int:
+    """`make foundation`: about 90 minutes on 2 cores; goes on where it was stopped."""
+    parser = argparse.ArgumentParser(prog="python -m vsr1 foundation", description=main.__doc__)
+    parser.add_argument("--profile", default="mini", help="whose world to render and learn")
+    parser.add_argument(
+        "--phase", choices=[*recipes(), "films"], help="only this one; what it starts from must be there"
+    )
+    args = parser.parse_args(argv)
+    profile = params.load(args.profile)
+    if args.phase == "films":
+        load_films(profile)
+    elif args.phase:
+        train_phase(profile, args.phase)
+    else:
+        make(profile)
+    return 0
 
 
 # --- headroom --------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def load(name: str, seed: int | None = None) -> Profile:
     knobs["name"] = path.stem
     if seed is not None:
         knobs["seed"] = seed
-    profile = _record(Profile, knobs, str(path))
+    profile = record(Profile, knobs, str(path))
     for dataset in profile.datasets:
         check_dataset(dataset, str(path))
     return profile
@@ -110,7 +110,7 @@ def check_dataset(dataset: str, where: str = "DATASETS") -> str:
     return dataset
 
 
-def _record(kind, knobs, where):
+def record(kind, knobs, where):
     """A `kind` made of `knobs`; an unknown, missing or wrongly typed key is an error that names file and key."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in knobs:
@@ -137,7 +137,7 @@ def _typed(value, hint, where):
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise InputError(f"{where}: expected a mapping, found {value!r}")
-        return _record(hint, value, where)
+        return record(hint, value, where)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise InputError(f"{where}: expected a list, found {value!r}")
