@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import QUERIES, changed, clip, random_policy, sampled
+from tiny import COLD, QUERIES, changed, clip, coming_to_an_end, random_policy, sampled
 from transformers import Qwen3VLModel
 
 from vsr1 import engine, foundation, params, policy, qwen, refine
@@ -75,54 +75,47 @@ def full_forward(made, prompt, ids):
 
 @torch.no_grad()
 def test_recorded_log_probabilities_are_those_of_a_full_forward(made, prompts):
-    replies = sampled(made, prompts, group=2)
+    replies = sampled(made, prompts, 2)
     for prompt, reply in zip([p for p in prompts for _ in "ab"], replies, strict=True):
         torch.testing.assert_close(
             torch.tensor(reply.logps), full_forward(made, prompt, reply.ids), atol=1e-5, rtol=0
         )
 
 
-def early(made, prompts):
-    """The policy with an end-of-reply token that sampling meets early, at different steps in different rows."""
-    said = [reply.ids for reply in sampled(made, prompts, group=4)]
-    common = max(
-        {token for ids in said for token in ids}, key=lambda token: sum(token in ids for ids in said)
-    )
-    return changed(made, stop=common, mark=said[0][1])
-
-
 def test_rows_that_end_early_leave_the_others_as_they_are(made, prompts):
-    """Alone, in a batch, in a batch of another order; some rows end and the batch shrinks on the way."""
-    quick = early(made, prompts)
-    together = sampled(quick, prompts, group=4)
-    lengths = [len(reply.ids) for reply in together]
-    assert len(set(lengths)) > 3 and any(reply.ended for reply in together)
+    """Each alone against all in a batch that shrinks twice on the way."""
+    quick = coming_to_an_end(made, prompts)
+    together = sampled(quick, prompts, 4, temperature=COLD)
+    lengths = sorted(len(reply.ids) for reply in together)
+    assert lengths[6] < lengths[7] and lengths[6] < lengths[9] < lengths[10] and len(set(lengths)) > 5
     draws = torch.from_numpy(np.random.default_rng(0).random((12, 24)))
     for row, reply in enumerate(together):
-        context, states = quick.begin([prompts[row // 4]])
-        alone = qwen.decode(quick.model, context, states, quick.rules(24, 1.0), draws[row : row + 1])[0]
+        context, now = quick.begin([prompts[row // 4]])
+        alone = qwen.decode(quick.model, context, now, quick.rules(24, COLD), draws[row : row + 1])[0]
         assert alone.ids == reply.ids
-        np.testing.assert_allclose(alone.logps, reply.logps, atol=1e-5)
+        np.testing.assert_allclose(alone.logps, reply.logps, atol=1e-5 / COLD)
         assert reply.ended == (reply.ids[-1] == quick.stop) and quick.stop not in reply.ids[:-1]
         assert reply.ended or len(reply.ids) == 24
 
 
 def test_a_replayed_reply_has_the_log_probabilities_of_the_rollout_also_in_train_mode(made, prompts):
-    quick = early(made, prompts)
-    replies = sampled(quick, prompts, group=4)
-    made.model.train()
-    again = quick.replay(prompts, [reply.ids for reply in replies], group=4, temperature=1.0)
-    made.model.eval()
-    for row, reply in enumerate(replies):
-        np.testing.assert_allclose(again.logps[row][again.said[row]].tolist(), reply.logps, atol=1e-5)
-        assert (again.logps[row][~again.said[row]] == 0).all()
+    quick = coming_to_an_end(made, prompts)
+    for temperature in (1.0, COLD):
+        replies = sampled(quick, prompts, 4, temperature=temperature)
+        made.model.train()
+        again = quick.replay(prompts, [reply.ids for reply in replies], group=4, temperature=temperature)
+        made.model.eval()
+        for row, reply in enumerate(replies):
+            own = again.logps[row][again.said[row]].tolist()
+            np.testing.assert_allclose(own, reply.logps, atol=1e-5 / temperature)
+            assert (again.logps[row][~again.said[row]] == 0).all()
     made.model.zero_grad()
     again.logps.sum().backward()
     assert all(weight.grad.isfinite().all() for weight in made.model.parameters() if weight.grad is not None)
 
 
 def test_sharing_a_prompt_gives_the_gradient_of_separate_prompts(made, prompts):
-    ids = [reply.ids for reply in sampled(made, prompts[:2], group=3)]
+    ids = [reply.ids for reply in sampled(made, prompts[:2], 3)]
     grads = []
     for rows, group in ((prompts[:2], 3), ([p for p in prompts[:2] for _ in range(3)], 1)):
         made.model.zero_grad()
@@ -154,7 +147,7 @@ def test_a_video_is_read_once_for_all_replies_to_it(made, prompts, monkeypatch):
     shapes, see = [], made.model.model.visual.forward
     counted = lambda pixels, **grid: shapes.append(len(pixels)) or see(pixels, **grid)  # noqa: E731
     monkeypatch.setattr(made.model.model.visual, "forward", counted)
-    sampled(made, prompts, group=4, limit=3)
+    sampled(made, prompts, 4, limit=3)
     assert shapes == [sum(len(prompt.patches) for prompt in prompts)]
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tiny import QUERIES, changed, clip, random_policy, sampled
+from tiny import COLD, QUERIES, changed, clip, coming_to_an_end, random_policy, sampled
 from transformers import Qwen3VLModel
 
 from vsr1 import engine, foundation, params, policy, qwen, refine
@@ -108,13 +108,9 @@ def test_any_number_of_soft_tokens_is_a_beginning_of_sixteen(made, branches):
 
 def test_rollout_and_replay_give_the_same_soft_tokens(made, prompts):
     """Sampled replies that say the token once, twice or never, and end at different steps."""
-    said = [reply.ids for reply in sampled(made, prompts, group=4)]
-    some = sorted(
-        {token for ids in said for token in ids}, key=lambda token: -sum(token in ids for ids in said)
-    )
-    quick = changed(made, stop=some[0], mark=some[1])
-    rolled = sampled(quick, prompts, group=4)
-    again = quick.replay(prompts, [reply.ids for reply in rolled], group=4, temperature=1.0)
+    quick = coming_to_an_end(made, prompts)
+    rolled = sampled(quick, prompts, 4, temperature=COLD)
+    again = quick.replay(prompts, [reply.ids for reply in rolled], group=4)
     replayed = again.branches
     without = [branch is None for branch in replayed]
     assert without == [reply.branch is None for reply in rolled] and set(without) == {True, False}
