@@ -195,6 +195,8 @@ def break_json(key, value):
     def edit(folder):
         told = json.loads((folder / "vsr1.json").read_text())
         told["settings"][key] = value
+        if value is None:
+            del told["settings"][key]
         (folder / "vsr1.json").write_text(json.dumps(told))
 
     return edit
@@ -215,10 +217,14 @@ def other_weights(folder):
             "vsr1.json: seed_norm: 'both' is not supported; there are 'pre', 'post'",
         ),
         (break_json("n_latents", 8), "vsr1.json: no such knob 'n_latents'"),
+        (break_json("seed_norm", None), "vsr1.json: settings.seed_norm is missing"),
         (break_json("n_soft", "8"), "vsr1.json: n_soft: expected int, found '8'"),
         (break_json("system", "Judge."), "vsr1.json: settings.system was changed after training"),
         (lambda folder: (folder / "vsr1.json").write_text("{"), "vsr1.json: not readable"),
-        (lambda folder: (folder / "vsr1.json").unlink(), "has soft-query heads but no vsr1.json"),
+        (
+            lambda folder: (folder / "vsr1.json").unlink(),
+            "soft-query heads but no vsr1.json; see policy.convert_released",
+        ),
         (other_weights, "model.safetensors: not the file that vsr1.json was written for"),
         (lambda folder: (folder / "refine.safetensors").unlink(), "refine.safetensors: not the file"),
         (
@@ -320,13 +326,13 @@ def plain_tokenizer(folder):
         ),
         (
             as_engine,
-            "refine_projector.0.weight is missing from its safetensors; not a checkpoint with soft",
+            "refine_projector.0.weight is missing from its safetensors; fetch",
         ),
         (plain_tokenizer, "<REFINE> encodes to ["),
         (lambda folder: (folder / "train_oneturn.json").write_text("[]"), "0 system prompts in 0 rows"),
         (
             lambda folder: (folder / "train_oneturn.json").write_text('[{"query": 1}]'),
-            "no list of rows with messages",
+            "no rows with messages",
         ),
         (
             lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64),
@@ -343,7 +349,7 @@ def test_a_damaged_released_checkpoint_is_one_line_that_names_file_and_key(relea
 
 
 def test_a_released_checkpoint_does_not_load_as_a_base_model(released):
-    with pytest.raises(params.InputError, match=r"soft-query heads but no vsr1\.json; convert it"):
+    with pytest.raises(params.InputError, match=r"soft-query heads but no vsr1\.json; see"):
         policy.load(str(released[0]), profile())
 
 
@@ -352,7 +358,10 @@ def test_fresh_heads_take_the_mean_of_the_used_rows_and_need_a_spare_one():
     weight = one.model.get_input_embeddings().weight
     torch.testing.assert_close(weight[one.mark], weight[: one.mark].mean(dim=0))
     assert one.mark == len(one.tokenizer) - 1
-    with pytest.raises(params.InputError, match="no spare row for <REFINE>"):
+    before = weight.clone()
+    again = policy.new_heads(one, one.settings, seed=9)
+    assert again.mark == one.mark and torch.equal(weight, before), "a row that is in use is left alone"
+    with pytest.raises(params.InputError, match="leave none for <REFINE>"):
         random_policy(spare=0)
 
 
