@@ -42,6 +42,7 @@ class Profile:
     datasets: tuple[str, ...]
     engine: str  # "Qwen3-VL-Embedding-2B": folder relative to the clone, or hub name
     engine_large: str  # Qwen3-VL-Embedding-8B, for A2
+    policy: str  # "Qwen3-VL-2B-Instruct"
     world: World | None = None  # None: real annotations and videos under `data`
     data: str = "data"  # <data>/<dataset>/{annotations,videos}/ for real data
     seed: int = 42  # official; `make paper SEED=...` replaces it
@@ -63,6 +64,15 @@ class Profile:
     bootstrap: int = 2000  # ours: resamples behind every 95 % interval
     probe_steps: int = 600  # ours: training steps of the attribute probe (the headroom figure)
     neutral_tokens: int = 8  # ours: inserted where the paper's "N = 8" soft tokens will stand
+    max_new: int = 1024  # official: tokens of the longest reply
+    n_soft: int = 8  # "N = 8 soft query tokens"
+    seed_norm: typing.Literal["pre", "post"] = (
+        "pre"  # official: the first soft token reads the state before the norm
+    )
+    refine_init: typing.Literal["zero", "default"] = (
+        "zero"  # official: the last layer of the projector starts at zero
+    )
+    carry_blocks: int = 1  # official; "q_{t+1} = [q_t, soft_t]" is as many as there were turns in training
 
     def runs(self, dataset: str) -> Path:
         """Where this profile keeps what it computes for `dataset`."""
@@ -110,13 +120,13 @@ def check_dataset(dataset: str, where: str = "DATASETS") -> str:
     return dataset
 
 
-def record(kind, knobs, where):
+def record(kind, knobs: dict, where: str):
     """A `kind` made of `knobs`; an unknown, missing or wrongly typed key is an error that names file and key."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in knobs:
         if key not in fields:
             raise InputError(
-                f"{where}: no such knob {key!r}; remove it or look at {kind.__name__} in vsr1/params.py"
+                f"{where}: no such knob {key!r}; remove it or look at {kind.__module__}.{kind.__name__}"
             )
     hints = typing.get_type_hints(kind)
     values = {key: _typed(value, hints[key], f"{where}: {key}") for key, value in knobs.items()}
@@ -142,6 +152,11 @@ def _typed(value, hint, where):
         if not isinstance(value, list):
             raise InputError(f"{where}: expected a list, found {value!r}")
         return tuple(_typed(item, typing.get_args(hint)[0], where) for item in value)
+    if typing.get_origin(hint) is typing.Literal:
+        if value not in typing.get_args(hint):
+            known = ", ".join(map(repr, typing.get_args(hint)))
+            raise InputError(f"{where}: {value!r} is not supported; there are {known}")
+        return value
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:  # not isinstance: True is no int here, and yaml reads 1e-6 as text
