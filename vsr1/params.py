@@ -4,6 +4,7 @@ Quoted words are the paper's or its project page's; "ours" marks a choice of thi
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
@@ -97,7 +98,7 @@ def load(name: str, seed: int | None = None) -> Profile:
     knobs["name"] = path.stem
     if seed is not None:
         knobs["seed"] = seed
-    profile = _record(Profile, knobs, str(path))
+    profile = record(Profile, knobs, str(path))
     for dataset in profile.datasets:
         check_dataset(dataset, str(path))
     return profile
@@ -110,22 +111,24 @@ def check_dataset(dataset: str, where: str = "DATASETS") -> str:
     return dataset
 
 
-def _record(kind, knobs, where):
-    """A `kind` made of `knobs`; an unknown, missing or wrongly typed key is an error that names file and key."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in knobs:
+def record(kind, values: dict, where: str):
+    """A dataclass `kind` made of `values`; an unknown, missing or wrongly typed key is an error that names it."""
+    fields, hints = _fields(kind)
+    for key in values:
         if key not in fields:
-            raise InputError(
-                f"{where}: no such knob {key!r}; remove it or look at {kind.__name__} in vsr1/params.py"
-            )
-    hints = typing.get_type_hints(kind)
-    values = {key: _typed(value, hints[key], f"{where}: {key}") for key, value in knobs.items()}
-    needed = [
-        name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in knobs
-    ]
-    if needed:
-        raise InputError(f"{where}: {needed[0]} is missing; add it")
-    return kind(**values)
+            home = kind.__module__.replace(".", "/") + ".py"
+            raise InputError(f"{where}: no such key {key!r}; remove it or look at {kind.__name__} in {home}")
+    typed = {key: _typed(value, hints[key], f"{where}: {key}") for key, value in values.items()}
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and name not in values:
+            raise InputError(f"{where}: {name} is missing; add it")
+    return kind(**typed)
+
+
+@functools.cache
+def _fields(kind):
+    """({name: field}, {name: type}) of a dataclass."""
+    return {field.name: field for field in dataclasses.fields(kind)}, typing.get_type_hints(kind)
 
 
 def _typed(value, hint, where):
@@ -137,11 +140,14 @@ def _typed(value, hint, where):
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise InputError(f"{where}: expected a mapping, found {value!r}")
-        return _record(hint, value, where)
+        return record(hint, value, where)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise InputError(f"{where}: expected a list, found {value!r}")
-        return tuple(_typed(item, typing.get_args(hint)[0], where) for item in value)
+        kinds = typing.get_args(hint)
+        if kinds[-1] is not Ellipsis and len(value) != len(kinds):
+            raise InputError(f"{where}: expected {len(kinds)} values, found {value!r:.60}")
+        return tuple(_typed(item, kinds[0], where) for item in value)
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:  # not isinstance: True is no int here, and yaml reads 1e-6 as text
