@@ -477,7 +477,7 @@ def _line(number, change):
 DAMAGE = {
     "line 3: not JSON": lambda lines: [*lines[:2], lines[2][: len(lines[2]) // 2], *lines[3:]],
     "line 2: stop_reason is missing": _line(2, lambda row: row.pop("stop_reason")),
-    "line 2: no such key 'rank'": _line(2, lambda row: row.update(rank=1)),
+    "line 2: no such knob 'rank'": _line(2, lambda row: row.update(rank=1)),
     "line 4: desc_id: expected int, found '7'": _line(4, lambda row: row.update(desc_id="7")),
     "line 4: gt_span_ms: expected 2 values": _line(4, lambda row: row.update(gt_span_ms=[1])),
     "line 4: turns: expected a list": _line(4, lambda row: row.update(turns=None)),

@@ -219,6 +219,16 @@ def whole_video_floor(durations, truth, thresholds=THRESHOLDS):
     return known_video(np.stack([np.zeros_like(durations), durations], axis=1), truth, thresholds)
 
 
+def random_span_floor(durations, truth, thresholds=THRESHOLDS, draws=100, *, rng):
+    """`known_video` of an answer with two uniform times in [0, duration], a mean over `draws`."""
+    durations = np.asarray(durations, dtype=np.float64)
+    trials = [
+        known_video(np.sort(rng.random((len(durations), 2)), axis=1) * durations[:, None], truth, thresholds)
+        for _ in range(draws)
+    ]
+    return {name: sum(trial[name] for trial in trials) / draws for name in trials[0]}
+
+
 # --- Intervals
 
 

@@ -50,6 +50,11 @@ class Profile:
     device: str = "auto"  # auto: the first GPU where there is one, else the CPU
     dtype: str = "float32"  # "bf16" at paper scale
     decoders: int = 1  # ours: worker processes that decode ahead of the engine
+    max_turns: int = 3  # T; ours: the project page says gains saturate at 3, the official script runs 2
+    next_shown: typing.Literal["top1", "skip_rejected", "second_if_repeat"] = "top1"  # see `episode.choose`
+    eval_batch: int = (
+        64  # ours: queries that walk in step; their KV caches are held, and a kill costs this many
+    )
     video_fps: float = 1.0  # "1 fps"
     max_frames: int = 64  # official: at most 64 frames, spread over the whole video
     frame_pixels: int = (
@@ -111,18 +116,21 @@ def check_dataset(dataset: str, where: str = "DATASETS") -> str:
     return dataset
 
 
-def record(kind, values: dict, where: str):
-    """A dataclass `kind` made of `values`; an unknown, missing or wrongly typed key is an error that names it."""
+def record(kind, knobs: dict, where: str):
+    """A `kind` made of `knobs`; an unknown, missing or wrongly typed key is an error that names file and key."""
     fields, hints = _fields(kind)
-    for key in values:
+    for key in knobs:
         if key not in fields:
-            home = kind.__module__.replace(".", "/") + ".py"
-            raise InputError(f"{where}: no such key {key!r}; remove it or look at {kind.__name__} in {home}")
-    typed = {key: _typed(value, hints[key], f"{where}: {key}") for key, value in values.items()}
-    for name, field in fields.items():
-        if field.default is dataclasses.MISSING and name not in values:
-            raise InputError(f"{where}: {name} is missing; add it")
-    return kind(**typed)
+            raise InputError(
+                f"{where}: no such knob {key!r}; remove it or look at {kind.__module__}.{kind.__name__}"
+            )
+    values = {key: _typed(value, hints[key], f"{where}: {key}") for key, value in knobs.items()}
+    needed = [
+        name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in knobs
+    ]
+    if needed:
+        raise InputError(f"{where}: {needed[0]} is missing; add it")
+    return kind(**values)
 
 
 @functools.cache
@@ -148,6 +156,11 @@ def _typed(value, hint, where):
         if kinds[-1] is not Ellipsis and len(value) != len(kinds):
             raise InputError(f"{where}: expected {len(kinds)} values, found {value!r:.60}")
         return tuple(_typed(item, kinds[0], where) for item in value)
+    if typing.get_origin(hint) is typing.Literal:
+        if value not in typing.get_args(hint):
+            known = ", ".join(map(repr, typing.get_args(hint)))
+            raise InputError(f"{where}: {value!r} is not supported; there are {known}")
+        return value
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:  # not isinstance: True is no int here, and yaml reads 1e-6 as text
