@@ -6,7 +6,7 @@ import pytest
 
 from vsr1 import params
 
-GOOD = "datasets: [charades]\nengine: a\nengine_large: b\n"
+GOOD = "datasets: [charades]\nengine: a\nengine_large: b\npolicy: c\n"
 
 
 def load(tmp_path, text):

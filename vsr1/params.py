@@ -43,6 +43,7 @@ class Profile:
     datasets: tuple[str, ...]
     engine: str  # "Qwen3-VL-Embedding-2B": folder relative to the clone, or hub name
     engine_large: str  # Qwen3-VL-Embedding-8B, for A2
+    policy: str  # "Qwen3-VL-2B-Instruct"
     world: World | None = None  # None: real annotations and videos under `data`
     data: str = "data"  # <data>/<dataset>/{annotations,videos}/ for real data
     seed: int = 42  # official; `make paper SEED=...` replaces it
@@ -69,6 +70,15 @@ class Profile:
     bootstrap: int = 2000  # ours: resamples behind every 95 % interval
     probe_steps: int = 600  # ours: training steps of the attribute probe (the headroom figure)
     neutral_tokens: int = 8  # ours: inserted where the paper's "N = 8" soft tokens will stand
+    max_new: int = 1024  # official: tokens of the longest reply
+    n_soft: int = 8  # "N = 8 soft query tokens"
+    seed_norm: typing.Literal["pre", "post"] = (
+        "pre"  # official: the first soft token reads the state before the norm
+    )
+    refine_init: typing.Literal["zero", "default"] = (
+        "zero"  # official: the last layer of the projector starts at zero
+    )
+    carry_blocks: int = 1  # official; "q_{t+1} = [q_t, soft_t]" is as many as there were turns in training
 
     def runs(self, dataset: str) -> Path:
         """Where this profile keeps what it computes for `dataset`."""

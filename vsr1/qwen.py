@@ -1,17 +1,20 @@
-"""Qwen3-VL plumbing that the search engine and the policy share: prompts to ids, frames to patches, batches to states.
+"""Qwen3-VL plumbing that the search engine and the policy share: prompts to ids, frames to patches, batches to states,
+and reading on from what was read before.
 
 The ids and the patches are made here, in the open, because the library's own processor doubles the vision wrapper,
 needs torchvision and picks frames by average rate (STACK.md 2.4, 2.9, 2.10). The layout is transformers 4.57.1's, which
 the released weights were trained with; a golden test pins it.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, DynamicCache
 from transformers.utils import logging as hf_logging
 
 from vsr1.params import ROOT, InputError
@@ -39,11 +42,17 @@ def load(kind, name: str, dtype: str = "float32", device: str = "cpu"):
         raise InputError(
             f"{name}: the mini model is missing; restore it with `git checkout {name}` or `make foundation`"
         )
+    options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "ignore_mismatched_sizes": True}
     try:
-        model = kind.from_pretrained(place(name), dtype=getattr(torch, dtype), use_safetensors=True)
+        model, report = kind.from_pretrained(place(name), output_loading_info=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(place(name))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{name}: cannot load this model: {' '.join(str(error).split())[:300]}") from error
+    if report["mismatched_keys"]:  # the library would fill both kinds with random numbers and go on
+        key, found, wanted = sorted(report["mismatched_keys"])[0]
+        raise InputError(f"{name}: tensor {key} is {list(found)}, but config.json asks for {list(wanted)}")
+    if report["missing_keys"]:
+        raise InputError(f"{name}: tensor {min(report['missing_keys'])} is missing from its safetensors")
     return model.to(device).eval(), tokenizer
 
 
@@ -149,3 +158,183 @@ def batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
             group = []
         group.append(row)
     return [*groups, group] if group else groups
+
+
+# --- reading on ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the model has read, row by row: keys and values of every layer (the KV cache), and where each row stands.
+
+    Reading on makes a new one and leaves the old one as it was: any number of continuations may branch off, each with
+    its own gradient.
+    """
+
+    memory: tuple  # of each layer: keys and values, (B, heads, L, width of a head)
+    seen: torch.Tensor  # (B, L) True where a later token may look: not at padding
+    last: torch.Tensor  # (B,) position of the last token: one number, not three, since it is text
+
+    def rows(self, some: torch.Tensor) -> "Context":
+        """The rows that `some` picks, by number or by mask; a number may repeat."""
+        memory = tuple((keys[some], values[some]) for keys, values in self.memory)
+        return Context(memory, self.seen[some], self.last[some])
+
+    def cut(self, row: int, length: int) -> "Context":
+        """One row alone, without padding, as it was when `length` columns had been read. The tensors are views."""
+        start = int(self.seen[row].int().argmax())
+        assert self.seen[row, start:length].all(), "padding between the tokens of a row"
+        one, columns = slice(row, row + 1), slice(start, length)
+        memory = tuple((keys[one, :, columns], values[one, :, columns]) for keys, values in self.memory)
+        unread = self.seen.shape[1] - length  # all of it text, one position each
+        return Context(memory, self.seen[one, columns], self.last[one] - unread)
+
+
+def stack(contexts: list[Context]) -> Context:
+    """Contexts of one row each as one batch, padded on the right: what is not seen may stand anywhere."""
+    spare = [-context.seen.shape[1] for context in contexts]
+    spare = [n - min(spare) for n in spare]
+    side = lambda layer, k: torch.cat(  # noqa: E731
+        [F.pad(context.memory[layer][k], (0, 0, 0, n)) for context, n in zip(contexts, spare, strict=True)]
+    )
+    memory = tuple((side(layer, 0), side(layer, 1)) for layer in range(len(contexts[0].memory)))
+    seen = torch.cat([F.pad(context.seen, (0, n)) for context, n in zip(contexts, spare, strict=True)])
+    return Context(memory, seen, torch.cat([context.last for context in contexts]))
+
+
+class _Memory:
+    """As much of the library's cache as attention asks for; it appends to a copy, never in place."""
+
+    def __init__(self, layers):
+        self.layers = list(layers)
+
+    def update(self, keys, values, layer, *_):
+        old_keys, old_values = self.layers[layer]
+        self.layers[layer] = (torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2))
+        return self.layers[layer]
+
+
+@contextmanager
+def _final_norm(core):
+    """A list that gets what goes into the final norm; `hidden_states[-1]` is that or its result (STACK.md 2.7)."""
+    assert not (core.training and core.is_activation_checkpointing), "it drops the cache (STACK.md 2.8)"
+    inputs = []
+    hook = core.norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    try:
+        yield inputs
+    finally:
+        hook.remove()
+
+
+def prefill(model, prompts: list[Prompt], pad: int) -> tuple[Context, torch.Tensor]:
+    """What the model has read after prompts and their videos, and its states (B, H) at their ends, after the norm."""
+    batch, cache = collate(prompts, model, pad), DynamicCache()
+    with _final_norm(model.model.language_model):
+        post = model.model(**batch, past_key_values=cache).last_hidden_state
+    last = batch["position_ids"][:, :, -1]  # (3, B)
+    assert (last == last[0]).all(), "a prompt has to end in text"
+    memory = tuple((layer.keys, layer.values) for layer in cache.layers)
+    return Context(memory, batch["attention_mask"].bool(), last[0]), post[:, -1]
+
+
+def read(model, context: Context, embeds: torch.Tensor) -> tuple[Context, torch.Tensor, torch.Tensor]:
+    """What the model has read after embeddings (B, L, H) more, and its states there before and after the final norm.
+
+    Words and soft tokens are read alike: one position each.
+    """
+    core, memory, (rows, count) = model.model.language_model, _Memory(context.memory), embeds.shape[:2]
+    new = context.seen.new_ones(rows, count, count).tril()  # each sees itself and those before it
+    sight = torch.cat([context.seen[:, None].expand(-1, count, -1), new], dim=2)[:, None]
+    positions = context.last[:, None] + torch.arange(1, count + 1, device=embeds.device)  # (B, L)
+    options = {
+        "attention_mask": sight,
+        "position_ids": positions.expand(3, -1, -1),
+        "past_key_values": memory,
+    }
+    with _final_norm(core) as inputs:
+        post = core(inputs_embeds=embeds, **options).last_hidden_state
+    seen = torch.cat([context.seen, new[:, -1]], dim=1)
+    return Context(tuple(memory.layers), seen, positions[:, -1]), inputs[0], post
+
+
+# --- speaking --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a reply is spoken."""
+
+    stop: int  # the token that ends it
+    banned: torch.Tensor  # (vocabulary,) True where a token may not be said
+    limit: int  # tokens of the longest reply
+    temperature: float = 0.0  # 0: always the likeliest token
+
+
+@dataclass(frozen=True)
+class Said:
+    """One reply, and the row of a context where the model has read it (the last token excepted)."""
+
+    ids: list[int]  # exactly those sampled, `stop` included where it was reached
+    logps: list[float]
+    context: Context
+    row: int
+
+
+def log_probs(logits: torch.Tensor, rules: Rules) -> torch.Tensor:
+    """Log-probabilities (..., vocabulary), float32, of the distribution that replies are drawn from.
+
+    Rollout and replay share it. At temperature 0 it is that of temperature 1.
+    """
+    logits = logits.float() / (rules.temperature or 1.0)
+    return logits.masked_fill(rules.banned, -torch.inf).log_softmax(dim=-1)
+
+
+def choose(logp: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
+    """(B,) tokens: where uniform draws (B,) fall in the cumulated probabilities (B, vocabulary), or the likeliest."""
+    if draws is None:
+        return logp.argmax(dim=-1)
+    mass = logp.double().exp().cumsum(dim=-1)
+    found = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True)[:, 0]
+    return found.clamp(max=logp.shape[-1] - 1)
+
+
+@torch.no_grad()
+def decode(model, context: Context, now: torch.Tensor, rules: Rules, draws=None) -> list[Said]:
+    """Every row continued in step, from the state (B, H) of its last token to `stop` or the limit.
+
+    draws  (B, limit) float64, uniform in [0, 1), for sampling; each row has its own, so no row depends on the others
+
+    When half of the rows have ended, the other half goes on alone: one endless reply costs a row, not a batch.
+    """
+    rows = torch.arange(len(now), device=now.device)  # which reply each row of the batch is
+    ids = rows.new_full((len(rows), rules.limit), rules.stop)
+    logps, homes = torch.zeros(ids.shape, device=ids.device), {}
+    ended = torch.zeros_like(rows, dtype=torch.bool)
+    for step in range(rules.limit):
+        logp = log_probs(model.lm_head(now), rules)  # (B, vocabulary)
+        token = choose(logp, None if draws is None else draws[rows, step]).masked_fill(ended, rules.stop)
+        ids[rows, step], logps[rows, step] = token, logp.gather(1, token[:, None])[:, 0]
+        ended = ended | (token == rules.stop)
+        if ended.all() or step + 1 == rules.limit:
+            break
+        if 2 * ended.sum() > len(rows):
+            homes |= {row: (context, at) for at, row in enumerate(rows.tolist()) if ended[at]}
+            rows, token, context, ended = rows[~ended], token[~ended], context.rows(~ended), ended[~ended]
+        context, _, post = read(model, context, model.get_input_embeddings()(token)[:, None])
+        now = post[:, -1]
+    homes |= {row: (context, at) for at, row in enumerate(rows.tolist())}
+    said = []
+    for row, spoken in enumerate(ids.tolist()):
+        end = spoken.index(rules.stop) + 1 if rules.stop in spoken else rules.limit
+        said.append(Said(spoken[:end], logps[row, :end].tolist(), *homes[row]))
+    return said
+
+
+def replay(model, context: Context, now: torch.Tensor, ids: torch.Tensor, rules: Rules):
+    """What the model has read after given replies (B, L), and log-probabilities (B, L) of them; differentiable."""
+    context, _, post = read(model, context, model.get_input_embeddings()(ids))
+    before = torch.cat(
+        [now[:, None], post[:, :-1]], dim=1
+    )  # (B, L, H): each token was chosen from the state before it
+    logp = log_probs(model.lm_head(before), rules)  # (B, L, vocabulary)
+    return context, logp.gather(2, ids[..., None])[..., 0]

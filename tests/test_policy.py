@@ -1,0 +1,389 @@
+"""The agent's decoding and its checkpoints, each against a second way of doing it or a file made wrong on purpose."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import QUERIES, changed, clip, random_policy, sampled
+from transformers import Qwen3VLModel
+
+from vsr1 import engine, foundation, params, policy, qwen, refine
+
+
+@pytest.fixture(scope="module")
+def made():
+    return random_policy()
+
+
+@pytest.fixture(scope="module")
+def prompts(made):
+    return [made.prompt(policy.SYSTEM, query, clip(4 + 2 * n, n)) for n, query in enumerate(QUERIES)]
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_prompts_say_what_the_method_says(made):
+    text = made.tokenizer.decode(made.prompt("S", 'a "dog"', clip(4)).ids)
+    pads = "<|vision_start|>" + 4 * "<|video_pad|>" + "<|vision_end|>"
+    assert text == (
+        '<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQuery: "a "dog""\nRetrieved video: '
+        f"<1.2 seconds>{pads}<5.2 seconds>{pads}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    blind = made.tokenizer.decode(made.prompt("S", "a dog").ids)
+    assert blind.endswith('<|im_start|>user\nQuery: "a dog"<|im_end|>\n<|im_start|>assistant\n')
+    assert policy.SYSTEM == (
+        "You judge one retrieved video against a query. Inside <think> </think>, compare step by step what the "
+        "query asks with what the video shows; be short and say only what is visible. If a scene fits, answer "
+        "<answer>matched</answer> <start>SECONDS</start> <end>SECONDS</end> <REFINE>. If no scene fits, answer "
+        "<answer>not_matched</answer> <REFINE>; the token starts a refined search. Always end with <REFINE>. "
+        "Write nothing outside the tags."
+    )
+    without = policy.SYSTEM.replace("; the token starts a refined search. Always end with <REFINE>", "")
+    assert policy.SYSTEM_ZS == without.replace(" <REFINE>", "")
+
+
+def test_released_policies_are_shown_frame_numbers_as_times(made):
+    released = changed(made, settings=policy.Settings(time_axis="frame_index"))
+    text = released.tokenizer.decode(released.prompt("S", "a", clip(4)).ids)
+    assert "<0.5 seconds>" in text and "<2.5 seconds>" in text and "<1.2 seconds>" not in text
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_replies_equal_the_library_s_own_generation(made, prompts):
+    replies = made.reply(prompts, max_new=12)
+    for prompt, reply in zip(prompts, replies, strict=True):
+        batch = qwen.collate([prompt], made.model, made.tokenizer.pad_token_id)
+        batch.pop("position_ids")  # generate makes its own
+        banned = made.banned.nonzero()[:, 0].tolist()
+        ids = made.model.generate(**batch, do_sample=False, max_new_tokens=12, suppress_tokens=banned)
+        assert reply.ids == ids[0, len(prompt.ids) :].tolist()
+
+
+def full_forward(made, prompt, ids):
+    """Log-probabilities of a reply from one forward over everything, without a cache."""
+    whole = dataclasses.replace(prompt, ids=prompt.ids + ids)
+    logits = made.model(**qwen.collate([whole], made.model, made.tokenizer.pad_token_id)).logits[0]
+    logits = logits[len(prompt.ids) - 1 : -1].masked_fill(made.banned, -torch.inf)
+    return logits.log_softmax(-1)[torch.arange(len(ids)), ids]
+
+
+@torch.no_grad()
+def test_recorded_log_probabilities_are_those_of_a_full_forward(made, prompts):
+    replies = sampled(made, prompts, group=2)
+    for prompt, reply in zip([p for p in prompts for _ in "ab"], replies, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(reply.logps), full_forward(made, prompt, reply.ids), atol=1e-5, rtol=0
+        )
+
+
+def early(made, prompts):
+    """The policy with an end-of-reply token that sampling meets early, at different steps in different rows."""
+    said = [reply.ids for reply in sampled(made, prompts, group=4)]
+    common = max(
+        {token for ids in said for token in ids}, key=lambda token: sum(token in ids for ids in said)
+    )
+    return changed(made, stop=common, mark=said[0][1])
+
+
+def test_rows_that_end_early_leave_the_others_as_they_are(made, prompts):
+    """Alone, in a batch, in a batch of another order; some rows end and the batch shrinks on the way."""
+    quick = early(made, prompts)
+    together = sampled(quick, prompts, group=4)
+    lengths = [len(reply.ids) for reply in together]
+    assert len(set(lengths)) > 3 and any(reply.ended for reply in together)
+    draws = torch.from_numpy(np.random.default_rng(0).random((12, 24)))
+    for row, reply in enumerate(together):
+        context, states = quick.begin([prompts[row // 4]])
+        alone = qwen.decode(quick.model, context, states, quick.rules(24, 1.0), draws[row : row + 1])[0]
+        assert alone.ids == reply.ids
+        np.testing.assert_allclose(alone.logps, reply.logps, atol=1e-5)
+        assert reply.ended == (reply.ids[-1] == quick.stop) and quick.stop not in reply.ids[:-1]
+        assert reply.ended or len(reply.ids) == 24
+
+
+def test_a_replayed_reply_has_the_log_probabilities_of_the_rollout_also_in_train_mode(made, prompts):
+    quick = early(made, prompts)
+    replies = sampled(quick, prompts, group=4)
+    made.model.train()
+    again = quick.replay(prompts, [reply.ids for reply in replies], group=4, temperature=1.0)
+    made.model.eval()
+    for row, reply in enumerate(replies):
+        np.testing.assert_allclose(again.logps[row][again.said[row]].tolist(), reply.logps, atol=1e-5)
+        assert (again.logps[row][~again.said[row]] == 0).all()
+    made.model.zero_grad()
+    again.logps.sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in made.model.parameters() if weight.grad is not None)
+
+
+def test_sharing_a_prompt_gives_the_gradient_of_separate_prompts(made, prompts):
+    ids = [reply.ids for reply in sampled(made, prompts[:2], group=3)]
+    grads = []
+    for rows, group in ((prompts[:2], 3), ([p for p in prompts[:2] for _ in range(3)], 1)):
+        made.model.zero_grad()
+        made.replay(rows, ids, group=group).logps.sum().backward()
+        grads.append([w.grad.clone() for w in made.model.parameters() if w.grad is not None])
+    for shared, separate in zip(*grads, strict=True):
+        torch.testing.assert_close(shared, separate, atol=1e-4 * float(separate.abs().max() + 1), rtol=0)
+
+
+def test_replies_follow_the_model_s_distribution():
+    """20,000 draws of one token against its probabilities; a banned token is never drawn."""
+    logp = torch.tensor([0.5, 0.2, 0.0, 0.3]).log()
+    draws = torch.from_numpy(np.random.default_rng(0).random(20_000))
+    share = qwen.choose(logp.expand(20_000, -1), draws).bincount(minlength=4) / 20_000
+    torch.testing.assert_close(share, logp.exp(), atol=0.015, rtol=0)
+    edges = qwen.choose(logp.expand(2, -1), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+    assert edges.tolist() == [0, 3] and share[2] == 0
+
+
+def test_vision_ids_and_rows_without_a_token_are_never_said(made):
+    loud = torch.where(made.banned, 50.0, 0.0)
+    assert (qwen.log_probs(loud, made.rules(1, 1.0))[made.banned] == -torch.inf).all()
+    names = made.tokenizer.convert_ids_to_tokens(made.banned.nonzero()[:, 0].tolist())
+    assert names[:4] == ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    assert int(made.banned.sum()) == 4 + 7, "eight spare rows, one of them taken by <REFINE>"
+
+
+def test_a_video_is_read_once_for_all_replies_to_it(made, prompts, monkeypatch):
+    shapes, see = [], made.model.model.visual.forward
+    counted = lambda pixels, **grid: shapes.append(len(pixels)) or see(pixels, **grid)  # noqa: E731
+    monkeypatch.setattr(made.model.model.visual, "forward", counted)
+    sampled(made, prompts, group=4, limit=3)
+    assert shapes == [sum(len(prompt.patches) for prompt in prompts)]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def profile(**changes):
+    return dataclasses.replace(params.load("smoke"), **changes)
+
+
+@pytest.fixture(scope="module")
+def saved(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    policy.save(made, folder)
+    return folder
+
+
+def copy_of(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_a_saved_policy_comes_back_with_heads_settings_and_the_same_replies(made, saved, prompts):
+    loaded = policy.load(str(saved), profile())
+    assert dataclasses.replace(loaded.settings, code="unknown") == made.settings
+    for key, value in made.heads.state_dict().items():
+        assert torch.equal(loaded.heads.state_dict()[key], value)
+    assert loaded.mark == made.mark
+    assert [r.ids for r in loaded.reply(prompts, max_new=5)] == [
+        r.ids for r in made.reply(prompts, max_new=5)
+    ]
+
+
+def test_a_base_model_has_no_heads_and_can_reply(made, tmp_path, prompts):
+    base = policy.Policy(made.model, foundation.make_tokenizer(foundation.vocabulary()), None, None, 4096)
+    policy.save(base, tmp_path)
+    loaded = policy.load(str(tmp_path), profile())
+    assert loaded.heads is loaded.settings is None
+    reply = loaded.reply([loaded.prompt(policy.SYSTEM_ZS, QUERIES[0], clip(4))], max_new=3)[0]
+    assert len(reply.ids) == 3 and not reply.ended and reply.branch is None
+
+
+def break_json(key, value):
+    def edit(folder):
+        told = json.loads((folder / "vsr1.json").read_text())
+        told["settings"][key] = value
+        (folder / "vsr1.json").write_text(json.dumps(told))
+
+    return edit
+
+
+def other_weights(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {key: value + 1 for key, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            break_json("seed_norm", "both"),
+            "vsr1.json: seed_norm: 'both' is not supported; there are 'pre', 'post'",
+        ),
+        (break_json("n_latents", 8), "vsr1.json: no such knob 'n_latents'"),
+        (break_json("n_soft", "8"), "vsr1.json: n_soft: expected int, found '8'"),
+        (break_json("system", "Judge."), "vsr1.json: settings.system was changed after training"),
+        (lambda folder: (folder / "vsr1.json").write_text("{"), "vsr1.json: not readable"),
+        (lambda folder: (folder / "vsr1.json").unlink(), "has soft-query heads but no vsr1.json"),
+        (other_weights, "model.safetensors: not the file that vsr1.json was written for"),
+        (lambda folder: (folder / "refine.safetensors").unlink(), "refine.safetensors: not the file"),
+        (
+            lambda folder: (folder / "refine.safetensors").write_bytes(b"junk"),
+            "refine.safetensors: not readable",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line_that_names_file_and_key(saved, tmp_path, damage, words):
+    folder = copy_of(saved, tmp_path)
+    damage(folder)
+    with pytest.raises(params.InputError) as caught:
+        policy.load(str(folder), profile())
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A checkpoint in the released layout: one row above the base tokenizer's, heads beside the model, no json."""
+    folder = tmp_path_factory.mktemp("released")
+    other = random_policy(spare=1, seed=3)
+    other.model.save_pretrained(folder)
+    other.tokenizer.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors") | dict(other.heads.state_dict())
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    rows = [
+        {"messages": [{"role": "system", "content": "The exact prompt."}, {"role": "user", "content": "x"}]}
+    ] * 2
+    (folder / "train_oneturn.json").write_text(json.dumps(rows))
+    return folder, other
+
+
+def convert(folder):
+    return policy.convert_released(folder, folder / "train_oneturn.json", profile())
+
+
+def test_a_released_checkpoint_is_converted_and_then_loads_like_our_own(released, tmp_path, prompts):
+    folder, other = released
+    converted = convert(folder)
+    assert converted.settings.system == "The exact prompt." and converted.settings.time_axis == "frame_index"
+    assert (converted.settings.n_soft, converted.settings.seed_norm, converted.settings.carry_blocks) == (
+        8,
+        "pre",
+        1,
+    )
+    policy.save(converted, tmp_path)
+    loaded = policy.load(str(tmp_path), profile())
+    assert dataclasses.replace(loaded.settings, code="unknown") == converted.settings
+    for one in (converted, loaded):
+        assert all(torch.equal(one.heads.state_dict()[k], v) for k, v in other.heads.state_dict().items())
+        assert [r.ids for r in one.reply(prompts, max_new=5)] == [
+            r.ids for r in other.reply(prompts, max_new=5)
+        ]
+
+
+def retensor(change):
+    def edit(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return edit
+
+
+def as_engine(folder):
+    torch.manual_seed(0)
+    config = foundation.make_config(foundation.make_tokenizer(foundation.vocabulary()))
+    Qwen3VLModel(config).save_pretrained(folder)
+
+
+def plain_tokenizer(folder):
+    foundation.make_tokenizer(foundation.vocabulary()).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (retensor(lambda t: t.pop("refine_projector.1.bias")), "refine_projector.1.bias is missing"),
+        (retensor(lambda t: t.pop("refine_gate.weight")), "refine_gate.weight is missing"),
+        (
+            retensor(lambda t: t.update({"refine_latent_input_projector.1.weight": torch.zeros(64, 192)})),
+            "refine_latent_input_projector.1.weight is [64, 192], but a policy of width 192 needs [192, 192]",
+        ),
+        (
+            retensor(lambda t: t.update({"refine_projector.0.weight": torch.zeros(192, 64)})),
+            "refine_projector.0.weight is [192, 64], but a policy of width 192 needs [192, 192]",
+        ),
+        (
+            retensor(lambda t: t["refine_projector.3.bias"].fill_(np.nan)),
+            "refine_projector.3.bias holds values",
+        ),
+        (
+            retensor(lambda t: t.pop("model.language_model.layers.1.mlp.up_proj.weight")),
+            "tensor model.language_model.layers.1.mlp.up_proj.weight is missing",
+        ),
+        (
+            retensor(lambda t: t.update({"model.language_model.norm.weight": torch.zeros(64)})),
+            "tensor model.language_model.norm.weight is [64], but config.json asks for [192]",
+        ),
+        (
+            as_engine,
+            "refine_projector.0.weight is missing from its safetensors; not a checkpoint with soft",
+        ),
+        (plain_tokenizer, "<REFINE> encodes to ["),
+        (lambda folder: (folder / "train_oneturn.json").write_text("[]"), "0 system prompts in 0 rows"),
+        (
+            lambda folder: (folder / "train_oneturn.json").write_text('[{"query": 1}]'),
+            "no list of rows with messages",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64),
+            "model.safetensors: not readable",
+        ),
+    ],
+)
+def test_a_damaged_released_checkpoint_is_one_line_that_names_file_and_key(released, tmp_path, damage, words):
+    folder = copy_of(released[0], tmp_path)
+    damage(folder)
+    with pytest.raises(params.InputError) as caught:
+        convert(folder)
+    assert words in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_released_checkpoint_does_not_load_as_a_base_model(released):
+    with pytest.raises(params.InputError, match=r"soft-query heads but no vsr1\.json; convert it"):
+        policy.load(str(released[0]), profile())
+
+
+def test_fresh_heads_take_the_mean_of_the_used_rows_and_need_a_spare_one():
+    one = random_policy(spare=2)
+    weight = one.model.get_input_embeddings().weight
+    torch.testing.assert_close(weight[one.mark], weight[: one.mark].mean(dim=0))
+    assert one.mark == len(one.tokenizer) - 1
+    with pytest.raises(params.InputError, match="no spare row for <REFINE>"):
+        random_policy(spare=0)
+
+
+def test_fresh_heads_follow_the_method_and_the_seed():
+    heads = policy.SoftHeads(6, 4)
+    assert not heads.refine_projector[3].weight.any() and heads.width == 4
+    assert torch.equal(heads.refine_latent_input_projector[1].weight, torch.eye(6, 4))
+    assert not heads.refine_gate.weight.any() and not heads.refine_gate.weight.requires_grad
+    a, b, c = (
+        random_policy(init="default", seed=seed).heads.refine_projector[3].weight for seed in (1, 1, 2)
+    )
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_an_engine_of_another_width_or_instruction_is_refused(made):
+    torch.manual_seed(0)
+    config = foundation.make_config(made.tokenizer)
+    core = Qwen3VLModel(config)
+    refine.check_fit(made, engine.Engine(profile(), core, made.tokenizer, "mine"))
+    other = engine.Engine(profile(instruction="Find it!"), core, made.tokenizer, "other")
+    with pytest.raises(
+        params.InputError, match=r"instruction .* but other has 'Find it!'; let the profile name"
+    ):
+        refine.check_fit(made, other)
+    other.instruction, other.width = made.settings.instruction, 64
+    with pytest.raises(params.InputError, match="an engine of width 192, but other has 64; let"):
+        refine.check_fit(made, other)

@@ -1,0 +1,297 @@
+"""Soft and hard query refinement, each result computed a second way."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tiny import QUERIES, changed, clip, random_policy, sampled
+from transformers import Qwen3VLModel
+
+from vsr1 import engine, foundation, params, policy, qwen, refine
+
+
+@pytest.fixture(scope="module")
+def made():
+    return random_policy(seed=5)
+
+
+@pytest.fixture(scope="module")
+def search():
+    """A frozen engine with random weights."""
+    torch.manual_seed(1)
+    tokenizer = foundation.make_tokenizer(foundation.vocabulary())
+    model = Qwen3VLModel(foundation.make_config(tokenizer)).eval().requires_grad_(False)
+    return engine.Engine(params.load("smoke"), model, tokenizer, "random")
+
+
+@pytest.fixture(scope="module")
+def prompts(made):
+    return [made.prompt(policy.SYSTEM, query, clip(4 + 2 * n, n)) for n, query in enumerate(QUERIES)]
+
+
+REPLIES = ([5, 9, "R"], [11, "R", 12, 13, "R", 40, 41], ["R", 300, 7, 8, 9, 10])
+
+
+@pytest.fixture(scope="module")
+def replies(made):
+    """Replies of different lengths with <REFINE> at the end, twice, and right at the start."""
+    return [[made.mark if token == "R" else token for token in reply] for reply in REPLIES]
+
+
+@pytest.fixture(scope="module")
+def branches(made, prompts, replies):
+    with torch.no_grad():
+        return made.replay(prompts, replies).branches
+
+
+@torch.no_grad()
+def by_full_forwards(made, prompt, reply, n):
+    """(n, D): the same soft tokens by n forwards over everything, without a cache, as the official code does it."""
+    core, heads = made.model.model, made.heads
+    ids = prompt.ids + reply[: len(reply) - reply[::-1].index(made.mark)]
+    batch = qwen.collate([dataclasses.replace(prompt, ids=ids)], made.model, made.tokenizer.pad_token_id)
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        batch.pop(name)
+    words, positions = core.get_input_embeddings()(torch.tensor([ids])), batch.pop("position_ids")
+    layer_out = []
+    hook = core.language_model.layers[-1].register_forward_hook(lambda _, __, out: layer_out.append(out))
+    tokens = []
+    for k in range(n):
+        fed = [heads.refine_latent_input_projector(z)[None, None] for z in tokens]
+        tail = positions[:, :, -1:] + torch.arange(1, k + 1)
+        where = torch.cat([positions, tail], dim=2)
+        post = core(
+            inputs_embeds=torch.cat([words, *fed], dim=1), position_ids=where, **batch
+        ).last_hidden_state
+        state = layer_out[-1][0, -1] if k == 0 else post[0, -1]  # before the norm, then after it
+        tokens.append(heads.refine_projector(state))
+    hook.remove()
+    return torch.stack(tokens)
+
+
+# --- soft ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_soft_tokens_by_cache_equal_full_forwards_for_rows_of_different_lengths(
+    made, prompts, replies, branches
+):
+    tokens = refine.soft_tokens(made, branches, 8)
+    for prompt, reply, row in zip(prompts, replies, tokens, strict=True):
+        torch.testing.assert_close(row, by_full_forwards(made, prompt, reply, 8), atol=1e-5, rtol=1e-5)
+    assert (tokens[:, 1:] - tokens[:, :-1]).abs().amax(dim=2).min() > 0.05, (
+        "tokens that hardly differ test little"
+    )
+
+
+@torch.no_grad()
+def test_a_row_alone_equals_the_row_in_a_batch_and_in_another_order(made, branches):
+    together = refine.soft_tokens(made, branches, 8)
+    for row, branch in enumerate(branches):
+        torch.testing.assert_close(
+            refine.soft_tokens(made, [branch], 8)[0], together[row], atol=1e-5, rtol=1e-5
+        )
+    torch.testing.assert_close(
+        refine.soft_tokens(made, branches[::-1], 8).flip(0), together, atol=1e-5, rtol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_any_number_of_soft_tokens_is_a_beginning_of_sixteen(made, branches):
+    sixteen = refine.soft_tokens(made, branches, 16)
+    for n in range(17):
+        some = refine.soft_tokens(made, branches, n)
+        assert some.shape == (3, n, made.heads.width) and some.dtype == torch.float32
+        torch.testing.assert_close(some, sixteen[:, :n], atol=1e-6, rtol=1e-6)
+
+
+def test_rollout_and_replay_give_the_same_soft_tokens(made, prompts):
+    """Sampled replies that say the token once, twice or never, and end at different steps."""
+    said = [reply.ids for reply in sampled(made, prompts, group=4)]
+    some = sorted(
+        {token for ids in said for token in ids}, key=lambda token: -sum(token in ids for ids in said)
+    )
+    quick = changed(made, stop=some[0], mark=some[1])
+    rolled = sampled(quick, prompts, group=4)
+    again = quick.replay(prompts, [reply.ids for reply in rolled], group=4, temperature=1.0)
+    replayed = again.branches
+    without = [branch is None for branch in replayed]
+    assert without == [reply.branch is None for reply in rolled] and set(without) == {True, False}
+    assert len({len(reply.ids) for reply in rolled}) > 2
+    pairs = [(reply.branch, branch) for reply, branch in zip(rolled, replayed, strict=True) if branch]
+    with torch.no_grad():
+        first, second = (refine.soft_tokens(quick, list(side), 4) for side in zip(*pairs, strict=True))
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+
+
+def test_a_reply_cut_right_at_the_token_can_still_refine(made, prompts, replies):
+    """The limit may fall on <REFINE> itself, which decoding then never reads."""
+    said = sampled(made, prompts[:1], limit=3)[0].ids
+    quick = changed(made, mark=said[-1])
+    cut = sampled(quick, prompts[:1], limit=3)[0]
+    assert not cut.ended and cut.ids[-1] == quick.mark
+    tokens = refine.soft_tokens(quick, [cut.branch], 3)[0]
+    torch.testing.assert_close(tokens, by_full_forwards(quick, prompts[0], cut.ids, 3), atol=1e-5, rtol=1e-5)
+
+
+def test_a_refinement_reads_one_token_per_latent_and_no_prompt(made, branches, monkeypatch):
+    read, run = [], made.model.model.language_model.forward
+
+    def counted(**inputs):
+        read.append(inputs["inputs_embeds"].shape[1])
+        return run(**inputs)
+
+    monkeypatch.setattr(made.model.model.language_model, "forward", counted)
+    refine.soft_tokens(made, branches, 8)
+    assert read == [1] * 8
+
+
+@torch.no_grad()
+def test_seed_norm_chooses_the_state_the_first_soft_token_reads(made, branches):
+    post = changed(made, settings=policy.Settings(seed_norm="post"))
+    first = refine.soft_tokens(post, branches, 1)[:, 0]
+    words = made.model.get_input_embeddings().weight[made.mark].expand(3, 1, -1)
+    states = qwen.read(made.model, qwen.stack(branches), words)[1][:, 0]
+    normed = made.heads.P(made.model.model.language_model.norm(states))
+    torch.testing.assert_close(first, normed, atol=1e-6, rtol=1e-6)
+    assert (first - refine.soft_tokens(made, branches, 1)[:, 0]).abs().max() > 0.01
+
+
+def loss_of(made, search, prompts, replies, target):
+    """A ranking loss as training will have it: cosine of the refined queries with given vectors."""
+    branches = made.replay(prompts, replies).branches
+    latents = refine.soft_tokens(made, branches, 4)
+    return (refine.soft_query(search, made.heads, QUERIES, latents) * target).sum()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "heads.refine_projector.0.weight",
+        "heads.refine_projector.3.bias",
+        "heads.refine_latent_input_projector.1.weight",
+        "heads.refine_append_input_projector.1.weight",
+        "model.model.language_model.layers.0.self_attn.q_proj.weight",
+        "model.model.language_model.layers.2.mlp.down_proj.weight",
+        "model.model.visual.blocks.0.mlp.linear_fc1.weight",
+    ],
+)
+def test_gradients_reach_heads_language_model_and_eyes(made, search, prompts, replies, name):
+    """Autograd against central differences of fourth order, along the gradient itself."""
+    weight = (made.heads if name.startswith("heads") else made.model).get_parameter(name.partition(".")[2])
+    target = torch.nn.functional.normalize(
+        torch.randn(3, search.width, generator=torch.manual_seed(0)), dim=-1
+    )
+    made.model.zero_grad(), made.heads.zero_grad()
+    loss_of(made, search, prompts, replies, target).backward()
+    slope, direction = weight.grad.norm(), weight.grad / weight.grad.norm()
+    assert slope > 1e-6
+    step, start, change = 0.003 / float(slope), weight.detach().clone(), 0.0
+    with torch.no_grad():
+        for steps, share in ((-2, 1), (-1, -8), (1, 8), (2, -1)):
+            weight.copy_(start + steps * step * direction)
+            change += share * loss_of(made, search, prompts, replies, target)
+        weight.copy_(start)
+    torch.testing.assert_close(change / (12 * step), slope, rtol=0.01, atol=0)
+
+
+def test_no_soft_tokens_are_exactly_the_plain_query(made, search, branches):
+    none = refine.soft_tokens(made, branches, 0)
+    np.testing.assert_allclose(
+        refine.soft_query(search, made.heads, QUERIES, none).detach(), search.embed_texts(QUERIES), atol=1e-6
+    )
+
+
+@torch.no_grad()
+def test_soft_tokens_stand_right_after_the_query_s_last_word(made, search):
+    """Latents that B turns into the embeddings of words equal those words written at the end of the text."""
+    ids = search.tokenizer(" in the kitchen")["input_ids"]
+    words = search.model.get_input_embeddings().weight[torch.tensor(ids)].expand(3, -1, -1)
+    copycat = policy.SoftHeads(4, search.width)
+    copycat.refine_append_input_projector = torch.nn.Sequential(
+        torch.nn.Identity(), torch.nn.Linear(192, 192)
+    )
+    copycat.refine_append_input_projector[1].weight.copy_(torch.eye(192))
+    copycat.refine_append_input_projector[1].bias.zero_()
+    written = search.embed_texts([query + " in the kitchen" for query in QUERIES])
+    np.testing.assert_allclose(refine.soft_query(search, copycat, QUERIES, words), written, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_sweep_over_depths_equals_one_query_each_and_keeps_what_is_carried(made, search, branches):
+    old, new = refine.soft_tokens(made, branches, 2), refine.soft_tokens(made, branches[::-1], 3)
+    sweep = refine.by_depth(search, made.heads, QUERIES, new)
+    np.testing.assert_allclose(sweep[:, 0], search.embed_texts(QUERIES), atol=1e-6)
+    for depth in range(4):
+        one = refine.soft_query(search, made.heads, QUERIES, refine.soft_tokens(made, branches[::-1], depth))
+        torch.testing.assert_close(sweep[:, depth], one, atol=1e-5, rtol=0)
+    carried = refine.by_depth(search, made.heads, QUERIES, new, carried=old)
+    both = refine.soft_query(search, made.heads, QUERIES, refine.carry([new, old, new], 2))
+    torch.testing.assert_close(carried[:, -1], both, atol=1e-5, rtol=0)
+    assert torch.equal(refine.carry([old, new], 1), new)
+    assert torch.equal(refine.carry([old, new], 5), torch.cat([old, new], dim=1))
+
+
+@torch.no_grad()
+def test_zero_heads_insert_the_same_soft_tokens_whatever_was_seen(search):
+    """The official start: eight zero latents. Not a no-op: B turns them into eight zero embeddings in the query."""
+    fresh = random_policy(init="zero")
+    prompts = [fresh.prompt(policy.SYSTEM, QUERIES[0], clip(4, n)) for n in (0, 1)]
+    branches = fresh.replay(prompts, [[fresh.mark]] * 2).branches
+    latents = refine.soft_tokens(fresh, branches, 8)
+    assert not latents.any()
+    query = refine.soft_query(search, fresh.heads, QUERIES[:2], latents)
+    np.testing.assert_allclose(
+        query, search.embed_texts(QUERIES[:2], torch.zeros(2, 8, search.width)), atol=1e-6
+    )
+
+
+# --- hard ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "update"),
+    [
+        ("<query_update>a red dog</query_update>", "a red dog"),
+        ("<think> <query_update>x</query_update> </think> <query_update>\n a  dog </query_update>", "a dog"),
+        ("<query_update>one</query_update> <query_update>two</query_update>", "one"),
+        ("<query_update>never closed <query_update>closed</query_update>", "closed"),
+        ("<query_update>  </query_update>", None),
+        ("<query_update>a dog", None),
+        ("<query_update>a <REFINE></query_update>", None),
+        ("<answer>matched</answer>", None),
+        ("", None),
+    ],
+)
+def test_an_update_is_read_once_or_not_at_all(text, update):
+    assert refine.read_update(text) == update
+
+
+def test_the_three_rewriters_see_what_they_should(made):
+    film = clip(4)
+    texts = []
+    for variant in ("blind", "seen", "reasoned"):
+        system, looks = refine.rewriter(variant)
+        texts.append(made.tokenizer.decode(made.prompt(system, "a dog", film if looks else None).ids))
+    blind, seen, reasoned = texts
+    assert policy.REWRITE in blind and "<|video_pad|>" not in blind
+    assert policy.REWRITE in seen and "<|video_pad|>" in seen
+    assert policy.SYSTEM_HQR in reasoned and "<|video_pad|>" in reasoned
+    assert all('Query: "a dog"' in text for text in texts)
+
+
+def test_updates_replace_the_query_or_follow_it():
+    updates = ["a red dog", "a red dog at night"]
+    assert refine.hard_text("a dog", updates, "replace") == "a red dog at night"
+    assert refine.hard_text("a dog", updates, "append") == "a dog a red dog at night"
+    assert refine.hard_text("a dog", updates, "append", 2) == "a dog a red dog a red dog at night"
+
+
+def test_a_long_update_fits_where_a_query_would_be_cut(search):
+    text = "a red dog by the lake " * 30
+    long = refine.longer(search)
+    long.embed_texts([text])
+    assert (long.cut, search.cut) == (0, 0)
+    search.embed_texts([text])
+    assert (long.cut, search.cut) == (0, 1)

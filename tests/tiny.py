@@ -1,0 +1,43 @@
+"""A policy of the mini shape with random weights, and things to show it: nothing depends on what training taught."""
+
+import numpy as np
+import torch
+from transformers import Qwen3VLForConditionalGeneration
+
+from vsr1 import foundation, frames, policy
+
+QUERIES = ["A person waves.", "Someone jumps up and down by the lake with a blue dog.", "Who sits?"]
+
+
+def random_policy(spare=8, init="default", seed=0):
+    """With fresh heads, and `spare` embedding rows above the tokenizer, one of which <REFINE> takes."""
+    torch.manual_seed(seed)
+    tokenizer = foundation.make_tokenizer(foundation.vocabulary())
+    config = foundation.make_config(tokenizer)
+    config.text_config.vocab_size = len(tokenizer) + spare
+    model = Qwen3VLForConditionalGeneration(config).eval()
+    for name, weight in model.named_parameters():  # freshly drawn weights hardly look at anything: let them
+        if weight.ndim == 2 and "embed" not in name and "lm_head" not in name:
+            weight.data *= 3
+        if (
+            "norm" in name and "weight" in name
+        ):  # else before and after a norm would be nearly the same to a head
+            weight.data.uniform_(0.5, 1.5)
+    base = policy.Policy(model, tokenizer, None, None, 4096)
+    return policy.new_heads(base, policy.Settings(refine_init=init), seed)
+
+
+def clip(count, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+    return frames.Clip(pixels, np.arange(count) * 2.0 + 0.25, 2.0 * count, None)
+
+
+def changed(made, **changes):
+    """The same policy with other attributes, say another end of reply: a random one never says <|im_end|>."""
+    other = policy.Policy(made.model, made.tokenizer, made.heads, made.settings, made.frame_pixels)
+    other.__dict__ |= changes
+    return other
+
+
+def sampled(made, prompts, seed=0, group=1, limit=24):
+    return made.reply(prompts, group=group, max_new=limit, temperature=1.0, rng=np.random.default_rng(seed))

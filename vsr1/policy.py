@@ -1,0 +1,401 @@
+"""The agent: it sees a query and one video, and says in words whether they fit, where, or that it will search again.
+
+A `Policy` is a Qwen3-VL with its tokenizer and, once it can refine, its soft-query heads and the settings they were
+trained with. A checkpoint is a folder of the library's own files plus `refine.safetensors` (the heads) and `vsr1.json`
+(the settings, of which the released checkpoints record none: `convert_released`).
+"""
+
+import copy
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import Qwen3VLForConditionalGeneration
+
+from vsr1 import frames, params, qwen, stages
+from vsr1.params import InputError
+
+REFINE = "<REFINE>"
+
+# --- what the policy is told (METHOD.md 4: the sentences; the wording is ours) ---------------------------------------
+
+_JUDGE = (
+    "You judge one retrieved video against a query. Inside <think> </think>, compare step by step what the query asks "
+    "with what the video shows; be short and say only what is visible. "
+    "If a scene fits, answer <answer>matched</answer> <start>SECONDS</start> <end>SECONDS</end>"
+)
+_REJECT = "If no scene fits, answer <answer>not_matched</answer>"
+_ONLY = "Write nothing outside the tags."
+SYSTEM = f"{_JUDGE} {REFINE}. {_REJECT} {REFINE}; the token starts a refined search. Always end with {REFINE}. {_ONLY}"
+SYSTEM_ZS = f"{_JUDGE}. {_REJECT}. {_ONLY}"  # a model without the token
+SYSTEM_HQR = f"{_JUDGE}. {_REJECT} <query_update>TEXT</query_update> with a better query. {_ONLY}"  # reasoned
+REWRITE = (  # blind and seen
+    "The first search with this query failed. Rewrite the query so that the search engine finds the right video. "
+    "Answer <query_update>TEXT</query_update>."
+)
+
+
+# --- heads and settings ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a checkpoint must say about how its soft queries were made; a default is the official code's value."""
+
+    system: str = SYSTEM  # the exact system prompt
+    n_soft: int = 8
+    gate: Literal["off"] = "off"
+    seed_norm: Literal["pre", "post"] = "pre"  # the state at <REFINE>: before or after the final norm
+    insertion: Literal["before the closing <|im_end|>"] = "before the closing <|im_end|>"
+    pooling: Literal["last"] = "last"
+    carry_blocks: int = 1  # C: soft tokens of how many turns stand in a query
+    instruction: str = "Represent the user's input."
+    query_tokens: int = 128
+    time_axis: Literal["true", "frame_index"] = (
+        "true"  # seconds shown to the model: as seen, or frame number / 1.0
+    )
+    turns: int = 1  # T_train
+    refine_init: Literal["zero", "default"] = "zero"
+    code: str = "unknown"  # digest of the modules that wrote it
+
+
+class SoftHeads(nn.Module):
+    """The modules of soft query refinement, named as in the released checkpoints (METHOD.md 3.1); float32."""
+
+    def __init__(self, hidden: int, width: int, init: str = "zero"):
+        super().__init__()
+        self.refine_projector = nn.Sequential(  # P: a state of the policy to a soft token
+            nn.Linear(hidden, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width)
+        )
+        self.refine_latent_input_projector = nn.Sequential(  # A: a soft token to the policy's next input
+            nn.LayerNorm(width), nn.Linear(width, hidden)
+        )
+        self.refine_append_input_projector = nn.Sequential(  # B: a soft token to an input of the engine
+            nn.LayerNorm(width), nn.Linear(width, width)
+        )
+        self.refine_gate = nn.Linear(hidden, 1).requires_grad_(
+            False
+        )  # saved by the official code, never used
+        for linear in (self.refine_latent_input_projector[1], self.refine_append_input_projector[1]):
+            nn.init.eye_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for weight in self.refine_gate.parameters():
+            nn.init.zeros_(weight)
+        if init == "zero":
+            for weight in self.refine_projector[3].parameters():
+                nn.init.zeros_(weight)
+
+    def P(self, states: torch.Tensor) -> torch.Tensor:
+        """Soft tokens (..., D) from states of the policy (..., H)."""
+        return _full(self.refine_projector, states)
+
+    def A(self, latents: torch.Tensor) -> torch.Tensor:
+        """Inputs of the policy (..., H) from soft tokens (..., D)."""
+        return _full(self.refine_latent_input_projector, latents)
+
+    def B(self, latents: torch.Tensor) -> torch.Tensor:
+        """Inputs of the engine (..., D) from soft tokens (..., D)."""
+        return _full(self.refine_append_input_projector, latents)
+
+    @property
+    def width(self) -> int:
+        """D: of soft tokens, and of the engine they are for."""
+        return self.refine_projector[3].out_features
+
+
+def _full(module, values):
+    """`module` in its own precision, float32, even where training runs under autocast."""
+    with torch.autocast(values.device.type, enabled=False):
+        return module(values.to(module[-1].weight.dtype))
+
+
+# --- the policy ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One reply, exactly as it was sampled. `branch` holds on to the KV cache of its batch: use it, then let it go."""
+
+    ids: list[int]  # up to and including the first <|im_end|>
+    logps: list[float]  # log-probability of each id
+    ended: bool  # False: cut at the limit
+    text: str  # special tokens kept, <|im_end|> dropped
+    branch: qwen.Context | None  # all that was read before the last <REFINE>; None: it was not said
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Replies of a batch read once more, for training."""
+
+    logps: torch.Tensor  # (B, L) of each token; 0 in the padding
+    said: torch.Tensor  # (B, L) True on the sampled tokens: all of a reply, nothing else
+    branches: list[qwen.Context | None]  # as in `Completion`
+
+
+class Policy:
+    """Model, tokenizer, and what refinement needs; without heads it can still judge, ground and rewrite in words."""
+
+    def __init__(
+        self, model, tokenizer, heads: SoftHeads | None, settings: Settings | None, frame_pixels: int
+    ):
+        self.model, self.tokenizer, self.heads, self.settings = model, tokenizer, heads, settings
+        self.frame_pixels, self.name = frame_pixels, tokenizer.name_or_path or "policy"
+        self.stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.mark = None if heads is None else refine_id(tokenizer, model)  # the id of <REFINE>
+        config, rows = model.config, model.get_input_embeddings().num_embeddings
+        # A vision id in a reply is a placeholder without a picture (STACK.md 2.6); the rows above the tokenizer's own
+        # are no tokens at all.
+        self.banned = torch.arange(rows, device=model.device) >= len(tokenizer)
+        for kind in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+            self.banned[getattr(config, kind)] = True
+
+    def prompt(self, system: str, query: str, clip: frames.Clip | None = None) -> qwen.Prompt:
+        """One user turn: the query, and the retrieved video where there is one (METHOD.md 4)."""
+        if clip is None:
+            return qwen.Prompt(self._ids(system, f'Query: "{query}"'))
+        config = self.model.config.vision_config
+        patches, grid = qwen.patchify(clip.frames, config, self.frame_pixels)
+        per_pair = grid[1] * grid[2] // config.spatial_merge_size**2
+        by_number = self.settings is not None and self.settings.time_axis == "frame_index"
+        seen_at = np.arange(len(clip.frames), dtype=float) if by_number else clip.seen_at
+        user = f'Query: "{query}"\nRetrieved video: {qwen.video_text(seen_at, per_pair)}'
+        return qwen.Prompt(self._ids(system, user), patches, grid)
+
+    def _ids(self, system, user):
+        return self.tokenizer(qwen.chat(self.tokenizer, system, user), add_special_tokens=False)["input_ids"]
+
+    @torch.no_grad()
+    def reply(
+        self, prompts: list[qwen.Prompt], *, group=1, max_new, temperature=0.0, rng=None
+    ) -> list[Completion]:
+        """`group` replies to each prompt, prompt after prompt, as one batch; each prompt and video is read once.
+
+        temperature 0 is greedy; else `rng` (numpy) draws one uniform number for each token a reply may have.
+        """
+        assert (rng is None) == (temperature == 0), "an rng is for sampling, and sampling needs one"
+        context, now = self.begin(prompts, group)
+        draws = None
+        if rng is not None:
+            draws = torch.from_numpy(rng.random((len(now), max_new))).to(now.device)
+        said = qwen.decode(self.model, context, now, self.rules(max_new, temperature), draws)
+        return [self._completion(one, context.seen.shape[1]) for one in said]
+
+    def _completion(self, said, columns):
+        ended = said.ids[-1] == self.stop
+        text = self.tokenizer.decode(said.ids[:-1] if ended else said.ids, skip_special_tokens=False)
+        branch = self._branch(said.context, said.row, said.ids, columns)
+        return Completion(said.ids, said.logps, ended, text, branch)
+
+    def replay(
+        self, prompts: list[qwen.Prompt], replies: list[list[int]], *, group=1, temperature=0.0
+    ) -> Replay:
+        """Given replies, read in one forward with gradients: what `reply` recorded comes out again, token for token."""
+        context, now = self.begin(prompts, group)
+        columns, lengths = context.seen.shape[1], torch.tensor([[len(reply)] for reply in replies])
+        ids = [torch.tensor(reply) for reply in replies]
+        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.stop).to(now.device)
+        said = (torch.arange(ids.shape[1]) < lengths).to(now.device)
+        rules = self.rules(ids.shape[1], temperature)
+        context, logps = qwen.replay(self.model, context, now, ids, rules)
+        branches = [self._branch(context, row, reply, columns) for row, reply in enumerate(replies)]
+        return Replay(logps.masked_fill(~said, 0.0), said, branches)
+
+    def begin(self, prompts: list[qwen.Prompt], group: int = 1) -> tuple[qwen.Context, torch.Tensor]:
+        """What the policy has read when it starts on `group` replies to each prompt, and its states (B, H) there."""
+        context, now = qwen.prefill(self.model, prompts, self.tokenizer.pad_token_id)
+        rows = torch.arange(len(prompts), device=now.device).repeat_interleave(group)
+        return context.rows(rows), now[rows]
+
+    def _branch(self, context, row, ids, columns):
+        """All that was read before the last <REFINE> of a reply that begins at column `columns`."""
+        if self.mark not in ids:
+            return None
+        return context.cut(row, columns + len(ids) - 1 - ids[::-1].index(self.mark))
+
+    def rules(self, limit: int, temperature: float) -> qwen.Rules:
+        """How this policy speaks."""
+        return qwen.Rules(self.stop, self.banned, limit, temperature)
+
+
+def refine_id(tokenizer, model) -> int:
+    """The id of <REFINE>: one token, with a row in the embedding matrix."""
+    ids = tokenizer(REFINE, add_special_tokens=False)["input_ids"]
+    rows = model.get_input_embeddings().num_embeddings
+    if len(ids) != 1 or ids[0] >= rows:
+        raise InputError(
+            f"{tokenizer.name_or_path or 'tokenizer'}: {REFINE} encodes to {ids}, but has to be one id below {rows}; "
+            "take the tokenizer that belongs to the checkpoint"
+        )
+    return ids[0]
+
+
+def new_heads(policy: Policy, settings: Settings, seed: int, width: int | None = None) -> Policy:
+    """`policy` with fresh heads and a tokenizer that knows <REFINE>; `width` D is that of the engine (else H).
+
+    The model is shared: its row for the new token, unused until now, is set to the mean of the used rows.
+    """
+    tokenizer, weight = copy.deepcopy(policy.tokenizer), policy.model.get_input_embeddings().weight
+    used = len(tokenizer)
+    if used >= len(weight):
+        raise InputError(
+            f"policy: its embedding matrix has no spare row for {REFINE} above its {used} tokens"
+        )
+    tokenizer.add_tokens([REFINE], special_tokens=True)
+    with torch.no_grad():
+        for matrix in {
+            weight,
+            policy.model.get_output_embeddings().weight,
+        }:  # the same one where they are tied
+            matrix[used] = matrix[:used].mean(dim=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads = SoftHeads(weight.shape[1], width or weight.shape[1], settings.refine_init).to(
+            policy.model.device
+        )
+    return Policy(policy.model, tokenizer, heads, settings, policy.frame_pixels)
+
+
+def new_settings(profile, instruction: str) -> Settings:
+    """What a profile says about refinement; `instruction` is the engine's, with its full stop."""
+    return Settings(
+        n_soft=profile.n_soft,
+        seed_norm=profile.seed_norm,
+        carry_blocks=profile.carry_blocks,
+        instruction=instruction,
+        query_tokens=profile.query_tokens,
+        refine_init=profile.refine_init,
+    )
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def load(name: str, profile) -> Policy:
+    """The policy in a folder or on the hub; with heads where the folder has a `vsr1.json`."""
+    torch.set_num_threads(profile.threads)
+    folder = Path(qwen.place(name))
+    record, held = folder / "vsr1.json", _tensors(folder)
+    own = _read_settings(record, folder) if record.exists() else None
+    if own is None and any(key.startswith("refine_") for key in held):
+        raise InputError(
+            f"{folder}: has soft-query heads but no vsr1.json; convert it with policy.convert_released"
+        )
+    model, tokenizer = _backbone(name, profile)
+    heads = None if own is None else _read_heads(folder, held, model)
+    return Policy(model, tokenizer, heads, own, profile.frame_pixels)
+
+
+def save(policy: Policy, folder: Path) -> None:
+    """A checkpoint that `load` reads; `vsr1.json` comes last and names the digest of every weight file."""
+    folder = Path(folder)
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    if policy.heads is None:
+        return
+    tensors = {key: value.detach().cpu().contiguous() for key, value in policy.heads.state_dict().items()}
+    save_file(tensors, folder / "refine.safetensors")
+    settings = asdict(policy.settings) | {"code": stages.code("qwen", "policy", "refine")}
+    files = {path.name: stages.digest(path) for path in sorted(folder.glob("*.safetensors"))}
+    record = {"settings": settings, "system_sha256": _sha256(policy.settings.system), "files": files}
+    stages.write_json(folder / "vsr1.json", record)
+
+
+def convert_released(folder: Path, messages: Path, profile) -> Policy:
+    """The policy in a released checkpoint (METHOD.md 8); `save` it once, then `load` it like our own.
+
+    messages  the released `sft_data/train_oneturn.json`, whose first message is the exact system prompt
+    """
+    folder = Path(folder)
+    held = _tensors(folder)
+    settings = Settings(system=_released_system(Path(messages)), time_axis="frame_index")
+    model, tokenizer = _backbone(str(folder), profile)
+    return Policy(model, tokenizer, _read_heads(folder, held, model), settings, profile.frame_pixels)
+
+
+def _backbone(name, profile):
+    device = qwen.pick_device(profile.device)
+    return qwen.load(Qwen3VLForConditionalGeneration, name, profile.dtype, device)
+
+
+def _sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tensors(folder):
+    """{key: its file} of every tensor in a folder's safetensors files."""
+    held = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                held |= dict.fromkeys(file.keys(), path)
+        except SafetensorError as error:
+            raise InputError(f"{path}: not readable ({error}); fetch it again") from error
+    return held
+
+
+def _read_heads(folder, held, model):
+    """Heads from tensors of the released names; the hidden width is the model's, D that of the file."""
+    hidden, last = model.get_input_embeddings().embedding_dim, "refine_projector.3.weight"
+    found = {}
+    for key, path in held.items():
+        if key.startswith("refine_"):
+            with safe_open(path, "pt") as file:
+                found[key] = file.get_tensor(key).float()
+    heads = SoftHeads(hidden, len(found[last]) if last in found else hidden)
+    for key, wanted in heads.state_dict().items():
+        if key not in found:
+            raise InputError(
+                f"{folder}: {key} is missing from its safetensors; not a checkpoint with soft queries"
+            )
+        if found[key].shape != wanted.shape:
+            raise InputError(
+                f"{held[key]}: {key} is {list(found[key].shape)}, but a policy of width {hidden} needs "
+                f"{list(wanted.shape)}; the file belongs to another model"
+            )
+        if not found[key].isfinite().all():
+            raise InputError(f"{held[key]}: {key} holds values that are not finite; fetch it again")
+    if unknown := set(found) - set(heads.state_dict()):
+        raise InputError(f"{held[min(unknown)]}: unknown tensor {min(unknown)}; a newer layout?")
+    heads.load_state_dict(found)
+    return heads.to(model.device)
+
+
+def _read_settings(record, folder):
+    """The settings in `vsr1.json`, after checking that the folder's weights are those it was written for."""
+    try:
+        told = json.loads(record.read_text(encoding="utf-8"))
+        settings, files, system_sha256 = told["settings"], told["files"], told["system_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{record}: not readable ({error!r}); restore it") from error
+    settings = params.record(Settings, settings, str(record))
+    if _sha256(settings.system) != system_sha256:
+        raise InputError(f"{record}: settings.system was changed after training; restore it")
+    for name, digest in files.items():
+        if not (folder / name).exists() or stages.digest(folder / name) != digest:
+            raise InputError(f"{folder / name}: not the file that vsr1.json was written for; restore it")
+    return settings
+
+
+def _released_system(path):
+    """The system prompt that all rows of the released training file share."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        roles = {row["messages"][0]["role"] for row in rows}
+        said = [row["messages"][0]["content"] for row in rows]
+        texts = {content if isinstance(content, str) else content[0]["text"] for content in said}
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise InputError(
+            f"{path}: no list of rows with messages ({error!r}); take train_oneturn.json"
+        ) from error
+    if roles != {"system"} or len(texts) != 1:
+        raise InputError(
+            f"{path}: {len(texts)} system prompts in {len(rows)} rows, not one; take train_oneturn.json"
+        )
+    return texts.pop()

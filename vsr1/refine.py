@@ -1,0 +1,122 @@
+r"""A better query after a look at the wrong video: in soft tokens (SQR), or in words (HQR).
+
+Soft query refinement. The policy has judged a video and closed its reply with <REFINE>. It goes on for N more steps,
+but not in words: P turns its state at <REFINE> into a soft token z1, A turns z1 into its next input, P turns the state
+there into z2, and so on. Through B, the N soft tokens stand in the query right after its last word, and the frozen
+engine embeds the query once more:
+
+    policy    prompt, video, reply,  <REFINE>  A(z1)  A(z2)  ...  A(z7)        one step of the KV cache each
+                                        |        |      |           |
+                                        P        P      P           P
+                                        |        |      |           |
+                                        z1       z2     z3   ...    z8
+
+    engine    instruction, query,     B(z1)    B(z2)  B(z3)  ...  B(z8)   <|im_end|> ... <|endoftext|>
+                                                                                               |
+                                                                                       next query vector
+
+Nothing is sampled on the way, so a loss on the query vector reaches P, A, B and the policy. Rollouts (no gradients) and
+training (gradients) call the same functions. METHOD.md 3 and 11 are the definitions.
+"""
+
+import copy
+import re
+
+import torch
+
+from vsr1 import policy as agent
+from vsr1 import qwen
+from vsr1.params import InputError
+
+# --- soft ------------------------------------------------------------------------------------------------------------
+
+
+def soft_tokens(policy: agent.Policy, branches: list[qwen.Context], n: int) -> torch.Tensor:
+    """Z (B, n, D) float32: n soft tokens of each of B replies.
+
+    branches  all that was read before each reply's last <REFINE>, from `policy.reply` or, for gradients, from
+              `policy.replay`; what the reply said after it does not count
+
+    The first soft token reads the state before the final norm, the others the state after it: odd, but official, and
+    the released weights need it. The last soft token is not read by the policy any more.
+    """
+    model, heads, context = policy.model, policy.heads, qwen.stack(branches)
+    embeds = model.get_input_embeddings()(torch.full_like(context.last, policy.mark))[:, None]  # (B, 1, H)
+    tokens = [torch.zeros(len(branches), 0, heads.width, device=embeds.device)]
+    for step in range(n):
+        context, pre, post = qwen.read(model, context, embeds)
+        state = pre if step == 0 and policy.settings.seed_norm == "pre" else post
+        tokens.append(heads.P(state))  # (B, 1, D)
+        embeds = heads.A(tokens[-1]).to(embeds.dtype)
+    return torch.cat(tokens, dim=1)
+
+
+def soft_query(engine, heads: agent.SoftHeads, texts: list[str], latents: torch.Tensor) -> torch.Tensor:
+    """(B, D) unit vectors of queries with their soft tokens (B, N, D); N = 0 gives the plain queries."""
+    return engine.pool(engine.text_batch(texts, heads.B(latents)))
+
+
+def carry(blocks: list[torch.Tensor], count: int) -> torch.Tensor:
+    """(B, N, D): the soft tokens of the latest `count` turns, one block after the other, oldest first."""
+    return torch.cat(blocks[-count:], dim=1)
+
+
+def by_depth(engine, heads, texts: list[str], latents: torch.Tensor, carried=None) -> torch.Tensor:
+    """(B, N + 1, D): query vectors with the first 0, 1, .. N soft tokens of one turn, after those `carried` to it."""
+    before = latents[:, :0] if carried is None else carried
+    prefixes = [carry([before, latents[:, :depth]], 2) for depth in range(latents.shape[1] + 1)]
+    return torch.stack([soft_query(engine, heads, texts, prefix) for prefix in prefixes], dim=1)
+
+
+def check_fit(policy: agent.Policy, engine) -> None:
+    """Soft tokens mean something to the engine they were trained for, and to no other."""
+    made = policy.settings
+    for what, ours, theirs in (
+        ("width", policy.heads.width, engine.width),
+        ("instruction", made.instruction, engine.instruction),
+        ("query_tokens", made.query_tokens, engine.limit),
+    ):
+        if ours != theirs:
+            raise InputError(
+                f"{policy.name}: its soft tokens are for an engine of {what} {ours!r}, but {engine.name} has "
+                f"{theirs!r}; let the profile name an engine and a policy that belong together"
+            )
+
+
+# --- hard: the query rewritten in words, in three variants that this project defines (METHOD.md 11) ------------------
+
+
+def rewriter(variant: str) -> tuple[str, bool]:
+    """(system prompt, does it see the rejected video?); `reasoned` judges and rewrites in one reply."""
+    return {
+        "blind": (agent.REWRITE, False),
+        "seen": (agent.REWRITE, True),
+        "reasoned": (agent.SYSTEM_HQR, True),
+    }[variant]
+
+
+def read_update(text: str) -> str | None:
+    """The rewritten query in a reply, None where there is none. What looks like a tag is never part of it.
+
+    >>> read_update("<think> no dog </think> <answer>not_matched</answer> <query_update> a  red dog</query_update>")
+    'a red dog'
+    """
+    found = re.search(r"<query_update>([^<]*)</query_update>", text.rpartition("</think>")[2])
+    return " ".join(found[1].split()) or None if found else None
+
+
+def hard_text(query: str, updates: list[str], mode: str, count: int = 1) -> str:
+    """The next query in words: the latest `count` updates; in mode `append` after the query itself, not for it.
+
+    >>> hard_text("a dog", ["a red dog"], "append")
+    'a dog a red dog'
+    """
+    assert mode in ("replace", "append"), mode
+    return " ".join([query] * (mode == "append") + updates[-count:])
+
+
+def longer(engine, tokens: int = 512):
+    """The same engine with room for longer texts, so that updates are not cut where queries are."""
+    other = copy.copy(engine)
+    other.limit, other.cut = tokens, 0
+    return other
