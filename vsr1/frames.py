@@ -13,7 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, Pipe
 from queue import SimpleQueue
@@ -123,6 +123,19 @@ def read_many(paths, like: Reader | None = None, workers=1) -> Iterator[Clip]:
 
     At most `workers + 2` videos are decoded, or being decoded, beyond the one in the caller's hands.
     """
+    with readers(like, workers) as read:
+        pending = deque()
+        for path in paths:
+            pending.append(read(path))
+            if len(pending) > workers + 2:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+@contextmanager
+def readers(like: Reader | None = None, workers=1):
+    """A function from a path to the Future of its Clip; `workers` children decode, and live as long as the block."""
     with ExitStack() as stack:
         idle = SimpleQueue()
         for _ in range(workers):
@@ -136,13 +149,7 @@ def read_many(paths, like: Reader | None = None, workers=1) -> Iterator[Clip]:
                 idle.put(reader)
 
         pool = stack.enter_context(ThreadPoolExecutor(workers))
-        pending = deque()
-        for path in paths:
-            pending.append(pool.submit(read, path))
-            if len(pending) > workers + 2:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield lambda path: pool.submit(read, path)
 
 
 # From here on: the child. decord and av are imported inside functions because the parent must not load them.

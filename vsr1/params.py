@@ -4,6 +4,7 @@ Quoted words are the paper's or its project page's; "ours" marks a choice of thi
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
@@ -50,6 +51,11 @@ class Profile:
     device: str = "auto"  # auto: the first GPU where there is one, else the CPU
     dtype: str = "float32"  # "bf16" at paper scale
     decoders: int = 1  # ours: worker processes that decode ahead of the engine
+    max_turns: int = 3  # T; ours: the project page says gains saturate at 3, the official script runs 2
+    next_shown: typing.Literal["top1", "skip_rejected", "second_if_repeat"] = "top1"  # see `episode.choose`
+    eval_batch: int = (
+        64  # ours: queries that walk in step; their KV caches are held, and a kill costs this many
+    )
     video_fps: float = 1.0  # "1 fps"
     max_frames: int = 64  # official: at most 64 frames, spread over the whole video
     frame_pixels: int = (
@@ -122,13 +128,12 @@ def check_dataset(dataset: str, where: str = "DATASETS") -> str:
 
 def record(kind, knobs: dict, where: str):
     """A `kind` made of `knobs`; an unknown, missing or wrongly typed key is an error that names file and key."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields, hints = _fields(kind)
     for key in knobs:
         if key not in fields:
             raise InputError(
                 f"{where}: no such knob {key!r}; remove it or look at {kind.__module__}.{kind.__name__}"
             )
-    hints = typing.get_type_hints(kind)
     values = {key: _typed(value, hints[key], f"{where}: {key}") for key, value in knobs.items()}
     needed = [
         name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in knobs
@@ -136,6 +141,12 @@ def record(kind, knobs: dict, where: str):
     if needed:
         raise InputError(f"{where}: {needed[0]} is missing; add it")
     return kind(**values)
+
+
+@functools.cache
+def _fields(kind):
+    """({name: field}, {name: type}) of a dataclass."""
+    return {field.name: field for field in dataclasses.fields(kind)}, typing.get_type_hints(kind)
 
 
 def _typed(value, hint, where):
@@ -151,7 +162,10 @@ def _typed(value, hint, where):
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise InputError(f"{where}: expected a list, found {value!r}")
-        return tuple(_typed(item, typing.get_args(hint)[0], where) for item in value)
+        kinds = typing.get_args(hint)
+        if kinds[-1] is not Ellipsis and len(value) != len(kinds):
+            raise InputError(f"{where}: expected {len(kinds)} values, found {value!r:.60}")
+        return tuple(_typed(item, kinds[0], where) for item in value)
     if typing.get_origin(hint) is typing.Literal:
         if value not in typing.get_args(hint):
             known = ", ".join(map(repr, typing.get_args(hint)))
