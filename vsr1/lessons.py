@@ -95,7 +95,7 @@ def vocabulary() -> list[str]:
         "system\nuser\nassistant\nRepresent the user's input. matched not_matched Query: Retrieved video: "
     )
     own = "the query asks for but the video shows same different no yes what who where when is it and or so to from "
-    said = "From to as asked not , . : ? What colour is are does do Which Where When Focus on someone who scene there "
+    said = "yes no , . : ? What colour is are does do Which Where When happen this Focus on someone who scene there "
     parts = [numbers, roles, own, " " + own.title(), said, ASK, *FILLER]
     parts += [policy.SYSTEM, policy.SYSTEM_ZS, policy.SYSTEM_HQR, policy.REWRITE]
     for table in (
@@ -444,10 +444,13 @@ def picture_row(lesson, count, rng):
     return lesson.row("Watch the video.", (lesson.video(clip), "Describe the picture."), answer)
 
 
+TASKS = {"judge": 0.45, "caption": 0.12, "question": 0.18, "blind": 0.04, "seen": 0.06, "reasoned": 0.15}
+
+
 def task_row(lesson, count, rng):
     """(prompt with answer, tokens of the answer): one of the agent's tasks about a window of a film."""
-    kind = rng.random()
-    if kind < 0.15:
+    kind = str(rng.choice(list(TASKS), p=list(TASKS.values())))
+    if kind == "caption":
         return caption_row(lesson, count, rng)
     films = lesson.films
     while True:
@@ -455,7 +458,7 @@ def task_row(lesson, count, rng):
         clip, moments = films.window(number, count, rng)
         if moments:
             break
-    if kind < 0.3:
+    if kind == "question":
         ask, answer = teacher.question(moments[int(rng.integers(len(moments)))], rng)
         return lesson.row("Watch the video.", (lesson.video(clip), ask), answer)
     asked = asked_moment(films, number, moments, rng)
@@ -463,12 +466,12 @@ def task_row(lesson, count, rng):
     query = f'Query: "{miniworld.tell(asked, int(rng.integers(miniworld.STYLES)))}"'
     update = teacher.rewrite(asked, seen, rng) if teacher.differing(asked, seen) else None
     shown = (f"{query}\nRetrieved video: ", lesson.video(clip))
-    if kind < 0.35:
+    if kind == "blind":
         blind = teacher.rewrite(asked, None, rng)
         return lesson.row(policy.REWRITE, (query,), f"<query_update>{blind}</query_update>")
-    if kind < 0.45 and update:
+    if kind == "seen" and update:
         return lesson.row(policy.REWRITE, shown, f"<query_update>{update}</query_update>")
-    if kind < 0.6:
+    if kind == "reasoned":
         return lesson.row(policy.SYSTEM_HQR, shown, teacher.verdict(asked, moments, update))
     return lesson.row(policy.SYSTEM_ZS, shown, teacher.verdict(asked, moments))
 
