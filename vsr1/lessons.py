@@ -95,7 +95,7 @@ def vocabulary() -> list[str]:
         "system\nuser\nassistant\nRepresent the user's input. matched not_matched Query: Retrieved video: "
     )
     own = "the query asks for but the video shows same different no yes what who where when is it and or so to from "
-    said = "yes no , . : ? What colour is are does do Which Where When happen this Focus on someone who scene there "
+    said = "From to as asked not , . : ? What colour is are does do Which Where When Focus on someone who scene there "
     parts = [numbers, roles, own, " " + own.title(), said, ASK, *FILLER]
     parts += [policy.SYSTEM, policy.SYSTEM_ZS, policy.SYSTEM_HQR, policy.REWRITE]
     for table in (
