@@ -10,6 +10,16 @@ from vsr1.miniworld import ACTIONS, ATTRIBUTES, LIGHTS, Moment
 WEIGHT = {"action": 2, "object": 2}  # of an attribute when a video's closest moment is sought; else 1
 
 
+CHECKLIST = {
+    "action": "does",
+    "object": "object",
+    "colour": "colour",
+    "shirt": "shirt",
+    "trousers": "trousers",
+}
+CHECKLIST |= {"place": "place", "light": "light"}
+
+
 def closest(asked: Moment, moments: tuple[Moment, ...]) -> Moment:
     """The moment of a video that has most in common with the one asked for; the earliest of equals."""
     shared = [
@@ -38,24 +48,26 @@ def phrase(name: str, moment: Moment) -> str:
 
 
 def trace(asked: Moment, seen: Moment) -> str:
-    """A checklist: what the query asks for, what the closest moment shows, attribute by attribute, and whether it fits.
+    """A checklist: what the query asks for, what the closest moment shows, and whether that is the same.
+
+    One word each, side by side: a small model learns to compare what stands next to each other (LOG.md).
 
     >>> asked = Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night")
     >>> seen = Moment(12, 18.5, "red", "blue", "jump", "umbrella", "black", "kitchen", "night")
-    >>> trace(asked, seen)[:72]
-    'jumps up and down? jumps, yes. umbrella? umbrella, yes. green? black, no'
+    >>> trace(asked, seen)[:78]
+    'does jumps - jumps yes. object umbrella - umbrella yes. colour green - black no'
     """
     lines = []
-    for name in ("action", "object", "colour", "shirt", "trousers", "place", "light"):
-        shown = getattr(seen, name)
-        shown = (
-            phrase(name, seen).split()[0 if name == "action" else -1]
-            if name in ("action", "light")
-            else shown
-        )
-        fits = "yes" if getattr(asked, name) == getattr(seen, name) else "no"
-        lines.append(f"{phrase(name, asked)}? {shown}, {fits}.")
+    for name, label in CHECKLIST.items():
+        same = "yes" if getattr(asked, name) == getattr(seen, name) else "no"
+        lines.append(f"{label} {word(name, asked)} - {word(name, seen)} {same}.")
     return " ".join(lines)
+
+
+def word(name: str, moment: Moment) -> str:
+    """One attribute in one word."""
+    words = phrase(name, moment).split()
+    return words[0] if name in ("action", "shirt", "trousers") else words[-1]
 
 
 def seconds(time: float) -> str:
