@@ -54,7 +54,7 @@ def trace(asked: Moment, seen: Moment) -> str:
 
     >>> asked = Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night")
     >>> seen = Moment(12, 18.5, "red", "blue", "jump", "umbrella", "black", "kitchen", "night")
-    >>> trace(asked, seen)[:78]
+    >>> trace(asked, seen)[:79]
     'does jumps - jumps yes. object umbrella - umbrella yes. colour green - black no'
     """
     lines = []
