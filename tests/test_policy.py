@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import QUERIES, changed, clip, random_policy, sampled
+from tiny import COLD, QUERIES, changed, clip, coming_to_an_end, random_policy, sampled
 from transformers import Qwen3VLModel
 
 from vsr1 import engine, foundation, params, policy, qwen, refine
@@ -75,54 +75,47 @@ def full_forward(made, prompt, ids):
 
 @torch.no_grad()
 def test_recorded_log_probabilities_are_those_of_a_full_forward(made, prompts):
-    replies = sampled(made, prompts, group=2)
+    replies = sampled(made, prompts, 2)
     for prompt, reply in zip([p for p in prompts for _ in "ab"], replies, strict=True):
         torch.testing.assert_close(
             torch.tensor(reply.logps), full_forward(made, prompt, reply.ids), atol=1e-5, rtol=0
         )
 
 
-def early(made, prompts):
-    """The policy with an end-of-reply token that sampling meets early, at different steps in different rows."""
-    said = [reply.ids for reply in sampled(made, prompts, group=4)]
-    common = max(
-        {token for ids in said for token in ids}, key=lambda token: sum(token in ids for ids in said)
-    )
-    return changed(made, stop=common, mark=said[0][1])
-
-
 def test_rows_that_end_early_leave_the_others_as_they_are(made, prompts):
-    """Alone, in a batch, in a batch of another order; some rows end and the batch shrinks on the way."""
-    quick = early(made, prompts)
-    together = sampled(quick, prompts, group=4)
-    lengths = [len(reply.ids) for reply in together]
-    assert len(set(lengths)) > 3 and any(reply.ended for reply in together)
+    """Each alone against all in a batch that shrinks twice on the way."""
+    quick = coming_to_an_end(made, prompts)
+    together = sampled(quick, prompts, 4, temperature=COLD)
+    lengths = sorted(len(reply.ids) for reply in together)
+    assert lengths[6] < lengths[7] and lengths[6] < lengths[9] < lengths[10] and len(set(lengths)) > 5
     draws = torch.from_numpy(np.random.default_rng(0).random((12, 24)))
     for row, reply in enumerate(together):
-        context, states = quick.begin([prompts[row // 4]])
-        alone = qwen.decode(quick.model, context, states, quick.rules(24, 1.0), draws[row : row + 1])[0]
+        context, now = quick.begin([prompts[row // 4]])
+        alone = qwen.decode(quick.model, context, now, quick.rules(24, COLD), draws[row : row + 1])[0]
         assert alone.ids == reply.ids
-        np.testing.assert_allclose(alone.logps, reply.logps, atol=1e-5)
+        np.testing.assert_allclose(alone.logps, reply.logps, atol=1e-5 / COLD)
         assert reply.ended == (reply.ids[-1] == quick.stop) and quick.stop not in reply.ids[:-1]
         assert reply.ended or len(reply.ids) == 24
 
 
 def test_a_replayed_reply_has_the_log_probabilities_of_the_rollout_also_in_train_mode(made, prompts):
-    quick = early(made, prompts)
-    replies = sampled(quick, prompts, group=4)
-    made.model.train()
-    again = quick.replay(prompts, [reply.ids for reply in replies], group=4, temperature=1.0)
-    made.model.eval()
-    for row, reply in enumerate(replies):
-        np.testing.assert_allclose(again.logps[row][again.said[row]].tolist(), reply.logps, atol=1e-5)
-        assert (again.logps[row][~again.said[row]] == 0).all()
+    quick = coming_to_an_end(made, prompts)
+    for temperature in (1.0, COLD):
+        replies = sampled(quick, prompts, 4, temperature=temperature)
+        made.model.train()
+        again = quick.replay(prompts, [reply.ids for reply in replies], group=4, temperature=temperature)
+        made.model.eval()
+        for row, reply in enumerate(replies):
+            own = again.logps[row][again.said[row]].tolist()
+            np.testing.assert_allclose(own, reply.logps, atol=1e-5 / temperature)
+            assert (again.logps[row][~again.said[row]] == 0).all()
     made.model.zero_grad()
     again.logps.sum().backward()
     assert all(weight.grad.isfinite().all() for weight in made.model.parameters() if weight.grad is not None)
 
 
 def test_sharing_a_prompt_gives_the_gradient_of_separate_prompts(made, prompts):
-    ids = [reply.ids for reply in sampled(made, prompts[:2], group=3)]
+    ids = [reply.ids for reply in sampled(made, prompts[:2], 3)]
     grads = []
     for rows, group in ((prompts[:2], 3), ([p for p in prompts[:2] for _ in range(3)], 1)):
         made.model.zero_grad()
@@ -154,7 +147,7 @@ def test_a_video_is_read_once_for_all_replies_to_it(made, prompts, monkeypatch):
     shapes, see = [], made.model.model.visual.forward
     counted = lambda pixels, **grid: shapes.append(len(pixels)) or see(pixels, **grid)  # noqa: E731
     monkeypatch.setattr(made.model.model.visual, "forward", counted)
-    sampled(made, prompts, group=4, limit=3)
+    sampled(made, prompts, 4, limit=3)
     assert shapes == [sum(len(prompt.patches) for prompt in prompts)]
 
 
@@ -202,6 +195,8 @@ def break_json(key, value):
     def edit(folder):
         told = json.loads((folder / "vsr1.json").read_text())
         told["settings"][key] = value
+        if value is None:
+            del told["settings"][key]
         (folder / "vsr1.json").write_text(json.dumps(told))
 
     return edit
@@ -222,10 +217,14 @@ def other_weights(folder):
             "vsr1.json: seed_norm: 'both' is not supported; there are 'pre', 'post'",
         ),
         (break_json("n_latents", 8), "vsr1.json: no such knob 'n_latents'"),
+        (break_json("seed_norm", None), "vsr1.json: settings.seed_norm is missing"),
         (break_json("n_soft", "8"), "vsr1.json: n_soft: expected int, found '8'"),
         (break_json("system", "Judge."), "vsr1.json: settings.system was changed after training"),
         (lambda folder: (folder / "vsr1.json").write_text("{"), "vsr1.json: not readable"),
-        (lambda folder: (folder / "vsr1.json").unlink(), "has soft-query heads but no vsr1.json"),
+        (
+            lambda folder: (folder / "vsr1.json").unlink(),
+            "soft-query heads but no vsr1.json; see policy.convert_released",
+        ),
         (other_weights, "model.safetensors: not the file that vsr1.json was written for"),
         (lambda folder: (folder / "refine.safetensors").unlink(), "refine.safetensors: not the file"),
         (
@@ -327,13 +326,13 @@ def plain_tokenizer(folder):
         ),
         (
             as_engine,
-            "refine_projector.0.weight is missing from its safetensors; not a checkpoint with soft",
+            "refine_projector.0.weight is missing from its safetensors; fetch",
         ),
         (plain_tokenizer, "<REFINE> encodes to ["),
         (lambda folder: (folder / "train_oneturn.json").write_text("[]"), "0 system prompts in 0 rows"),
         (
             lambda folder: (folder / "train_oneturn.json").write_text('[{"query": 1}]'),
-            "no list of rows with messages",
+            "no rows with messages",
         ),
         (
             lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64),
@@ -350,7 +349,7 @@ def test_a_damaged_released_checkpoint_is_one_line_that_names_file_and_key(relea
 
 
 def test_a_released_checkpoint_does_not_load_as_a_base_model(released):
-    with pytest.raises(params.InputError, match=r"soft-query heads but no vsr1\.json; convert it"):
+    with pytest.raises(params.InputError, match=r"soft-query heads but no vsr1\.json; see"):
         policy.load(str(released[0]), profile())
 
 
@@ -359,7 +358,10 @@ def test_fresh_heads_take_the_mean_of_the_used_rows_and_need_a_spare_one():
     weight = one.model.get_input_embeddings().weight
     torch.testing.assert_close(weight[one.mark], weight[: one.mark].mean(dim=0))
     assert one.mark == len(one.tokenizer) - 1
-    with pytest.raises(params.InputError, match="no spare row for <REFINE>"):
+    before = weight.clone()
+    again = policy.new_heads(one, one.settings, seed=9)
+    assert again.mark == one.mark and torch.equal(weight, before), "a row that is in use is left alone"
+    with pytest.raises(params.InputError, match="leave none for <REFINE>"):
         random_policy(spare=0)
 
 

@@ -1,14 +1,12 @@
 """Soft and hard query refinement, each result computed a second way."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
-from tiny import QUERIES, changed, clip, random_policy, sampled
+from tiny import COLD, QUERIES, changed, clip, coming_to_an_end, random_policy, sampled
 from transformers import Qwen3VLModel
 
-from vsr1 import engine, foundation, params, policy, qwen, refine
+from vsr1 import bench, engine, foundation, params, policy, qwen, refine
 
 
 @pytest.fixture(scope="module")
@@ -45,31 +43,6 @@ def branches(made, prompts, replies):
         return made.replay(prompts, replies).branches
 
 
-@torch.no_grad()
-def by_full_forwards(made, prompt, reply, n):
-    """(n, D): the same soft tokens by n forwards over everything, without a cache, as the official code does it."""
-    core, heads = made.model.model, made.heads
-    ids = prompt.ids + reply[: len(reply) - reply[::-1].index(made.mark)]
-    batch = qwen.collate([dataclasses.replace(prompt, ids=ids)], made.model, made.tokenizer.pad_token_id)
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-        batch.pop(name)
-    words, positions = core.get_input_embeddings()(torch.tensor([ids])), batch.pop("position_ids")
-    layer_out = []
-    hook = core.language_model.layers[-1].register_forward_hook(lambda _, __, out: layer_out.append(out))
-    tokens = []
-    for k in range(n):
-        fed = [heads.refine_latent_input_projector(z)[None, None] for z in tokens]
-        tail = positions[:, :, -1:] + torch.arange(1, k + 1)
-        where = torch.cat([positions, tail], dim=2)
-        post = core(
-            inputs_embeds=torch.cat([words, *fed], dim=1), position_ids=where, **batch
-        ).last_hidden_state
-        state = layer_out[-1][0, -1] if k == 0 else post[0, -1]  # before the norm, then after it
-        tokens.append(heads.refine_projector(state))
-    hook.remove()
-    return torch.stack(tokens)
-
-
 # --- soft ------------------------------------------------------------------------------------------------------------
 
 
@@ -79,7 +52,7 @@ def test_soft_tokens_by_cache_equal_full_forwards_for_rows_of_different_lengths(
 ):
     tokens = refine.soft_tokens(made, branches, 8)
     for prompt, reply, row in zip(prompts, replies, tokens, strict=True):
-        torch.testing.assert_close(row, by_full_forwards(made, prompt, reply, 8), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(row, bench.by_full_forwards(made, prompt, reply, 8), atol=1e-5, rtol=1e-5)
     assert (tokens[:, 1:] - tokens[:, :-1]).abs().amax(dim=2).min() > 0.05, (
         "tokens that hardly differ test little"
     )
@@ -108,13 +81,9 @@ def test_any_number_of_soft_tokens_is_a_beginning_of_sixteen(made, branches):
 
 def test_rollout_and_replay_give_the_same_soft_tokens(made, prompts):
     """Sampled replies that say the token once, twice or never, and end at different steps."""
-    said = [reply.ids for reply in sampled(made, prompts, group=4)]
-    some = sorted(
-        {token for ids in said for token in ids}, key=lambda token: -sum(token in ids for ids in said)
-    )
-    quick = changed(made, stop=some[0], mark=some[1])
-    rolled = sampled(quick, prompts, group=4)
-    again = quick.replay(prompts, [reply.ids for reply in rolled], group=4, temperature=1.0)
+    quick = coming_to_an_end(made, prompts)
+    rolled = sampled(quick, prompts, 4, temperature=COLD)
+    again = quick.replay(prompts, [reply.ids for reply in rolled], group=4)
     replayed = again.branches
     without = [branch is None for branch in replayed]
     assert without == [reply.branch is None for reply in rolled] and set(without) == {True, False}
@@ -132,7 +101,9 @@ def test_a_reply_cut_right_at_the_token_can_still_refine(made, prompts, replies)
     cut = sampled(quick, prompts[:1], limit=3)[0]
     assert not cut.ended and cut.ids[-1] == quick.mark
     tokens = refine.soft_tokens(quick, [cut.branch], 3)[0]
-    torch.testing.assert_close(tokens, by_full_forwards(quick, prompts[0], cut.ids, 3), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        tokens, bench.by_full_forwards(quick, prompts[0], cut.ids, 3), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_refinement_reads_one_token_per_latent_and_no_prompt(made, branches, monkeypatch):
@@ -248,24 +219,6 @@ def test_zero_heads_insert_the_same_soft_tokens_whatever_was_seen(search):
 
 
 # --- hard ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "update"),
-    [
-        ("<query_update>a red dog</query_update>", "a red dog"),
-        ("<think> <query_update>x</query_update> </think> <query_update>\n a  dog </query_update>", "a dog"),
-        ("<query_update>one</query_update> <query_update>two</query_update>", "one"),
-        ("<query_update>never closed <query_update>closed</query_update>", "closed"),
-        ("<query_update>  </query_update>", None),
-        ("<query_update>a dog", None),
-        ("<query_update>a <REFINE></query_update>", None),
-        ("<answer>matched</answer>", None),
-        ("", None),
-    ],
-)
-def test_an_update_is_read_once_or_not_at_all(text, update):
-    assert refine.read_update(text) == update
 
 
 def test_the_three_rewriters_see_what_they_should(made):

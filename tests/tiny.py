@@ -6,6 +6,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from vsr1 import foundation, frames, policy
 
+COLD = 0.05  # a temperature at which a random policy repeats itself
 QUERIES = ["A person waves.", "Someone jumps up and down by the lake with a blue dog.", "Who sits?"]
 
 
@@ -39,5 +40,15 @@ def changed(made, **changes):
     return other
 
 
-def sampled(made, prompts, seed=0, group=1, limit=24):
-    return made.reply(prompts, group=group, max_new=limit, temperature=1.0, rng=np.random.default_rng(seed))
+def sampled(made, prompts, group=1, limit=24, temperature=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return made.reply(prompts, group=group, max_new=limit, temperature=temperature, rng=rng)
+
+
+def coming_to_an_end(made, prompts):
+    """Other ids for <|im_end|> and <REFINE>: two that cold sampling of 4 replies a prompt meets at different steps."""
+    said = [reply.ids for reply in sampled(made, prompts, 4, temperature=COLD)]
+    often = sorted(
+        {token for ids in said for token in ids}, key=lambda token: -sum(token in ids for ids in said)
+    )
+    return changed(made, stop=often[0], mark=often[1])

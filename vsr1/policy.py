@@ -8,7 +8,7 @@ trained with. A checkpoint is a folder of the library's own files plus `refine.s
 import copy
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -58,9 +58,7 @@ class Settings:
     carry_blocks: int = 1  # C: soft tokens of how many turns stand in a query
     instruction: str = "Represent the user's input."
     query_tokens: int = 128
-    time_axis: Literal["true", "frame_index"] = (
-        "true"  # seconds shown to the model: as seen, or frame number / 1.0
-    )
+    time_axis: Literal["true", "frame_index"] = "true"  # times shown: seconds as seen, or frame numbers
     turns: int = 1  # T_train
     refine_init: Literal["zero", "default"] = "zero"
     code: str = "unknown"  # digest of the modules that wrote it
@@ -80,9 +78,7 @@ class SoftHeads(nn.Module):
         self.refine_append_input_projector = nn.Sequential(  # B: a soft token to an input of the engine
             nn.LayerNorm(width), nn.Linear(width, width)
         )
-        self.refine_gate = nn.Linear(hidden, 1).requires_grad_(
-            False
-        )  # saved by the official code, never used
+        self.refine_gate = nn.Linear(hidden, 1).requires_grad_(False)  # official: saved, never used
         for linear in (self.refine_latent_input_projector[1], self.refine_append_input_projector[1]):
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -142,11 +138,9 @@ class Replay:
 class Policy:
     """Model, tokenizer, and what refinement needs; without heads it can still judge, ground and rewrite in words."""
 
-    def __init__(
-        self, model, tokenizer, heads: SoftHeads | None, settings: Settings | None, frame_pixels: int
-    ):
+    def __init__(self, model, tokenizer, heads: SoftHeads | None, settings: Settings | None, pixels: int):
         self.model, self.tokenizer, self.heads, self.settings = model, tokenizer, heads, settings
-        self.frame_pixels, self.name = frame_pixels, tokenizer.name_or_path or "policy"
+        self.frame_pixels, self.name = pixels, tokenizer.name_or_path or "policy"
         self.stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.mark = None if heads is None else refine_id(tokenizer, model)  # the id of <REFINE>
         config, rows = model.config, model.get_input_embeddings().num_embeddings
@@ -229,9 +223,9 @@ def refine_id(tokenizer, model) -> int:
     ids = tokenizer(REFINE, add_special_tokens=False)["input_ids"]
     rows = model.get_input_embeddings().num_embeddings
     if len(ids) != 1 or ids[0] >= rows:
+        name = tokenizer.name_or_path or "tokenizer"
         raise InputError(
-            f"{tokenizer.name_or_path or 'tokenizer'}: {REFINE} encodes to {ids}, but has to be one id below {rows}; "
-            "take the tokenizer that belongs to the checkpoint"
+            f"{name}: {REFINE} encodes to {ids}, not to one id below {rows}; take the checkpoint's own"
         )
     return ids[0]
 
@@ -241,37 +235,27 @@ def new_heads(policy: Policy, settings: Settings, seed: int, width: int | None =
 
     The model is shared: its row for the new token, unused until now, is set to the mean of the used rows.
     """
-    tokenizer, weight = copy.deepcopy(policy.tokenizer), policy.model.get_input_embeddings().weight
-    used = len(tokenizer)
-    if used >= len(weight):
-        raise InputError(
-            f"policy: its embedding matrix has no spare row for {REFINE} above its {used} tokens"
-        )
-    tokenizer.add_tokens([REFINE], special_tokens=True)
-    with torch.no_grad():
-        for matrix in {
-            weight,
-            policy.model.get_output_embeddings().weight,
-        }:  # the same one where they are tied
-            matrix[used] = matrix[:used].mean(dim=0)
+    model, tokenizer = policy.model, copy.deepcopy(policy.tokenizer)
+    (rows, hidden), used = model.get_input_embeddings().weight.shape, len(tokenizer)
+    if tokenizer.add_tokens([REFINE], special_tokens=True):  # else it knows it, and the row has been trained
+        if used >= rows:
+            raise InputError(f"{policy.name}: {rows} embeddings for {used} tokens leave none for {REFINE}")
+        with torch.no_grad():
+            for layer in (
+                model.get_input_embeddings(),
+                model.get_output_embeddings(),
+            ):  # mostly the same matrix
+                layer.weight[used] = layer.weight[:used].mean(dim=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        heads = SoftHeads(weight.shape[1], width or weight.shape[1], settings.refine_init).to(
-            policy.model.device
-        )
-    return Policy(policy.model, tokenizer, heads, settings, policy.frame_pixels)
+        heads = SoftHeads(hidden, width or hidden, settings.refine_init)
+    return Policy(model, tokenizer, heads.to(model.device), settings, policy.frame_pixels)
 
 
 def new_settings(profile, instruction: str) -> Settings:
     """What a profile says about refinement; `instruction` is the engine's, with its full stop."""
-    return Settings(
-        n_soft=profile.n_soft,
-        seed_norm=profile.seed_norm,
-        carry_blocks=profile.carry_blocks,
-        instruction=instruction,
-        query_tokens=profile.query_tokens,
-        refine_init=profile.refine_init,
-    )
+    shared = ("n_soft", "seed_norm", "carry_blocks", "query_tokens", "refine_init")
+    return Settings(instruction=instruction, **{name: getattr(profile, name) for name in shared})
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -284,10 +268,8 @@ def load(name: str, profile) -> Policy:
     record, held = folder / "vsr1.json", _tensors(folder)
     own = _read_settings(record, folder) if record.exists() else None
     if own is None and any(key.startswith("refine_") for key in held):
-        raise InputError(
-            f"{folder}: has soft-query heads but no vsr1.json; convert it with policy.convert_released"
-        )
-    model, tokenizer = _backbone(name, profile)
+        raise InputError(f"{folder}: soft-query heads but no vsr1.json; see policy.convert_released")
+    model, tokenizer = _model(name, profile)
     heads = None if own is None else _read_heads(folder, held, model)
     return Policy(model, tokenizer, heads, own, profile.frame_pixels)
 
@@ -312,16 +294,14 @@ def convert_released(folder: Path, messages: Path, profile) -> Policy:
 
     messages  the released `sft_data/train_oneturn.json`, whose first message is the exact system prompt
     """
-    folder = Path(folder)
     held = _tensors(folder)
     settings = Settings(system=_released_system(Path(messages)), time_axis="frame_index")
-    model, tokenizer = _backbone(str(folder), profile)
+    model, tokenizer = _model(str(folder), profile)
     return Policy(model, tokenizer, _read_heads(folder, held, model), settings, profile.frame_pixels)
 
 
-def _backbone(name, profile):
-    device = qwen.pick_device(profile.device)
-    return qwen.load(Qwen3VLForConditionalGeneration, name, profile.dtype, device)
+def _model(name, profile):
+    return qwen.load(Qwen3VLForConditionalGeneration, name, profile.dtype, qwen.pick_device(profile.device))
 
 
 def _sha256(text):
@@ -351,9 +331,7 @@ def _read_heads(folder, held, model):
     heads = SoftHeads(hidden, len(found[last]) if last in found else hidden)
     for key, wanted in heads.state_dict().items():
         if key not in found:
-            raise InputError(
-                f"{folder}: {key} is missing from its safetensors; not a checkpoint with soft queries"
-            )
+            raise InputError(f"{folder}: {key} is missing from its safetensors; fetch it again")
         if found[key].shape != wanted.shape:
             raise InputError(
                 f"{held[key]}: {key} is {list(found[key].shape)}, but a policy of width {hidden} needs "
@@ -371,9 +349,13 @@ def _read_settings(record, folder):
     """The settings in `vsr1.json`, after checking that the folder's weights are those it was written for."""
     try:
         told = json.loads(record.read_text(encoding="utf-8"))
-        settings, files, system_sha256 = told["settings"], told["files"], told["system_sha256"]
+        settings, files, system_sha256 = dict(told["settings"]), dict(told["files"]), told["system_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{record}: not readable ({error!r}); restore it") from error
+    if absent := [field.name for field in fields(Settings) if field.name not in settings]:
+        raise InputError(
+            f"{record}: settings.{absent[0]} is missing; restore it"
+        )  # a default would be a guess
     settings = params.record(Settings, settings, str(record))
     if _sha256(settings.system) != system_sha256:
         raise InputError(f"{record}: settings.system was changed after training; restore it")
@@ -391,11 +373,7 @@ def _released_system(path):
         said = [row["messages"][0]["content"] for row in rows]
         texts = {content if isinstance(content, str) else content[0]["text"] for content in said}
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise InputError(
-            f"{path}: no list of rows with messages ({error!r}); take train_oneturn.json"
-        ) from error
+        raise InputError(f"{path}: no rows with messages ({error!r}); take train_oneturn.json") from error
     if roles != {"system"} or len(texts) != 1:
-        raise InputError(
-            f"{path}: {len(texts)} system prompts in {len(rows)} rows, not one; take train_oneturn.json"
-        )
+        raise InputError(f"{path}: {len(texts)} system prompts in {len(rows)} rows; take train_oneturn.json")
     return texts.pop()

@@ -333,8 +333,6 @@ def decode(model, context: Context, now: torch.Tensor, rules: Rules, draws=None)
 def replay(model, context: Context, now: torch.Tensor, ids: torch.Tensor, rules: Rules):
     """What the model has read after given replies (B, L), and log-probabilities (B, L) of them; differentiable."""
     context, _, post = read(model, context, model.get_input_embeddings()(ids))
-    before = torch.cat(
-        [now[:, None], post[:, :-1]], dim=1
-    )  # (B, L, H): each token was chosen from the state before it
+    before = torch.cat([now[:, None], post[:, :-1]], dim=1)  # (B, L, H): what each token was chosen from
     logp = log_probs(model.lm_head(before), rules)  # (B, L, vocabulary)
     return context, logp.gather(2, ids[..., None])[..., 0]

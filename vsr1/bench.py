@@ -1,0 +1,216 @@
+"""The speed claims, measured side by side on this machine: `make bench`, into results/bench/agent.{json,csv}.
+
+Each claim is two ways to the same result, checked to be the same and timed in turn. Two sizes with random weights, on
+which speed does not depend: the mini policy's, and about 200 M parameters, where the sums weigh more than Python does.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import resource
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from vsr1 import foundation, frames, params, policy, qwen, refine, results, stages
+
+LATENTS = GROUP = 8
+SQR_TARGET, GROUP_TARGET = 5.0, 2.5  # lowest median ratios on the larger model
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim on one model: medians over rounds in which both ways took turns, and the range of their ratio."""
+
+    claim: str
+    model: str
+    parameters_m: float
+    prompt_tokens: int
+    reply_tokens: int
+    ours_s: float
+    plain_s: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    target: float | None
+
+
+def make_config(large: bool, rows: int) -> Qwen3VLConfig:
+    """The mini policy's configuration, or one of about 200 M parameters; `rows` of the embedding matrix."""
+    config = foundation.make_config(foundation.make_tokenizer(foundation.vocabulary())).to_dict()
+    text, vision = config["text_config"], config["vision_config"]
+    text["vocab_size"] = rows
+    if large:
+        text |= {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 20, "head_dim": 64}
+        text |= {"num_attention_heads": 12, "num_key_value_heads": 4}
+        text["rope_parameters"] |= {"mrope_section": [12, 10, 10]}
+        text.pop("layer_types", None)  # one a layer, of the smaller model
+        vision |= {
+            "depth": 8,
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_heads": 8,
+            "out_hidden_size": 768,
+        }
+    return Qwen3VLConfig(**config)
+
+
+def random_policy(large: bool, seed: int = 0) -> policy.Policy:
+    """A policy with random weights and heads that never ends a reply by itself."""
+    torch.manual_seed(seed)
+    tokenizer = foundation.make_tokenizer(foundation.vocabulary())
+    model = Qwen3VLForConditionalGeneration(make_config(large, len(tokenizer) + 8)).eval()
+    base = policy.Policy(model, tokenizer, None, None, 4096)
+    made = policy.new_heads(base, policy.Settings(refine_init="default"), seed)
+    made.banned[made.stop] = True
+    return made
+
+
+def long_prompt(made: policy.Policy, tokens: int, seed: int = 0) -> qwen.Prompt:
+    """A query and a video of noise, with as many frames as make a prompt of at least `tokens` tokens."""
+    rng = np.random.default_rng(seed)
+    for count in range(8, 1000, 8):
+        pixels = rng.integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+        clip = frames.Clip(pixels, np.arange(count, dtype=float), float(count), None)
+        prompt = made.prompt(policy.SYSTEM, "A person in a red shirt opens a blue box in the kitchen.", clip)
+        if len(prompt.ids) >= tokens:
+            return prompt
+
+
+@torch.no_grad()
+def by_full_forwards(made: policy.Policy, prompt: qwen.Prompt, reply: list[int], n: int) -> torch.Tensor:
+    """(n, D) soft tokens by n forwards over prompt, video, reply and latents: no cache, as in the official code."""
+    core, heads = made.model.model, made.heads
+    ids = prompt.ids + reply[: len(reply) - reply[::-1].index(made.mark)]
+    batch = qwen.collate(
+        [qwen.Prompt(ids, prompt.patches, prompt.grid)], made.model, made.tokenizer.pad_token_id
+    )
+    words, where = core.get_input_embeddings()(batch["input_ids"]), batch["position_ids"]
+    video = {name: batch[name] for name in ("pixel_values_videos", "video_grid_thw")}
+    layer_out, tokens = [], []
+    hook = core.language_model.layers[-1].register_forward_hook(lambda _, __, out: layer_out.append(out))
+    for k in range(n):
+        embeds = torch.cat(
+            [words, *(heads.refine_latent_input_projector(z)[None, None] for z in tokens)], dim=1
+        )
+        places = torch.cat([where, where[:, :, -1:] + torch.arange(1, k + 1, device=where.device)], dim=2)
+        post = core(inputs_embeds=embeds, position_ids=places, **video).last_hidden_state
+        state = post[0, -1] if k else layer_out[0][0, -1]  # the first one before the final norm
+        tokens.append(heads.refine_projector(state))
+    hook.remove()
+    return torch.stack(tokens)
+
+
+def in_turn(ways, rounds: int, same) -> np.ndarray:
+    """(ways, rounds) seconds: in a round, each way once; `same(first, other)` then compares what they gave.
+
+    Each way runs unmeasured once, but for the first, the slow one.
+    """
+    for way in ways[1:]:
+        way()
+    seconds = np.zeros((len(ways), rounds))
+    for turn in range(rounds):
+        results = []
+        for number, way in enumerate(ways):
+            started = time.perf_counter()
+            results.append(way())
+            seconds[number, turn] = time.perf_counter() - started
+        for result in results[1:]:
+            same(results[0], result)
+    return seconds
+
+
+def measure(made: policy.Policy, model: str, read: int, said: int, rounds: int, targets: bool) -> list[Row]:
+    """All claims for one policy: a prompt of at least `read` tokens, replies of `said` tokens."""
+    prompt = long_prompt(made, read)
+    reply = [*made.reply([prompt], max_new=said - 1)[0].ids, made.mark]
+    size = sum(weight.numel() for weight in made.model.parameters()) / 1e6
+
+    @torch.no_grad()
+    def from_nothing():
+        return refine.soft_tokens(made, made.replay([prompt], [reply]).branches, LATENTS)[0]
+
+    with torch.no_grad():
+        branches = made.replay([prompt], [reply]).branches
+
+    @torch.no_grad()
+    def from_cache():
+        return refine.soft_tokens(made, branches, LATENTS)[0]
+
+    def replies(prompts, group):
+        rng = np.random.default_rng(0)
+        some = made.reply(prompts, group=group, max_new=said, temperature=1.0, rng=rng)
+        return torch.tensor([one.ids for one in some])
+
+    def close(first, other):
+        torch.testing.assert_close(first, other, atol=1e-3, rtol=1e-3)
+
+    ways = [lambda: by_full_forwards(made, prompt, reply, LATENTS), from_nothing, from_cache]
+    latents = in_turn(ways, rounds, close)
+    group = in_turn([lambda: replies([prompt] * GROUP, 1), lambda: replies([prompt], GROUP)], rounds, close)
+    return [
+        Row(
+            claim,
+            model,
+            round(size, 1),
+            len(prompt.ids),
+            said,
+            *_summary(plain, ours),
+            target if targets else None,
+        )
+        for claim, plain, ours, target in (
+            (
+                "8 soft tokens, prompt and reply read once: 8 full forwards",
+                latents[0],
+                latents[1],
+                SQR_TARGET,
+            ),
+            ("8 soft tokens from the cache of the reply: 8 full forwards", latents[0], latents[2], None),
+            ("8 replies to a prompt read once: to one read 8 times, in a batch", *group, GROUP_TARGET),
+        )
+    ]
+
+
+def _summary(plain, ours):
+    """Both medians in seconds, then median, lowest and highest ratio of a round."""
+    ratios = plain / ours
+    values = (np.median(ours), np.median(plain), np.median(ratios), ratios.min(), ratios.max())
+    return [round(float(value), 4) for value in values]
+
+
+def write(rows: list[Row], folder: Path, **facts) -> None:
+    """agent.json with the rows, the machine and the versions; agent.csv with the rows alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    facts |= {"device": "CPU only", "machine": results.device(), "threads": torch.get_num_threads()}
+    facts |= {"versions": versions | {"transformers": transformers.__version__}}
+    facts |= {"peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+    stages.write_json(folder / "agent.json", facts | {"rows": [asdict(row) for row in rows]})
+    with open(folder / "agent.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, [field.name for field in fields(Row)])
+        table.writeheader()
+        table.writerows(asdict(row) for row in rows)
+
+
+def main(argv: list[str]) -> int:
+    """`make bench`: one thread, about four minutes; status 1 where a target is missed."""
+    argparse.ArgumentParser(prog="python -m vsr1 bench", description=main.__doc__).parse_args(argv)
+    torch.set_num_threads(1)
+    started, load = time.time(), os.getloadavg()[0]
+    rows = measure(random_policy(large=False), "mini", 512, 32, rounds=5, targets=False)
+    rows += measure(random_policy(large=True), "large", 512, 32, rounds=2, targets=True)
+    for row in rows:
+        aim = f", at least {row.target:g} wanted" if row.target else ""
+        print(
+            f"{row.model:5}  {row.claim}: {row.ours_s:.2f} s for {row.plain_s:.2f} s, {row.ratio:.1f} x{aim}"
+        )
+    # Load of one is this process; what is above it was somebody else's.
+    loads = {"load_before": round(load, 1), "load_after": round(os.getloadavg()[0], 1)}
+    write(rows, params.ROOT / "results" / "bench", minutes=round((time.time() - started) / 60, 1), **loads)
+    return int(any(row.target and row.ratio < row.target for row in rows))
