@@ -61,6 +61,7 @@ class Recipe:
     detail: float = 0.0  # a colour of shirt, trousers or object,
     wrong: float = 0.0  # and how often such a colour is another than the film's
     decisive: float = 1.0  # how much a yes, a no or a verdict counts in a reply, against another token
+    timing: float = 1.0  # the same for the whole seconds of a start or an end
     neutral: float = 0.0  # how often neutral tokens stand where soft tokens will
     seed: int = 7
     save_every: int = 100
@@ -337,6 +338,7 @@ class Lesson:
     def told(self, recipe: Recipe, make_row):
         """The language-model loss over the answers of rows from `make_row(lesson, frames, rng)`."""
         decisive = torch.tensor(self.tokenizer.convert_tokens_to_ids(["Ġyes", "Ġno", "not", "matched"]))
+        times = torch.tensor(self.tokenizer.convert_tokens_to_ids(["<start>", "<end>"]))
 
         def losses(step, rng):
             count = int(rng.integers(recipe.frames[0] // 2, recipe.frames[1] // 2 + 1)) * 2
@@ -352,7 +354,9 @@ class Lesson:
             for tag in ("answer", "start"):  # the verdict's first word, and the second: given a right trace
                 here = spoken[:, 1:] & (wanted[:, :-1] == self.tokenizer.convert_tokens_to_ids(f"<{tag}>"))
                 log |= {tag: hit[:, 1:][here].float().mean()} if here.any() else {}
-            weight = torch.where(torch.isin(wanted, decisive), recipe.decisive, 1.0)[spoken]
+            weight = torch.where(torch.isin(wanted, decisive), recipe.decisive, 1.0)
+            weight[:, 1:][torch.isin(wanted[:, :-1], times)] = recipe.timing
+            weight = weight[spoken]
             each = F.cross_entropy(logits[spoken], wanted[spoken], reduction="none")
             return (each * weight).sum() / weight.sum(), log
 
