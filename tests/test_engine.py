@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3VLModel
 
-from vsr1 import corpus, engine, foundation, frames, metrics, miniworld, params, qwen, stages
+from vsr1 import corpus, engine, frames, lessons, metrics, miniworld, params, qwen, stages
 
 TEXTS = [
     "With a red ball, someone in white trousers and a pink shirt sits on a stool in the kitchen at night.",
@@ -22,8 +22,8 @@ TEXTS = [
 def made():
     """An engine of the mini shape with random weights: nothing here depends on what training taught."""
     torch.manual_seed(0)
-    tokenizer = foundation.make_tokenizer(foundation.vocabulary())
-    model = Qwen3VLModel(foundation.make_config(tokenizer)).eval()
+    tokenizer = lessons.make_tokenizer(lessons.vocabulary())
+    model = Qwen3VLModel(lessons.make_config(tokenizer)).eval()
     return engine.Engine(params.load("smoke"), model, tokenizer, "random")
 
 
@@ -89,8 +89,8 @@ def test_a_query_over_the_limit_loses_words_not_the_template(made):
 
 
 def test_a_template_that_ends_differently_is_refused(made):
-    tokenizer = foundation.make_tokenizer(foundation.vocabulary())
-    tokenizer.chat_template = foundation.CHAT.replace("<|im_start|>assistant\n", "<|im_start|>assistant")
+    tokenizer = lessons.make_tokenizer(lessons.vocabulary())
+    tokenizer.chat_template = lessons.CHAT.replace("<|im_start|>assistant\n", "<|im_start|>assistant")
     other = engine.Engine(params.load("smoke"), made.model, tokenizer, "other")
     with pytest.raises(params.InputError, match="unexpected end of the query template"):
         other.query_prompt("hello")

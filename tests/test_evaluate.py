@@ -16,8 +16,8 @@ from vsr1 import (
     engine,
     episode,
     evaluate,
-    foundation,
     frames,
+    lessons,
     metrics,
     miniworld,
     params,
@@ -72,8 +72,8 @@ def scripted(made, **changes):
 @pytest.fixture(scope="module")
 def made():
     torch.manual_seed(1)
-    tokenizer = foundation.make_tokenizer(foundation.vocabulary())
-    model = Qwen3VLModel(foundation.make_config(tokenizer)).eval()
+    tokenizer = lessons.make_tokenizer(lessons.vocabulary())
+    model = Qwen3VLModel(lessons.make_config(tokenizer)).eval()
     for name, weight in model.named_parameters():  # else all queries look alike to random weights
         if weight.ndim == 2 and "embed" not in name:
             weight.data *= 3

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import COLD, QUERIES, changed, clip, coming_to_an_end, random_policy, sampled
 from transformers import Qwen3VLModel
 
-from vsr1 import engine, foundation, params, policy, qwen, refine
+from vsr1 import engine, lessons, params, policy, qwen, refine
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_a_saved_policy_comes_back_with_heads_settings_and_the_same_replies(made
 
 
 def test_a_base_model_has_no_heads_and_can_reply(made, tmp_path, prompts):
-    base = policy.Policy(made.model, foundation.make_tokenizer(foundation.vocabulary()), None, None, 4096)
+    base = policy.Policy(made.model, lessons.make_tokenizer(lessons.vocabulary()), None, None, 4096)
     policy.save(base, tmp_path)
     loaded = policy.load(str(tmp_path), profile())
     assert loaded.heads is loaded.settings is None
@@ -291,12 +291,12 @@ def retensor(change):
 
 def as_engine(folder):
     torch.manual_seed(0)
-    config = foundation.make_config(foundation.make_tokenizer(foundation.vocabulary()))
+    config = lessons.make_config(lessons.make_tokenizer(lessons.vocabulary()))
     Qwen3VLModel(config).save_pretrained(folder)
 
 
 def plain_tokenizer(folder):
-    foundation.make_tokenizer(foundation.vocabulary()).save_pretrained(folder)
+    lessons.make_tokenizer(lessons.vocabulary()).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_fresh_heads_follow_the_method_and_the_seed():
 
 def test_an_engine_of_another_width_or_instruction_is_refused(made):
     torch.manual_seed(0)
-    config = foundation.make_config(made.tokenizer)
+    config = lessons.make_config(made.tokenizer)
     core = Qwen3VLModel(config)
     refine.check_fit(made, engine.Engine(profile(), core, made.tokenizer, "mine"))
     other = engine.Engine(profile(instruction="Find it!"), core, made.tokenizer, "other")

@@ -5,14 +5,14 @@ import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
-from vsr1 import foundation, qwen
+from vsr1 import lessons, qwen
 
 
 @pytest.fixture(scope="module")
 def tiny():
     torch.manual_seed(0)
-    tokenizer = foundation.make_tokenizer(foundation.vocabulary())
-    return Qwen3VLForConditionalGeneration(foundation.make_config(tokenizer)).eval(), tokenizer
+    tokenizer = lessons.make_tokenizer(lessons.vocabulary())
+    return Qwen3VLForConditionalGeneration(lessons.make_config(tokenizer)).eval(), tokenizer
 
 
 def video_row(tiny, frames, seconds=None, question="Describe what happens when."):

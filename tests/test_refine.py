@@ -6,7 +6,7 @@ import torch
 from tiny import COLD, QUERIES, changed, clip, coming_to_an_end, random_policy, sampled
 from transformers import Qwen3VLModel
 
-from vsr1 import bench, engine, foundation, params, policy, qwen, refine
+from vsr1 import bench, engine, lessons, params, policy, qwen, refine
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +18,8 @@ def made():
 def search():
     """A frozen engine with random weights."""
     torch.manual_seed(1)
-    tokenizer = foundation.make_tokenizer(foundation.vocabulary())
-    model = Qwen3VLModel(foundation.make_config(tokenizer)).eval().requires_grad_(False)
+    tokenizer = lessons.make_tokenizer(lessons.vocabulary())
+    model = Qwen3VLModel(lessons.make_config(tokenizer)).eval().requires_grad_(False)
     return engine.Engine(params.load("smoke"), model, tokenizer, "random")
 
 

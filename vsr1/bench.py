@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from vsr1 import foundation, frames, params, policy, qwen, refine, results, stages
+from vsr1 import frames, lessons, params, policy, qwen, refine, results, stages
 
 LATENTS = GROUP = 8
 SQR_TARGET, GROUP_TARGET = 5.0, 2.5  # lowest median ratios on the larger model
@@ -43,7 +43,7 @@ class Row:
 
 def make_config(large: bool, rows: int) -> Qwen3VLConfig:
     """The mini policy's configuration, or one of about 200 M parameters; `rows` of the embedding matrix."""
-    config = foundation.make_config(foundation.make_tokenizer(foundation.vocabulary())).to_dict()
+    config = lessons.make_config(lessons.make_tokenizer(lessons.vocabulary())).to_dict()
     text, vision = config["text_config"], config["vision_config"]
     text["vocab_size"] = rows
     if large:
@@ -64,7 +64,7 @@ def make_config(large: bool, rows: int) -> Qwen3VLConfig:
 def random_policy(large: bool, seed: int = 0) -> policy.Policy:
     """A policy with random weights and heads that never ends a reply by itself."""
     torch.manual_seed(seed)
-    tokenizer = foundation.make_tokenizer(foundation.vocabulary())
+    tokenizer = lessons.make_tokenizer(lessons.vocabulary())
     model = Qwen3VLForConditionalGeneration(make_config(large, len(tokenizer) + 8)).eval()
     base = policy.Policy(model, tokenizer, None, None, 4096)
     made = policy.new_heads(base, policy.Settings(refine_init="default"), seed)
