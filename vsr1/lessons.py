@@ -422,6 +422,14 @@ def compare(lesson, recipe: Recipe, folder: Path):
     train(recipe, lesson.model, lesson.told(recipe, reading_row), folder)
 
 
+def locate(lesson, recipe: Recipe, folder: Path):
+    """Teach it to find a moment in a film: two steps in three ask nothing else, the third are the agent's tasks."""
+    lesson.model.model.visual.requires_grad_(False)
+    questions = lesson.told(recipe, when_row)
+    tasks = lesson.told(replace(recipe, batch=recipe.batch // 2), task_row)
+    train(recipe, lesson.model, lambda step, rng: (tasks if step % 3 == 2 else questions)(step, rng), folder)
+
+
 def instruct(lesson, recipe: Recipe, folder: Path):
     """Teach it what an agent has to do: judge, place, answer, rewrite; with captions kept in the mix."""
     lesson.model.model.visual.requires_grad_(False)
@@ -456,6 +464,19 @@ def picture_row(lesson, count, rng):
     clip = frames.Clip(films.frames[some], films.seen_at[number][at : at + 2], 2.0, None)
     answer = miniworld.tell(films.scenes[number].moments[which], int(rng.integers(miniworld.STYLES)))
     return lesson.row("Watch the video.", (lesson.video(clip), "Describe the picture."), answer)
+
+
+def when_row(lesson, count, rng):
+    """(prompt with answer, tokens of the answer): when a moment happens, in a window that shows it."""
+    while True:
+        number = int(rng.integers(len(lesson.films.scenes)))
+        clip, moments = lesson.films.window(number, count, rng)
+        if moments:
+            break
+    moment = moments[int(rng.integers(len(moments)))]
+    named = ("action", "object") if rng.random() < 0.5 else ATTRIBUTES
+    ask = f'When does this happen? "{miniworld.tell(moment, int(rng.integers(miniworld.STYLES)), named)}"'
+    return lesson.row("Watch the video.", (lesson.video(clip), ask), teacher.span(moment))
 
 
 def reading_row(lesson, count, rng):
@@ -651,4 +672,5 @@ PHASES = {
     "index": index,
     "text": text,
     "instruct": instruct,
+    "locate": locate,
 }
