@@ -83,8 +83,9 @@ VARYING = {  # what may differ between the moments of one video; the rest is the
 FAMILY = {
     "charades": (16, 0.9),
     "didemo": (4, 0.9),
-    "activitynet": (4, 0.9),
-}  # members, and share of videos with any
+    "activitynet": (6, 0.9),
+}  # members, share of videos with any
+FOUNDATION_FAMILY = FAMILY | {"activitynet": (4, 0.9)}
 DIFFERING = (
     "shirt",
     "trousers",
@@ -145,7 +146,7 @@ def values(attribute: str, dataset: str) -> tuple[str, ...]:
 def write_scenes(dataset: str, split: str, count: int, seed: int) -> list[Scene]:
     """`count` scenes of one split, no moment's look twice in the split, families next to each other."""
     rng = np.random.default_rng([seed, corpus_index(dataset), ("train", "test", "foundation").index(split)])
-    size, share = FAMILY[dataset]
+    size, share = (FOUNDATION_FAMILY if split == "foundation" else FAMILY)[dataset]
     taken, scenes, family = set(), [], 0
     while len(scenes) < count:
         members = size if rng.random() < share / (share + size * (1 - share)) else 1
