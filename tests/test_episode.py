@@ -202,7 +202,8 @@ class World:
         steps = []
         for _, look, _ in rejected:
             state = (look.state,) if look.reply.has_refine else None
-            steps.append(Refinement("sqr", state, 8, 9, cost=Cost(0.5, 8, 8, 1)))
+            sweep = () if state is None else (state, state)
+            steps.append(Refinement("sqr", state, 8, 9, cost=Cost(0.5, 8, 8, 1), by_depth=sweep))
         return steps
 
 

@@ -284,10 +284,10 @@ def run_episodes(queries, search, ask, refine, run: Run) -> list[Episode]:
 
 
 def choose(top, rejected, next_shown="top1") -> str | None:
-    """The video to show: the best one (the paper). The two options never alter ranks.
+    """The video to show: the best one (the paper); None where nothing is left. The two options never alter ranks.
 
-    skip_rejected     the best one not yet rejected in this episode; None when all were. With a refinement that
-                      changes nothing this walks down the ranking.
+    skip_rejected     the best one not yet rejected in this episode; with a refinement that changes nothing this
+                      walks down the ranking
     second_if_repeat  the second best, if the best was rejected the turn before (official "sequential")
 
     >>> [choose("abc", ["b", "a"], how) for how in ("top1", "skip_rejected", "second_if_repeat")]
@@ -298,7 +298,7 @@ def choose(top, rejected, next_shown="top1") -> str | None:
     if next_shown == "second_if_repeat" and rejected and top[0] == rejected[-1]:
         return (top[1:] or top)[0]  # a gallery of one video has no second
     assert next_shown in ("top1", "second_if_repeat"), next_shown
-    return top[0]
+    return top[0] if top else None
 
 
 def walk_down(rejected) -> list[Refinement]:
@@ -343,9 +343,13 @@ def _earlier(walk, video):
 
 
 def _repeat(walk, t, earlier):
-    """Record an earlier turn once more; the walk is then where that turn led."""
-    free = {"look_cost": Cost(), "refine_cost": Cost(), "reused": True}
-    walk.turns.append(replace(walk.turns[earlier], t=t, **_standing(walk.ranking), **free))
+    """Record an earlier turn once more, from where the query now stands; the walk is then where that turn led."""
+    turn, free = walk.turns[earlier], {"look_cost": Cost(), "refine_cost": Cost(), "reused": True}
+    sweep = {}
+    if turn.rank_by_depth:
+        sweep["rank_by_depth"] = (walk.ranking.rank, *turn.rank_by_depth[1:])
+        sweep["top1_by_depth"] = (walk.ranking.top[0], *turn.top1_by_depth[1:])
+    walk.turns.append(replace(turn, t=t, **_standing(walk.ranking), **free, **sweep))
     walk.after.append(walk.after[earlier])
     walk.state, walk.ranking = walk.after[earlier]
 
