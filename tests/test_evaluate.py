@@ -1,5 +1,6 @@
 """The wiring of the loop, on five rendered films, with a random engine and a policy that says what the test wants."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -15,8 +16,8 @@ from vsr1 import (
     engine,
     episode,
     evaluate,
-    foundation,
     frames,
+    lessons,
     metrics,
     miniworld,
     params,
@@ -51,10 +52,14 @@ class Scripted(policy.Policy):
         ]
 
 
+@pytest.fixture(scope="module")
+def random_one():
+    return random_policy(init="default")
+
+
 @pytest.fixture
-def agent():
-    made = random_policy(init="default")
-    return scripted(made)
+def agent(random_one):
+    return scripted(random_one)
 
 
 def scripted(made, **changes):
@@ -67,8 +72,8 @@ def scripted(made, **changes):
 @pytest.fixture(scope="module")
 def made():
     torch.manual_seed(1)
-    tokenizer = foundation.make_tokenizer(foundation.vocabulary())
-    model = Qwen3VLModel(foundation.make_config(tokenizer)).eval()
+    tokenizer = lessons.make_tokenizer(lessons.vocabulary())
+    model = Qwen3VLModel(lessons.make_config(tokenizer)).eval()
     for name, weight in model.named_parameters():  # else all queries look alike to random weights
         if weight.ndim == 2 and "embed" not in name:
             weight.data *= 3
@@ -76,14 +81,22 @@ def made():
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, made):
+def read():
+    """Path to the Future of its Clip: at most eight frames, so that prompts are short."""
+    with frames.readers(frames.Reader(max_frames=8)) as reader:
+        yield reader
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, made, read):
     """A profile with five films, embedded; everything under a scratch folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(params, "ROOT", tmp_path_factory.mktemp("clone"))
         patch.setattr(engine, "load", lambda profile, which="engine": made)
+        patch.setattr(frames, "readers", lambda *_: contextlib.nullcontext(read))  # one child for all tests
         profile = params.load("smoke")
         small = dataclasses.replace(profile.world, train_videos=2, test_videos=5)
-        profile = dataclasses.replace(profile, world=small, eval_batch=6, max_new=16)
+        profile = dataclasses.replace(profile, world=small, eval_batch=6, max_new=16, max_frames=8)
         told = miniworld.render(profile, "charades").parent / "corpus" / "test.jsonl"
         told.write_text("".join(told.read_text().splitlines(keepends=True)[:8]))
         engine.embed_corpus(profile, "charades", "test")
@@ -139,7 +152,7 @@ def test_search_gives_the_ranks_of_a_sort_and_nothing_for_a_video_without_vector
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_a_soft_query_of_the_loop_is_the_one_made_by_hand_for_one_row(
-    world, made, agent, run, queries, blocks
+    world, made, agent, run, read, queries, blocks
 ):
     """Turn by turn, one query alone: prompt, replay, latents, engine, ranks by a sort."""
     agent.settings = dataclasses.replace(agent.settings, carry_blocks=blocks, n_soft=3)
@@ -153,8 +166,7 @@ def test_a_soft_query_of_the_loop_is_the_one_made_by_hand_for_one_row(
             order = np.argsort(-(vectors.video_vecs @ vec), kind="stable")
             assert turn.shown_id == vectors.video_ids[order[0]]
             assert turn.rank_in == list(order).index(vectors.video_ids.index(query.video)) + 1
-            with frames.Reader() as reader:
-                clip = reader.read(films / f"{turn.shown_id}.mp4")
+            clip = read(films / f"{turn.shown_id}.mp4").result()
             prompt = policy.Policy.prompt(agent, policy.SYSTEM, query.text, clip)
             with torch.no_grad():
                 branches = agent.replay([prompt], [list(turn.reply.ids)]).branches
@@ -306,19 +318,19 @@ def test_batches_of_queries_do_not_change_what_happens(agent, run):
     assert [plain(one) for one in several] == [plain(one) for one in one_by_one]
 
 
-def test_films_are_decoded_once_and_only_as_many_are_kept_as_fit(world, queries, monkeypatch):
-    ids, read = corpus.gallery(queries), []
-    with frames.readers() as reader:
-        count = lambda path: read.append(path.stem) or reader(path)  # noqa: E731
-        clips = evaluate.Clips(world.runs("charades") / "videos", ids, count)
-        first = clips.get([ids[0], ids[1], ids[0]])
-        assert first[0] is first[2] and read == ids[:2]
-        assert clips.get([ids[1]])[0] is first[1] and read == ids[:2]
-        monkeypatch.setattr(evaluate, "CLIP_BYTES", evaluate._bytes(first[1]))
-        clips.get([ids[2]])
-        assert clips.size == sum(evaluate._bytes(clip) for clip in clips.kept.values()) <= evaluate.CLIP_BYTES
-        again = clips.get(ids[:2])  # more than fits, and all of it is handed over
-        assert [clip.problem for clip in again] == [None, None] and read.count(ids[0]) == 2
+def test_films_are_decoded_once_and_only_as_many_are_kept_as_fit(world, read, queries, monkeypatch):
+    ids, seen = corpus.gallery(queries), []
+    count = lambda path: seen.append(path.stem) or read(path)  # noqa: E731
+    clips = evaluate.Clips(world.runs("charades") / "videos", ids, count)
+    first = clips.get([ids[0], ids[1], ids[0]])
+    assert first[0] is first[2] and seen == ids[:2]
+    assert clips.get([ids[1]])[0] is first[1] and clips.get([ids[0]])[0] is first[0] and seen == ids[:2]
+    monkeypatch.setattr(evaluate, "CLIP_BYTES", 2 * evaluate._bytes(first[1]))
+    clips.get([ids[2]])  # the second was shown the longest ago, and goes
+    assert clips.size == sum(evaluate._bytes(clip) for clip in clips.kept.values()) <= evaluate.CLIP_BYTES
+    assert list(clips.kept) == [ids[0], ids[2]]
+    again = clips.get(ids[:3])  # more than fits, and all of it is handed over
+    assert [clip.problem for clip in again] == [None] * 3 and seen == [*ids[:3], ids[1]]
 
 
 def test_known_video_shows_the_right_and_the_best_wrong_one(world, agent, made, monkeypatch, queries):

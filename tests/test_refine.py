@@ -221,24 +221,6 @@ def test_zero_heads_insert_the_same_soft_tokens_whatever_was_seen(search):
 # --- hard ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "update"),
-    [
-        ("<query_update>a red dog</query_update>", "a red dog"),
-        ("<think> <query_update>x</query_update> </think> <query_update>\n a  dog </query_update>", "a dog"),
-        ("<query_update>one</query_update> <query_update>two</query_update>", "one"),
-        ("<query_update>never closed <query_update>closed</query_update>", "closed"),
-        ("<query_update>  </query_update>", None),
-        ("<query_update>a dog", None),
-        ("<query_update>a <REFINE></query_update>", None),
-        ("<answer>matched</answer>", None),
-        ("", None),
-    ],
-)
-def test_an_update_is_read_once_or_not_at_all(text, update):
-    assert refine.read_update(text) == update
-
-
 def test_the_three_rewriters_see_what_they_should(made):
     film = clip(4)
     texts = []

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
-from vsr1 import foundation, frames, policy
+from vsr1 import frames, lessons, policy
 
 COLD = 0.05  # a temperature at which a random policy repeats itself
 QUERIES = ["A person waves.", "Someone jumps up and down by the lake with a blue dog.", "Who sits?"]
@@ -13,8 +13,8 @@ QUERIES = ["A person waves.", "Someone jumps up and down by the lake with a blue
 def random_policy(spare=8, init="default", seed=0):
     """With fresh heads, and `spare` embedding rows above the tokenizer, one of which <REFINE> takes."""
     torch.manual_seed(seed)
-    tokenizer = foundation.make_tokenizer(foundation.vocabulary())
-    config = foundation.make_config(tokenizer)
+    tokenizer = lessons.make_tokenizer(lessons.vocabulary())
+    config = lessons.make_config(tokenizer)
     config.text_config.vocab_size = len(tokenizer) + spare
     model = Qwen3VLForConditionalGeneration(config).eval()
     for name, weight in model.named_parameters():  # freshly drawn weights hardly look at anything: let them

@@ -72,11 +72,15 @@ def random_policy(large: bool, seed: int = 0) -> policy.Policy:
     return made
 
 
-def long_prompt(made: policy.Policy, count: int = 64, seed: int = 0) -> qwen.Prompt:
-    """A query and a video of `count` frames of noise."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
-    clip = frames.Clip(pixels, np.arange(count, dtype=float), float(count), None)
-    return made.prompt(policy.SYSTEM, "A person in a red shirt opens a blue box in the kitchen.", clip)
+def long_prompt(made: policy.Policy, tokens: int, seed: int = 0) -> qwen.Prompt:
+    """A query and a video of noise, with as many frames as make a prompt of at least `tokens` tokens."""
+    rng = np.random.default_rng(seed)
+    for count in range(8, 1000, 8):
+        pixels = rng.integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+        clip = frames.Clip(pixels, np.arange(count, dtype=float), float(count), None)
+        prompt = made.prompt(policy.SYSTEM, "A person in a red shirt opens a blue box in the kitchen.", clip)
+        if len(prompt.ids) >= tokens:
+            return prompt
 
 
 @torch.no_grad()
@@ -122,9 +126,9 @@ def in_turn(ways, rounds: int, same) -> np.ndarray:
     return seconds
 
 
-def measure(made: policy.Policy, model: str, shown: int, said: int, rounds: int, targets: bool) -> list[Row]:
-    """All claims for one policy: a video of `shown` frames, replies of `said` tokens."""
-    prompt = long_prompt(made, shown)
+def measure(made: policy.Policy, model: str, read: int, said: int, rounds: int, targets: bool) -> list[Row]:
+    """All claims for one policy: a prompt of at least `read` tokens, replies of `said` tokens."""
+    prompt = long_prompt(made, read)
     reply = [*made.reply([prompt], max_new=said - 1)[0].ids, made.mark]
     size = sum(weight.numel() for weight in made.model.parameters()) / 1e6
 
@@ -199,8 +203,8 @@ def main(argv: list[str]) -> int:
     argparse.ArgumentParser(prog="python -m vsr1 bench", description=main.__doc__).parse_args(argv)
     torch.set_num_threads(1)
     started, load = time.time(), os.getloadavg()[0]
-    rows = measure(random_policy(large=False), "mini", 64, 32, rounds=5, targets=False)
-    rows += measure(random_policy(large=True), "large", 64, 32, rounds=2, targets=True)
+    rows = measure(random_policy(large=False), "mini", 512, 32, rounds=5, targets=False)
+    rows += measure(random_policy(large=True), "large", 512, 32, rounds=2, targets=True)
     for row in rows:
         aim = f", at least {row.target:g} wanted" if row.target else ""
         print(

@@ -122,9 +122,7 @@ class Ranking:
 
     rank: int | None  # of the right video, ties for us; None: that video has no vector
     ties: int | None  # wrong videos with exactly its score
-    top: tuple[
-        str, ...
-    ]  # best first, equal scores in the order of the gallery; one more than there are turns
+    top: tuple[str, ...]  # best first, equal scores in gallery order; one more than there are turns
     score_gt: float | None
     score_top1: float
 
@@ -224,7 +222,7 @@ class Walk:
     """An episode on its way."""
 
     query: corpus.Query
-    first: Ranking
+    rank_orig: int | None
     ranking: Ranking  # of the query as it now stands
     state: object = AS_TYPED  # of the query as it now stands
     turns: list[Turn] = field(default_factory=list)
@@ -250,34 +248,18 @@ def run_episodes(queries, search, ask, refine, run: Run) -> list[Episode]:
     the latest refinement is carried, since a turn sees nothing but the query and the video.
     """
     assert run.carry_blocks == 1 or not run.reuse, (
-        "with older blocks carried, a turn met again leads elsewhere"
+        "older blocks are carried: a turn met again leads elsewhere"
     )
     first = _each(search, [(query, AS_TYPED) for query in queries])
-    walks = [Walk(query, ranking, ranking) for query, ranking in zip(queries, first, strict=True)]
-    for walk in walks:
-        if walk.first.rank is None:
-            walk.stop, walk.problem = "problem", f"{walk.query.video}: the right video has no vector"
+    walks = [_start(query, ranking) for query, ranking in zip(queries, first, strict=True)]
     for t in range(1, run.max_turns + 1):
-        fresh = []
-        for walk in walks:
-            if (video := _next_video(walk, run)) is not None:
-                earlier = _earlier(walk, video) if run.reuse else None
-                if earlier is None:
-                    fresh.append((walk, video))
-                else:
-                    _repeat(walk, t, earlier)
+        shown = [(walk, video) for walk in walks if (video := _next_video(walk, run))]
+        fresh = [(walk, video) for walk, video in shown if not (run.reuse and _met_again(walk, t, video))]
         looks = _each(ask, [(walk.query, video) for walk, video in fresh])
-        rejected = []
         for (walk, video), look in zip(fresh, looks, strict=True):
-            walk.turns.append(_turn(walk, t, video, look))
-            if look.problem is not None:
-                walk.stop, walk.problem = "problem", f"{video}: {look.problem}"
-            elif look.reply.matched:
-                walk.stop = "matched"
-            elif refine is None:
-                walk.stop = "no_refine"
-            else:
-                rejected.append((walk, look))
+            walk.turns.append(_judged(walk, t, video, look))
+            walk.stop = _verdict_stop(look, refine is not None)
+        rejected = [(walk, look) for (walk, _), look in zip(fresh, looks, strict=True) if walk.stop is None]
         refined = _each(refine, [(walk.query, look, walk.state) for walk, look in rejected])
         _search_again([walk for walk, _ in rejected], refined, search)
     return [_episode(walk, run) for walk in walks]
@@ -328,6 +310,13 @@ def _each(function, items):
     return results
 
 
+def _start(query, ranking):
+    """A walk at its first ranking; one without the right video in it goes nowhere."""
+    lost = ranking.rank is None
+    problem = f"{query.video}: the right video has no vector" if lost else None
+    return Walk(query, ranking.rank, ranking, stop="problem" if lost else None, problem=problem)
+
+
 def _next_video(walk, run):
     """The video a walk shows next; None if it has ended, or ends here because none is left."""
     if walk.stop is not None:
@@ -337,21 +326,20 @@ def _next_video(walk, run):
     return video
 
 
-def _earlier(walk, video):
-    """The number of the turn that showed `video` before, from 0; None if none did."""
-    return next((i for i, turn in enumerate(walk.turns) if turn.shown_id == video), None)
-
-
-def _repeat(walk, t, earlier):
-    """Record an earlier turn once more, from where the query now stands; the walk is then where that turn led."""
-    turn, free = walk.turns[earlier], {"look_cost": Cost(), "refine_cost": Cost(), "reused": True}
-    sweep = {}
-    if turn.rank_by_depth:
-        sweep["rank_by_depth"] = (walk.ranking.rank, *turn.rank_by_depth[1:])
-        sweep["top1_by_depth"] = (walk.ranking.top[0], *turn.top1_by_depth[1:])
-    walk.turns.append(replace(turn, t=t, **_standing(walk.ranking), **free, **sweep))
-    walk.after.append(walk.after[earlier])
-    walk.state, walk.ranking = walk.after[earlier]
+def _met_again(walk, t, video):
+    """Whether a turn showed `video` before. It is recorded once more then, from where the query now stands to where
+    that turn led."""
+    for turn, (state, ranking) in zip(walk.turns, walk.after, strict=True):
+        if turn.shown_id == video:
+            changes = _standing(walk.ranking) | {"look_cost": Cost(), "refine_cost": Cost(), "reused": True}
+            if turn.rank_by_depth:
+                changes["rank_by_depth"] = (walk.ranking.rank, *turn.rank_by_depth[1:])
+                changes["top1_by_depth"] = (walk.ranking.top[0], *turn.top1_by_depth[1:])
+            walk.turns.append(replace(turn, t=t, **changes))
+            walk.after.append((state, ranking))
+            walk.state, walk.ranking = state, ranking
+            return True
+    return False
 
 
 def _standing(ranking):
@@ -360,28 +348,27 @@ def _standing(ranking):
     return {"rank_in": ranking.rank, "ties_in": ranking.ties} | scores
 
 
-def _turn(walk, t, video, look):
+def _judged(walk, t, video, look):
     """The first half of a turn: what was shown, and what the reply made of it."""
     assert (look.reply is None) == (look.problem is not None), look
-    right, span, truth = (
-        video == walk.query.video,
-        look.reply and look.reply.span,
-        milliseconds(walk.query.span),
-    )
+    right, span = video == walk.query.video, look.reply and look.reply.span
+    if look.problem is not None:
+        walk.problem = f"{video}: {look.problem}"
     if span is not None:
         end = float("inf") if look.video_seconds is None else look.video_seconds
         span = milliseconds([min(max(time, 0.0), end) for time in span])
-    iou = overlap(span, truth) if right and span is not None else 0.0
-    return Turn(
-        t,
-        video,
-        right,
-        **_standing(walk.ranking),
-        reply=look.reply,
-        span_ms=span,
-        iou=iou,
-        look_cost=look.cost,
-    )
+    iou = overlap(span, milliseconds(walk.query.span)) if right and span is not None else 0.0
+    said = {"reply": look.reply, "span_ms": span, "iou": iou, "look_cost": look.cost}
+    return Turn(t, video, right, **_standing(walk.ranking), **said)
+
+
+def _verdict_stop(look, can_refine):
+    """Why a walk ends after a look; None: it goes on to refine."""
+    if look.problem is not None:
+        return "problem"
+    if look.reply.matched:
+        return "matched"
+    return None if can_refine else "no_refine"
 
 
 def _search_again(walks, refined, search):
@@ -390,26 +377,19 @@ def _search_again(walks, refined, search):
     pairs = [(walk.query, state) for walk, own in zip(walks, states, strict=True) for state in own]
     found = iter(_each(search, pairs))
     for walk, step, own in zip(walks, refined, states, strict=True):
-        rankings = [
-            walk.ranking,
-            *islice(found, len(own)),
-        ]  # before this turn's latents, after 1, 2, ... of them
+        rankings = [walk.ranking, *islice(found, len(own))]  # with none of this turn's latents, with 1, 2, ..
+        walk.turns[-1] = replace(walk.turns[-1], **_refined(step, rankings))
         if step.state is None:
             walk.stop = "no_refine"
         else:
             walk.state, walk.ranking = step.state, rankings[-1]
             walk.after.append((walk.state, walk.ranking))
-        walk.turns[-1] = replace(walk.turns[-1], **_refined(step, rankings))
 
 
 def _refined(step, rankings):
     """The fields of a turn that say how the query was refined, and what the search with it gave."""
-    fields = {
-        "refine_kind": step.kind,
-        "refine_tokens": step.tokens,
-        "refine_tokens_tagged": step.tokens_tagged,
-    }
-    fields |= {"update_text": step.update, "refine_cost": step.cost}
+    fields = {"refine_kind": step.kind, "update_text": step.update, "refine_cost": step.cost}
+    fields |= {"refine_tokens": step.tokens, "refine_tokens_tagged": step.tokens_tagged}
     if step.state is not None:
         last = rankings[-1]
         fields |= {"rank_out": last.rank, "ties_out": last.ties, "top1_out": last.top[0]}
@@ -422,7 +402,7 @@ def _refined(step, rankings):
 def _episode(walk, run):
     query, stop = walk.query, walk.stop or "budget"
     known = (query.id, query.text, query.video, milliseconds(query.span))
-    return Episode(run, *known, walk.first.rank, tuple(walk.turns), stop, walk.problem)
+    return Episode(run, *known, walk.rank_orig, tuple(walk.turns), stop, walk.problem)
 
 
 # --- Files
@@ -453,8 +433,9 @@ def write_episodes(path: Path, run: Run, episodes: list[Episode]) -> None:
 
 def read_episodes(path: Path) -> list[Episode]:
     """The episodes of a file; what is damaged is an InputError that names the line."""
+    path = Path(path).resolve()  # what a link names, so that the remedy works
     lines, _ = corpus.numbered_lines(corpus.read_text(path))
-    remedy = "delete the file and make it again"
+    remedy = "delete this file and run it again"
     if not lines:
         raise InputError(f"{path}: empty; {remedy}")
     head = corpus.parse_json(lines[0][1], path, lines[0][0])

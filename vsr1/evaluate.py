@@ -242,6 +242,8 @@ def run_system(
         "code": stages.code(*used),
     }
     folder = home / "episodes" / name
+    if not (folder / "episodes.jsonl").exists():  # somebody deleted a damaged file
+        (folder / ".stage.json").unlink(missing_ok=True)
     stages.run(folder, inputs, lambda partial: _walk(profile, dataset, name, system, weights, count, partial))
     link = folder.with_name(f"{name}.jsonl")
     if not link.is_symlink():

@@ -20,7 +20,6 @@ training (gradients) call the same functions. METHOD.md 3 and 11 are the definit
 """
 
 import copy
-import re
 
 import torch
 
@@ -32,13 +31,13 @@ from vsr1.params import InputError
 
 
 def soft_tokens(policy: agent.Policy, branches: list[qwen.Context], n: int) -> torch.Tensor:
-    """Z (B, n, D) float32: n soft tokens of each of B replies.
+    """Z (B, n, D) float32: n soft tokens of each of B replies, by n decoding steps.
 
-    branches  all that was read before each reply's last <REFINE>, from `policy.reply` or, for gradients, from
-              `policy.replay`; what the reply said after it does not count
+    branches  all that was read before the last <REFINE> of each reply, from `policy.reply` or, for gradients, from
+              `policy.replay`. <REFINE> itself is read here, what the reply said after it is not.
 
-    The first soft token reads the state before the final norm, the others the state after it: odd, but official, and
-    the released weights need it. The last soft token is not read by the policy any more.
+    The first soft token comes from the state before the final norm, the others from the state after it: odd, but
+    official, and released weights need it. The last one is not read by the policy any more.
     """
     model, heads, context = policy.model, policy.heads, qwen.stack(branches)
     embeds = model.get_input_embeddings()(torch.full_like(context.last, policy.mark))[:, None]  # (B, 1, H)
@@ -87,22 +86,15 @@ def check_fit(policy: agent.Policy, engine) -> None:
 
 
 def rewriter(variant: str) -> tuple[str, bool]:
-    """(system prompt, does it see the rejected video?); `reasoned` judges and rewrites in one reply."""
+    """(system prompt, does it see the rejected video?); `reasoned` judges and rewrites in one reply.
+
+    What it answers is read with every other reply, by `episode.read_reply`.
+    """
     return {
         "blind": (agent.REWRITE, False),
         "seen": (agent.REWRITE, True),
         "reasoned": (agent.SYSTEM_HQR, True),
     }[variant]
-
-
-def read_update(text: str) -> str | None:
-    """The rewritten query in a reply, None where there is none. What looks like a tag is never part of it.
-
-    >>> read_update("<think> no dog </think> <answer>not_matched</answer> <query_update> a  red dog</query_update>")
-    'a red dog'
-    """
-    found = re.search(r"<query_update>([^<]*)</query_update>", text.rpartition("</think>")[2])
-    return " ".join(found[1].split()) or None if found else None
 
 
 def hard_text(query: str, updates: list[str], mode: str, count: int = 1) -> str:
