@@ -177,6 +177,14 @@ def loop_numbers(profile: Profile, dataset: str, system: str, walked: list[Episo
     return {f"T1/{dataset}/{system}/{name}": share(profile, walked, found[name]) for name in names}
 
 
+def agreement(walked: list[Episode], looked: Known) -> tuple[int, int]:
+    """(first looks that were also given away, those of them with the very same reply)."""
+    given = {(one.desc_id, one.turns[0].shown_id): one.turns[0].reply for one in looked.both if one.turns}
+    firsts = [(one.desc_id, one.turns[0]) for one in walked if one.turns]
+    pairs = [(turn.reply, given[desc_id, turn.shown_id]) for desc_id, turn in firsts]
+    return len(pairs), sum(one == other for one, other in pairs)
+
+
 def table(numbers: dict[str, Number]) -> pd.DataFrame:
     """Numbers as rows of systems and columns of metrics, each with half its interval."""
     rows = {}
@@ -218,6 +226,7 @@ def pick(walked: list[Episode]) -> tuple[Episode, str]:
 class Sweep:
     """One query with the first 0, 1, .. N latents of one look at one video, in the engine's space."""
 
+    vecs: np.ndarray  # (N + 1, D)
     ranks: np.ndarray  # (N + 1,) of the right video
     cosines: dict[
         str, np.ndarray
@@ -229,10 +238,10 @@ class Sweep:
 
 @torch.no_grad()
 def sweep(made, agent, vectors: engine.Vectors, one: Episode, clip: frames.Clip, n: int) -> Sweep:
-    """What `n` latents after the first reply of an episode do to its query; <REFINE> is put there by us."""
+    """What `n` latents after the first reply of an episode, which ends in <REFINE>, do to its query."""
     prompt = agent.prompt(policy.SYSTEM_ZS, one.query, clip)
-    ((_, branch),) = agent.marked([prompt], [list(one.turns[0].reply.ids)])
-    latents = refine.soft_tokens(agent, [branch], n)  # (1, N, D)
+    branches = agent.replay([prompt], [list(one.turns[0].reply.ids)]).branches
+    latents = refine.soft_tokens(agent, branches, n)  # (1, N, D)
     vecs = refine.by_depth(made, agent.heads, [one.query], latents)[0].cpu().numpy()  # (N + 1, D)
     column = {video: number for number, video in enumerate(vectors.video_ids)}
     scores = vecs @ vectors.video_vecs.T  # (N + 1, V)
@@ -241,6 +250,7 @@ def sweep(made, agent, vectors: engine.Vectors, one: Episode, clip: frames.Clip,
     prompt, _ = made.query_prompt(one.query)
     words = made.model.get_input_embeddings()(torch.tensor(prompt.ids, device=latents.device))
     return Sweep(
+        vecs,
         metrics.ranks(scores, np.full(n + 1, right)),
         cosines | {"typed": vecs @ vecs[0]},
         *(values[0].norm(dim=-1).cpu().numpy() for values in (latents, agent.heads.B(latents))),
@@ -289,6 +299,12 @@ def why(one: Episode) -> str:
 
 # --- 06: refinements side by side
 
+
+def sampled(profile: Profile, dataset: str, system: str) -> list[Episode]:
+    """The episodes of one system on the sample of queries that refinements are compared on."""
+    return episodes(profile, dataset, f"{system}-sample", like=system, count=profile.sample_queries)
+
+
 SHARES = ("vr@1_orig", "vr@1", "vr@1_failed", "vr@1_shown", "vcmr@0.5", "ver")
 COSTS = {"tokens": "tokens", "seconds": "s", "generated": "tokens", "engine_calls": "calls", "turns": "looks"}
 
@@ -317,3 +333,16 @@ def only(walked: list[Episode], ids) -> list[Episode]:
     """The episodes of some queries, in the order of `ids`."""
     by_id = {one.desc_id: one for one in walked}
     return [by_id[desc_id] for desc_id in ids]
+
+
+def paired(profile: Profile, runs: dict[str, list[Episode]]) -> pd.DataFrame:
+    """R@1 after minus before, in points, with the 95 % interval of the paired difference."""
+    rows = {}
+    for system, walked in runs.items():
+        after, before = metrics.vr_hits(walked, 1), metrics.vr_hits(walked, 1, "orig")
+        videos, rng = [one.gt_video for one in walked], np.random.default_rng(profile.seed)
+        low, high = metrics.paired_bootstrap(after, before, videos, profile.bootstrap, rng=rng)
+        gain = metrics.percent(after) - metrics.percent(before)
+        rows[system] = {"gained": int((after > before).sum()), "lost": int((after < before).sum())}
+        rows[system] |= {"points": f"{gain:+.1f}", "95 % interval": f"{low:+.1f} to {high:+.1f}"}
+    return pd.DataFrame(rows).T
