@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from vsr1 import results
 from vsr1.params import Profile
@@ -213,7 +214,8 @@ def overlaps(series: dict, datasets: list[str]) -> Figure:
     for axes, dataset in zip(panels, datasets, strict=True):
         left, share = np.array(series[f"V2/{dataset}/zs/iou"]).T
         whole = np.array(series[f"V2/{dataset}/wholevideo/iou"])[:, 1]
-        axes.bar(left + 0.05, share, 0.092, color=[GREY, *[BLUE] * 10], label="base model")
+        axes.bar(left[1:] + 0.05, share[1:], 0.092, color=BLUE, label="base model")
+        axes.bar(left[0] + 0.05, share[0], 0.092, color=GREY, hatch="///", edgecolor="white")
         axes.step([*left, 1.0], [*whole, whole[-1]], where="post", color=RED, label="whole video")
         axes.set(title=dataset, xlabel="IoU (grey: exactly 0)")
         axes.set_xticks([-0.05, 0.3, 0.5, 0.7, 1], ["0", ".3", ".5", ".7", "1"])
@@ -232,7 +234,7 @@ def _panels(datasets, rows=1, height=3.3, **options):
 REFINEMENTS = {
     "walkdown": "walk down (no refinement)",
     "sqr-untrained": "SQR, untrained heads",
-    **{f"hqr-{variant}": f"HQR {variant}, prompted" for variant in ("blind", "seen", "reasoned")},
+    **{f"hqr-{variant}": f"HQR {variant} (ours), prompted" for variant in ("blind", "seen", "reasoned")},
 }
 
 
@@ -266,22 +268,21 @@ def sweep(series: dict, datasets: list[str]) -> Figure:
     """Per data set one query as 0 to N untrained latents are added: rank of its video above, cosines below."""
     figure, panels = _panels(datasets, rows=2, height=5.2, sharex=True, sharey=False)
     for ranks, cosines, dataset in zip(*panels, datasets, strict=True):
-        for init, (label, line) in INITS.items():
-            ranks.plot(
-                *_xy(series, dataset, init, "rank"), line, marker="o", color=BLUE, label=label, markersize=4
-            )
-            for what, (name, colour, mark) in SWEPT.items():
-                words = name if init == "zero" else None  # once in the legend
+        for init, (_, line) in INITS.items():
+            ranks.plot(*_xy(series, dataset, init, "rank"), line, marker="o", color=BLUE, markersize=4)
+            for what, (_, colour, mark) in SWEPT.items():
                 points = _xy(series, dataset, init, what)
-                cosines.plot(*points, line, marker=mark, color=colour, label=words, markersize=4)
+                cosines.plot(*points, line, marker=mark, color=colour, markersize=4)
         ranks.set_title(f"{dataset}: one query")
         ranks.set_ylim(ranks.get_ylim()[1] + 1, 0)  # best on top
         cosines.set_xlabel("untrained latents in the query")
     panels[0][0].set_ylabel("rank of right video")
     panels[1][0].set_ylabel("cosine with the query")
-    handles, labels = map(list, panels[0][0].get_legend_handles_labels())
-    more = panels[1][0].get_legend_handles_labels()
-    figure.legend(handles + more[0], labels + more[1], loc="outside lower center", ncols=3)
+    kinds = [Line2D([], [], color=BLACK, linestyle=line, label=label) for label, line in INITS.values()]
+    videos = [
+        Line2D([], [], color=colour, marker=mark, label=label) for label, colour, mark in SWEPT.values()
+    ]
+    figure.legend(handles=kinds + videos, loc="outside lower center", ncols=min(3, len(datasets) + 1))
     return figure
 
 

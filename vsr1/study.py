@@ -284,17 +284,20 @@ def rewrites(runs: dict[str, list[Episode]], desc_id: int) -> pd.DataFrame:
     """What each refinement made of the first look of one query: words, rank before and after."""
     rows = {}
     for system, walked in runs.items():
-        one = next(one for one in walked if one.desc_id == desc_id)
-        turn = one.turns[0]
-        made = turn.update_text or (f"{turn.refine_tokens} latents" if turn.rank_out else "none: " + why(one))
-        rows[system] = {"refined": made, "rank before": turn.rank_in, "rank after": turn.rank_out}
-    return pd.DataFrame(rows).T
+        (turn,) = (one.turns[0] for one in walked if one.desc_id == desc_id)
+        after = "—" if turn.rank_out is None else turn.rank_out
+        rows[system] = {"the query becomes": becomes(turn), "rank before": turn.rank_in, "rank after": after}
+    return pd.DataFrame(rows, dtype=object).T
 
 
-def why(one: Episode) -> str:
-    """Why a query was not refined after its first look."""
-    said = metrics.verdict(one, 0)
-    return f"it said {WORDS[said]}" if said else "no readable update"
+def becomes(turn: episode.Turn) -> str:
+    """What stands in a query after a look, in words."""
+    if turn.rank_out is None:
+        accepted = turn.reply is not None and turn.reply.matched
+        return "nothing: the video was accepted" if accepted else "nothing: no readable update"
+    if turn.refine_kind == "walkdown":
+        return "what it was"
+    return turn.update_text or f"what it was and {turn.refine_tokens} latents"
 
 
 # --- 06: refinements side by side
@@ -312,7 +315,7 @@ COSTS = {"tokens": "tokens", "seconds": "s", "generated": "tokens", "engine_call
 def side_by_side(profile: Profile, dataset: str, runs: dict[str, list[Episode]]) -> dict[str, Number]:
     """S1: what each refinement gains, and what it costs.
 
-    refined   percent of queries that were searched for again at least once
+    refined   percent of queries that were changed at least once
     tokens    of one refinement; seconds of one; generated, engine_calls, turns (looks) of a whole episode
     """
     numbers = {}
@@ -320,7 +323,7 @@ def side_by_side(profile: Profile, dataset: str, runs: dict[str, list[Episode]])
         found = metrics.hits(walked, profile.vr_ks)
         chosen = {name: metrics.failed(walked) if name == "vr@1_failed" else walked for name in SHARES}
         row = {name: share(profile, chosen[name], found[name]) for name in SHARES}
-        again = [any(turn.rank_out is not None for turn in one.turns) for one in walked]
+        again = [any(turn.rank_out and turn.refine_tokens for turn in one.turns) for one in walked]
         row["refined"] = share(profile, walked, again)
         spent = metrics.costs(walked)
         spent |= {"seconds": spent["refine_seconds"]}
