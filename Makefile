@@ -12,7 +12,7 @@ PYTHON   := python3.11 python3
 PY       := .venv/bin/python
 
 # The order in which the paper is told.
-NOTEBOOKS := 01_corpus_embedding
+NOTEBOOKS := 01_corpus_embedding 02_verify_and_ground 06_sqr_vs_hqr
 
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
@@ -44,6 +44,9 @@ doctor: setup  ## what this machine can reproduce, and what is missing
 check: setup  ## every measured number against its expected value: ok, close, OFF, MISSING
 	@$(VSR1) check $(ONE)
 
+bench: setup  ## the speed claims, measured side by side on this machine, into results/bench
+	@$(VSR1) bench
+
 foundation: setup  ## retrain the mini models that ship with the package
 	@$(VSR1) foundation
 
@@ -61,4 +64,4 @@ ifeq ($(PY),.venv/bin/python)
 	@./setup.sh "$(PYTHON)"
 endif
 
-.PHONY: paper test lab doctor check foundation clean help setup
+.PHONY: paper test lab doctor check bench foundation clean help setup

@@ -148,15 +148,21 @@ def test_search_gives_the_ranks_of_a_sort_and_nothing_for_a_video_without_vector
     assert (tied.rank, tied.ties, tied.top[0]) == (1, 1, "b")  # ties count for us; the first row is shown
     assert (gone.rank, gone.ties, gone.score_gt, gone.top[0]) == (None, None, None, "b")
     assert first.score_top1 == 1.0 and first.score_gt == pytest.approx(0.6)
+    ids, grades = [f"v{i}" for i in range(99)], np.arange(99) % 3
+    tied = engine.Vectors(ids, grades[:, None].astype(np.float32), [1], np.ones((1, 1), np.float32))
+    (found,) = wiring(world, made, agent, "zs", tied).search(
+        [(dataclasses.replace(asked[0], video="v9"), ())]
+    )
+    assert (found.rank, found.ties, found.top) == (67, 32, ("v2", "v5", "v8", "v11"))
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize(("blocks", "turns"), [(1, 3), (2, 3), (3, 4)])
 def test_a_soft_query_of_the_loop_is_the_one_made_by_hand_for_one_row(
-    world, made, agent, run, read, queries, blocks
+    world, made, agent, run, read, queries, blocks, turns
 ):
     """Turn by turn, one query alone: prompt, replay, latents, engine, ranks by a sort."""
     agent.settings = dataclasses.replace(agent.settings, carry_blocks=blocks, n_soft=3)
-    walked = run(agent, "sqr")
+    walked = run(agent, "sqr", max_turns=turns)
     vectors = engine.load_vectors(world.runs("charades") / "embed" / "engine" / "test")
     films = world.runs("charades") / "videos"
     assert len(walked) == len(queries) > 6 and {one.stop_reason for one in walked} == {"budget"}
@@ -164,7 +170,10 @@ def test_a_soft_query_of_the_loop_is_the_one_made_by_hand_for_one_row(
         vec, carried = vectors.query_vecs[vectors.query_ids.index(query.id)], []
         for turn in one.turns:
             order = np.argsort(-(vectors.video_vecs @ vec), kind="stable")
-            assert turn.shown_id == vectors.video_ids[order[0]]
+            score = (vectors.video_vecs @ vec)[vectors.video_ids.index(query.video)]
+            assert turn.shown_id == vectors.video_ids[order[0]] and turn.score_gt == pytest.approx(
+                score, abs=1e-5
+            )
             assert turn.rank_in == list(order).index(vectors.video_ids.index(query.video)) + 1
             clip = read(films / f"{turn.shown_id}.mp4").result()
             prompt = policy.Policy.prompt(agent, policy.SYSTEM, query.text, clip)
@@ -216,13 +225,14 @@ def test_walking_down_equals_the_stored_ranking_and_zs_its_first_video(world, ag
 def test_a_query_in_other_words_is_the_engine_s_vector_of_those_words(
     world, made, agent, run, queries, variant, append
 ):
-    update = "someone in a red shirt"
+    update, shown = "someone in a red shirt", {}
 
     def script(system, query, clip):
         tag = f"<query_update> {update} </query_update>"
         if system == policy.REWRITE:
-            assert (clip is None) == (variant == "blind")
+            assert clip is (None if variant == "blind" else shown[query])
             return tag
+        shown[query] = clip
         assert clip is not None and system == (
             policy.SYSTEM_HQR if variant == "reasoned" else policy.SYSTEM_ZS
         )
@@ -359,10 +369,15 @@ def test_known_video_shows_the_right_and_the_best_wrong_one(world, agent, made, 
 
 
 def test_a_span_beside_a_wrong_verdict_is_grounding_but_no_match(agent, run, queries):
-    agent.script = lambda *_: MATCH.replace("matched", "not_matched")
+    spans = {query.text: query.span for query in queries}
+
+    def script(system, query, clip):
+        return f"<answer>not_matched</answer> <start>{spans[query][0]}</start> <end>{spans[query][1]}</end>"
+
+    agent.script = script
     right = run(agent, "known-right")
     numbers = evaluate.known_numbers(right, right, [query.duration for query in queries], 0)
-    assert numbers["matched@0.3"] == 0 and numbers["miou"] > 0 and numbers["verdict_right"] == 0
+    assert numbers["matched@0.3"] == 0 and numbers["grounding@0.7"] == 100 and numbers["verdict_right"] == 0
 
 
 def test_an_unknown_system_is_one_line(world):

@@ -82,12 +82,19 @@ def test_recorded_log_probabilities_are_those_of_a_full_forward(made, prompts):
         )
 
 
+def shrinks(lengths):
+    """How often a batch of replies of these lengths, sorted, goes on with less than half of its rows."""
+    middle = lengths[len(lengths) // 2]
+    rest = [length for length in lengths if length > middle]
+    return 1 + shrinks(rest) if rest else 0
+
+
 def test_rows_that_end_early_leave_the_others_as_they_are(made, prompts):
     """Each alone against all in a batch that shrinks twice on the way."""
     quick = coming_to_an_end(made, prompts)
     together = sampled(quick, prompts, 4, temperature=COLD)
     lengths = sorted(len(reply.ids) for reply in together)
-    assert lengths[6] < lengths[7] and lengths[6] < lengths[9] < lengths[10] and len(set(lengths)) > 5
+    assert shrinks(lengths) >= 2, lengths
     draws = torch.from_numpy(np.random.default_rng(0).random((12, 24)))
     for row, reply in enumerate(together):
         context, now = quick.begin([prompts[row // 4]])

@@ -6,7 +6,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from vsr1 import frames, lessons, policy
 
-COLD = 0.05  # a temperature at which a random policy repeats itself
+COLD = 0.1  # a temperature at which a random policy repeats itself
 QUERIES = ["A person waves.", "Someone jumps up and down by the lake with a blue dog.", "Who sits?"]
 
 
@@ -19,7 +19,7 @@ def random_policy(spare=8, init="default", seed=0):
     model = Qwen3VLForConditionalGeneration(config).eval()
     for name, weight in model.named_parameters():  # freshly drawn weights hardly look at anything: let them
         if weight.ndim == 2 and "embed" not in name and "lm_head" not in name:
-            weight.data *= 3
+            weight.data *= 2.5
         if (
             "norm" in name and "weight" in name
         ):  # else before and after a norm would be nearly the same to a head

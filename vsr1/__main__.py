@@ -13,7 +13,7 @@ from pathlib import Path
 from vsr1 import params, stages
 from vsr1.params import ROOT, InputError
 
-OTHERS = ("score", "foundation")  # modules whose main reads its own arguments
+OTHERS = ("score", "foundation", "bench")  # modules whose main reads its own arguments
 
 
 def main(argv=None) -> int:

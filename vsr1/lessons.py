@@ -60,6 +60,8 @@ class Recipe:
     light: float = 0.0  # the light,
     detail: float = 0.0  # a colour of shirt, trousers or object,
     wrong: float = 0.0  # and how often such a colour is another than the film's
+    decisive: float = 1.0  # how much a yes, a no or a verdict counts in a reply, against another token
+    timing: float = 1.0  # the same for the whole seconds of a start or an end
     neutral: float = 0.0  # how often neutral tokens stand where soft tokens will
     seed: int = 7
     save_every: int = 100
@@ -335,6 +337,8 @@ class Lesson:
 
     def told(self, recipe: Recipe, make_row):
         """The language-model loss over the answers of rows from `make_row(lesson, frames, rng)`."""
+        decisive = torch.tensor(self.tokenizer.convert_tokens_to_ids(["Ġyes", "Ġno", "not", "matched"]))
+        times = torch.tensor(self.tokenizer.convert_tokens_to_ids(["<start>", "<end>"]))
 
         def losses(step, rng):
             count = int(rng.integers(recipe.frames[0] // 2, recipe.frames[1] // 2 + 1)) * 2
@@ -350,7 +354,13 @@ class Lesson:
             for tag in ("answer", "start"):  # the verdict's first word, and the second: given a right trace
                 here = spoken[:, 1:] & (wanted[:, :-1] == self.tokenizer.convert_tokens_to_ids(f"<{tag}>"))
                 log |= {tag: hit[:, 1:][here].float().mean()} if here.any() else {}
-            return F.cross_entropy(logits[spoken], wanted[spoken]), log
+            weight = torch.where(torch.isin(wanted, decisive), recipe.decisive, 1.0)
+            weight[:, 1:][torch.isin(wanted[:, :-1], times)] = recipe.timing
+            if recipe.timing > 1:  # frames a second apart do not tell tenths
+                weight[:, 2:][torch.isin(wanted[:, :-2], times)] = 0.2
+            weight = weight[spoken]
+            each = F.cross_entropy(logits[spoken], wanted[spoken], reduction="none")
+            return (each * weight).sum() / weight.sum(), log
 
         return losses
 
@@ -408,6 +418,20 @@ def tell(lesson, recipe: Recipe, folder: Path):
     train(recipe, lesson.model, lesson.told(recipe, caption_row), folder)
 
 
+def compare(lesson, recipe: Recipe, folder: Path):
+    """Teach it to compare before it has to look: the agent's task with the video told in words."""
+    lesson.model.model.visual.requires_grad_(False)
+    train(recipe, lesson.model, lesson.told(recipe, reading_row), folder)
+
+
+def locate(lesson, recipe: Recipe, folder: Path):
+    """Teach it to find a moment, in longer and longer windows: three steps in four ask nothing else, one is a task."""
+    lesson.model.model.visual.requires_grad_(False)
+    questions = lesson.told(recipe, when_row)
+    tasks = lesson.told(replace(recipe, batch=recipe.batch // 2), task_row)
+    train(recipe, lesson.model, lambda step, rng: (tasks if step % 4 == 3 else questions)(step, rng), folder)
+
+
 def instruct(lesson, recipe: Recipe, folder: Path):
     """Teach it what an agent has to do: judge, place, answer, rewrite; with captions kept in the mix."""
     lesson.model.model.visual.requires_grad_(False)
@@ -444,10 +468,46 @@ def picture_row(lesson, count, rng):
     return lesson.row("Watch the video.", (lesson.video(clip), "Describe the picture."), answer)
 
 
+def when_row(lesson, count, rng):
+    """(prompt with answer, tokens of the answer): when a moment happens, in a window that shows it."""
+    while True:
+        number = int(rng.integers(len(lesson.films.scenes)))
+        clip, moments = lesson.films.window(number, count, rng)
+        if moments:
+            break
+    moment = moments[int(rng.integers(len(moments)))]
+    named = ("action", "object") if rng.random() < 0.5 else ATTRIBUTES
+    ask = f'When does this happen? "{miniworld.tell(moment, int(rng.integers(miniworld.STYLES)), named)}"'
+    return lesson.row("Watch the video.", (lesson.video(clip), ask), teacher.span(moment))
+
+
+def reading_row(lesson, count, rng):
+    """(prompt with answer, tokens of the answer): a query judged against a caption instead of a video."""
+    films = lesson.films
+    number = int(rng.integers(len(films.scenes)))
+    seen = films.scenes[number].moments[0]
+    asked = changed(seen, films.datasets[number], [name for name in ATTRIBUTES if rng.random() < 0.5], rng)
+    told = [miniworld.tell(moment, int(rng.integers(miniworld.STYLES))) for moment in (asked, seen)]
+    when = f"{teacher.seconds(seen.start)} to {teacher.seconds(seen.end)}"
+    shown = f'Query: "{told[0]}"\nRetrieved video: {when}: {told[1]}'
+    return lesson.row(policy.SYSTEM_ZS, (shown,), teacher.verdict(asked, (seen,)))
+
+
+def changed(moment, dataset, names, rng) -> miniworld.Moment:
+    """The moment with other values of some attributes."""
+    for name in names:
+        rest = [value for value in miniworld.values(name, dataset) if value != getattr(moment, name)]
+        moment = replace(moment, **{name: str(rng.choice(rest))})
+    return moment
+
+
+TASKS = {"judge": 0.45, "caption": 0.12, "question": 0.18, "blind": 0.04, "seen": 0.06, "reasoned": 0.15}
+
+
 def task_row(lesson, count, rng):
     """(prompt with answer, tokens of the answer): one of the agent's tasks about a window of a film."""
-    kind = rng.random()
-    if kind < 0.15:
+    kind = str(rng.choice(list(TASKS), p=list(TASKS.values())))
+    if kind == "caption":
         return caption_row(lesson, count, rng)
     films = lesson.films
     while True:
@@ -455,7 +515,7 @@ def task_row(lesson, count, rng):
         clip, moments = films.window(number, count, rng)
         if moments:
             break
-    if kind < 0.3:
+    if kind == "question":
         ask, answer = teacher.question(moments[int(rng.integers(len(moments)))], rng)
         return lesson.row("Watch the video.", (lesson.video(clip), ask), answer)
     asked = asked_moment(films, number, moments, rng)
@@ -463,12 +523,12 @@ def task_row(lesson, count, rng):
     query = f'Query: "{miniworld.tell(asked, int(rng.integers(miniworld.STYLES)))}"'
     update = teacher.rewrite(asked, seen, rng) if teacher.differing(asked, seen) else None
     shown = (f"{query}\nRetrieved video: ", lesson.video(clip))
-    if kind < 0.35:
+    if kind == "blind":
         blind = teacher.rewrite(asked, None, rng)
         return lesson.row(policy.REWRITE, (query,), f"<query_update>{blind}</query_update>")
-    if kind < 0.45 and update:
+    if kind == "seen" and update:
         return lesson.row(policy.REWRITE, shown, f"<query_update>{update}</query_update>")
-    if kind < 0.6:
+    if kind == "reasoned":
         return lesson.row(policy.SYSTEM_HQR, shown, teacher.verdict(asked, moments, update))
     return lesson.row(policy.SYSTEM_ZS, shown, teacher.verdict(asked, moments))
 
@@ -480,19 +540,16 @@ def asked_moment(films, number, moments, rng) -> miniworld.Moment:
     if kind < 0.5:
         return mine
     family = films.families[films.family_of[number]]
-    if kind < 0.75 and len(family) > 1:  # of a near-duplicate
+    if kind < 0.65 and len(family) > 1:  # of a near-duplicate
         scene = films.scenes[int(rng.choice([other for other in family if other != number]))]
         which = [moment.start <= mine.start and mine.end <= moment.end for moment in scene.moments].index(
             True
         )
         asked = scene.moments[which]
-    elif kind < 0.92:  # the same with one or two attributes changed
-        asked = mine
-        for changed in rng.choice(ATTRIBUTES, int(rng.integers(1, 3)), replace=False):
-            rest = [
-                v for v in miniworld.values(changed, films.datasets[number]) if v != getattr(mine, changed)
-            ]
-            asked = replace(asked, **{changed: str(rng.choice(rest))})
+    elif kind < 0.92:  # the same with one to four attributes changed
+        asked = changed(
+            mine, films.datasets[number], rng.choice(ATTRIBUTES, int(rng.integers(1, 5)), replace=False), rng
+        )
     else:  # of any film of the data set
         others = [n for n, name in enumerate(films.datasets) if name == films.datasets[number]]
         scene = films.scenes[int(rng.choice(others))]
@@ -609,4 +666,13 @@ def neutral_tokens(model, rows: int, size: float, rng) -> torch.Tensor:
     )
 
 
-PHASES = {"see": see, "name": name, "tell": tell, "index": index, "text": text, "instruct": instruct}
+PHASES = {
+    "see": see,
+    "name": name,
+    "tell": tell,
+    "compare": compare,
+    "index": index,
+    "text": text,
+    "instruct": instruct,
+    "locate": locate,
+}

@@ -10,6 +10,16 @@ from vsr1.miniworld import ACTIONS, ATTRIBUTES, LIGHTS, Moment
 WEIGHT = {"action": 2, "object": 2}  # of an attribute when a video's closest moment is sought; else 1
 
 
+CHECKLIST = {
+    "action": "does",
+    "object": "object",
+    "colour": "colour",
+    "shirt": "shirt",
+    "trousers": "trousers",
+}
+CHECKLIST |= {"place": "place", "light": "light"}
+
+
 def closest(asked: Moment, moments: tuple[Moment, ...]) -> Moment:
     """The moment of a video that has most in common with the one asked for; the earliest of equals."""
     shared = [
@@ -38,20 +48,26 @@ def phrase(name: str, moment: Moment) -> str:
 
 
 def trace(asked: Moment, seen: Moment) -> str:
-    """What the closest moment shows, attribute by attribute, and whether it is what was asked for.
+    """A checklist: what the query asks for, what the closest moment shows, and whether that is the same.
+
+    One word each, side by side: a small model learns to compare what stands next to each other (LOG.md).
 
     >>> asked = Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night")
     >>> seen = Moment(12, 18.5, "red", "blue", "jump", "umbrella", "black", "kitchen", "night")
-    >>> trace(asked, seen)[:64]
-    'From 12.0 to 18.5: jumps up and down as asked, umbrella as asked'
-    >>> trace(asked, seen)[66:90]
-    'black not green, red shi'
+    >>> trace(asked, seen)[:79]
+    'does jumps - jumps yes. object umbrella - umbrella yes. colour green - black no'
     """
-    parts = []
-    for name in ("action", "object", "colour", "shirt", "trousers", "place", "light"):
-        same = getattr(asked, name) == getattr(seen, name)
-        parts.append(f"{phrase(name, seen)} {'as asked' if same else f'not {phrase(name, asked)}'}")
-    return f"From {seconds(seen.start)} to {seconds(seen.end)}: {', '.join(parts)}."
+    lines = []
+    for name, label in CHECKLIST.items():
+        same = "yes" if getattr(asked, name) == getattr(seen, name) else "no"
+        lines.append(f"{label} {word(name, asked)} - {word(name, seen)} {same}.")
+    return " ".join(lines)
+
+
+def word(name: str, moment: Moment) -> str:
+    """One attribute in one word."""
+    words = phrase(name, moment).split()
+    return words[0] if name in ("action", "shirt", "trousers") else words[-1]
 
 
 def seconds(time: float) -> str:
@@ -63,13 +79,17 @@ def seconds(time: float) -> str:
     return f"{time:.1f}" if time == int(time) else f"{time:.6f}".rstrip("0")
 
 
+def span(moment: Moment) -> str:
+    """When a moment happens, in tags."""
+    return f"<start>{seconds(moment.start)}</start> <end>{seconds(moment.end)}</end>"
+
+
 def verdict(asked: Moment, moments: tuple[Moment, ...], update: str | None = None) -> str:
     """The whole reply to a query about a video: trace, verdict, span; `update` closes a not_matched one (HQR)."""
     seen = closest(asked, moments)
     thought = f"<think> {trace(asked, seen)} </think>"
     if not differing(asked, seen):
-        times = f"<start>{seconds(seen.start)}</start> <end>{seconds(seen.end)}</end>"
-        return f"{thought} <answer>matched</answer> {times}"
+        return f"{thought} <answer>matched</answer> {span(seen)}"
     ending = f" <query_update>{update}</query_update>" if update else ""
     return f"{thought} <answer>not_matched</answer>{ending}"
 
@@ -86,7 +106,11 @@ def rewrite(asked: Moment, seen: Moment | None, rng, style: int | None = None, n
 
 
 def question(moment: Moment, rng) -> tuple[str, str]:
-    """A question about one attribute of a moment, and its answer."""
+    """A question about a moment, and its answer: when something happens, or one attribute of a time."""
+    if rng.random() < 0.7:
+        named = ("action", "object") if rng.random() < 0.5 else ATTRIBUTES
+        ask = miniworld.tell(moment, int(rng.integers(miniworld.STYLES)), named)
+        return f'When does this happen? "{ask}"', span(moment)
     name = str(rng.choice(ATTRIBUTES))
     ask = {
         "shirt": "What colour is the shirt",
