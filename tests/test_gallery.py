@@ -86,3 +86,59 @@ def test_drawing_leaves_matplotlib_as_it_was(run):
     before = dict(matplotlib.rcParams)
     gallery.figures(run, results.collect(run))
     assert dict(matplotlib.rcParams) == before
+
+
+@pytest.fixture
+def agent_run(run):
+    """The same run with what notebooks 02 and 06 record."""
+    for shift, dataset in enumerate(run.datasets):
+        spread = {"n": 96, "ci": (20.0, 60.0), "seeds": (42,)}
+        numbers = {
+            **{
+                f"V1/{dataset}/zs/verdict{half}": results.Number(66.0 + shift, **spread)
+                for half in ("", "_right")
+            },
+            f"V1/{dataset}/zs/grounding@0.5": results.Number(41.0, **spread),
+            f"V1/{dataset}/wholevideo/grounding@0.5": results.Number(0.0, 96),
+        }
+        for system, after in {"walkdown": 30.0, "sqr-untrained": 31.0, "hqr-seen": None}.items():
+            numbers[f"S1/{dataset}/{system}/vr@1_orig"] = results.Number(30.0, **spread)
+            numbers[f"S1/{dataset}/{system}/vr@1"] = results.Number(after, **(spread if after else {}))
+        bars = [[left / 10, 100 / 11] for left in range(-1, 10)]
+        series = {f"V2/{dataset}/{system}/iou": bars for system in ("zs", "wholevideo")}
+        for init in gallery.INITS:
+            for what in ("rank", *gallery.SWEPT):
+                series[f"S2/{dataset}/{init}/{what}"] = [[n, 9.0 - n] for n in range(9)]
+        results.record(run, dataset, "02_and_06", numbers, series)
+    return run
+
+
+def test_what_is_untrained_or_ours_says_so_in_its_caption(agent_run):
+    paths = {path.stem: path for path in gallery.figures(agent_run, results.collect(agent_run))}
+    assert list(paths) == list(gallery.FIGURES)
+    captions = {stem: Image.open(path).text["Description"] for stem, path in paths.items()}
+    assert all("heads are untrained" in captions[stem] for stem in ("S1", "S2"))
+    assert "this project's definition" in captions["S1"] and "rendered corpora" in captions["V1"]
+
+
+def test_a_refinement_without_a_number_has_no_line(agent_run):
+    numbers = results.collect(agent_run)
+    axes = gallery.refinements(numbers, ["charades"]).axes[0]
+    points = {
+        (line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_label() == "after"
+    }
+    assert points == {(30.0, 0), (31.0, 1)}  # hqr-seen was not measured: no point at 0
+
+
+def test_bars_show_floors_of_zero_and_leave_gaps_for_what_is_missing(agent_run):
+    verdicts, spans = gallery.known_video(results.collect(agent_run), list(agent_run.datasets)).axes
+    heights = [sorted(bar.get_height() for bar in axes.patches) for axes in (verdicts, spans)]
+    assert heights[0] == [66.0, 66.0, 67.0, 67.0, 68.0, 68.0]  # no half with wrong videos
+    assert heights[1] == [0.0] * 3 + [41.0] * 3  # no random span
+
+
+def test_the_sweep_puts_rank_one_on_top(agent_run):
+    results.collect(agent_run)
+    series = json.loads((agent_run.results() / "series.json").read_text())
+    ranks = gallery.sweep(series, ["didemo"]).axes[0]
+    assert ranks.get_ylim()[0] > ranks.get_ylim()[1] and len(ranks.lines) == len(gallery.INITS)

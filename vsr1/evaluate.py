@@ -5,7 +5,7 @@ runs/<profile>/<dataset>/episodes/<system>.jsonl      read it with `episode.read
 
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,14 @@ class System:
     mode: str = "replace"  # of HQR: the update instead of the query, or append: behind it
     next_shown: str | None = None  # None: as the profile says
     first: str = "ranked"  # what the first search shows; "right" and "wrong" are given away (known video)
+    marked: bool = False  # <REFINE> is put behind every reply: heads on a model that never learned to say it
 
 
 SYSTEMS = {
     "zs": System(),
     "walkdown": System("walkdown", next_shown="skip_rejected"),
     "sqr": System("sqr"),
+    "sqr-untrained": System("sqr", marked=True),
     **{f"hqr-{variant}": System(variant) for variant in ("blind", "seen", "reasoned")},
     **{f"hqr-{variant}-append": System(variant, "append") for variant in ("blind", "seen", "reasoned")},
     "known-right": System(first="right"),
@@ -83,7 +85,8 @@ class Wiring:
         self.column = {video: number for number, video in enumerate(vectors.video_ids)}
         self.typed = dict(zip(vectors.query_ids, vectors.query_vecs, strict=True))
         self.carry = agent.settings.carry_blocks if system.refine == "sqr" else 1
-        self.prompt = policy.SYSTEM_ZS if agent.settings is None else agent.settings.system
+        plain = agent.settings is None or system.marked  # it is asked for what it knows
+        self.prompt = policy.SYSTEM_ZS if plain else agent.settings.system
         self.layout = "plain" if agent.heads is None else "sqr"
         if system.refine == "reasoned":
             self.prompt, self.layout = policy.SYSTEM_HQR, "hqr"
@@ -121,7 +124,10 @@ class Wiring:
         good = [row for row, clip in enumerate(clips) if clip.problem is None]
         prompts = [self.agent.prompt(self.prompt, pairs[row][0].text, clips[row]) for row in good]
         looks = [Look(None, problem=clip.problem) for clip in clips]
-        for row, prompt, (said, seconds) in zip(good, prompts, self._say(prompts), strict=True):
+        replies = self._say(prompts)
+        if self.system.marked and replies:
+            replies = self._mark(prompts, replies)
+        for row, prompt, (said, seconds) in zip(good, prompts, replies, strict=True):
             reply = read_reply(
                 said.text, said.ids, layout=self.layout, refine_id=self.agent.mark, ended=said.ended
             )
@@ -138,6 +144,14 @@ class Wiring:
         said = self.agent.reply(prompts, max_new=self.max_new) if prompts else []
         seconds = (time.perf_counter() - started) / max(1, len(said))
         return [(one, seconds) for one in said]
+
+    def _mark(self, prompts, replies):
+        """The same replies with <REFINE> at their end, and their branches there."""
+        branches = self.agent.marked(prompts, [said.ids for said, _ in replies])
+        return [
+            (replace(said, ids=ids, text=f"{said.text} {policy.REFINE}", branch=branch), seconds)
+            for (said, seconds), (ids, branch) in zip(replies, branches, strict=True)
+        ]
 
     @torch.no_grad()
     def soft(self, rejected) -> list[Refinement]:
@@ -198,12 +212,13 @@ class Wiring:
 
 
 def run_system(
-    profile, dataset: str, name: str, *, like: str | None = None, weights: str | None = None
+    profile, dataset: str, name: str, *, like: str | None = None, weights: str | None = None, count=None
 ) -> Path:
     """The file of episodes of one system on the test split; made once, resumed after a kill.
 
     like     which of SYSTEMS it is, where that is not its own name (`sft` walks like `sqr`)
     weights  folder or hub name of its policy; None: the profile's, with new heads where refinement needs some
+    count    how many queries, spread evenly over the split; None: all
     """
     system, home = _system(like or name), profile.runs(dataset)
     weights = weights or profile.policy
@@ -215,6 +230,7 @@ def run_system(
         "vectors": stages.stamp(home / "embed" / "engine" / "test").get("key"),  # engine, videos, annotations
         "policy": stages.digest(place) if place.is_dir() else weights,
         "system": [name, *vars(system).values()],
+        "count": count,
         "knobs": [
             *sight,
             *loop,
@@ -228,7 +244,7 @@ def run_system(
     folder = home / "episodes" / name
     if not (folder / "episodes.jsonl").exists():  # somebody deleted a damaged file
         (folder / ".stage.json").unlink(missing_ok=True)
-    stages.run(folder, inputs, lambda partial: _walk(profile, dataset, name, system, weights, partial))
+    stages.run(folder, inputs, lambda partial: _walk(profile, dataset, name, system, weights, count, partial))
     link = folder.with_name(f"{name}.jsonl")
     if not link.is_symlink():
         link.symlink_to(Path(name) / "episodes.jsonl")
@@ -241,10 +257,10 @@ def _system(name):
     return SYSTEMS[name]
 
 
-def _walk(profile, dataset, name, system, weights, folder):
+def _walk(profile, dataset, name, system, weights, count, folder):
     """Fill `folder` with the episodes, `profile.eval_batch` queries at a time, each batch a file until the end."""
     home = profile.runs(dataset)
-    queries = corpus.read_fig(home / "corpus" / "test.jsonl")
+    queries = sample(corpus.read_fig(home / "corpus" / "test.jsonl"), count)
     vectors = engine.load_vectors(home / "embed" / "engine" / "test")
     made, agent = load_pair(profile, system, weights)
     with frames.readers(frames.Reader(profile.video_fps, profile.max_frames), profile.decoders) as read:
@@ -264,6 +280,16 @@ def _walk(profile, dataset, name, system, weights, folder):
     stages.write_json(folder / "notes.json", notes)
     for part in parts:
         part.unlink()
+
+
+def sample(queries: list, count: int | None) -> list:
+    """At most `count` of the queries, spread evenly, in their order; all of them without a count.
+
+    >>> sample([0, 1, 2, 3, 4, 5, 6], 3)
+    [0, 2, 4]
+    """
+    count = len(queries) if count is None else min(count, len(queries))
+    return [queries[i * len(queries) // count] for i in range(count)]
 
 
 def load_pair(profile, system: System, weights: str):

@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from vsr1 import results
 from vsr1.params import Profile
@@ -103,28 +104,22 @@ def _frame(axes, strip, index):
 
 # --- Figures of numbers.json
 
+UNTRAINED = (
+    "The soft-query heads are untrained: this shows what neutral tokens do, not what SQR learns. "
+    "The HQR variants are this project's definition."
+)
+
 
 def figures(profile: Profile, numbers: dict) -> list[Path]:
     """The figures over all data sets, written to results/<profile>/figures/ where their numbers exist."""
-    folder = profile.results() / "figures"
     series = json.loads((profile.results() / "series.json").read_text(encoding="utf-8"))
+    known = {name for name in numbers if _value(numbers, name) is not None} | series.keys()
     label = f"Profile {profile.name}{', rendered corpora and mini models' if profile.world else ''}."
-    datasets = [d for d in profile.datasets if _value(numbers, f"H1/{d}/zs/vr@1") is not None]
-    curved = [d for d in profile.datasets if f"H2/{d}/zs/vr@k" in series]
     written = []
-    if datasets:
-        words = (
-            "Headroom of the first search. Left: R@1 of the query as it is (line: 95 % interval) and of a "
-            "linear attribute probe, the ceiling for a refiner that only understands the query. Right: among "
-            "queries whose first search failed, what rank 2 would answer and what the probe answers."
-        )
-        written.append(save(headroom(numbers, datasets), folder, "H1", f"{words} {label}"))
-    if curved:
-        words = (
-            "R@k of the first search; dotted: chance for a gallery of that size. Hollow markers are the "
-            "paper's values for its engine on real video."
-        )
-        written.append(save(retrieval_curves(numbers, series, curved), folder, "H2", f"{words} {label}"))
+    for figure, (needed, draw, words) in FIGURES.items():
+        if datasets := [dataset for dataset in profile.datasets if needed.format(dataset) in known]:
+            drawn = draw(numbers, series, datasets)
+            written.append(save(drawn, profile.results() / "figures", figure, f"{words} {label}"))
     return written
 
 
@@ -138,44 +133,43 @@ def headroom(numbers: dict, datasets: list[str]) -> Figure:
     """Two panels of bars, all queries and first-search failures: what is reached, what the probe reaches."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     everyone, failures = figure.subplots(1, 2, sharey=True)
-    probe = ("attribute probe", ORANGE, "..")
-    plain = {"zs": ("query as it is", BLUE, ""), "probe": probe}
-    looked_again = {"walkdown": ("rank 2", SKY, "///"), "probe": probe}
-    _bars(everyone, numbers, datasets, "vr@1", plain)
-    _bars(failures, numbers, datasets, "vr@1_failed", looked_again)
+    ceiling = ("attribute probe", ORANGE, "..")
+    plain = {"zs/vr@1": ("query as it is", BLUE, ""), "probe/vr@1": ceiling}
+    again = {"walkdown/vr@1_failed": ("rank 2", SKY, "///"), "probe/vr@1_failed": ceiling}
+    _bars(everyone, numbers, datasets, "H1", plain)
+    _bars(failures, numbers, datasets, "H1", again)
     everyone.set_title("all queries")
     failures.set_title("queries whose first search failed")
     everyone.set_ylabel("right video, %")
     return figure
 
 
-def _bars(axes, numbers, datasets, metric, systems):
-    """A group of bars per data set, a bar per system with its value on top; a missing number leaves a gap."""
-    for shift, (system, (label, colour, hatch)) in enumerate(systems.items()):
-        names = [f"H1/{dataset}/{system}/{metric}" for dataset in datasets]
+def _bars(axes, numbers, datasets, table, bars):
+    """A group of bars per data set, one per `<system>/<metric>`, its value on top; a missing number leaves a gap."""
+    width = 0.72 / len(bars)
+    for number, (key, (label, colour, hatch)) in enumerate(bars.items()):
+        names = [f"{table}/{dataset}/{key}" for dataset in datasets]
         shown = [(x, name) for x, name in enumerate(names) if _value(numbers, name) is not None]
-        places = [x + 0.36 * shift - 0.18 for x, _ in shown]
+        places = [x + width * (number - (len(bars) - 1) / 2) for x, _ in shown]
         heights = [_value(numbers, name) for _, name in shown]
-        axes.bar(places, heights, 0.34, label=label, color=colour, hatch=hatch, edgecolor="white")
+        axes.bar(places, heights, 0.94 * width, label=label, color=colour, hatch=hatch, edgecolor="white")
         for place, height, (_, name) in zip(places, heights, shown, strict=True):
             low, high = numbers[name]["ci"] or (height, height)
             axes.plot((place, place), (low, high), color=BLACK, linewidth=1.2)
             axes.annotate(
-                results.digits(height), (place, high), (0, 3), textcoords="offset points", ha="center"
+                results.digits(height), (place, high), (0, 3), textcoords="offset points", ha="center", size=8
             )
     axes.set_xticks(range(len(datasets)), datasets)
     axes.set_xlim(-0.8, max(1, len(datasets) - 0.2))
     axes.grid(axis="x", visible=False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(bars))
 
 
 @style()
 def retrieval_curves(numbers: dict, series: dict, datasets: list[str]) -> Figure:
     """One panel per data set: R@k against k, chance below, the paper's four points as hollow markers."""
-    figure = Figure(figsize=(max(4.5, 3.1 * len(datasets)), 3.3), layout="constrained")
-    for axes, dataset in zip(
-        figure.subplots(1, len(datasets), sharey=True, squeeze=False)[0], datasets, strict=True
-    ):
+    figure, panels = _panels(datasets)
+    for axes, dataset in zip(panels, datasets, strict=True):
         ks, recall = np.array(series[f"H2/{dataset}/zs/vr@k"]).T
         videos = numbers[f"D1/{dataset}/test/videos"]["value"]
         axes.plot(ks, recall, color=BLUE, label="measured")
@@ -190,3 +184,149 @@ def retrieval_curves(numbers: dict, series: dict, datasets: list[str]) -> Figure
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
+
+
+@style()
+def known_video(numbers: dict, datasets: list[str]) -> Figure:
+    """Two panels of bars: verdicts by what was shown, beside chance; spans in the right video, beside two floors."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    verdicts, spans = figure.subplots(1, 2)
+    judged = {
+        "zs/verdict_right": ("right video shown", BLUE, ""),
+        "zs/verdict_wrong": ("wrong video", ORANGE, ".."),
+    }
+    _bars(verdicts, numbers, datasets, "V1", judged | {"zs/verdict": ("both", SKY, "///")})
+    verdicts.axhline(50, color=GREY, linestyle=":")
+    named = {
+        "zs/grounding@0.5": ("base model", BLUE, ""),
+        "wholevideo/grounding@0.5": ("whole video", GREY, ".."),
+    }
+    _bars(spans, numbers, datasets, "V1", named | {"random/grounding@0.5": ("random span", "#cccccc", "///")})
+    verdicts.set(title="verdicts; dotted: always the same verdict", ylabel="right verdict, %", ylim=(0, 108))
+    spans.set(title="spans named for the right video", ylabel="R@1 at IoU 0.5, %")
+    return figure
+
+
+@style()
+def overlaps(series: dict, datasets: list[str]) -> Figure:
+    """One panel per data set: a histogram of overlaps with the right moment, that of whole videos as a line."""
+    figure, panels = _panels(datasets)
+    for axes, dataset in zip(panels, datasets, strict=True):
+        left, share = np.array(series[f"V2/{dataset}/zs/iou"]).T
+        whole = np.array(series[f"V2/{dataset}/wholevideo/iou"])[:, 1]
+        axes.bar(left[1:] + 0.05, share[1:], 0.092, color=BLUE, label="base model")
+        axes.bar(left[0] + 0.05, share[0], 0.092, color=GREY, hatch="///", edgecolor="white")
+        axes.step([*left, 1.0], [*whole, whole[-1]], where="post", color=RED, label="whole video")
+        axes.set(title=dataset, xlabel="IoU (grey: exactly 0)")
+        axes.set_xticks([-0.05, 0.3, 0.5, 0.7, 1], ["0", ".3", ".5", ".7", "1"])
+    panels[0].set_ylabel("queries, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def _panels(datasets, rows=1, height=3.3, **options):
+    """A figure with a column per data set, and its panels: a list, or a list of rows."""
+    figure = Figure(figsize=(max(4.5, 3.1 * len(datasets)), height), layout="constrained")
+    panels = figure.subplots(rows, len(datasets), squeeze=False, **{"sharey": "row"} | options)
+    return figure, list(panels) if rows > 1 else list(panels[0])
+
+
+REFINEMENTS = {
+    "walkdown": "walk down (no refinement)",
+    "sqr-untrained": "SQR, untrained heads",
+    **{f"hqr-{variant}": f"HQR {variant} (ours), prompted" for variant in ("blind", "seen", "reasoned")},
+}
+
+
+@style()
+def refinements(numbers: dict, datasets: list[str]) -> Figure:
+    """One panel per data set, a line per refinement: R@1 before (hollow) and after (with its interval)."""
+    figure, panels = _panels(datasets, height=2.9, sharex=True, sharey=True)
+    for axes, dataset in zip(panels, datasets, strict=True):
+        for row, system in enumerate(REFINEMENTS):
+            name = f"S1/{dataset}/{system}/vr@1"
+            before, after = _value(numbers, f"{name}_orig"), _value(numbers, name)
+            if after is not None:
+                axes.plot(numbers[name]["ci"], (row, row), color=BLACK, linewidth=1)
+                axes.plot((before, after), (row, row), color=BLUE, linewidth=3, alpha=0.4)
+                axes.plot(before, row, "o", color=BLUE, fillstyle="none", label="before")
+                axes.plot(after, row, "o", color=BLUE, label="after")
+        axes.set(title=dataset, xlabel="right video on rank 1, %", ylim=(len(REFINEMENTS) - 0.5, -0.5))
+        axes.set_yticks(range(len(REFINEMENTS)), REFINEMENTS.values())
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles[:2], labels[:2], loc="outside lower center", ncols=2)
+    return figure
+
+
+SWEPT = {"right": ("right video", BLUE, "o"), "shown": ("video just rejected", RED, "s")}
+SWEPT |= {"best": ("best video", GREY, "^")}
+INITS = {"zero": ("last layer zero (official)", "-"), "default": ("last layer random", "--")}
+
+
+@style()
+def sweep(series: dict, datasets: list[str]) -> Figure:
+    """Per data set one query as 0 to N untrained latents are added: rank of its video above, cosines below."""
+    figure, panels = _panels(datasets, rows=2, height=5.2, sharex=True, sharey=False)
+    for ranks, cosines, dataset in zip(*panels, datasets, strict=True):
+        for init, (_, line) in INITS.items():
+            ranks.plot(*_xy(series, dataset, init, "rank"), line, marker="o", color=BLUE, markersize=4)
+            for what, (_, colour, mark) in SWEPT.items():
+                points = _xy(series, dataset, init, what)
+                cosines.plot(*points, line, marker=mark, color=colour, markersize=4)
+        ranks.set_title(f"{dataset}: one query")
+        ranks.set_ylim(ranks.get_ylim()[1] + 1, 0)  # best on top
+        cosines.set_xlabel("untrained latents in the query")
+    panels[0][0].set_ylabel("rank of right video")
+    panels[1][0].set_ylabel("cosine with the query")
+    kinds = [Line2D([], [], color=BLACK, linestyle=line, label=label) for label, line in INITS.values()]
+    videos = [
+        Line2D([], [], color=colour, marker=mark, label=label) for label, colour, mark in SWEPT.values()
+    ]
+    figure.legend(handles=kinds + videos, loc="outside lower center", ncols=min(3, len(datasets) + 1))
+    return figure
+
+
+def _xy(series, dataset, init, what):
+    return np.array(series[f"S2/{dataset}/{init}/{what}"]).T
+
+
+FIGURES = {  # figure: (its number or series, without which a data set is left out; how it is drawn; caption)
+    "H1": (
+        "H1/{}/zs/vr@1",
+        lambda numbers, series, datasets: headroom(numbers, datasets),
+        "Headroom of the first search. Left: R@1 of the query as it is (line: 95 % interval) and of a "
+        "linear attribute probe, the ceiling for a refiner that only understands the query. Right: among "
+        "queries whose first search failed, what rank 2 would answer and what the probe answers.",
+    ),
+    "H2": (
+        "H2/{}/zs/vr@k",
+        retrieval_curves,
+        "R@k of the first search; dotted: chance for a gallery of that size. Hollow markers are the "
+        "paper's values for its engine on real video.",
+    ),
+    "V1": (
+        "V1/{}/zs/verdict",
+        lambda numbers, series, datasets: known_video(numbers, datasets),
+        "The base model on videos that are given away: each test query with its right video and with the engine's "
+        "best wrong one. Left: right verdicts. Right: the span named for the right video, whatever the verdict, "
+        "beside answering the whole video or a random span. Lines: 95 % intervals.",
+    ),
+    "V2": (
+        "V2/{}/zs/iou",
+        lambda numbers, series, datasets: overlaps(series, datasets),
+        "Overlap of the span that the base model names for the right video with the right moment. Grey: no overlap, "
+        "or no span named. Red: what answering the whole video would overlap.",
+    ),
+    "S1": (
+        "S1/{}/sqr-untrained/vr@1",
+        lambda numbers, series, datasets: refinements(numbers, datasets),
+        "R@1 before (hollow) and after (filled, with 95 % interval) refinement by the base model, on a sample of test "
+        f"queries. {UNTRAINED}",
+    ),
+    "S2": (
+        "S2/{}/zero/rank",
+        lambda numbers, series, datasets: sweep(series, datasets),
+        "One query per data set, picked by rule, as latents are added after a look at a rejected video: rank of the "
+        f"right video, and cosines of the query vector. {UNTRAINED.partition(' The HQR')[0]}",
+    ),
+}

@@ -56,6 +56,7 @@ class Profile:
     eval_batch: int = (
         64  # ours: queries that walk in step; their KV caches are held, and a kill costs this many
     )
+    sample_queries: int = 96  # ours: test queries, evenly spread, that S1 compares refinements on
     video_fps: float = 1.0  # "1 fps"
     max_frames: int = 64  # official: at most 64 frames, spread over the whole video
     frame_pixels: int = (

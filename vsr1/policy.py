@@ -201,6 +201,12 @@ class Policy:
         branches = [self._branch(context, row, reply, columns) for row, reply in enumerate(replies)]
         return Replay(logps.masked_fill(~said, 0.0), said, branches)
 
+    @torch.no_grad()
+    def marked(self, prompts: list[qwen.Prompt], replies: list[list[int]]) -> list[tuple]:
+        """(ids, branch) of each reply as if it ended in <REFINE>: what heads on a model that never says it can read."""
+        asked = [[*(token for token in ids if token != self.stop), self.mark, self.stop] for ids in replies]
+        return list(zip(asked, self.replay(prompts, asked).branches, strict=True))
+
     def begin(self, prompts: list[qwen.Prompt], group: int = 1) -> tuple[qwen.Context, torch.Tensor]:
         """What the policy has read when it starts on `group` replies to each prompt, and its states (B, H) there."""
         context, now = qwen.prefill(self.model, prompts, self.tokenizer.pad_token_id)
