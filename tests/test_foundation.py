@@ -141,7 +141,7 @@ def test_half_of_the_judged_queries_fit_and_the_rest_are_near_misses(monkeypatch
             fits += not apart
             misses += [len(apart)] if apart else []
     assert abs(fits / (fits + len(misses)) - 0.5) < 0.08
-    assert np.mean(np.array(misses) <= 2) > 0.7
+    assert np.mean(np.array(misses) <= 2) > 0.5 and np.mean(np.array(misses) <= 4) > 0.8
 
 
 def test_a_window_shows_the_moments_it_says_it_shows(films):
