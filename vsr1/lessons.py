@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 
 from vsr1 import engine, frames, miniworld, policy, qwen, stages, teacher
 from vsr1.miniworld import ATTRIBUTES
+from vsr1.params import InputError
 
 SPECIALS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -308,7 +309,13 @@ class Lesson:
         if recipe.start:
             start = profile.runs("foundation") / recipe.start
             kind = Qwen3VLModel if recipe.start.startswith("index") else Qwen3VLForConditionalGeneration
-            self.model, _ = qwen.load(kind, str(start))
+            self.model, theirs = qwen.load(kind, str(start))
+            if (
+                theirs.get_vocab() != self.tokenizer.get_vocab()
+            ):  # else every word would silently mean another
+                raise InputError(
+                    f"{start}: trained with another vocabulary; run `make foundation` from its start"
+                )
 
     def video(self, clip: frames.Clip) -> tuple[str, torch.Tensor, tuple]:
         """A film's place in a prompt: its text, patches and grid."""
