@@ -94,7 +94,7 @@ def test_a_killed_phase_resumes_to_the_same_weights_and_log(tmp_path, monkeypatc
     assert drop[0] == drop[1] and len(drop[0]) == 4
 
 
-@pytest.mark.parametrize("phase", ["see", "name", "tell", "instruct", "index"])
+@pytest.mark.parametrize("phase", ["see", "name", "tell", "watch", "instruct", "index"])
 def test_a_phase_lowers_its_loss_on_a_handful_of_films(tmp_path, monkeypatch, group, films, phase):
     recipe = small(steps=24, batch=6, rate=3e-3, save_every=24)
     lessons.PHASES[phase](lesson(monkeypatch, films, recipe), recipe, tmp_path)

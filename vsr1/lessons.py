@@ -42,6 +42,8 @@ FILLER = (
 )
 ASK = "Describe what happens when."
 SPARE = 64  # the embedding matrix has rows above the vocabulary, as the real one has: room for <REFINE>
+HALF = 2  # text layers up to where `watch` looks
+LAST_SECOND = 200  # of any video, as the tokenizer's numbers
 HOLD = 20.0  # weight of one minus the cosine between a video's vector and what it was
 
 
@@ -190,16 +192,12 @@ class Films:
         count = min(count, len(times)) // 2 * 2
         first = int(rng.integers(len(times) - count + 1))
         some = times[first : first + count]
-        clip = frames.Clip(
-            self.frames[self.starts[number] + first :][:count], some, self.scenes[number].seconds, None
-        )
-        low, high = (
-            float(some[0]),
-            float(some[-1]) + float(times[1]),
-        )  # the first frame is at 0: the second at one step
+        pixels = self.frames[self.starts[number] + first :][:count]
+        clip = frames.Clip(pixels, some, self.scenes[number].seconds, None)
         seen = [m for m in self.scenes[number].moments if ((some >= m.start) & (some < m.end)).sum() >= 2]
-        cut = [replace(m, start=max(m.start, round(low, 1)), end=min(m.end, round(high, 1))) for m in seen]
-        return clip, tuple(cut)
+        low, high = some[0], some[-1] + times[1]  # the first frame is at 0: the second at one step
+        cut = [(max(m.start, round(low, 1)), min(m.end, round(high, 1))) for m in seen]
+        return clip, tuple(replace(m, start=s, end=e) for m, (s, e) in zip(seen, cut, strict=True))
 
     def pair(self, rng) -> tuple[int, int, bool, int]:
         """Two frames in a row that show the same: (first frame, moment, busy?, video), drawn at random."""
@@ -342,18 +340,22 @@ class Lesson:
             self.model = body
         return engine.Engine(self.profile, self.model, self.tokenizer, "engine")
 
-    def told(self, recipe: Recipe, make_row):
-        """The language-model loss over the answers of rows from `make_row(lesson, frames, rng)`."""
+    def told(self, recipe: Recipe, make_row, heads=None):
+        """The language-model loss over the answers of rows from `make_row(lesson, frames, rng)`.
+
+        With `heads` a row has a third part, what each pair of its frames shows, and its loss (`noted`) is added.
+        """
         decisive = torch.tensor(self.tokenizer.convert_tokens_to_ids(["Ġyes", "Ġno", "not", "matched"]))
         times = torch.tensor(self.tokenizer.convert_tokens_to_ids(["<start>", "<end>"]))
 
         def losses(step, rng):
             count = int(rng.integers(recipe.frames[0] // 2, recipe.frames[1] // 2 + 1)) * 2
             rows = [make_row(self, count, rng) for _ in range(recipe.batch)]
-            batch = qwen.collate([prompt for prompt, _ in rows], self.model, self.tokenizer.pad_token_id)
-            lengths = torch.tensor([length for _, length in rows])
+            batch = qwen.collate([row[0] for row in rows], self.model, self.tokenizer.pad_token_id)
+            lengths = torch.tensor([row[1] for row in rows])
             told = int(lengths.max())
-            logits = self.model(**batch, logits_to_keep=told + 1).logits[:, :-1]  # (B, told, vocabulary)
+            out = self.model(**batch, logits_to_keep=told + 1, output_hidden_states=heads is not None)
+            logits = out.logits[:, :-1]  # (B, told, vocabulary)
             wanted = batch["input_ids"][:, -told:]
             spoken = torch.arange(told)[None] >= told - lengths[:, None]
             hit = logits.argmax(-1) == wanted
@@ -363,11 +365,16 @@ class Lesson:
                 log |= {tag: hit[:, 1:][here].float().mean()} if here.any() else {}
             weight = torch.where(torch.isin(wanted, decisive), recipe.decisive, 1.0)
             weight[:, 1:][torch.isin(wanted[:, :-1], times)] = recipe.timing
-            if recipe.timing > 1:  # frames a second apart do not tell tenths
-                weight[:, 2:][torch.isin(wanted[:, :-2], times)] = 0.2
             weight = weight[spoken]
             each = F.cross_entropy(logits[spoken], wanted[spoken], reduction="none")
-            return (each * weight).sum() / weight.sum(), log
+            total = (each * weight).sum() / weight.sum()
+            if heads is not None:
+                ends = batch["input_ids"] == self.model.config.vision_end_token_id
+                extra, seen = noted(
+                    out.hidden_states[HALF][ends], heads, [look for row in rows for look in row[2]]
+                )
+                total, log = total + extra, log | seen
+            return total, log
 
         return losses
 
@@ -387,7 +394,6 @@ def see(lesson, recipe: Recipe, folder: Path):
         3 * model.config.text_config.hidden_size * 4
     )  # merged and two deepstack features, four tokens each
     heads = torch.nn.Parameter(0.01 * torch.randn(len(table) + 1, count))  # the last row: nothing going on
-    columns = {name: [n for (kind, _), n in table.items() if kind == name] for name in ATTRIBUTES}
 
     def losses(step, rng):
         pixels, labels = zip(*(seen_pair(films, rng) for _ in range(recipe.batch)), strict=True)
@@ -395,23 +401,34 @@ def see(lesson, recipe: Recipe, folder: Path):
         grids = torch.tensor([(1, *grid[1:])] * recipe.batch)
         out = tower(patches, grid_thw=grids)
         states = torch.cat([out.pooler_output, *out.deepstack_features], dim=-1).reshape(recipe.batch, -1)
-        logits, total, log = states @ heads.T, 0.0, {}
-        for name in ATTRIBUTES:
-            some = torch.tensor([*columns[name], len(table)])
-            wanted = torch.tensor([table.get((name, look[name]), len(table)) for look in labels])
-            total = total + F.cross_entropy(logits[:, some], torch.searchsorted(some, wanted))
-            log[name] = (some[logits[:, some].argmax(1)] == wanted).float().mean()
-        return total / len(ATTRIBUTES), log
+        return attribute_loss(states @ heads.T, labels)
 
     train(recipe, tower, losses, folder, extra=[heads])
 
 
+def attribute_loss(logits: torch.Tensor, looks: list[dict], names=ATTRIBUTES) -> tuple[torch.Tensor, dict]:
+    """(mean cross-entropy, accuracies) of linear heads, a column a value and one for none: (N, values + 1) logits."""
+    table, total, log = features(), 0.0, {}
+    for name in names:
+        some = torch.tensor([*(n for (kind, _), n in table.items() if kind == name), len(table)])
+        wanted = torch.tensor([table.get((name, look[name]), len(table)) for look in looks])
+        total = total + F.cross_entropy(logits[:, some], torch.searchsorted(some, wanted))
+        log[name] = (some[logits[:, some].argmax(1)] == wanted).float().mean()
+    return total / len(names), log
+
+
 def seen_pair(films: Films, rng) -> tuple[np.ndarray, dict]:
     """Two frames in a row and the attributes on view; between moments no action, object, colour."""
-    at, which, busy, number = films.pair(rng)
-    look = {name: getattr(films.scenes[number].moments[which], name) for name in ATTRIBUTES}
-    look |= {} if busy else dict.fromkeys(("action", "object", "colour"))
+    at, _, _, number = films.pair(rng)
+    look = on_view(films.scenes[number], films.seen_at[number][at])
     return films.frames[films.starts[number] + at : films.starts[number] + at + 2], look
+
+
+def on_view(scene: miniworld.Scene, second: float) -> dict:
+    """The attributes on view at a time."""
+    which, busy = scene.on(float(second))
+    look = {name: getattr(scene.moments[which], name) for name in ATTRIBUTES}
+    return look | ({} if busy else dict.fromkeys(("action", "object", "colour")))
 
 
 def name(lesson, recipe: Recipe, folder: Path):
@@ -425,6 +442,30 @@ def tell(lesson, recipe: Recipe, folder: Path):
     train(recipe, lesson.model, lesson.told(recipe, caption_row), folder)
 
 
+def watch(lesson, recipe: Recipe, folder: Path):
+    """Teach it to keep the time and what is on view in mind where a pair of frames ends, while it answers questions.
+
+    By linear heads on its states half-way up, which are thrown away, as in `see`. A span is then looked up there and
+    copied; from answers alone that was hardly learned (LOG.md).
+    """
+    lesson.model.model.visual.requires_grad_(False)
+    rows = 2 * (len(features()) + 1) + LAST_SECOND
+    heads = torch.nn.Parameter(0.01 * torch.randn(rows, lesson.model.config.text_config.hidden_size))
+    train(recipe, lesson.model, lesson.told(recipe, question_row, heads), folder, extra=[heads])
+
+
+def noted(states: torch.Tensor, heads: torch.Tensor, looks: list[dict]) -> tuple[torch.Tensor, dict]:
+    """(loss, log) of heads on (pairs, D) states: what a pair shows, what the one before did, its whole second."""
+    count = len(features()) + 1
+    logits = F.rms_norm(states, states.shape[-1:]) @ heads.T  # (pairs, 2 (values + 1) + seconds)
+    now, log = attribute_loss(logits[:, :count], looks)
+    earlier = [{"action": look["before"]} for look in looks]
+    before, _ = attribute_loss(logits[:, count : 2 * count], earlier, ("action",))
+    wanted = torch.tensor([look["second"] for look in looks])
+    log["second"] = (logits[:, 2 * count :].argmax(1) == wanted).float().mean()
+    return 1.25 * now + 0.25 * before + 0.25 * F.cross_entropy(logits[:, 2 * count :], wanted), log
+
+
 def compare(lesson, recipe: Recipe, folder: Path):
     """Teach it to compare before it has to look: the agent's task with the video told in words."""
     lesson.model.model.visual.requires_grad_(False)
@@ -432,9 +473,9 @@ def compare(lesson, recipe: Recipe, folder: Path):
 
 
 def locate(lesson, recipe: Recipe, folder: Path):
-    """Teach it to find a moment, in longer and longer windows: three steps in four ask nothing else, one is a task."""
+    """Teach it to find a moment in longer windows: three steps in four ask about one, the fourth is a task."""
     lesson.model.model.visual.requires_grad_(False)
-    questions = lesson.told(recipe, when_row)
+    questions = lesson.told(recipe, question_row)
     tasks = lesson.told(replace(recipe, batch=recipe.batch // 2), task_row)
     train(recipe, lesson.model, lambda step, rng: (tasks if step % 4 == 3 else questions)(step, rng), folder)
 
@@ -455,7 +496,12 @@ def draw(films: Films, recipe: Recipe, rng) -> list[int]:
 
 def caption_row(lesson, count, rng):
     """(prompt with answer, tokens of the answer): a window of a film, and what happens when."""
-    clip, moments = lesson.films.window(int(rng.integers(len(lesson.films.scenes))), count, rng)
+    number = int(rng.integers(len(lesson.films.scenes)))
+    return told_row(lesson, *lesson.films.window(number, count, rng), rng)
+
+
+def told_row(lesson, clip, moments, rng):
+    """(prompt with answer, tokens of the answer): a clip and its dense caption."""
     when = [f"{teacher.seconds(m.start)} to {teacher.seconds(m.end)}" for m in moments]
     what = [miniworld.tell(m, int(rng.integers(miniworld.STYLES))) for m in moments]
     told = [f"{span}: {caption}" for span, caption in zip(when, what, strict=True)]
@@ -475,17 +521,33 @@ def picture_row(lesson, count, rng):
     return lesson.row("Watch the video.", (lesson.video(clip), "Describe the picture."), answer)
 
 
-def when_row(lesson, count, rng):
-    """(prompt with answer, tokens of the answer): when a moment happens, in a window that shows it."""
+def question_row(lesson, count, rng):
+    """(prompt with answer, tokens of the answer, what each pair of frames shows): a question about a moment."""
+    number, clip, moments = a_window(lesson.films, count, rng)
+    ask, answer = teacher.question(moments[int(rng.integers(len(moments)))], rng)
+    seconds = qwen.pair_times(clip.seen_at)
+    looks = [on_view(lesson.films.scenes[number], second) for second in seconds]
+    for at, look in enumerate(looks):
+        look["second"], look["before"] = int(seconds[at]), looks[at - 1]["action"] if at else None
+    return *lesson.row("Watch the video.", (lesson.video(clip), ask), answer), looks
+
+
+def a_window(films: Films, count: int, rng) -> tuple[int, frames.Clip, tuple[miniworld.Moment, ...]]:
+    """(video, clip, moments): a window of any film that shows something; times as the video's text tells them.
+
+    A moment starts at the time of its first pair of frames and ends at that of the first pair after it, or at the last.
+    """
     while True:
-        number = int(rng.integers(len(lesson.films.scenes)))
-        clip, moments = lesson.films.window(number, count, rng)
-        if moments:
-            break
-    moment = moments[int(rng.integers(len(moments)))]
-    named = ("action", "object") if rng.random() < 0.5 else ATTRIBUTES
-    ask = f'When does this happen? "{miniworld.tell(moment, int(rng.integers(miniworld.STYLES)), named)}"'
-    return lesson.row("Watch the video.", (lesson.video(clip), ask), teacher.span(moment))
+        number = int(rng.integers(len(films.scenes)))
+        clip, moments = films.window(number, count, rng)
+        times, told = qwen.pair_times(clip.seen_at).round(1), []
+        for moment in moments:
+            inside = np.flatnonzero((times >= moment.start) & (times < moment.end))
+            last = min(inside[-1] + 1, len(times) - 1) if len(inside) else 0
+            if len(inside) and inside[0] < last:
+                told.append(replace(moment, start=float(times[inside[0]]), end=float(times[last])))
+        if told:
+            return number, clip, tuple(told)
 
 
 def reading_row(lesson, count, rng):
@@ -514,17 +576,12 @@ TASKS = {"judge": 0.45, "caption": 0.12, "question": 0.18, "blind": 0.04, "seen"
 def task_row(lesson, count, rng):
     """(prompt with answer, tokens of the answer): one of the agent's tasks about a window of a film."""
     kind = str(rng.choice(list(TASKS), p=list(TASKS.values())))
-    if kind == "caption":
-        return caption_row(lesson, count, rng)
     films = lesson.films
-    while True:
-        number = int(rng.integers(len(films.scenes)))
-        clip, moments = films.window(number, count, rng)
-        if moments:
-            break
     if kind == "question":
-        ask, answer = teacher.question(moments[int(rng.integers(len(moments)))], rng)
-        return lesson.row("Watch the video.", (lesson.video(clip), ask), answer)
+        return question_row(lesson, count, rng)[:2]
+    number, clip, moments = a_window(films, count, rng)
+    if kind == "caption":
+        return told_row(lesson, clip, moments, rng)
     asked = asked_moment(films, number, moments, rng)
     seen = teacher.closest(asked, moments)
     query = f'Query: "{miniworld.tell(asked, int(rng.integers(miniworld.STYLES)))}"'
@@ -549,10 +606,7 @@ def asked_moment(films, number, moments, rng) -> miniworld.Moment:
     family = films.families[films.family_of[number]]
     if kind < 0.65 and len(family) > 1:  # of a near-duplicate
         scene = films.scenes[int(rng.choice([other for other in family if other != number]))]
-        which = [moment.start <= mine.start and mine.end <= moment.end for moment in scene.moments].index(
-            True
-        )
-        asked = scene.moments[which]
+        asked = scene.moments[scene.on(mine.start)[0]]
     elif kind < 0.92:  # the same with one to four attributes changed
         asked = changed(
             mine, films.datasets[number], rng.choice(ATTRIBUTES, int(rng.integers(1, 5)), replace=False), rng
@@ -677,6 +731,7 @@ PHASES = {
     "see": see,
     "name": name,
     "tell": tell,
+    "watch": watch,
     "compare": compare,
     "index": index,
     "text": text,

@@ -79,8 +79,13 @@ def video_text(seen_at: np.ndarray, tokens_per_pair: int) -> str:
     """
     assert len(seen_at) % 2 == 0, len(seen_at)
     pads = "<|video_pad|>" * tokens_per_pair
-    times = seen_at.reshape(-1, 2).mean(axis=1)
+    times = pair_times(seen_at)
     return "".join(f"<{time:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for time in times)
+
+
+def pair_times(seen_at: np.ndarray) -> np.ndarray:
+    """(T / 2,) seconds of each pair of frames, from those of T frames."""
+    return seen_at.reshape(-1, 2).mean(axis=1)
 
 
 def fit(height: int, width: int, multiple: int, max_pixels: int) -> tuple[int, int]:
