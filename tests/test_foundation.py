@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import yaml
 from safetensors import safe_open
 
-from vsr1 import corpus, engine, foundation, lessons, metrics, miniworld, params, stages, teacher
+from vsr1 import corpus, engine, foundation, lessons, metrics, miniworld, params, qwen, stages, teacher
 
 SHIPPED = ("backbone", "policy", "engine-small", "engine-large")
 
@@ -155,6 +156,38 @@ def test_a_window_shows_the_moments_it_says_it_shows(films):
         for moment in moments:
             inside = [films.scenes[number].on(t) for t in clip.seen_at if moment.start <= t < moment.end]
             assert len(inside) >= 2 and all(busy for _, busy in inside) and len(set(inside)) == 1
+
+
+def test_a_moment_is_placed_by_times_that_the_text_of_its_video_carries(films):
+    """Read back from the text: between start and end every pair shows the moment, and the pair before does not."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        number, clip, moments = lessons.a_window(films, 8, rng)
+        times = [float(time) for time in re.findall(r"<([\d.]+) seconds>", qwen.video_text(clip.seen_at, 4))]
+        on = {time: films.scenes[number].on(time) for time in times}
+        for moment in moments:
+            first, last = times.index(moment.start), times.index(moment.end)
+            shown = {on[time] for time in times[first:last]}
+            assert len(shown) == 1 and films.scenes[number].moments[shown.pop()[0]].look() == moment.look()
+            assert first == 0 or on[times[first - 1]] != on[times[first]]
+            assert last == len(times) - 1 or on[times[last]] != on[times[first]]
+
+
+def test_what_is_noted_of_each_pair_of_frames_stands_where_the_pair_ends(monkeypatch, films):
+    work, rng = lesson(monkeypatch, films, small()), np.random.default_rng(0)
+    prompt, _, looks = lessons.question_row(work, 8, rng)
+    text = work.tokenizer.decode(prompt.ids)
+    assert [look["second"] for look in looks] == [
+        int(time) for time in re.findall(r"<(\d+)\.\d seconds>", text)
+    ]
+    assert prompt.ids.count(work.model.config.vision_end_token_id) == len(looks)
+    assert [look["before"] for look in looks] == [None] + [look["action"] for look in looks[:-1]]
+    heads = torch.zeros(2 * (len(lessons.features()) + 1) + lessons.LAST_SECOND, 16)
+    states = torch.randn(len(looks), 16)
+    even, _ = lessons.noted(states, heads, looks)
+    heads[-lessons.LAST_SECOND + looks[0]["second"]] = 9 * torch.nn.functional.rms_norm(states[0], (16,))
+    better, log = lessons.noted(states[:1], heads, looks[:1])
+    assert log["second"] == 1 and better < even
 
 
 def test_the_whole_foundation_is_made_by_one_command_and_then_left_alone(tmp_path):
