@@ -20,6 +20,8 @@ from pathlib import Path
 from vsr1 import stages
 
 def build(folder):
+    with open(sys.argv[1] + ".log", "a") as log:
+        log.write("begun\\n")
     for number in range(40):
         file = folder / f"{number:02}.txt"
         if not file.exists():
@@ -109,6 +111,13 @@ def test_a_killed_stage_shows_no_target_and_resumes_to_the_same_content(tmp_path
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert begun == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in begun}, "done again"
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_of_two_processes_with_one_target_the_second_waits(tmp_path):
+    both = [subprocess.Popen(worker(tmp_path / "out", 0.02)) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len((tmp_path / "out.log").read_text().split()) == 1, "it was made twice"
+    assert len(content(tmp_path / "out")) == 40
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])

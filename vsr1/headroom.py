@@ -20,7 +20,7 @@ def headroom(profile, dataset: str, which: str = "engine") -> dict:
     folders = [engine.embed_corpus(profile, dataset, split, which) for split in ("train", "test")]
     inputs = {
         "vectors": [stages.stamp(folder)["key"] for folder in folders],
-        "code": stages.code("foundation", "metrics"),
+        "code": stages.code("headroom", "lessons", "metrics"),
     }
     inputs["knobs"] = [profile.probe_steps, profile.neutral_tokens, profile.seed]
 

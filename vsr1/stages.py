@@ -4,6 +4,7 @@
 """
 
 import ast
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -30,25 +31,33 @@ def run(target: Path, inputs: dict, build) -> Path:
     `build` gets a folder beside `target` to fill; after a kill the next call finds that folder as it was left, if the
     inputs are the same, and may go on from there. The folder is renamed to `target` at the end: a `target` that exists
     is complete. `inputs` is whatever decides the content, json-able; the digests come from `digest` and `code`.
+    Of two processes that want the same target the second one waits for the first.
     """
     key = fingerprint(inputs)
     if stamp(target).get("key") == key:
         return target
-    partial = target.with_name(target.name + ".partial")
-    if partial.exists() and stamp(partial).get("key") != key:
-        shutil.rmtree(partial)
-    started = time.time()
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        spent = stamp(partial).get("seconds", 0.0)
-        write_json(partial / ".stage.json", {"key": key, "seconds": spent, "inputs": inputs})
-        build(partial)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target.with_name(f".{target.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return target if stamp(target).get("key") == key else _make(target, key, inputs, build)
     except OSError as error:
         if error.errno in (28, 30):  # no space left, read-only
             raise InputError(
                 f"{target}: {error.strerror}; free some space and run the same command again"
             ) from error
         raise
+
+
+def _make(target, key, inputs, build):
+    partial = target.with_name(target.name + ".partial")
+    if partial.exists() and stamp(partial).get("key") != key:
+        shutil.rmtree(partial)
+    started = time.time()
+    partial.mkdir(exist_ok=True)
+    spent = stamp(partial).get("seconds", 0.0)
+    write_json(partial / ".stage.json", {"key": key, "seconds": spent, "inputs": inputs})
+    build(partial)
     stamped = {"key": key, "seconds": spent + time.time() - started, "inputs": inputs}
     # The peak is the process's so far, in MB on Linux: an upper bound where several stages share a process.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -82,7 +91,8 @@ def digest(*paths) -> str:
         for file in files:
             if not file.name.startswith("."):
                 total.update(f"{file.relative_to(path)}\0".encode())
-                total.update(hashlib.sha256(file.read_bytes()).digest())
+                with open(file, "rb") as content:
+                    total.update(hashlib.file_digest(content, "sha256").digest())
     return total.hexdigest()[:16]
 
 
