@@ -274,7 +274,7 @@ def sweep(series: dict, datasets: list[str]) -> Figure:
                 points = _xy(series, dataset, init, what)
                 cosines.plot(*points, line, marker=mark, color=colour, markersize=4)
         ranks.set_title(f"{dataset}: one query")
-        ranks.set_ylim(ranks.get_ylim()[1] + 1, 0)  # best on top
+        ranks.set_ylim(ranks.get_ylim()[1] + 1, 0.5)  # best on top, and there is no rank 0
         cosines.set_xlabel("untrained latents in the query")
     panels[0][0].set_ylabel("rank of right video")
     panels[1][0].set_ylabel("cosine with the query")

@@ -81,6 +81,20 @@ class Profile:
     )
     carry_blocks: int = 1  # official; "q_{t+1} = [q_t, soft_t]" is as many as there were turns in training
 
+    sft_rows: int = (
+        1000  # official: rows of stage 1 whose first search is right, and as many where it is wrong
+    )
+    sft_negatives: int = 24  # official: wrong videos that InfoNCE contrasts with
+    sft_epochs: float = 1.0  # official
+    sft_batch: int = (
+        1  # rows of one forward; times `sft_accumulate` they are the 4 of a public log (METHOD.md 9)
+    )
+    sft_accumulate: int = 4
+    sft_lr: float = 2e-5  # official, of the language model
+    sft_head_lr: float = 5e-5  # official, of the soft-query heads
+    lam_ret: float = 0.3  # official: weight of InfoNCE beside the language-model loss
+    tau: float = 0.1  # official: its temperature
+
     def runs(self, dataset: str) -> Path:
         """Where this profile keeps what it computes for `dataset`."""
         return ROOT / "runs" / self.name / dataset

@@ -1,0 +1,183 @@
+"""Stage 1: its rows, its two losses computed a second way, and a run that is killed."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import QUERIES, clip, random_policy
+from transformers import Qwen3VLModel
+
+from vsr1 import corpus, engine, lessons, params, policy, refine, sft
+
+REPLY = "<think> does jumps - waves no. </think> <answer>not_matched</answer>"
+
+
+class Shelf:
+    """Six videos of random pixels, as `evaluate.Clips` gives them."""
+
+    def __init__(self, seed=0):
+        self.clips = {f"v{n}": clip(4 + 2 * (n % 3), seed + n) for n in range(6)}
+
+    def get(self, ids):
+        return [self.clips[video] for video in ids]
+
+
+@pytest.fixture(scope="module")
+def search():
+    torch.manual_seed(1)
+    tokenizer = lessons.make_tokenizer(lessons.vocabulary())
+    model = Qwen3VLModel(lessons.make_config(tokenizer)).eval().requires_grad_(False)
+    return engine.Engine(params.load("smoke"), model, tokenizer, "random")
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    vecs = torch.nn.functional.normalize(torch.randn(9, 192, generator=torch.manual_seed(2)), dim=1).numpy()
+    return engine.Vectors([f"v{n}" for n in range(6)], vecs[:6], [1, 2, 3], vecs[6:])
+
+
+@pytest.fixture
+def rows():
+    shown = ("v0", "v3", "v5")
+    return [
+        sft.Row(n + 1, text, f"v{n}", shown[n], tuple(v for v in ("v5", "v3", "v4") if v != f"v{n}"), REPLY)
+        for n, text in enumerate(QUERIES)
+    ]
+
+
+@pytest.fixture
+def profile():
+    return dataclasses.replace(params.load("smoke"), sft_batch=3, sft_epochs=4.0)
+
+
+@pytest.fixture
+def trainer(tmp_path, profile, search, vectors, rows):
+    agent = random_policy()
+    made = sft.make_trainer(profile, agent, rows, Shelf(), tmp_path, "test")
+    made.current_gradient_accumulation_steps = 1  # set by `train`
+    return made.teach(agent, search, vectors, profile)
+
+
+def batch(trainer, rows):
+    return trainer.data_collator([dataclasses.asdict(row) for row in rows])
+
+
+def test_rows_are_balanced_and_their_negatives_are_the_wrong_videos_that_rank_highest():
+    rng = np.random.default_rng(0)
+    vecs = rng.standard_normal((70, 8)).astype(np.float32)
+    vecs /= np.linalg.norm(vecs, axis=1, keepdims=True)
+    made = engine.Vectors([f"v{n}" for n in range(10)], vecs[:10], list(range(60)), vecs[10:])
+    queries = [corpus.Query(n, f"query {n}", f"v{n % 10}", (0.0, 1.0), "", 2.0) for n in range(60)]
+    rows = sft.make_rows(
+        queries, made, lambda query, shown: f"{query.id} {shown}", most=4, negatives=5, seed=1
+    )
+    hits = [row for row in rows if row.shown == row.right]
+    assert (
+        len(hits) == 4
+        and len(rows) == 8
+        and [row.desc_id for row in rows] == sorted(row.desc_id for row in rows)
+    )
+    for row in rows:
+        scores = {video: float(vecs[10 + row.desc_id] @ vecs[n]) for n, video in enumerate(made.video_ids)}
+        order = sorted(scores, key=lambda video: -scores[video])
+        assert row.shown == order[0] and row.reply == f"{row.desc_id} {row.shown}"
+        assert list(row.negatives) == [video for video in order if video != row.right][:5]
+    with pytest.raises(params.InputError, match=r"sft_negatives: 10 .* has 10 videos"):
+        sft.make_rows(queries, made, str, most=4, negatives=10, seed=1)
+
+
+def test_info_nce_is_minus_the_log_of_the_share_of_the_right_video():
+    vecs = torch.nn.functional.normalize(torch.randn(2, 5, 4, generator=torch.manual_seed(0)), dim=-1)
+    loss = sft.info_nce(vecs[:, 0], vecs[:, 1], vecs[:, 2:], 0.1)
+    for row in range(2):
+        weights = [np.exp(float(vecs[row, 0] @ vecs[row, k]) / 0.1) for k in range(1, 5)]
+        assert abs(np.exp(-loss[row].item()) - weights[0] / sum(weights)) < 1e-5
+
+
+def test_the_reply_and_nothing_else_is_learned(trainer, rows):
+    made = batch(trainer, rows)
+    for labels in made["labels"]:
+        said = trainer.agent.tokenizer.decode(labels[labels != sft.IGNORED])
+        assert said == f"{REPLY} {policy.REFINE}<|im_end|>"
+    assert made["rows"][1]["right"] == "v1"
+
+
+def by_replay(trainer, rows, tau, lam):
+    """Both losses another way: the policy's own replay of the replies, and a softmax written out."""
+    agent, shelf = trainer.agent, trainer.data_collator.clips
+    prompts = [agent.prompt(agent.settings.system, row.query, shelf.clips[row.shown]) for row in rows]
+    told = agent.tokenizer(f"{REPLY} {policy.REFINE}", add_special_tokens=False)["input_ids"] + [agent.stop]
+    agent.banned = torch.zeros_like(agent.banned)  # TRL's loss is over the whole vocabulary
+    seen = agent.replay(prompts, [told] * len(rows))
+    latents = refine.soft_tokens(agent, seen.branches, agent.settings.n_soft)
+    vecs = refine.soft_query(trainer.engine, agent.heads, [row.query for row in rows], latents)
+    losses = []
+    for row, vec in zip(rows, vecs, strict=True):
+        scores = {v: trainer.gallery[trainer.column[v]] @ vec / tau for v in (row.right, *row.negatives)}
+        losses.append(torch.logsumexp(torch.stack(list(scores.values())), 0) - scores[row.right])
+    return -seen.logps.sum() / seen.said.sum() + lam * torch.stack(losses).mean()
+
+
+def test_the_loss_and_its_gradients_equal_those_of_a_replay(trainer, rows, profile):
+    agent, grads = trainer.agent, []
+    losses = (
+        lambda: trainer.compute_loss(agent.model, batch(trainer, rows)),
+        lambda: by_replay(trainer, rows, profile.tau, profile.lam_ret),
+    )
+    for loss in losses:
+        agent.model.zero_grad()
+        value = loss()
+        value.backward()
+        watched = [
+            agent.heads.refine_projector[3].weight,
+            agent.heads.refine_append_input_projector[1].weight,
+        ]
+        watched += [agent.model.model.language_model.layers[0].self_attn.q_proj.weight]
+        grads.append([value.detach(), *(weight.grad.clone() for weight in watched)])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert all(weight.grad is None for weight in trainer.engine.model.parameters())
+
+
+@torch.no_grad()
+def test_another_video_gives_another_loss(trainer, rows):
+    """A trainer that drops the video would not notice (STACK.md 5.1)."""
+    before = trainer.compute_loss(trainer.agent.model, batch(trainer, rows))
+    trainer.data_collator.clips = Shelf(seed=50)
+    assert abs(trainer.compute_loss(trainer.agent.model, batch(trainer, rows)) - before) > 1e-3
+
+
+def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors, rows):
+    """Four steps in one go, and four with a kill after the second checkpoint."""
+
+    def begin(name):
+        agent = random_policy()
+        (tmp_path / name).mkdir(exist_ok=True)
+        return sft.make_trainer(profile, agent, rows, Shelf(), tmp_path / name, name).teach(
+            agent, search, vectors, profile
+        )
+
+    whole, parts = begin("whole"), begin("parts")
+    whole.train()
+
+    class Killed(Exception):
+        pass
+
+    class Kill(sft.TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 2:
+                raise Killed
+
+    parts.add_callback(Kill())
+    with pytest.raises(Killed):
+        parts.train()
+    assert sft.checkpoint(tmp_path / "parts") is not None
+    parts = begin("parts")
+    parts.train(resume_from_checkpoint=sft.checkpoint(tmp_path / "parts"))
+    for name, weight in whole.model.state_dict().items():
+        torch.testing.assert_close(parts.model.state_dict()[name], weight, atol=1e-6, rtol=1e-5, msg=name)
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").open()] for n in ("whole", "parts")]
+    assert [row["step"] for row in logs[1]] == [1, 2, 3, 4]
+    assert np.allclose([row["loss"] for row in logs[0]], [row["loss"] for row in logs[1]], atol=1e-5)

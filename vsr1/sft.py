@@ -1,0 +1,291 @@
+"""Stage 1, the SFT cold start: the policy learns to close its reply with <REFINE>, and its soft tokens to find videos.
+
+One forward, two losses (METHOD.md 5). The language-model loss over the reply is TRL's. On the way that forward fills a
+KV cache, from which the soft tokens of each reply are decoded (`refine`); the frozen engine embeds the query with them,
+and InfoNCE pulls the result to the right video and away from the one just rejected and others that rank high. Its
+gradient runs through the engine's text side into the heads and the language model.
+"""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from vsr1 import corpus, engine, evaluate, frames, miniworld, policy, qwen, refine, stages, teacher
+from vsr1.headroom import moment_of
+from vsr1.params import InputError
+
+IGNORED = -100  # the library's label of a token that is not learned
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing to learn: a query, the video that its first search shows, and what to say about it."""
+
+    desc_id: int
+    query: str
+    right: str  # video ids
+    shown: str
+    negatives: tuple[str, ...]  # the wrong videos that rank highest, the one shown first where it is wrong
+    reply: str  # without <REFINE>
+
+
+# --- what is learned from --------------------------------------------------------------------------------------------
+
+
+def make_rows(queries, vectors: engine.Vectors, tell, *, most: int, negatives: int, seed: int) -> list[Row]:
+    """At most `most` rows whose first search is right and as many where it is wrong, drawn by seed, in query order.
+
+    tell(query, shown)  the reply to learn, without <REFINE>
+    """
+    column = {video: number for number, video in enumerate(vectors.video_ids)}
+    place = {number: at for at, number in enumerate(vectors.query_ids)}
+    queries = [query for query in queries if query.video in column and query.id in place]
+    if len(vectors.video_ids) <= negatives:
+        raise InputError(
+            f"sft_negatives: {negatives} wrong videos asked for, but the train gallery has "
+            f"{len(vectors.video_ids)} videos; lower it in the profile"
+        )
+    vecs = vectors.query_vecs[[place[query.id] for query in queries]]
+    best = np.argsort(-vecs @ vectors.video_vecs.T, axis=1, kind="stable")[:, : negatives + 1]
+    right = np.array([column[query.video] for query in queries])
+    rng, chosen = np.random.default_rng([seed, 5]), []
+    for half in (np.flatnonzero(best[:, 0] == right), np.flatnonzero(best[:, 0] != right)):
+        chosen += rng.permutation(half)[:most].tolist()
+    rows = []
+    for at in sorted(chosen):
+        query, shown = queries[at], vectors.video_ids[best[at, 0]]
+        wrong = [vectors.video_ids[c] for c in best[at] if c != right[at]][:negatives]
+        rows.append(Row(query.id, query.text, query.video, shown, tuple(wrong), tell(query, shown)))
+    return rows
+
+
+def teller(profile, dataset: str):
+    """`tell` of `make_rows` on a rendered corpus: the trace of somebody who knows what was rendered."""
+    if profile.world is None:
+        raise InputError(
+            f"{profile.name}: stage 1 on real videos needs the reasoning of a teacher model; not there yet"
+        )
+    scenes = miniworld.read_scenes(profile.runs(dataset) / "corpus")
+    return lambda query, shown: teacher.verdict(moment_of(scenes, query), scenes[shown].moments)
+
+
+# --- the losses ------------------------------------------------------------------------------------------------------
+
+
+def info_nce(query_vecs, right_vecs, wrong_vecs, tau: float) -> torch.Tensor:
+    """(B,) losses of query vectors (B, D) against one right (B, D) and K wrong videos (B, K, D); unit vectors.
+
+    exp(-loss) is the softmax probability of the right video: the retrieval reward of stage 2 (METHOD.md 6.1).
+    """
+    videos = torch.cat([right_vecs[:, None], wrong_vecs], dim=1)  # (B, 1 + K, D)
+    logits = torch.einsum("bd,bkd->bk", query_vecs, videos) / tau
+    return F.cross_entropy(
+        logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device), reduction="none"
+    )
+
+
+class Collator:
+    """Rows as one left-padded batch: prompt, video and reply; every token but the reply's is ignored."""
+
+    def __init__(self, agent: policy.Policy, clips):
+        self.agent, self.clips = agent, clips
+
+    def __call__(self, rows: list[dict]) -> dict:
+        agent, prompts, lengths = self.agent, [], []
+        for row, clip in zip(rows, self.clips.get([row["shown"] for row in rows]), strict=True):
+            prompt = agent.prompt(agent.settings.system, row["query"], clip)
+            said = agent.tokenizer(f"{row['reply']} {policy.REFINE}", add_special_tokens=False)["input_ids"]
+            assert said[-1] == agent.mark
+            prompts.append(dataclasses.replace(prompt, ids=[*prompt.ids, *said, agent.stop]))
+            lengths.append(len(said) + 1)
+        batch = qwen.collate(prompts, agent.model, agent.tokenizer.pad_token_id)
+        columns, lengths = torch.arange(batch["input_ids"].shape[1]), torch.tensor(lengths)[:, None]
+        ignored = columns < len(columns) - lengths
+        batch["labels"] = batch["input_ids"].masked_fill(ignored.to(batch["input_ids"].device), IGNORED)
+        return batch | {"rows": rows}
+
+
+class Trainer(SFTTrainer):
+    """TRL's trainer with InfoNCE beside its own loss."""
+
+    def teach(self, agent: policy.Policy, made: engine.Engine, vectors: engine.Vectors, profile):
+        """Hand over what InfoNCE needs: the policy whose model is trained, the engine, and the train gallery."""
+        self.agent, self.engine, self.knobs = agent, made, profile
+        self.gallery = torch.from_numpy(vectors.video_vecs).to(agent.model.device)
+        self.column = {video: number for number, video in enumerate(vectors.video_ids)}
+        self.seen = []  # (InfoNCE, share of rows in which the right video comes first) since the last log
+        return self
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The language-model loss, plus lam_ret times the mean InfoNCE of the batch."""
+        rows, cache = inputs.pop("rows"), DynamicCache()
+        inputs["past_key_values"] = cache  # the forward fills it, and gradients flow back through it
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        memory = tuple((layer.keys, layer.values) for layer in cache.layers)
+        context = qwen.Context(memory, inputs["attention_mask"].bool(), inputs["position_ids"][0, :, -1])
+        columns = inputs["input_ids"].shape[1]  # <REFINE> stands last but one
+        branches = [context.cut(row, columns - 2) for row in range(len(rows))]
+        latents = refine.soft_tokens(self.agent, branches, self.agent.settings.n_soft)
+        vecs = refine.soft_query(self.engine, self.agent.heads, [row["query"] for row in rows], latents)
+        right = self.gallery[[self.column[row["right"]] for row in rows]]
+        wrong = self.gallery[
+            torch.tensor([[self.column[video] for video in row["negatives"]] for row in rows])
+        ]
+        contrast = info_nce(vecs, right, wrong, self.knobs.tau)
+        self.seen.append(
+            (contrast.detach().mean().item(), (contrast.detach() < np.log(2)).float().mean().item())
+        )
+        return loss + self.knobs.lam_ret * contrast.mean() / self.current_gradient_accumulation_steps
+
+    def log(self, logs, *args):
+        """TRL's log line, with both terms of ours."""
+        if self.seen:
+            nce, first = np.mean(self.seen, axis=0)
+            logs |= {"info_nce": round(float(nce), 4), "preferred": round(float(first), 4)}
+            self.seen.clear()
+        super().log(logs, *args)
+
+
+class Diary(TrainerCallback):
+    """One JSON line a step in `log.jsonl`, and a progress bar."""
+
+    def __init__(self, path: Path, what: str):
+        self.path, self.what = path, what
+
+    def on_train_begin(self, args, state, control, **_):
+        """A resumed run goes on behind the lines of the steps it has."""
+        kept = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        self.path.write_text("".join(kept[: state.global_step]), encoding="utf-8")
+        self.bar = stages.progress(range(state.max_steps), self.what)
+        self.bar.update(state.global_step)
+
+    def on_log(self, args, state, control, logs, **_):
+        """Fixed keys; the closing summary of the library is left out."""
+        if "loss" not in logs:
+            return
+        if not np.isfinite(logs["loss"]):
+            raise InputError(
+                f"{self.what}: the loss is {logs['loss']} at step {state.global_step}; lower sft_lr"
+            )
+        keys = {"loss": "loss", "info_nce": "info_nce", "preferred": "preferred", "grad_norm": "norm"}
+        keys |= {"mean_token_accuracy": "accuracy", "learning_rate": "rate"}
+        row = {"step": state.global_step} | {ours: logs[theirs] for theirs, ours in keys.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def on_step_end(self, args, state, control, **_):
+        """One step further."""
+        self.bar.update()
+
+    def on_train_end(self, args, state, control, **_):
+        """The bar goes away."""
+        self.bar.close()
+
+
+# --- the stage -------------------------------------------------------------------------------------------------------
+
+
+def train(profile, dataset: str) -> Path:
+    """The checkpoint of stage 1 on one data set, with its log: runs/<profile>/<dataset>/sft. Resumes after a kill."""
+    home, place = profile.runs(dataset), Path(qwen.place(profile.policy))
+    knobs = {name: value for name, value in dataclasses.asdict(profile).items() if name.startswith("sft_")}
+    inputs = {
+        "vectors": stages.stamp(home / "embed" / "engine" / "train").get("key"),
+        "policy": stages.digest(place) if place.is_dir() else profile.policy,
+        "knobs": [
+            knobs,
+            profile.lam_ret,
+            profile.tau,
+            profile.n_soft,
+            profile.seed_norm,
+            profile.refine_init,
+        ],
+        "sight": [profile.video_fps, profile.max_frames, profile.frame_pixels, profile.dtype, profile.seed],
+        "code": stages.code("sft", "policy", "refine", "engine", "qwen", "frames", "teacher"),
+    }
+    return stages.run(home / "sft", inputs, lambda folder: _train(profile, dataset, folder))
+
+
+def _train(profile, dataset, folder):
+    home = profile.runs(dataset)
+    vectors = engine.load_vectors(home / "embed" / "engine" / "train")
+    queries = corpus.read_fig(home / "corpus" / "train.jsonl")
+    many = {"most": profile.sft_rows, "negatives": profile.sft_negatives, "seed": profile.seed}
+    rows = make_rows(queries, vectors, teller(profile, dataset), **many)
+    with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    agent = beginner(profile)
+    with frames.readers(frames.Reader(profile.video_fps, profile.max_frames), profile.decoders) as read:
+        clips = evaluate.Clips(home / "videos", vectors.video_ids, read)
+        trainer = make_trainer(profile, agent, rows, clips, folder, f"sft {dataset}")
+        trainer.teach(agent, engine.load(profile), vectors, profile)
+        trainer.train(resume_from_checkpoint=checkpoint(folder))
+    for name, _ in agent.heads.named_children():
+        delattr(agent.model, name)
+    policy.save(agent, folder)
+    shutil.rmtree(folder / "steps")
+
+
+def checkpoint(folder: Path) -> str | None:
+    """Where an interrupted run in `folder` goes on from."""
+    return get_last_checkpoint(str(folder / "steps")) if (folder / "steps").exists() else None
+
+
+def beginner(profile) -> policy.Policy:
+    """The base policy with new heads: what stage 1 starts from. Vision blocks stay as they are."""
+    made, base = engine.load(profile), policy.load(profile.policy, profile)
+    agent = policy.new_heads(base, policy.new_settings(profile, made.instruction), profile.seed, made.width)
+    for name, weight in agent.model.model.visual.named_parameters():
+        weight.requires_grad_("merger" in name)  # the mergers learn (METHOD.md 5)
+    return agent
+
+
+def make_trainer(profile, agent, rows, clips, folder, what):
+    """A `Trainer` of the policy with its heads, which the library sees as parts of one model."""
+    for name, head in agent.heads.named_children():  # the names of released checkpoints
+        agent.model.add_module(name, head)
+    learned = [weight for weight in agent.heads.parameters() if weight.requires_grad]
+    ours = {id(weight) for weight in learned}
+    rest = [w for w in agent.model.parameters() if w.requires_grad and id(w) not in ours]
+    groups = [{"params": rest, "lr": profile.sft_lr}, {"params": learned, "lr": profile.sft_head_lr}]
+    options = SFTConfig(
+        str(folder / "steps"),
+        per_device_train_batch_size=profile.sft_batch,
+        gradient_accumulation_steps=profile.sft_accumulate,
+        num_train_epochs=profile.sft_epochs,
+        lr_scheduler_type="linear",
+        max_grad_norm=1.0,
+        use_cpu=agent.model.device.type == "cpu",
+        bf16=agent.model.device.type == "cuda",  # autocast over float32 weights
+        activation_checkpointing=False,  # it would drop the cache that the soft tokens live on (STACK.md 2.8)
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,  # the default cuts video tokens
+        logging_steps=1,
+        save_steps=0.25,
+        save_total_limit=1,
+        disable_tqdm=True,
+        report_to="none",
+        seed=profile.seed,
+    )
+    trainer = Trainer(
+        agent.model,
+        options,
+        Collator(agent, clips),
+        datasets.Dataset.from_list([dataclasses.asdict(row) for row in rows]),
+        processing_class=agent.tokenizer,
+        optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
+        callbacks=[Diary(folder / "log.jsonl", what)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
