@@ -95,7 +95,7 @@ def test_a_killed_phase_resumes_to_the_same_weights_and_log(tmp_path, monkeypatc
     assert drop[0] == drop[1] and len(drop[0]) == 4
 
 
-@pytest.mark.parametrize("phase", ["see", "name", "tell", "watch", "instruct", "index"])
+@pytest.mark.parametrize("phase", ["see", "name", "tell", "watch", "locate", "instruct", "index"])
 def test_a_phase_lowers_its_loss_on_a_handful_of_films(tmp_path, monkeypatch, group, films, phase):
     recipe = small(steps=24, batch=6, rate=3e-3, save_every=24)
     lessons.PHASES[phase](lesson(monkeypatch, films, recipe), recipe, tmp_path)
@@ -175,13 +175,13 @@ def test_a_moment_is_placed_by_times_that_the_text_of_its_video_carries(films):
 
 def test_what_is_noted_of_each_pair_of_frames_stands_where_the_pair_ends(monkeypatch, films):
     work, rng = lesson(monkeypatch, films, small()), np.random.default_rng(0)
-    prompt, _, looks = lessons.question_row(work, 8, rng)
+    prompt, _, looks, _ = lessons.question_row(work, 8, rng)
     text = work.tokenizer.decode(prompt.ids)
     assert [look["second"] for look in looks] == [
         int(time) for time in re.findall(r"<(\d+)\.\d seconds>", text)
     ]
     assert prompt.ids.count(work.model.config.vision_end_token_id) == len(looks)
-    assert [look["before"] for look in looks] == [None] + [look["action"] for look in looks[:-1]]
+    assert [look["before"] for look in looks] == [None, *(look["action"] for look in looks[:-1])]
     heads = torch.zeros(2 * (len(lessons.features()) + 1) + lessons.LAST_SECOND, 16)
     states = torch.randn(len(looks), 16)
     even, _ = lessons.noted(states, heads, looks)

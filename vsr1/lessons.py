@@ -11,6 +11,7 @@ import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -296,6 +297,17 @@ def train(recipe: Recipe, model, losses, folder: Path, extra=()) -> None:
     model.eval()
 
 
+class Row(NamedTuple):
+    """One thing to learn to say."""
+
+    prompt: qwen.Prompt  # with the answer
+    told: int  # tokens of the answer
+    looks: tuple[
+        dict, ...
+    ] = ()  # what each pair of frames shows, with its time, where that is to be noted (`noted`)
+    asked: dict | None = None  # attributes of the moment asked for
+
+
 class Lesson:
     """What a phase trains on and with: the films, a tokenizer, a model that starts where its recipe says."""
 
@@ -322,14 +334,13 @@ class Lesson:
         per_pair = grid[1] * grid[2] // config.spatial_merge_size**2
         return qwen.video_text(clip.seen_at, per_pair), patches, grid
 
-    def row(self, system: str, user: tuple, answer: str) -> tuple[qwen.Prompt, int]:
-        """(prompt with answer, tokens of the answer); `user` mixes texts and at most one `video`."""
+    def row(self, system: str, user: tuple, answer: str, looks=(), asked=None) -> "Row":
+        """A prompt and its answer; `user` mixes texts and at most one `video`."""
         text = "".join(part if isinstance(part, str) else part[0] for part in user)
         film = next((part[1:] for part in user if not isinstance(part, str)), (None, None))
         told = self.tokenizer(f"{answer}<|im_end|>")["input_ids"]
-        return qwen.Prompt(
-            self.tokenizer(qwen.chat(self.tokenizer, system, text))["input_ids"] + told, *film
-        ), len(told)
+        ids = self.tokenizer(qwen.chat(self.tokenizer, system, text))["input_ids"] + told
+        return Row(qwen.Prompt(ids, *film), len(told), looks, asked)
 
     def engine(self, recipe: Recipe) -> engine.Engine:
         """A search engine from the model's body, with as many text layers as the recipe says."""
@@ -340,10 +351,11 @@ class Lesson:
             self.model = body
         return engine.Engine(self.profile, self.model, self.tokenizer, "engine")
 
-    def told(self, recipe: Recipe, make_row, heads=None):
+    def told(self, recipe: Recipe, make_row, heads=None, aim=False):
         """The language-model loss over the answers of rows from `make_row(lesson, frames, rng)`.
 
-        With `heads` a row has a third part, what each pair of its frames shows, and its loss (`noted`) is added.
+        With `heads` their loss (`noted`) on the states half-way up is added, for rows that tell what each pair of their
+        frames shows; with `aim` the heads also read, where a time is to be named, of what.
         """
         decisive = torch.tensor(self.tokenizer.convert_tokens_to_ids(["Ġyes", "Ġno", "not", "matched"]))
         times = torch.tensor(self.tokenizer.convert_tokens_to_ids(["<start>", "<end>"]))
@@ -369,11 +381,22 @@ class Lesson:
             each = F.cross_entropy(logits[spoken], wanted[spoken], reduction="none")
             total = (each * weight).sum() / weight.sum()
             if heads is not None:
-                ends = batch["input_ids"] == self.model.config.vision_end_token_id
-                extra, seen = noted(
-                    out.hidden_states[HALF][ends], heads, [look for row in rows for look in row[2]]
+                total = (
+                    total + 0.0 * heads.sum()
+                )  # a gradient to share with other processes, whatever the rows
+            if heads is not None and any(row.looks for row in rows):
+                half, tells = (
+                    out.hidden_states[HALF],
+                    torch.tensor([bool(row.looks) for row in rows])[:, None],
                 )
+                ends = (batch["input_ids"] == self.model.config.vision_end_token_id) & tells
+                extra, seen = noted(half[ends], heads, [look for row in rows for look in row.looks])
                 total, log = total + extra, log | seen
+                here = (spoken & torch.isin(wanted, times) & tells).nonzero()  # (M, 2): row, column
+                if aim and len(here):
+                    asked = half[here[:, 0], here[:, 1] - told]
+                    extra, seen = named(asked, heads, [rows[row].asked for row in here[:, 0].tolist()])
+                    total, log = total + extra, log | {f"asked_{name}": share for name, share in seen.items()}
             return total, log
 
         return losses
@@ -449,9 +472,20 @@ def watch(lesson, recipe: Recipe, folder: Path):
     copied; from answers alone that was hardly learned (LOG.md).
     """
     lesson.model.model.visual.requires_grad_(False)
-    rows = 2 * (len(features()) + 1) + LAST_SECOND
-    heads = torch.nn.Parameter(0.01 * torch.randn(rows, lesson.model.config.text_config.hidden_size))
+    heads = new_heads(lesson)
     train(recipe, lesson.model, lesson.told(recipe, question_row, heads), folder, extra=[heads])
+
+
+def new_heads(lesson) -> torch.nn.Parameter:
+    """(2 (values + 1) + seconds, H): linear heads for `noted`."""
+    rows = 2 * (len(features()) + 1) + LAST_SECOND
+    return torch.nn.Parameter(0.01 * torch.randn(rows, lesson.model.config.text_config.hidden_size))
+
+
+def named(states: torch.Tensor, heads: torch.Tensor, asked: list[dict]) -> tuple[torch.Tensor, dict]:
+    """(loss, log) of the same heads on the states (M, D) where times are named: action and object asked for."""
+    logits = F.rms_norm(states, states.shape[-1:]) @ heads[: len(features()) + 1].T
+    return attribute_loss(logits, asked, ("action", "object"))
 
 
 def noted(states: torch.Tensor, heads: torch.Tensor, looks: list[dict]) -> tuple[torch.Tensor, dict]:
@@ -473,11 +507,17 @@ def compare(lesson, recipe: Recipe, folder: Path):
 
 
 def locate(lesson, recipe: Recipe, folder: Path):
-    """Teach it to find a moment in longer windows: three steps in four ask about one, the fourth is a task."""
+    """Teach it to find a moment in longer windows: three steps in four ask about one, the fourth is a task.
+
+    The heads of `watch`, begun anew, also read what is asked for where a time is to be named: what is sought and what
+    is seen come to look alike, and can be matched. Without that any of a film's moments was named (LOG.md).
+    """
     lesson.model.model.visual.requires_grad_(False)
-    questions = lesson.told(recipe, question_row)
-    tasks = lesson.told(replace(recipe, batch=recipe.batch // 2), task_row)
-    train(recipe, lesson.model, lambda step, rng: (tasks if step % 4 == 3 else questions)(step, rng), folder)
+    heads = new_heads(lesson)
+    questions = lesson.told(recipe, question_row, heads, aim=True)
+    tasks = lesson.told(replace(recipe, batch=recipe.batch // 2), task_row, heads, aim=True)
+    losses = lambda step, rng: (tasks if step % 4 == 3 else questions)(step, rng)  # noqa: E731
+    train(recipe, lesson.model, losses, folder, extra=[heads])
 
 
 def instruct(lesson, recipe: Recipe, folder: Path):
@@ -495,13 +535,13 @@ def draw(films: Films, recipe: Recipe, rng) -> list[int]:
 
 
 def caption_row(lesson, count, rng):
-    """(prompt with answer, tokens of the answer): a window of a film, and what happens when."""
+    """a window of a film, and what happens when."""
     number = int(rng.integers(len(lesson.films.scenes)))
     return told_row(lesson, *lesson.films.window(number, count, rng), rng)
 
 
 def told_row(lesson, clip, moments, rng):
-    """(prompt with answer, tokens of the answer): a clip and its dense caption."""
+    """a clip and its dense caption."""
     when = [f"{teacher.seconds(m.start)} to {teacher.seconds(m.end)}" for m in moments]
     what = [miniworld.tell(m, int(rng.integers(miniworld.STYLES))) for m in moments]
     told = [f"{span}: {caption}" for span, caption in zip(when, what, strict=True)]
@@ -509,7 +549,7 @@ def told_row(lesson, clip, moments, rng):
 
 
 def picture_row(lesson, count, rng):
-    """(prompt with answer, tokens of the answer): two frames of one moment, and its fine caption."""
+    """two frames of one moment, and its fine caption."""
     films = lesson.films
     while True:
         at, which, busy, number = films.pair(rng)
@@ -522,14 +562,21 @@ def picture_row(lesson, count, rng):
 
 
 def question_row(lesson, count, rng):
-    """(prompt with answer, tokens of the answer, what each pair of frames shows): a question about a moment."""
+    """A question about a moment."""
     number, clip, moments = a_window(lesson.films, count, rng)
-    ask, answer = teacher.question(moments[int(rng.integers(len(moments)))], rng)
+    moment = moments[int(rng.integers(len(moments)))]
+    ask, answer = teacher.question(moment, rng)
+    looks = looks_of(lesson.films.scenes[number], clip)
+    return lesson.row("Watch the video.", (lesson.video(clip), ask), answer, looks, asdict(moment))
+
+
+def looks_of(scene: miniworld.Scene, clip: frames.Clip) -> tuple[dict, ...]:
+    """What each pair of frames shows, its whole second, and the action of the pair before."""
     seconds = qwen.pair_times(clip.seen_at)
-    looks = [on_view(lesson.films.scenes[number], second) for second in seconds]
+    looks = [on_view(scene, second) for second in seconds]
     for at, look in enumerate(looks):
         look["second"], look["before"] = int(seconds[at]), looks[at - 1]["action"] if at else None
-    return *lesson.row("Watch the video.", (lesson.video(clip), ask), answer), looks
+    return tuple(looks)
 
 
 def a_window(films: Films, count: int, rng) -> tuple[int, frames.Clip, tuple[miniworld.Moment, ...]]:
@@ -551,7 +598,7 @@ def a_window(films: Films, count: int, rng) -> tuple[int, frames.Clip, tuple[min
 
 
 def reading_row(lesson, count, rng):
-    """(prompt with answer, tokens of the answer): a query judged against a caption instead of a video."""
+    """a query judged against a caption instead of a video."""
     films = lesson.films
     number = int(rng.integers(len(films.scenes)))
     seen = films.scenes[number].moments[0]
@@ -574,11 +621,11 @@ TASKS = {"judge": 0.45, "caption": 0.12, "question": 0.18, "blind": 0.04, "seen"
 
 
 def task_row(lesson, count, rng):
-    """(prompt with answer, tokens of the answer): one of the agent's tasks about a window of a film."""
+    """one of the agent's tasks about a window of a film."""
     kind = str(rng.choice(list(TASKS), p=list(TASKS.values())))
     films = lesson.films
     if kind == "question":
-        return question_row(lesson, count, rng)[:2]
+        return question_row(lesson, count, rng)
     number, clip, moments = a_window(films, count, rng)
     if kind == "caption":
         return told_row(lesson, clip, moments, rng)
@@ -594,7 +641,8 @@ def task_row(lesson, count, rng):
         return lesson.row(policy.REWRITE, shown, f"<query_update>{update}</query_update>")
     if kind == "reasoned":
         return lesson.row(policy.SYSTEM_HQR, shown, teacher.verdict(asked, moments, update))
-    return lesson.row(policy.SYSTEM_ZS, shown, teacher.verdict(asked, moments))
+    looks = looks_of(films.scenes[number], clip)
+    return lesson.row(policy.SYSTEM_ZS, shown, teacher.verdict(asked, moments), looks, asdict(asked))
 
 
 def asked_moment(films, number, moments, rng) -> miniworld.Moment:
