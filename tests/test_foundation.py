@@ -226,8 +226,6 @@ def test_a_shipped_model_is_small_16_bit_and_says_where_it_comes_from(name):
     assert all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in tensors)
     facts = json.loads((folder / "provenance.json").read_text())
     assert 2e6 <= facts["parameters"] <= 6e6
-    if name == "engine-large":  # still the one of 22 November, from before phases were recorded (LOG.md)
-        return
     plan = foundation.recipes()
     for phase, told in facts["phases"].items():
         rows = (folder / f"{phase}.jsonl").read_text().splitlines()

@@ -5,8 +5,9 @@ starts from the weights of another (`models/recipes.yaml`): on the `foundation` 
 (attributes of single pictures), to *name* (their captions), then to *tell* what happens when (dense captions). An
 engine first learns video vectors that a linear map from all seven attributes can tell apart (*index*: rich); then its
 *text* side follows that index from captions whose colours are mostly wrong (coarse). What the index holds and the text
-side misses is the room in which query refinement works (`headroom`). The policy is taught to judge, place, answer and
-rewrite (*instruct*). LOG.md has what failed on the way.
+side misses is the room in which query refinement works (`headroom`). The policy is taught to keep in mind what each
+pair of frames shows (*watch*), to *compare*, to judge, answer and rewrite (*instruct*), and to *locate* a moment.
+LOG.md has what failed on the way.
 """
 
 import argparse
@@ -132,7 +133,7 @@ def make(profile, plan: dict[str, Recipe], command: list[str], into: Path) -> No
 
 
 def main(argv: list[str]) -> int:
-    """`make foundation`: about 90 minutes on 2 cores; goes on where it was stopped."""
+    """`make foundation`: about 85 minutes on 2 cores; goes on where it was stopped."""
     parser = argparse.ArgumentParser(prog="python -m vsr1 foundation", description=main.__doc__)
     parser.add_argument("--profile", default="mini", help="whose world to render and learn")
     parser.add_argument("--recipes", type=Path, help="another file of phases than vsr1/models/recipes.yaml")
