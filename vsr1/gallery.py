@@ -157,10 +157,10 @@ def _bars(axes, numbers, datasets, table, bars):
             low, high = numbers[name]["ci"] or (height, height)
             axes.plot((place, place), (low, high), color=BLACK, linewidth=1.2)
             axes.annotate(
-                results.digits(height), (place, high), (0, 3), textcoords="offset points", ha="center", size=8
+                results.digits(height), (place, high), (0, 3), textcoords="offset points", ha="center", size=7
             )
     axes.set_xticks(range(len(datasets)), datasets)
-    axes.set_xlim(-0.8, max(1, len(datasets) - 0.2))
+    axes.set_xlim(-0.55, max(1, len(datasets) - 0.45))
     axes.grid(axis="x", visible=False)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(bars))
 
