@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from tiny import COLD, QUERIES, changed, clip, coming_to_an_end, random_policy, sampled
-from transformers import Qwen3VLModel
+from tiny import COLD, QUERIES, changed, clip, coming_to_an_end, random_engine, random_policy, sampled
 
-from vsr1 import bench, engine, lessons, params, policy, qwen, refine
+from vsr1 import bench, policy, qwen, refine
 
 
 @pytest.fixture(scope="module")
@@ -16,11 +15,7 @@ def made():
 
 @pytest.fixture(scope="module")
 def search():
-    """A frozen engine with random weights."""
-    torch.manual_seed(1)
-    tokenizer = lessons.make_tokenizer(lessons.vocabulary())
-    model = Qwen3VLModel(lessons.make_config(tokenizer)).eval().requires_grad_(False)
-    return engine.Engine(params.load("smoke"), model, tokenizer, "random")
+    return random_engine()
 
 
 @pytest.fixture(scope="module")

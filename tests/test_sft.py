@@ -6,10 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import QUERIES, clip, random_policy
-from transformers import Qwen3VLModel
+from tiny import QUERIES, clip, random_engine, random_policy
 
-from vsr1 import corpus, engine, lessons, params, policy, refine, sft
+from vsr1 import corpus, engine, params, policy, refine, sft
 
 REPLY = "<think> does jumps - waves no. </think> <answer>not_matched</answer>"
 
@@ -26,10 +25,7 @@ class Shelf:
 
 @pytest.fixture(scope="module")
 def search():
-    torch.manual_seed(1)
-    tokenizer = lessons.make_tokenizer(lessons.vocabulary())
-    model = Qwen3VLModel(lessons.make_config(tokenizer)).eval().requires_grad_(False)
-    return engine.Engine(params.load("smoke"), model, tokenizer, "random")
+    return random_engine()
 
 
 @pytest.fixture(scope="module")

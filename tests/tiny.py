@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
-from vsr1 import frames, lessons, policy
+from vsr1 import engine, frames, lessons, params, policy
 
 COLD = 0.1  # a temperature at which a random policy repeats itself
 QUERIES = ["A person waves.", "Someone jumps up and down by the lake with a blue dog.", "Who sits?"]
@@ -26,6 +26,14 @@ def random_policy(spare=8, init="default", seed=0):
             weight.data.uniform_(0.5, 1.5)
     base = policy.Policy(model, tokenizer, None, None, 4096)
     return policy.new_heads(base, policy.Settings(refine_init=init), seed)
+
+
+def random_engine():
+    """A frozen engine of the mini shape."""
+    torch.manual_seed(1)
+    tokenizer = lessons.make_tokenizer(lessons.vocabulary())
+    model = Qwen3VLModel(lessons.make_config(tokenizer)).eval().requires_grad_(False)
+    return engine.Engine(params.load("smoke"), model, tokenizer, "random")
 
 
 def clip(count, seed=0):
