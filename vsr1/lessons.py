@@ -302,9 +302,7 @@ class Row(NamedTuple):
 
     prompt: qwen.Prompt  # with the answer
     told: int  # tokens of the answer
-    looks: tuple[
-        dict, ...
-    ] = ()  # what each pair of frames shows, with its time, where that is to be noted (`noted`)
+    looks: tuple[dict, ...] = ()  # what each pair of frames shows and when, for `noted`
     asked: dict | None = None  # attributes of the moment asked for
 
 
@@ -381,14 +379,10 @@ class Lesson:
             each = F.cross_entropy(logits[spoken], wanted[spoken], reduction="none")
             total = (each * weight).sum() / weight.sum()
             if heads is not None:
-                total = (
-                    total + 0.0 * heads.sum()
-                )  # a gradient to share with other processes, whatever the rows
+                total = total + 0.0 * heads.sum()  # processes share gradients, whatever their rows
             if heads is not None and any(row.looks for row in rows):
-                half, tells = (
-                    out.hidden_states[HALF],
-                    torch.tensor([bool(row.looks) for row in rows])[:, None],
-                )
+                half = out.hidden_states[HALF]
+                tells = torch.tensor([bool(row.looks) for row in rows])[:, None]
                 ends = (batch["input_ids"] == self.model.config.vision_end_token_id) & tells
                 extra, seen = noted(half[ends], heads, [look for row in rows for look in row.looks])
                 total, log = total + extra, log | seen
@@ -535,13 +529,13 @@ def draw(films: Films, recipe: Recipe, rng) -> list[int]:
 
 
 def caption_row(lesson, count, rng):
-    """a window of a film, and what happens when."""
+    """A window of a film, and what happens when."""
     number = int(rng.integers(len(lesson.films.scenes)))
     return told_row(lesson, *lesson.films.window(number, count, rng), rng)
 
 
 def told_row(lesson, clip, moments, rng):
-    """a clip and its dense caption."""
+    """A clip and its dense caption."""
     when = [f"{teacher.seconds(m.start)} to {teacher.seconds(m.end)}" for m in moments]
     what = [miniworld.tell(m, int(rng.integers(miniworld.STYLES))) for m in moments]
     told = [f"{span}: {caption}" for span, caption in zip(when, what, strict=True)]
@@ -549,7 +543,7 @@ def told_row(lesson, clip, moments, rng):
 
 
 def picture_row(lesson, count, rng):
-    """two frames of one moment, and its fine caption."""
+    """Two frames of one moment, and its fine caption."""
     films = lesson.films
     while True:
         at, which, busy, number = films.pair(rng)
@@ -598,7 +592,7 @@ def a_window(films: Films, count: int, rng) -> tuple[int, frames.Clip, tuple[min
 
 
 def reading_row(lesson, count, rng):
-    """a query judged against a caption instead of a video."""
+    """A query judged against a caption instead of a video."""
     films = lesson.films
     number = int(rng.integers(len(films.scenes)))
     seen = films.scenes[number].moments[0]
@@ -621,7 +615,7 @@ TASKS = {"judge": 0.45, "caption": 0.12, "question": 0.18, "blind": 0.04, "seen"
 
 
 def task_row(lesson, count, rng):
-    """one of the agent's tasks about a window of a film."""
+    """One of the agent's tasks about a window of a film."""
     kind = str(rng.choice(list(TASKS), p=list(TASKS.values())))
     films = lesson.films
     if kind == "question":

@@ -73,7 +73,8 @@ def teller(profile, dataset: str):
     """`tell` of `make_rows` on a rendered corpus: the trace of somebody who knows what was rendered."""
     if profile.world is None:
         raise InputError(
-            f"{profile.name}: stage 1 on real videos needs the reasoning of a teacher model; not there yet"
+            f"{profile.name}: stage 1 on real videos needs reasoning by a teacher model, which cannot be made here "
+            "yet; take a profile with a `world`"
         )
     scenes = miniworld.read_scenes(profile.runs(dataset) / "corpus")
     return lambda query, shown: teacher.verdict(moment_of(scenes, query), scenes[shown].moments)
@@ -123,7 +124,7 @@ class Trainer(SFTTrainer):
         self.agent, self.engine, self.knobs = agent, made, profile
         self.gallery = torch.from_numpy(vectors.video_vecs).to(agent.model.device)
         self.column = {video: number for number, video in enumerate(vectors.video_ids)}
-        self.seen = []  # (InfoNCE, share of rows in which the right video comes first) since the last log
+        self.seen = []  # since the last log: InfoNCE, share of rows with a probability over one half
         return self
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -224,11 +225,12 @@ def _train(profile, dataset, folder):
     rows = make_rows(queries, vectors, teller(profile, dataset), **many)
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
-    agent = beginner(profile)
+    made = engine.load(profile)
+    agent = beginner(profile, made)
     with frames.readers(frames.Reader(profile.video_fps, profile.max_frames), profile.decoders) as read:
         clips = evaluate.Clips(home / "videos", vectors.video_ids, read)
         trainer = make_trainer(profile, agent, rows, clips, folder, f"sft {dataset}")
-        trainer.teach(agent, engine.load(profile), vectors, profile)
+        trainer.teach(agent, made, vectors, profile)
         trainer.train(resume_from_checkpoint=checkpoint(folder))
     for name, _ in agent.heads.named_children():
         delattr(agent.model, name)
@@ -241,9 +243,9 @@ def checkpoint(folder: Path) -> str | None:
     return get_last_checkpoint(str(folder / "steps")) if (folder / "steps").exists() else None
 
 
-def beginner(profile) -> policy.Policy:
+def beginner(profile, made: engine.Engine) -> policy.Policy:
     """The base policy with new heads: what stage 1 starts from. Vision blocks stay as they are."""
-    made, base = engine.load(profile), policy.load(profile.policy, profile)
+    base = policy.load(profile.policy, profile)
     agent = policy.new_heads(base, policy.new_settings(profile, made.instruction), profile.seed, made.width)
     for name, weight in agent.model.model.visual.named_parameters():
         weight.requires_grad_("merger" in name)  # the mergers learn (METHOD.md 5)
