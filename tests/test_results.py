@@ -177,6 +177,20 @@ def test_the_report_escapes_what_it_is_given_and_loads_nothing(run, monkeypatch)
     assert "//" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
 
 
+def test_the_report_shows_the_sheets_of_its_runs_and_no_others(run, tmp_path, monkeypatch):
+    """Results are committed: a sheet of an older corpus may lie there."""
+    from vsr1 import gallery
+
+    gallery.save(gallery.Figure(), run.results() / "figures", "D1-charades", "of an older corpus")
+    gallery.save(gallery.Figure(), gallery.sheets(run, "didemo"), "D1-didemo", "six queries")
+    text = page.publish(run).read_text()
+    assert "six queries" in text and "of an older corpus" not in text
+    assert [path.name for path in (run.results() / "figures").glob("D*.png")] == ["D1-didemo.png"]
+    real = record(fake_profile(tmp_path, monkeypatch, "paper"))
+    gallery.save(gallery.Figure(), gallery.sheets(real, "didemo"), "D1-didemo", "a stranger's face")
+    assert "a stranger's face" not in html.unescape(page.publish(real).read_text())
+
+
 def test_the_report_says_that_mini_is_no_evidence_and_paper_does_not(run, tmp_path, monkeypatch):
     assert page.CAVEAT in html.unescape(page.publish(run).read_text())
     real = fake_profile(tmp_path, monkeypatch, "paper")

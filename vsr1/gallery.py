@@ -5,6 +5,7 @@ file, where the report finds it. Colours are Okabe and Ito's, and no colour carr
 """
 
 import json
+import shutil
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,21 @@ UNTRAINED = (
     "The soft-query heads are untrained: this shows what neutral tokens do, not what SQR learns. "
     "The HQR variants are this project's definition."
 )
+
+
+def sheets(profile: Profile, dataset: str) -> Path:
+    """Where the contact sheets of a data set are drawn, as `<id>-<dataset>.png`."""
+    return profile.runs(dataset) / "figures"
+
+
+def copy_sheets(profile: Profile) -> None:
+    """The sheets of these runs and no others into results/, if rendered; frames of real video stay out of git."""
+    target = profile.results() / "figures"
+    for old in target.glob("*-*.png"):
+        old.unlink()
+    for dataset in profile.datasets if profile.world else ():
+        for sheet in sheets(profile, dataset).glob(f"*-{dataset}.png"):
+            shutil.copyfile(sheet, target / sheet.name)
 
 
 def figures(profile: Profile, numbers: dict) -> list[Path]:

@@ -30,6 +30,7 @@ def publish(profile: Profile) -> Path:
     results.provenance(profile)
     tables(profile)
     gallery.figures(profile, numbers)
+    gallery.copy_sheets(profile)
     return report(profile)
 
 

@@ -191,11 +191,6 @@ def strips(folder: Path, queries: list[Query], videos: list[str], captions: list
     return rows
 
 
-def pictures(profile: Profile, dataset: str) -> Path:
-    """Where contact sheets go: into results/ if rendered; frames of real video stay in runs/, out of git."""
-    return (profile.results() if profile.world else profile.runs(dataset)) / "figures"
-
-
 def family_of(scenes: dict, members: int = 4) -> list:
     """The first `members` scenes of the first family of the test split that has two; empty without families."""
     test = [scene for scene in scenes.values() if scene.split == "test"]
