@@ -285,6 +285,14 @@ def gallery(queries):
     return sorted({query.video for query in queries})
 
 
+def hold_out(queries, share):
+    """(queries to learn from, queries held out): all of a video on one side, every 1/share-th video held out."""
+    videos = gallery(queries)
+    count = round(share * len(videos))
+    held = {videos[(2 * at + 1) * len(videos) // (2 * count)] for at in range(count)}
+    return [q for q in queries if q.video not in held], [q for q in queries if q.video in held]
+
+
 def find_videos(folder, ids):
     """One `Video` per id, in the order of ids; where several files have the id, `.mp4` first, then by name.
 

@@ -271,15 +271,18 @@ def choose(top, rejected, next_shown="top1") -> str | None:
     skip_rejected     the best one not yet rejected in this episode; with a refinement that changes nothing this
                       walks down the ranking
     second_if_repeat  the second best, if the best was rejected the turn before (official "sequential")
+    stop_at_repeat    None, if the best was rejected before: in training that state has been sampled already
 
-    >>> [choose("abc", ["b", "a"], how) for how in ("top1", "skip_rejected", "second_if_repeat")]
-    ['a', 'c', 'b']
+    >>> [choose("abc", ["b", "a"], how) for how in ("top1", "skip_rejected", "second_if_repeat", "stop_at_repeat")]
+    ['a', 'c', 'b', None]
     """
+    if next_shown == "stop_at_repeat" and top[0] in rejected:
+        return None
     if next_shown == "skip_rejected":
         return next((video for video in top if video not in rejected), None)
     if next_shown == "second_if_repeat" and rejected and top[0] == rejected[-1]:
         return (top[1:] or top)[0]  # a gallery of one video has no second
-    assert next_shown in ("top1", "second_if_repeat"), next_shown
+    assert next_shown in ("top1", "second_if_repeat", "stop_at_repeat"), next_shown
     return top[0] if top else None
 
 

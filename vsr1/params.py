@@ -95,6 +95,32 @@ class Profile:
     lam_ret: float = 0.3  # official: weight of InfoNCE beside the language-model loss
     tau: float = 0.1  # official: its temperature
 
+    held_out: float = (
+        0.1  # ours: share of train videos that nothing is learned from, to choose and to watch by
+    )
+    held_starts: int = 48  # ours: starts on them whose reward stage 2 watches
+
+    grpo_group: int = 8  # "G = 8": episodes from one start
+    grpo_prompts: int = 4  # starts of one optimizer step (METHOD.md 9: 32 episodes)
+    grpo_batch: int = (
+        4  # ours: starts that are walked, and learned from, at once; lower it where memory is short
+    )
+    grpo_steps: int | None = None  # None: one epoch (official)
+    grpo_lr: float = 5e-7  # official, of the language model
+    grpo_head_lr: float = 5e-5  # official for stage 1, of the soft-query heads; frozen heads have none
+    grpo_beta: float = 0.01  # official: weight of the KL to the policy of stage 1
+    grpo_clip: float = 0.2  # official
+    grpo_negatives: int = 24  # official: wrong videos of the retrieval reward
+    temperature: float = 1.0  # official: of sampled replies
+    ret_reward: typing.Literal["exp", "delta"] = (
+        "exp"  # "exp(-L_ret)"; delta: official, less that of the plain query
+    )
+    reward_off: tuple[
+        str, ...
+    ] = ()  # parts of the reward that count nothing: verify, form, refine, time, retrieve
+    soft_weight: float = 1.0  # official for its (optional) InfoNCE term in stage 2
+    sigma: float = 0.05  # official: noise on soft tokens, for recipes that sample them
+
     def runs(self, dataset: str) -> Path:
         """Where this profile keeps what it computes for `dataset`."""
         return ROOT / "runs" / self.name / dataset

@@ -171,13 +171,19 @@ class Policy:
     ) -> list[Completion]:
         """`group` replies to each prompt, prompt after prompt, as one batch; each prompt and video is read once.
 
-        temperature 0 is greedy; else `rng` (numpy) draws one uniform number for each token a reply may have.
+        group  one number, or one for each prompt
+        rng    (numpy) draws one uniform number for each token a reply may have; or one rng for each prompt
+
+        temperature 0 is greedy and takes no rng.
         """
         assert (rng is None) == (temperature == 0), "an rng is for sampling, and sampling needs one"
         context, now = self.begin(prompts, group)
         draws = None
         if rng is not None:
-            draws = torch.from_numpy(rng.random((len(now), max_new))).to(now.device)
+            counts = [group] * len(prompts) if isinstance(group, int) else group
+            rngs = rng if isinstance(rng, list) else [rng] * len(prompts)
+            draws = [one.random((count, max_new)) for one, count in zip(rngs, counts, strict=True)]
+            draws = torch.from_numpy(np.concatenate(draws)).to(now.device)
         said = qwen.decode(self.model, context, now, self.rules(max_new, temperature), draws)
         return [self._completion(one, context.seen.shape[1]) for one in said]
 
@@ -207,10 +213,11 @@ class Policy:
         asked = [[*(token for token in ids if token != self.stop), self.mark, self.stop] for ids in replies]
         return list(zip(asked, self.replay(prompts, asked).branches, strict=True))
 
-    def begin(self, prompts: list[qwen.Prompt], group: int = 1) -> tuple[qwen.Context, torch.Tensor]:
+    def begin(self, prompts: list[qwen.Prompt], group=1) -> tuple[qwen.Context, torch.Tensor]:
         """What the policy has read when it starts on `group` replies to each prompt, and its states (B, H) there."""
         context, now = qwen.prefill(self.model, prompts, self.tokenizer.pad_token_id)
-        rows = torch.arange(len(prompts), device=now.device).repeat_interleave(group)
+        counts = torch.tensor(group if isinstance(group, list) else [group] * len(prompts), device=now.device)
+        rows = torch.arange(len(prompts), device=now.device).repeat_interleave(counts)
         return context.rows(rows), now[rows]
 
     def _branch(self, context, row, ids, columns):

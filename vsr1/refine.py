@@ -30,11 +30,15 @@ from vsr1.params import InputError
 # --- soft ------------------------------------------------------------------------------------------------------------
 
 
-def soft_tokens(policy: agent.Policy, branches: list[qwen.Context], n: int) -> torch.Tensor:
+def soft_tokens(
+    policy: agent.Policy, branches: list[qwen.Context], n: int, noise=None, taken=None
+) -> torch.Tensor:
     """Z (B, n, D) float32: n soft tokens of each of B replies, by n decoding steps.
 
     branches  all that was read before the last <REFINE> of each reply, from `policy.reply` or, for gradients, from
               `policy.replay`. <REFINE> itself is read here, what the reply said after it is not.
+    noise     (B, n, D) added to each soft token before it is read on: soft tokens as a Gaussian policy's actions
+    taken     (B, n, D) soft tokens to read on instead of these: those of a rollout, to find the means they came from
 
     The first soft token comes from the state before the final norm, the others from the state after it: odd, but
     official, and released weights need it. The last one is not read by the policy any more.
@@ -45,8 +49,10 @@ def soft_tokens(policy: agent.Policy, branches: list[qwen.Context], n: int) -> t
     for step in range(n):
         context, pre, post = qwen.read(model, context, embeds)
         state = pre if step == 0 and policy.settings.seed_norm == "pre" else post
-        tokens.append(heads.P(state))  # (B, 1, D)
-        embeds = heads.A(tokens[-1]).to(embeds.dtype)
+        tokens.append(
+            heads.P(state) if noise is None else heads.P(state) + noise[:, step : step + 1]
+        )  # (B, 1, D)
+        embeds = heads.A(tokens[-1] if taken is None else taken[:, step : step + 1]).to(embeds.dtype)
     return torch.cat(tokens, dim=1)
 
 

@@ -1,0 +1,428 @@
+"""Stage 2: rewards by hand, the objective against TRL's, replay against rollout, sharing, a run that is killed."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import QUERIES, changed, clip, random_engine, random_policy
+
+from vsr1 import corpus, engine, grpo, params
+
+VIDEOS = [f"v{n}" for n in range(6)]
+
+
+class Shelf:
+    """Six videos of random pixels, as `evaluate.Clips` gives them."""
+
+    def __init__(self, seed=0):
+        self.clips = {video: clip(4 + 2 * (n % 3), seed + n) for n, video in enumerate(VIDEOS)}
+
+    def get(self, ids):
+        return [self.clips[video] for video in ids]
+
+
+@pytest.fixture(scope="module")
+def search():
+    return random_engine()
+
+
+def made_vectors():
+    vecs = torch.nn.functional.normalize(torch.randn(9, 192, generator=torch.manual_seed(2)), dim=1).numpy()
+    return engine.Vectors(VIDEOS, vecs[:6], [1, 2, 3], vecs[6:])
+
+
+def made_starts(vectors):
+    queries = [corpus.Query(n + 1, text, f"v{n}", (0.0, 4.0), "", 8.0) for n, text in enumerate(QUERIES)]
+    return grpo.make_starts(queries, vectors, negatives=3, seed=0)
+
+
+def knobs():
+    small = {"max_new": 16, "grpo_group": 4, "grpo_prompts": 2, "grpo_steps": 4, "grpo_lr": 1e-3}
+    return dataclasses.replace(params.load("smoke"), **small, grpo_head_lr=1e-3)
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return made_vectors()
+
+
+@pytest.fixture(scope="module")
+def starts(vectors):
+    return made_starts(vectors)
+
+
+@pytest.fixture
+def profile():
+    return knobs()
+
+
+def few_words(made):
+    """A random policy that knows six words, of which one ends a reply and one asks for a search."""
+    number = torch.arange(len(made.banned))
+    return changed(made, banned=(number < 20) | (number > 25), stop=20, mark=21)
+
+
+def sampler(profile, search, vectors, recipe="vsr1", shelf=None):
+    agent, recipe = few_words(random_policy()), grpo.RECIPES[recipe]
+    agent.settings = dataclasses.replace(agent.settings, carry_blocks=recipe.carry, n_soft=3)
+    return grpo.Sampler(profile, "charades", recipe, search, agent, vectors, shelf or Shelf())
+
+
+@pytest.fixture
+def walked(profile, search, vectors, starts):
+    made = sampler(profile, search, vectors)
+    members = [dataclasses.replace(s, group=g, member=m) for g, s in enumerate(starts[:2]) for m in range(4)]
+    return made, [row for rows in made.walk(members, [1]) for row in rows]
+
+
+# --- starts, rewards, advantages -------------------------------------------------------------------------------------
+
+
+def test_starts_show_the_first_search_and_accepting_is_right_as_often_as_rejecting(vectors, starts):
+    scores = vectors.query_vecs @ vectors.video_vecs.T
+    for start, row in zip(starts[:3], scores, strict=True):
+        order = [VIDEOS[at] for at in np.argsort(-row)]
+        assert start.first == order[0] and list(start.wrong) == [v for v in order if v != start.video][:3]
+    hits = sum(start.first == start.video for start in starts)
+    assert hits == len(starts) - hits and len(starts) >= 4
+    assert all(start.first == start.video for start in starts[3:])
+
+
+def turn(matched, right, iou=0.0, refine=True, strict=True):
+    reply = types.SimpleNamespace(matched=matched, strict=strict, has_refine=refine)
+    return types.SimpleNamespace(reply=reply, shown_is_gt=right, iou=iou)
+
+
+def parts(*turns, chances, ret_reward="exp", dataset="didemo"):
+    one = types.SimpleNamespace(turns=turns, run=types.SimpleNamespace(dataset=dataset))
+    rows = [types.SimpleNamespace(chance=chance, before=0.25) for chance in chances]
+    return grpo.reward_parts(one, rows, ret_reward)
+
+
+def test_an_episode_of_two_turns_earns_what_the_method_says():
+    """A right rejection that leads to the right moment shares in its overlap; nothing is summed over turns."""
+    first, second = parts(turn(False, False), turn(True, True, 0.6), chances=[0.7, 0.9])
+    assert first == {"verify": 1, "form": 1, "refine": 1, "time": 0.6, "retrieve": 0.7}
+    assert second == {"verify": 1, "form": 1, "refine": 1, "time": 0.6, "retrieve": 0.9}
+    first, second = parts(turn(False, True), turn(True, True, 0.6, strict=False), chances=[0.7, 0.9])
+    assert (first["verify"], first["time"]) == (-1, 0) and (second["time"], second["form"]) == (0.6, 0)
+    (only,) = parts(turn(None, False, refine=False), chances=[None])
+    assert (only["verify"], only["refine"], only["retrieve"]) == (-1, 0, 0)
+    (only,) = parts(turn(True, False, 0.0), chances=[0.5])
+    assert (only["verify"], only["time"]) == (-1, 0)
+
+
+def test_the_official_retrieval_reward_is_a_difference():
+    assert parts(turn(False, False), chances=[0.7], ret_reward="delta")[0]["retrieve"] == pytest.approx(0.45)
+    assert parts(turn(False, False, refine=False), chances=[None], ret_reward="delta")[0]["retrieve"] == -0.3
+
+
+def test_advantages_are_trl_s():
+    rewards = torch.tensor([0.3, 1.2, 1.2, -0.4, 0.5, 0.5, 0.5, 0.5])
+    groups = rewards.view(2, 4)
+    theirs = (groups - groups.mean(1, keepdim=True)) / (
+        groups.std(1, keepdim=True) + 1e-4
+    )  # its scale_rewards="group"
+    ours = grpo.advantages(rewards.tolist(), list("aaaabbbb"))
+    np.testing.assert_allclose(ours, theirs.flatten().tolist(), atol=1e-4)
+
+
+# --- rollouts --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_read_again_with_the_log_probabilities_they_were_sampled_with(walked):
+    made, rows = walked
+    assert {row.t for row in rows} == {1, 2} and {row.taken is None for row in rows} == {True, False}
+    for row in rows:
+        again = made.agent.replay([row.prompt], [row.ids], temperature=1.0)
+        np.testing.assert_allclose(again.logps[0].tolist(), row.logps, atol=1e-5)
+
+
+def test_rewards_are_those_of_the_soft_tokens_that_stood_in_the_query(walked):
+    """The retrieval reward computed from a replayed reply and a softmax written out, at both turns."""
+    made, rows = walked
+    marked = [row for row in rows if row.taken is not None]
+    assert {len(row.earlier) for row in marked} == {0, 1}
+    for row in marked:
+        branch = made.agent.replay([row.prompt], [row.ids]).branches[0]
+        latents = grpo.refine.soft_tokens(made.agent, [branch], 3)
+        carried = torch.cat([*(block[None] for block in row.earlier), latents], dim=1)
+        vec = grpo.refine.soft_query(made.engine, made.agent.heads, [row.start.text], carried)[0].detach()
+        scores = {v: float(made.gallery[made.column[v]] @ vec) / 0.1 for v in (row.start.video, *row.wrong)}
+        chance = np.exp(scores[row.start.video]) / np.exp(list(scores.values())).sum()
+        assert row.chance == pytest.approx(chance, abs=1e-5)
+        assert (row.shown in scores) and len(scores) == 1 + len(row.wrong)
+
+
+def test_an_episode_does_not_look_at_a_video_twice(walked):
+    _, rows = walked
+    looks = [(row.start.group, row.start.member, row.shown) for row in rows]
+    assert len(looks) == len(set(looks))
+
+
+def test_what_a_start_meets_does_not_depend_on_the_batch_it_is_in(walked, profile, search, vectors, starts):
+    _, together = walked
+    made = sampler(profile, search, vectors)
+    alone = []
+    for group in (1, 0):
+        members = [dataclasses.replace(starts[group], group=group, member=m) for m in range(4)]
+        alone += [row for rows in made.walk(members, [1]) for row in rows]
+    key = lambda row: (row.start.group, row.start.member, row.t)  # noqa: E731
+    for one, other in zip(sorted(together, key=key), sorted(alone, key=key), strict=True):
+        assert one.ids == other.ids and one.reward == pytest.approx(other.reward, abs=1e-5)
+
+
+def test_one_turn_is_the_first_turn_of_two(profile, search, vectors, starts, walked):
+    _, both = walked
+    made = sampler(profile, search, vectors, "vsr1-single")
+    members = [dataclasses.replace(s, group=g, member=m) for g, s in enumerate(starts[:2]) for m in range(4)]
+    once = [row for rows in made.walk(members, [1]) for row in rows]
+    firsts = [row for row in both if row.t == 1]
+    assert [row.ids for row in once] == [row.ids for row in firsts]
+    assert [row.parts["retrieve"] for row in once] == [row.parts["retrieve"] for row in firsts]
+    assert [row.parts["verify"] for row in once] == [row.parts["verify"] for row in firsts]
+
+
+# --- the objective ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_the_objective_is_trl_s_in_value_and_gradient(tmp_path, beta):
+    """Text only, where its trainer is right: the same tokens, masks and advantages (STACK.md 5.3)."""
+    import datasets
+    from trl import GRPOConfig, GRPOTrainer
+
+    made = random_policy()
+    options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+    options |= {"loss_type": "grpo", "epsilon": 0.2, "use_bias_correction_kl": False, "num_generations": 2}
+    trainer = GRPOTrainer(
+        made.model,
+        lambda completions, **_: [0.0] * len(completions),
+        args=GRPOConfig(str(tmp_path), per_device_train_batch_size=2, temperature=1.0, **options),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a"}]),
+        processing_class=made.tokenizer,
+    )
+    trainer.beta, trainer.current_gradient_accumulation_steps = beta, 1
+    prompts = [made.prompt("S", text) for text in QUERIES[:2]]
+    made.banned = torch.zeros_like(made.banned)  # its softmax is over the whole vocabulary
+    replies = [r.ids for r in made.reply(prompts, max_new=9, temperature=1.0, rng=np.random.default_rng(0))]
+    replies[1] = replies[1][:5]
+    gains, noise = torch.tensor([0.7, -1.3]), np.random.default_rng(1)
+    losses = []
+    for way in ("ours", "theirs"):
+        made.model.zero_grad()
+        seen = made.replay(prompts, replies, temperature=1.0)
+        if way == "ours":
+            shifts = torch.from_numpy(noise.normal(0, 0.3, (2, *seen.logps.shape))).float()
+            old, anchor = (seen.logps.detach() + shift for shift in shifts)
+            loss = grpo.objective(seen.logps, old, anchor, gains, seen.said, clip=0.2, beta=beta)[0].mean()
+        else:
+            batch = grpo.qwen.collate(prompts, made.model, made.tokenizer.pad_token_id)
+            said = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in replies], batch_first=True)
+            inputs = {"prompt_ids": batch["input_ids"], "prompt_mask": batch["attention_mask"]}
+            inputs |= {"completion_ids": said, "completion_mask": seen.said.int(), "advantages": gains}
+            inputs |= {"old_per_token_logps": old, "ref_per_token_logps": anchor}
+            inputs |= {"num_items_in_batch": seen.said.sum()}
+            loss = trainer._compute_loss(made.model, inputs)
+        loss.backward()
+        grads = {name: w.grad.clone() for name, w in made.model.named_parameters() if w.grad is not None}
+        losses.append((loss.detach(), grads))
+    (ours, grads), (theirs, other) = losses
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    assert len(grads) > 40 and grads.keys() == other.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, other[name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_the_objective_is_what_a_double_loop_says():
+    rng = np.random.default_rng(3)
+    logps, sampled, anchor = (torch.from_numpy(rng.normal(-1, 0.4, (3, 5))) for _ in range(3))
+    said = torch.arange(5) < torch.tensor([[5], [2], [4]])
+    gains = [1.5, -0.5, 0.2]
+    losses, kls, cuts = grpo.objective(logps, sampled, anchor, torch.tensor(gains), said, clip=0.2, beta=0.1)
+    for row, gain in enumerate(gains):
+        tokens, kl, cut = [], [], 0
+        for at in range(int(said[row].sum())):
+            ratio = np.exp(float(logps[row, at] - sampled[row, at]))
+            away = float(anchor[row, at] - logps[row, at])
+            value = min(ratio * gain, min(max(ratio, 0.8), 1.2) * gain)
+            cut += value < ratio * gain
+            kl.append(np.exp(away) - away - 1)
+            tokens.append(0.1 * kl[-1] - value)
+        assert losses[row].item() == pytest.approx(np.mean(tokens))
+        assert (kls[row].item(), cuts[row].item()) == pytest.approx((np.mean(kl), cut / len(tokens)))
+
+
+def learned(made, rows, recipe=None, **options):
+    """(loss, gradients) of a fresh Learner; `split` reads the rows in two parts."""
+    course = grpo.Course(made)
+    found = grpo.advantages([row.reward for row in rows], [(r.start.group, r.t, r.shown) for r in rows])
+    for row, advantage in zip(rows, found, strict=True):
+        row.advantage = advantage
+    kept = [row for row in rows if row.advantage is not None]
+    totals = len(kept), sum(row.taken is not None for row in kept)
+    parts = [kept]
+    if options.pop("split", False):
+        parts = [[row for row in kept if row.start.group == group] for group in (0, 1)]
+    loss = sum(course.learner(part, totals, **options)[0] for part in parts)
+    course.optimizer.zero_grad()
+    loss.backward()
+    grads = {n: w.grad.clone() for n, w in course.learner.named_parameters() if w.grad is not None}
+    return loss.detach(), grads
+
+
+def same(one, other, atol=1e-5):
+    torch.testing.assert_close(one[0], other[0], atol=atol, rtol=1e-4)
+    assert one[1].keys() == other[1].keys() and len(one[1]) > 40
+    for name, grad in one[1].items():
+        scale = float(other[1][name].abs().max()) + 1e-3
+        torch.testing.assert_close(grad, other[1][name], atol=1e-4 * scale, rtol=0, msg=name)
+
+
+def test_a_prompt_read_once_a_group_gives_the_loss_and_gradient_of_one_read_once_a_reply(walked):
+    made, rows = walked
+    same(learned(made, rows), learned(made, rows, shared=False))
+
+
+def test_two_starts_at_once_are_one_and_one(walked):
+    made, rows = walked
+    same(learned(made, rows), learned(made, rows, split=True))
+
+
+def test_another_video_gives_another_loss(walked):
+    """A trainer that drops the video would not notice (STACK.md 5.1)."""
+    made, rows = walked
+    before = learned(made, rows)[0]
+    for row in rows:
+        row.prompt = dataclasses.replace(row.prompt, patches=torch.zeros_like(row.prompt.patches))
+    prompts = {}
+    for row in rows:  # the group still shares one
+        row.prompt = prompts.setdefault((row.start.group, row.shown), row.prompt)
+    assert abs(learned(made, rows)[0] - before) > 1e-3
+
+
+@pytest.mark.parametrize(("recipe", "heads"), [("m1", False), ("m2", True), ("vsr1", True), ("gauss", True)])
+def test_the_heads_learn_unless_they_are_frozen(profile, search, vectors, starts, recipe, heads):
+    made = sampler(profile, search, vectors, recipe)
+    members = [dataclasses.replace(s, group=g, member=m) for g, s in enumerate(starts[:2]) for m in range(4)]
+    _, grads = learned(made, [row for rows in made.walk(members, [1]) for row in rows])
+    ours = [grad for name, grad in grads.items() if name.startswith("heads.refine_projector")]
+    assert bool(ours) == heads and all(grad.abs().max() > 0 for grad in ours)
+    assert all(weight.grad is None for weight in search.model.parameters())
+    assert not any("visual" in name for name in grads)
+
+
+def test_noisy_soft_tokens_are_the_actions_that_were_rewarded(profile, search, vectors, starts):
+    """Gaussian recipe: what stood in the query was noisy, was read on, and its density is that of the replay."""
+    made = sampler(profile, search, vectors, "gauss")
+    members = [dataclasses.replace(starts[0], member=m) for m in range(4)]
+    rows = [r for rows in made.walk(members, [1]) for r in rows if r.taken is not None]
+    for row in rows:
+        branch = made.agent.replay([row.prompt], [row.ids]).branches
+        with torch.no_grad():
+            means = grpo.refine.soft_tokens(made.agent, branch, 3, taken=row.taken[None])
+            plain = grpo.refine.soft_tokens(made.agent, branch, 3)
+            vec = grpo.refine.soft_query(search, made.agent.heads, [row.start.text], row.taken[None])
+        spread = (row.taken - means[0]).std().item()
+        assert 0.8 * profile.sigma < spread < 1.2 * profile.sigma
+        assert (means[0, 0] == plain[0, 0]).all() and not torch.allclose(
+            means[0, 1:], plain[0, 1:], atol=1e-3
+        )
+        assert float(torch.exp(-made.contrast(vec, [row])[0])) == pytest.approx(row.chance, abs=1e-5)
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def begin(profile, search, vectors, recipe="vsr1"):
+    return grpo.Course(sampler(profile, search, vectors, recipe))
+
+
+def lines(folder, name="log"):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").open()]
+
+
+def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors, starts):
+    """Four steps in one go, and four with a kill after the second; and each step is the same again by its seed."""
+
+    class Killed(Exception):
+        pass
+
+    def kill(logged):
+        if len(logged) == 3:
+            raise Killed
+
+    whole, parts = begin(profile, search, vectors), begin(profile, search, vectors)
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole.run(starts, starts[:2], tmp_path / "whole", "whole")
+    with pytest.raises(Killed):
+        parts.run(starts, starts[:2], tmp_path / "parts", "parts", kill)
+    parts = begin(profile, search, vectors)
+    parts.run(starts, starts[:2], tmp_path / "parts", "parts")
+    for name, weight in whole.learner.state_dict().items():
+        torch.testing.assert_close(parts.learner.state_dict()[name], weight, atol=1e-6, rtol=1e-5, msg=name)
+    logs = [lines(tmp_path / name) for name in ("whole", "parts")]
+    assert [line["step"] for line in logs[1]] == [1, 2, 3, 4]
+    for one, other in zip(*logs, strict=True):
+        assert one.keys() == other.keys()
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5) and one["reward"] == other["reward"]
+    assert [line["step"] for line in lines(tmp_path / "parts", "held")] == [0, 1, 2, 3, 4]
+    assert {row["group"] for line in lines(tmp_path / "parts", "groups") for row in line["rows"]} == {0}
+    assert [path.name for path in (tmp_path / "parts" / "steps").iterdir()] == ["000004"]
+
+
+def test_steps_without_a_finite_gradient_are_counted_and_too_many_end_the_run(
+    tmp_path, profile, search, vectors, starts
+):
+    course = begin(profile, search, vectors)
+    before = {name: weight.clone() for name, weight in course.learner.state_dict().items()}
+    course.knobs.__dict__["grpo_beta"] = float("nan")  # frozen, and this profile is the test's own
+    with pytest.raises(params.InputError, match=r"3 of 3 steps .* lower grpo_lr"):
+        course.run(starts, starts[:2], tmp_path, "broken")
+    assert [line["norm"] for line in lines(tmp_path)] == [None] * 3 and lines(tmp_path)[-1]["skipped"] == 3
+    for name, weight in course.learner.state_dict().items():
+        assert (weight == before[name]).all()
+
+
+def test_every_epoch_draws_every_start_once(starts):
+    epoch = [s for number in range(1, len(starts) + 1) for s in grpo.draw(starts, number, 2, 0)]
+    for half in (epoch[: len(starts)], epoch[len(starts) :]):
+        assert sorted((s.id, s.first) for s in half) == sorted((s.id, s.first) for s in starts)
+    assert epoch[: len(starts)] != epoch[len(starts) :]
+
+
+def test_queries_held_out_share_no_video_with_the_others():
+    queries = [corpus.Query(n, "q", f"v{n % 40:02}", (0.0, 1.0), "", 2.0) for n in range(100)]
+    learn, held = corpus.hold_out(queries, 0.1)
+    assert len(learn) + len(held) == 100 and len({q.video for q in held}) == 4
+    assert not {q.video for q in learn} & {q.video for q in held}
+
+
+def test_two_processes_are_one(tmp_path, profile, search, vectors, starts):
+    """Each walks one of the two starts of a step; gradients are averaged by gloo."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(params.ROOT / "tests" / "one_of_two.py"), str(tmp_path / "two")]
+    done = subprocess.run(launch + script, cwd=params.ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, course = begin(profile, search, vectors), begin(profile, search, vectors)
+    course.run(starts, starts[:2], tmp_path / "one", "one")
+    logs = [lines(tmp_path / name) for name in ("one", "two")]
+    for one, two in zip(*logs, strict=True):
+        assert one.keys() == two.keys()
+        for key in one.keys() - {"seconds", "turns"}:
+            assert one[key] == pytest.approx(two[key], abs=1e-4, rel=1e-4), (one["step"], key)
+    theirs, began = load_file(tmp_path / "two" / "end.safetensors"), before.learner.state_dict()
+    for (
+        name,
+        weight,
+    ) in course.learner.state_dict().items():  # Adam blows rounding up where a gradient is next to nothing
+        assert (theirs[name] - weight).norm() <= 0.02 * (weight - began[name]).norm(), name

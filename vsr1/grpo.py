@@ -1,0 +1,683 @@
+"""Stage 2, GRPO: the policy walks the live loop in groups, and learns from what each turn was worth (METHOD.md 6).
+
+One step. Draw a few starts (a query and the video its first search shows). Walk each G times through the loop of
+`episode`, with sampled replies and a live search. Reward every turn. Compare turns that saw the same query and video:
+the advantage is the reward less the group's mean, over its spread. Then one gradient step on exactly the tokens that
+were sampled, read once more with the prompt and its video shared by the group.
+
+TRL's trainer is not used: it drops the video from the training forward without an error, and knows no soft tokens
+(STACK.md 5). A test holds our objective against its.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from torch import nn
+
+from vsr1 import corpus, engine, episode, evaluate, frames, policy, qwen, refine, stages
+from vsr1.episode import AS_TYPED, Look, Refinement
+from vsr1.params import InputError
+from vsr1.sft import info_nce
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The factors of METHOD.md 6.5, changed one at a time: M0 to M3."""
+
+    turns: int  # T_train: looks of a training episode
+    latents: Literal["frozen", "aux", "gauss"]  # how soft tokens learn (METHOD.md 6.3)
+    carry: int  # C: soft tokens of how many turns stand in a query
+
+
+RECIPES = {
+    "vsr1-single": Recipe(1, "frozen", 1),  # M0: the structure of the official code
+    "m1": Recipe(2, "frozen", 1),
+    "m2": Recipe(2, "aux", 1),
+    "vsr1": Recipe(2, "aux", 2),  # M3: the paper's multi-turn interaction
+    "gauss": Recipe(1, "gauss", 1),
+}
+
+# --- what an episode starts from -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start(corpus.Query):
+    """A query, the video its first look is at, and which member of which group walks from here."""
+
+    first: str
+    wrong: tuple[str, ...]  # the wrong videos that rank highest: what the retrieval reward contrasts with
+    group: int = 0
+    member: int = 0
+
+
+def make_starts(queries, vectors: engine.Vectors, *, negatives: int, seed: int) -> list[Start]:
+    """Each query with the video of its first search; failures once more with the right one, until both are equal.
+
+    The copies make accepting and rejecting equally often right (METHOD.md 6.4); without enough failures there are none.
+    """
+    column = {video: number for number, video in enumerate(vectors.video_ids)}
+    place = {number: at for at, number in enumerate(vectors.query_ids)}
+    starts = []
+    for query in queries:
+        if query.video in column and query.id in place:
+            scores = vectors.video_vecs @ vectors.query_vecs[place[query.id]]
+            best = [vectors.video_ids[at] for at in np.argsort(-scores, kind="stable")[: negatives + 1]]
+            wrong = [video for video in best if video != query.video][:negatives]
+            starts.append(Start(**vars(query), first=best[0], wrong=tuple(wrong)))
+    failed = [start for start in starts if start.first != start.video]
+    short = max(0, 2 * len(failed) - len(starts))
+    rng = np.random.default_rng([seed, 6])
+    order = [failed[at] for _ in range(0, short, max(1, len(failed))) for at in rng.permutation(len(failed))]
+    return starts + [dataclasses.replace(start, first=start.video) for start in order[:short]]
+
+
+# --- rollouts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Row:
+    """One turn of one episode, as training needs it: nothing is decoded and encoded again."""
+
+    start: Start
+    t: int
+    shown: str
+    prompt: qwen.Prompt
+    ids: list[int]
+    logps: list[float]  # of the policy that sampled, token by token
+    text: str
+    wrong: list[str]  # videos the retrieval reward contrasts with
+    earlier: tuple = ()  # soft tokens (N, D) of the turns before, constants
+    taken: torch.Tensor | None = (
+        None  # (N, D) soft tokens that stood in the query; None: it did not say <REFINE>
+    )
+    chance: float | None = None  # softmax probability of the right video after the refinement, exp(-L_ret)
+    before: float | None = None  # the same of the query as typed
+    parts: dict = field(default_factory=dict)  # of the reward
+    reward: float = 0.0
+    advantage: float | None = None  # None: nothing to compare with
+
+
+class Sampler(evaluate.Wiring):
+    """The functions of the loop with sampled replies, which also keep the rows that training needs."""
+
+    def __init__(self, profile, dataset: str, recipe: Recipe, made, agent, vectors, clips):
+        super().__init__(profile, evaluate.SYSTEMS["sqr"], made, agent, vectors, clips)
+        self.knobs, self.dataset, self.recipe, self.refine = profile, dataset, recipe, self.step
+        self.weights = dataclasses.replace(WEIGHTS[dataset], **dict.fromkeys(profile.reward_off, 0.0))
+        self.gallery = torch.from_numpy(vectors.video_vecs).to(agent.model.device)
+
+    @torch.no_grad()
+    def walk(self, starts: list[Start], seed: list[int]) -> list[list[Row]]:
+        """The rows of each start's `member`s, rewarded: one list an episode, one row a turn that was possible."""
+        self.seed, self.turn, self.rows = seed, 0, {(s.group, s.member): [] for s in starts}
+        once = (
+            self.recipe.carry,
+            self.knobs.seed,
+            "stop_at_repeat",
+            False,
+        )  # a state sampled is not sampled again
+        run = episode.Run(self.dataset, "train", "grpo", self.recipe.turns, *once)
+        walked = episode.run_episodes(starts, self.search, self.ask, self.refine, run)
+        for one, rows in zip(walked, self.rows.values(), strict=True):
+            for row, parts in zip(rows, reward_parts(one, rows, self.knobs.ret_reward), strict=True):
+                row.parts, row.reward = (
+                    parts,
+                    sum(getattr(self.weights, part) * parts[part] for part in parts),
+                )
+        return list(self.rows.values())
+
+    def search(self, pairs):
+        """As in evaluation, but the first look is at the video of the start."""
+        found = super().search(pairs)
+        return [
+            dataclasses.replace(ranking, top=(start.first,)) if state is AS_TYPED else ranking
+            for (start, state), ranking in zip(pairs, found, strict=True)
+        ]
+
+    def ask(self, pairs):
+        """One sampled reply and its soft tokens for each pair; a prompt that several share is read once."""
+        self.turn += 1
+        keys = [(start.group, video) for start, video in pairs]
+        distinct = list(dict.fromkeys(keys))
+        clips = dict(zip(distinct, self.clips.get([video for _, video in distinct]), strict=True))
+        looks = [Look(None, problem=clips[key].problem) for key in keys]
+        rows, texts = {}, {key: start.text for key, (start, _) in zip(keys, pairs, strict=True)}
+        good = [key for key in distinct if clips[key].problem is None]
+        if not good:
+            return looks
+        members = [[at for at, key in enumerate(keys) if key == this] for this in good]
+        prompts = [self.agent.prompt(self.prompt, texts[key], clips[key]) for key in good]
+        rngs = [np.random.default_rng([*self.seed, self.turn, *self._stream(key)]) for key in good]
+        options = {"max_new": self.max_new, "temperature": self.knobs.temperature, "rng": rngs}
+        said = self.agent.reply(prompts, group=[len(some) for some in members], **options)
+        noise = [
+            rng.standard_normal((len(some), *self._soft_shape()))
+            for rng, some in zip(rngs, members, strict=True)
+        ]
+        order = [(at, n) for n, some in enumerate(members) for at in some]
+        for (at, n), one in zip(order, said, strict=True):
+            start, video = pairs[at]
+            wrong = list(start.wrong) + [video] * (video not in (start.video, *start.wrong))
+            rows[at] = Row(start, self.turn, video, prompts[n], one.ids, one.logps, one.text, wrong)
+            rows[at].earlier = tuple(row.taken for row in self.rows[start.group, start.member])
+        marked = [
+            (at, one.branch, eps)
+            for (at, _), one, eps in zip(order, said, np.concatenate(noise), strict=True)
+        ]
+        self._soften([(rows[at], branch, eps) for at, branch, eps in marked if branch is not None])
+        for (at, n), one in zip(order, said, strict=True):
+            self.rows[rows[at].start.group, rows[at].start.member].append(rows[at])
+            reply = episode.read_reply(
+                one.text, one.ids, layout=self.layout, refine_id=self.agent.mark, ended=one.ended
+            )
+            looks[at] = Look(reply, clips[good[n]].seconds, state=rows[at])
+        return looks
+
+    def _stream(self, key):
+        """What makes a prompt's random numbers its own: not the batch or the process it is in."""
+        return key[0], self.column[key[1]]
+
+    def _soft_shape(self):
+        return self.agent.settings.n_soft, self.agent.heads.width
+
+    def _soften(self, marked):
+        """Soft tokens of the rows that asked for them, and what the search makes of the right video then."""
+        if not marked:
+            return
+        rows, branches, eps = zip(*marked, strict=True)
+        noise = None
+        if self.recipe.latents == "gauss":
+            noise = self.knobs.sigma * torch.from_numpy(np.stack(eps)).float().to(self.gallery.device)
+        taken = refine.soft_tokens(self.agent, list(branches), self._soft_shape()[0], noise)  # (B, N, D)
+        for row, latents in zip(rows, taken, strict=True):
+            row.taken = latents
+        vecs = self.vectors_of(rows, taken)
+        typed = torch.from_numpy(np.stack([self.typed[row.start.id] for row in rows])).to(vecs)
+        after, before = self.contrast(vecs, rows), self.contrast(typed, rows)
+        for row, vec, *losses in zip(rows, vecs, after, before, strict=True):
+            row.chance, row.before = (float(torch.exp(-loss)) for loss in losses)
+            row.vec = vec.cpu().numpy()
+
+    def vectors_of(self, rows, latents) -> torch.Tensor:
+        """(B, D) query vectors with soft tokens (B, N, D) behind those carried; all rows are at the same turn."""
+        blocks = [torch.stack(turn) for turn in zip(*(row.earlier for row in rows), strict=True)]
+        carried = refine.carry([*blocks, latents], self.recipe.carry)
+        return refine.soft_query(self.engine, self.agent.heads, [row.start.text for row in rows], carried)
+
+    def contrast(self, vecs, rows) -> torch.Tensor:
+        """(B,) InfoNCE of query vectors (B, D): each row has its own wrong videos, and one more where one was shown."""
+        losses = []
+        for vec, row in zip(vecs, rows, strict=True):
+            columns = [self.column[video] for video in (row.start.video, *row.wrong)]
+            right, wrong = self.gallery[columns[:1]], self.gallery[columns[1:]]
+            losses.append(info_nce(vec[None], right, wrong[None], self.knobs.tau)[0])
+        return torch.stack(losses)
+
+    def step(self, rejected):
+        """What to search with after a rejection: the query with the soft tokens made when the reply was given."""
+        n = self._soft_shape()[0]
+        return [
+            Refinement(
+                "sqr", None if look.state.taken is None else evaluate.Asked((), look.state.vec), n, n + 1
+            )
+            for _, look, _ in rejected
+        ]
+
+
+# --- rewards and advantages ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of the parts of a turn's reward (METHOD.md 6.1, the official values)."""
+
+    verify: float
+    form: float
+    refine: float
+    time: float
+    retrieve: float
+
+
+WEIGHTS = {"charades": Weights(1.6, 0.1, 0.1, 0.35, 0.8)}
+WEIGHTS |= dict.fromkeys(("didemo", "activitynet"), Weights(1.2, 0.1, 0.8, 0.45, 0.8))
+NO_REFINE = {"charades": 0.0, "didemo": -0.3, "activitynet": -0.3}  # official, for "delta" only
+
+
+def reward_parts(one: episode.Episode, rows: list[Row], ret_reward: str = "exp") -> list[dict]:
+    """{part: value} of each turn of an episode, before weighting.
+
+    verify    +1 for a right verdict on the video shown, -1 for a wrong or unreadable one
+    form      1 where the reply is the asked layout to the letter
+    refine    1 where it says <REFINE>
+    retrieve  exp(-L_ret), the softmax probability of the right video after the refinement; "delta": less that of the
+              query as typed (official)
+    time      the overlap that the episode ends with, if it ends in the right video, for every turn whose own verdict
+              was right: a rejection that leads there shares in it. Nothing is summed over turns: long does not pay
+    """
+    last, parts = one.turns[-1] if one.turns else None, []
+    outcome = last.iou if last and last.reply and last.reply.matched and last.shown_is_gt else 0.0
+    for turn, row in zip(
+        one.turns, rows, strict=False
+    ):  # a video that could not be read has a turn and no row
+        right = turn.reply.matched is not None and turn.reply.matched == turn.shown_is_gt
+        gained = 0.0 if row.chance is None else row.chance
+        if ret_reward == "delta":
+            gained = NO_REFINE.get(one.run.dataset, 0.0) if row.chance is None else row.chance - row.before
+        parts.append(
+            {
+                "verify": 1.0 if right else -1.0,
+                "form": float(turn.reply.strict),
+                "refine": float(turn.reply.has_refine),
+                "time": outcome if right else 0.0,
+                "retrieve": gained,
+            }
+        )
+    return parts
+
+
+def advantages(rewards, groups) -> list[float | None]:
+    """(reward - mean) / (spread + 1e-4) within each group; None for a group of one, which has nothing to compare with.
+
+    >>> [a and round(a, 2) for a in advantages([1.0, 3.0, 2.0, 5.0], ["a", "a", "b", "c"])]
+    [-0.71, 0.71, None, None]
+    """
+    count = Counter(groups)
+    found = []
+    for reward, group in zip(rewards, groups, strict=True):
+        own = np.array([r for r, g in zip(rewards, groups, strict=True) if g == group])
+        found.append(float((reward - own.mean()) / (own.std(ddof=1) + 1e-4)) if count[group] > 1 else None)
+    return found
+
+
+# --- the objective ---------------------------------------------------------------------------------------------------
+
+
+def objective(logps, sampled, anchor, gains, said, *, clip: float, beta: float):
+    """(loss, KL, share of clipped tokens), (B,) each: the mean over a reply's tokens.
+
+    logps    (B, L)  under the weights being trained
+    sampled  (B, L)  under those that sampled; no gradient
+    anchor   (B, L)  under the policy that stage 1 left; no gradient
+    gains    (B,)    advantages
+    said     (B, L)  True on sampled tokens
+
+    Clipped policy gradient plus beta times the k3 estimate of the KL to the anchor (METHOD.md 6.2).
+    """
+    assert not (sampled.requires_grad or anchor.requires_grad)
+    ratio = torch.exp((logps - sampled).masked_fill(~said, 0))
+    bounded = ratio.clamp(1 - clip, 1 + clip)
+    gain = torch.minimum(ratio * gains[:, None], bounded * gains[:, None])
+    away = (anchor - logps).masked_fill(~said, 0)
+    kl = torch.exp(away) - away - 1
+    cut = (bounded * gains[:, None] < ratio * gains[:, None]).float()
+    mean = lambda values: (values * said).sum(dim=1) / said.sum(dim=1)  # noqa: E731
+    return mean(beta * kl - gain), mean(kl.detach()), mean(cut)
+
+
+class Learner(nn.Module):
+    """The loss of rows as one module, which accelerate can wrap for several processes."""
+
+    def __init__(self, sampler: Sampler, anchor: policy.Policy):
+        super().__init__()
+        agent = sampler.agent
+        self.model, self.heads, self.sampler, self.anchor = agent.model, agent.heads, sampler, anchor
+
+    def forward(self, rows: list[Row], totals: tuple[int, int], shared=True):
+        """(loss, sums for the log) of some rows of a step that has `totals` rows, and rows with soft tokens.
+
+        shared  read each prompt with its video once for all replies to it, forward and backward; False, for
+                comparison: once a reply
+        """
+        sampler, knobs = self.sampler, self.sampler.knobs
+        rows = sorted(rows, key=lambda row: (row.start.group, row.shown, row.t))
+        prompts, counts = [row.prompt for row in rows], [1] * len(rows)
+        if shared:
+            groups = Counter(id(row.prompt) for row in rows)
+            prompts, counts = (
+                list({id(row.prompt): row.prompt for row in rows}.values()),
+                list(groups.values()),
+            )
+        replies, options = [row.ids for row in rows], {"group": counts, "temperature": knobs.temperature}
+        seen = sampler.agent.replay(prompts, replies, **options)
+        with torch.no_grad():
+            anchored = self.anchor.replay(prompts, replies, **options).logps
+        sampled = nn.utils.rnn.pad_sequence([torch.tensor(row.logps) for row in rows], batch_first=True)
+        gains = torch.tensor([row.advantage for row in rows]).to(anchored)
+        losses, kl, cut = objective(
+            seen.logps,
+            sampled.to(anchored),
+            anchored,
+            gains,
+            seen.said,
+            clip=knobs.grpo_clip,
+            beta=knobs.grpo_beta,
+        )
+        loss, contrast = losses.sum() / totals[0], 0.0
+        if sampler.recipe.latents != "frozen":
+            soft, contrast = self._soft(rows, seen.branches)
+            loss = loss + knobs.soft_weight * soft / max(1, totals[1])
+        return loss, {"kl": float(kl.sum()), "clipped": float(cut.sum()), "info_nce": contrast}
+
+    def _soft(self, rows, branches):
+        """What soft tokens learn from rows that asked for them: (sum of losses, the sum of InfoNCE in it)."""
+        total, contrast, sampler = 0.0, 0.0, self.sampler
+        for turns in sorted({len(row.earlier) for row in rows}):
+            some = [at for at, row in enumerate(rows) if row.taken is not None and len(row.earlier) == turns]
+            if not some:
+                continue
+            own, n = [rows[at] for at in some], len(rows[some[0]].taken)
+            if sampler.recipe.latents == "gauss":
+                # The noisy tokens are the action: they stood in the query, and the policy read them.
+                taken = torch.stack([row.taken for row in own])
+                means = refine.soft_tokens(sampler.agent, [branches[at] for at in some], n, taken=taken)
+                density = -((taken - means) ** 2).sum(dim=(1, 2)) / (2 * sampler.knobs.sigma**2)
+                ratio = torch.exp(
+                    density - density.detach()
+                )  # one step a rollout: the ratio is one, its gradient is not
+                total = total - (ratio * torch.tensor([row.advantage for row in own]).to(ratio)).sum()
+                continue
+            latents = refine.soft_tokens(sampler.agent, [branches[at] for at in some], n)
+            losses = sampler.contrast(sampler.vectors_of(own, latents), own)
+            total, contrast = total + losses.sum(), contrast + float(losses.detach().sum())
+        return total, contrast
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+class Course:
+    """A policy on its way through GRPO, in one process or in several that share the starts of each step."""
+
+    def __init__(self, sampler: Sampler):
+        self.sampler, self.knobs, agent = sampler, sampler.knobs, sampler.agent
+        on_cpu = agent.model.device.type == "cpu"
+        # Where no reply of a process asked for a search, its heads get no gradient: the others must not wait for it.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        precision = "no" if on_cpu else "bf16"
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[unused])
+        anchor = copy.copy(agent)
+        anchor.model = copy.deepcopy(agent.model).requires_grad_(False)
+        learner = Learner(sampler, anchor)
+        optimizer = torch.optim.AdamW(_groups(self.knobs, sampler.recipe, agent))
+        self.learner, self.optimizer = self.accelerator.prepare(learner, optimizer)
+        self.skipped = 0
+
+    def walk(self, starts: list[Start], members: int, seed: list[int]) -> list[Row]:
+        """The rows of `members` episodes from each start; each process walks its share of the starts."""
+        share = list(enumerate(starts))[self.accelerator.process_index :: self.accelerator.num_processes]
+        rows = []
+        for at in range(0, len(share), self.knobs.grpo_batch):
+            some = [
+                dataclasses.replace(start, group=group, member=member)
+                for group, start in share[at : at + self.knobs.grpo_batch]
+                for member in range(members)
+            ]
+            with self.accelerator.autocast():
+                rows += [row for walked in self.sampler.walk(some, seed) for row in walked]
+        return rows
+
+    def step(self, number: int, starts: list[Start]) -> tuple[dict, list[dict]]:
+        """One rollout and one step of the optimizer: (the line of the log, all rows in short)."""
+        began = time.perf_counter()
+        rows = self.walk(starts, self.knobs.grpo_group, [self.knobs.seed, 7, number])
+        found = advantages(
+            [row.reward for row in rows], [(row.start.group, row.t, row.shown) for row in rows]
+        )
+        for row, advantage in zip(rows, found, strict=True):
+            row.advantage = advantage
+        sums, norm = self._descend([row for row in rows if row.advantage is not None])
+        short = gather_object([_short(row) for row in rows])
+        line = {"step": number, "loss": sums["loss"], "kl": sums["kl"] / sums["rows"]}
+        line |= {
+            "clipped": sums["clipped"] / sums["rows"],
+            "info_nce": sums["info_nce"] / max(1, sums["soft"]),
+        }
+        line |= {"norm": norm, "skipped": self.skipped, "seconds": time.perf_counter() - began}
+        return line | tally(short), short
+
+    def _descend(self, kept):
+        """(sums over the rows of all processes, norm of the gradient; None: not finite, and no step was made)."""
+        self.optimizer.zero_grad()
+        totals = self._sum({"rows": len(kept), "soft": sum(row.taken is not None for row in kept)})
+        assert totals["rows"], "no reply to learn from"
+        chunks, sums = self._chunks(kept), Counter(loss=0.0, kl=0.0, clipped=0.0, info_nce=0.0)
+        try:
+            for chunk in chunks:
+                last = chunk is chunks[-1]
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.learner):
+                    loss, parts = self.learner(chunk, (totals["rows"], totals["soft"]))
+                    self.accelerator.backward(loss * self.accelerator.num_processes)  # they are averaged
+                sums.update({"loss": float(loss.detach())} | parts)
+        except torch.OutOfMemoryError:
+            if self.accelerator.num_processes > 1:  # the others would wait for this one's gradient for ever
+                raise
+            sums["loss"] = math.nan
+        sums, norm = self._sum(sums) | totals, math.nan
+        if math.isfinite(sums["loss"]):
+            learned = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+            norm = float(self.accelerator.clip_grad_norm_(learned, 1.0))
+        if not math.isfinite(norm):
+            self.skipped += 1
+            return sums, None
+        self.optimizer.step()
+        return sums, norm
+
+    def _chunks(self, rows):
+        """Rows that are read at once: all of up to `grpo_batch` starts."""
+        groups = sorted({row.start.group for row in rows})
+        parts = [
+            set(groups[at : at + self.knobs.grpo_batch])
+            for at in range(0, len(groups), self.knobs.grpo_batch)
+        ]
+        return [[row for row in rows if row.start.group in part] for part in parts]
+
+    def _sum(self, values):
+        """The same keys with the sums over all processes."""
+        numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=self.accelerator.device)
+        return dict(zip(values, self.accelerator.reduce(numbers, "sum").tolist(), strict=True))
+
+    def run(self, starts: list[Start], held: list[Start], folder: Path, what: str, watch=None) -> None:
+        """All steps, from where `folder` stands: log.jsonl, groups.jsonl (the first group of each step), held.jsonl.
+
+        watch(lines)  is called after each step with the log so far, for curves that redraw
+        """
+        main, count = self.accelerator.is_main_process, self.knobs.grpo_prompts
+        steps = self.knobs.grpo_steps or -(-len(starts) // count)
+        done, lines = self._resume(folder), []
+        if main:
+            lines = [_keep(folder / f"{name}.jsonl", done) for name in ("groups", "held", "log")][-1]
+        if done == 0:
+            self._look(held, 0, folder)
+        bar = stages.progress(range(steps), what)
+        bar.update(done)
+        for number in range(done + 1, steps + 1):
+            line, short = self.step(number, draw(starts, number, count, self.knobs.seed))
+            if main:
+                lines.append(line)
+                _append(folder / "log.jsonl", line)
+                _append(
+                    folder / "groups.jsonl", {"step": number, "rows": [r for r in short if r["group"] == 0]}
+                )
+            if watch:
+                watch(lines)
+            if self.skipped > max(2, 0.05 * steps):
+                raise InputError(
+                    f"{what}: {self.skipped} of {number} steps had no finite gradient or no memory; lower grpo_lr or "
+                    "grpo_batch in the profile"
+                )
+            if number % max(1, steps // 4) == 0 or number == steps:
+                self._look(held, number, folder)
+                self._save(folder, number)
+            bar.update()
+        bar.close()
+
+    def _look(self, held, number, folder):
+        """Writes what the policy earns on starts that it never learns from, with the same random numbers every time."""
+        short = gather_object([_short(row) for row in self.walk(held, 2, [self.knobs.seed, 9])])
+        if self.accelerator.is_main_process:
+            _append(folder / "held.jsonl", {"step": number} | tally(short))
+
+    def _save(self, folder, number):
+        """The state after a step, complete or not at all; the one before goes away."""
+        target = folder / "steps" / f"{number:06}"
+        partial = target.with_suffix(".partial")
+        self.accelerator.save_state(partial)
+        if self.accelerator.is_main_process:
+            (partial / "skipped.json").write_text(str(self.skipped))
+            partial.rename(target)
+            for other in target.parent.iterdir():
+                if other != target:
+                    shutil.rmtree(other)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, folder):
+        """How many steps `folder` has; their state is loaded."""
+        states = sorted(path for path in folder.glob("steps/*") if not path.suffix)
+        if not states:
+            return 0
+        self.accelerator.load_state(states[-1])
+        self.skipped = int((states[-1] / "skipped.json").read_text())
+        return int(states[-1].name)
+
+
+def _groups(knobs, recipe, agent):
+    """What learns, and how fast: the language model, and the heads unless they are frozen (METHOD.md 6.3)."""
+    for weight in agent.model.parameters():
+        weight.requires_grad_(False)
+    heads = []
+    for name, weight in agent.heads.named_parameters():
+        weight.requires_grad_(recipe.latents != "frozen" and "gate" not in name)
+        heads += [weight] * weight.requires_grad
+    words = list(
+        {
+            id(w): w
+            for part in (agent.model.model.language_model, agent.model.lm_head)
+            for w in part.parameters()
+        }.values()
+    )
+    for weight in words:
+        weight.requires_grad_()
+    groups = [
+        {"params": [w for w in words if w.ndim > 1], "lr": knobs.grpo_lr, "weight_decay": 0.01},
+        {"params": [w for w in words if w.ndim < 2], "lr": knobs.grpo_lr, "weight_decay": 0.0},
+    ]
+    return groups + [{"params": heads, "lr": knobs.grpo_head_lr, "weight_decay": 0.0}] * bool(heads)
+
+
+def draw(starts: list[Start], number: int, count: int, seed: int) -> list[Start]:
+    """The starts of step `number`, from 1: each epoch goes through all of them in an order of its own."""
+    places = range((number - 1) * count, number * count)
+    epochs = {at // len(starts) for at in places}
+    orders = {epoch: np.random.default_rng([seed, 8, epoch]).permutation(len(starts)) for epoch in epochs}
+    return [starts[orders[at // len(starts)][at % len(starts)]] for at in places]
+
+
+def _short(row):
+    """A row in the words of the log."""
+    kept = {"group": row.start.group, "member": row.start.member, "t": row.t, "query": row.start.text}
+    kept |= {
+        "shown": row.shown,
+        "right": row.shown == row.start.video,
+        "text": row.text,
+        "length": len(row.ids),
+    }
+    kept |= {"reward": row.reward, "parts": row.parts, "advantage": row.advantage}
+    return kept | {"chance": row.chance, "before": row.before}
+
+
+def tally(rows: list[dict]) -> dict:
+    """What a log says about the rows of a step: means over rows, and the same turn by turn.
+
+    spread  mean over groups of the standard deviation of rewards
+    flat    share of groups whose members all earn the same: no signal
+    alone   rows that no other row can be compared with
+    """
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["group"], row["t"], row["shown"]), []).append(row["reward"])
+    spreads = [float(np.std(own, ddof=1)) for own in groups.values() if len(own) > 1]
+    told = {"rows": len(rows), "alone": sum(len(own) == 1 for own in groups.values())}
+    told |= {"spread": float(np.mean(spreads)) if spreads else None}
+    told |= {"flat": float(np.mean([spread < 1e-6 for spread in spreads])) if spreads else None} | _means(
+        rows
+    )
+    by_turn = [[row for row in rows if row["t"] == t] for t in sorted({row["t"] for row in rows})]
+    return told | {"turns": [{"rows": len(own)} | _means(own) for own in by_turn]}
+
+
+def _means(rows):
+    values = {"reward": [row["reward"] for row in rows], "length": [row["length"] for row in rows]}
+    values |= {"right_shown": [row["right"] for row in rows]}
+    values |= {
+        part: [row["parts"][part] for row in rows]
+        for part in ("verify", "form", "refine", "time", "retrieve")
+    }
+    return {name: float(np.mean(own)) for name, own in values.items()}
+
+
+def _append(path, line):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _keep(path, steps):
+    """The lines of a log up to a step; a resumed run goes on behind them."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= steps] if steps else []
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return [json.loads(line) for line in kept]
+
+
+# --- the stage -------------------------------------------------------------------------------------------------------
+
+
+def train(profile, dataset: str, name: str = "vsr1", watch=None) -> Path:
+    """The checkpoint of stage 2 by one of RECIPES, with its logs: runs/<profile>/<dataset>/grpo/<name>. Resumes."""
+    home = profile.runs(dataset)
+    knobs = dataclasses.asdict(profile)
+    used = [key for key in knobs if key.startswith(("grpo_", "re"))]
+    used += ["temperature", "soft_weight", "sigma", "tau", "held_out", "max_new", "seed"]
+    inputs = {
+        "sft": stages.stamp(home / "sft").get("key"),
+        "recipe": [name, *vars(RECIPES[name]).values()],
+        "knobs": {key: knobs[key] for key in used},
+        "sight": [profile.video_fps, profile.max_frames, profile.frame_pixels, profile.dtype],
+        "code": stages.code(
+            "grpo", "episode", "evaluate", "policy", "refine", "engine", "qwen", "frames", "sft"
+        ),
+    }
+    return stages.run(
+        home / "grpo" / name, inputs, lambda folder: _train(profile, dataset, name, folder, watch)
+    )
+
+
+def _train(profile, dataset, name, folder, watch=None):
+    home, recipe = profile.runs(dataset), RECIPES[name]
+    vectors = engine.load_vectors(home / "embed" / "engine" / "train")
+    queries = corpus.read_fig(home / "corpus" / "train.jsonl")
+    made, agent = engine.load(profile), policy.load(str(home / "sft"), profile)
+    agent.settings = dataclasses.replace(agent.settings, carry_blocks=recipe.carry, turns=recipe.turns)
+    options = {"negatives": profile.grpo_negatives, "seed": profile.seed}
+    starts, held = (
+        make_starts(part, vectors, **options) for part in corpus.hold_out(queries, profile.held_out)
+    )
+    held = evaluate.sample(held, profile.held_starts)
+    with frames.readers(frames.Reader(profile.video_fps, profile.max_frames), profile.decoders) as read:
+        clips = evaluate.Clips(home / "videos", vectors.video_ids, read)
+        course = Course(Sampler(profile, dataset, recipe, made, agent, vectors, clips))
+        course.run(starts, held, folder, f"grpo {name} {dataset}", watch)
+    policy.save(agent, folder)
+    shutil.rmtree(folder / "steps")
