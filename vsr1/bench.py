@@ -5,20 +5,22 @@ which speed does not depend: the mini policy's, and about 200 M parameters, wher
 """
 
 import argparse
+import concurrent.futures
 import csv
+import multiprocessing
 import os
 import platform
 import resource
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
-from vsr1 import frames, lessons, params, policy, qwen, refine, results, stages
+from vsr1 import engine, frames, grpo, lessons, params, policy, qwen, refine, results, stages
 
 LATENTS = GROUP = 8
 SQR_TARGET, GROUP_TARGET = 5.0, 2.5  # lowest median ratios on the larger model
@@ -39,6 +41,8 @@ class Row:
     ratio_low: float
     ratio_high: float
     target: float | None
+    ours_gb: float | None = None  # memory of a process that did nothing else, at its highest
+    plain_gb: float | None = None
 
 
 def make_config(large: bool, rows: int) -> Qwen3VLConfig:
@@ -107,6 +111,60 @@ def by_full_forwards(made: policy.Policy, prompt: qwen.Prompt, reply: list[int],
     return torch.stack(tokens)
 
 
+class Step:
+    """A whole GRPO step of one start: roll out a group, read it again with gradients and the anchor's, update.
+
+    Its group shares one reading of the prompt, sampling and training; or, the plain way, reads it once a reply.
+    The learning rate is zero: every step computes the same.
+    """
+
+    def __init__(self, made: policy.Policy, read: int, said: int, width: int = 192):
+        torch.manual_seed(0)
+        tokenizer = lessons.make_tokenizer(lessons.vocabulary())
+        searches = Qwen3VLModel(lessons.make_config(tokenizer)).eval().requires_grad_(False)
+        made = policy.new_heads(made, policy.Settings(refine_init="default"), 0, width)
+        made.banned[made.stop], self.made, self.prompt, self.said = True, made, long_prompt(made, read), said
+        knobs = {"grpo_lr": 0.0, "grpo_head_lr": 0.0, "grpo_group": GROUP, "max_new": said}
+        profile = replace(params.load("smoke"), **knobs)
+        vecs = torch.nn.functional.normalize(torch.randn(33, width), dim=1).numpy()
+        vectors = engine.Vectors([f"v{n}" for n in range(32)], vecs[:32], [0], vecs[32:])
+        wired = (engine.Engine(profile, searches, tokenizer, "random"), made, vectors, None)
+        self.course = grpo.Course(grpo.Sampler(profile, "charades", grpo.RECIPES["m2"], *wired))
+        text = "A person in a red shirt opens a blue box in the kitchen."
+        self.start = grpo.Start(
+            0, text, "v0", (0.0, 1.0), "", 2.0, "v1", tuple(f"v{n}" for n in range(1, 25))
+        )
+
+    def run(self, shared: bool) -> torch.Tensor:
+        """The loss of one step."""
+        prompts, group = ([self.prompt], GROUP) if shared else ([self.prompt] * GROUP, 1)
+        options = {"max_new": self.said - 1, "temperature": 1.0, "rng": np.random.default_rng(0)}
+        rows = []
+        for number, one in enumerate(self.made.reply(prompts, group=group, **options)):
+            ids, logps = [*one.ids, self.made.mark], [*one.logps, -1.0]
+            row = grpo.Row(self.start, 1, "v1", self.prompt, ids, logps, "", list(self.start.wrong))
+            row.taken, row.advantage = torch.zeros(LATENTS, 192), (-1.0) ** number
+            rows.append(row)
+        self.course.optimizer.zero_grad()
+        loss, _ = self.course.learner(rows, (GROUP, GROUP), shared=shared)
+        loss.backward()
+        self.course.optimizer.step()
+        return loss.detach()
+
+
+def peak_gb(large: bool, shared: bool, read: int, said: int) -> float:
+    """The memory that a process of its own takes for such a step, at its highest."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak_gb, large, shared, read, said).result()
+
+
+def _peak_gb(large, shared, read, said):
+    torch.set_num_threads(1)
+    Step(random_policy(large), read, said).run(shared)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
 def in_turn(ways, rounds: int, same) -> np.ndarray:
     """(ways, rounds) seconds: in a round, each way once; `same(first, other)` then compares what they gave.
 
@@ -127,8 +185,9 @@ def in_turn(ways, rounds: int, same) -> np.ndarray:
     return seconds
 
 
-def measure(made: policy.Policy, model: str, read: int, said: int, rounds: int, targets: bool) -> list[Row]:
+def measure(large: bool, model: str, read: int, said: int, rounds: int, targets: bool) -> list[Row]:
     """All claims for one policy: a prompt of at least `read` tokens, replies of `said` tokens."""
+    made = random_policy(large)
     prompt = long_prompt(made, read)
     reply = [*made.reply([prompt], max_new=said - 1)[0].ids, made.mark]
     size = sum(weight.numel() for weight in made.model.parameters()) / 1e6
@@ -155,17 +214,13 @@ def measure(made: policy.Policy, model: str, read: int, said: int, rounds: int, 
     ways = [lambda: by_full_forwards(made, prompt, reply, LATENTS), from_nothing, from_cache]
     latents = in_turn(ways, rounds, close)
     group = in_turn([lambda: replies([prompt] * GROUP, 1), lambda: replies([prompt], GROUP)], rounds, close)
+    stepper = Step(random_policy(large), read, said)
+    steps = in_turn([lambda: stepper.run(False), lambda: stepper.run(True)], rounds, close)
+    memory = [peak_gb(large, shared, read, said) for shared in (True, False)]
+    facts = model, round(size, 1), len(prompt.ids), said
     return [
-        Row(
-            claim,
-            model,
-            round(size, 1),
-            len(prompt.ids),
-            said,
-            *_summary(plain, ours),
-            target if targets else None,
-        )
-        for claim, plain, ours, target in (
+        Row(claim, *facts, *_summary(plain, ours), target if targets else None, *gb)
+        for claim, plain, ours, target, *gb in (
             (
                 "8 soft tokens, prompt and reply read once: 8 full forwards",
                 latents[0],
@@ -174,6 +229,7 @@ def measure(made: policy.Policy, model: str, read: int, said: int, rounds: int, 
             ),
             ("8 soft tokens from the cache of the reply: 8 full forwards", latents[0], latents[2], None),
             ("8 replies to a prompt read once: to one read 8 times, in a batch", *group, GROUP_TARGET),
+            ("a whole GRPO step, G = 8, prompt read once: once a reply", *steps, GROUP_TARGET, *memory),
         )
     ]
 
@@ -201,12 +257,12 @@ def write(rows: list[Row], folder: Path, **facts) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`make bench`: one thread, about four minutes; status 1 where a target is missed."""
+    """`make bench`: one thread, about eight minutes; status 1 where a target is missed."""
     argparse.ArgumentParser(prog="python -m vsr1 bench", description=main.__doc__).parse_args(argv)
     torch.set_num_threads(1)
     started, load = time.time(), os.getloadavg()[0]
-    rows = measure(random_policy(large=False), "mini", 512, 32, rounds=5, targets=False)
-    rows += measure(random_policy(large=True), "large", 512, 32, rounds=2, targets=True)
+    rows = measure(False, "mini", 512, 32, rounds=5, targets=False)
+    rows += measure(True, "large", 512, 32, rounds=2, targets=True)
     for row in rows:
         aim = f", at least {row.target:g} wanted" if row.target else ""
         print(
