@@ -60,7 +60,7 @@ def test_a_real_process_shows_no_traceback_for_bad_input():
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "corpus", lambda *_: {}["absent"])
     with pytest.raises(KeyError):
-        cli.main(["corpus"])
+        cli.main(["corpus", "--jobs", "1"])
 
 
 def test_a_full_disk_is_one_line_and_an_interrupt_another(monkeypatch, capsys):
@@ -71,17 +71,17 @@ def test_a_full_disk_is_one_line_and_an_interrupt_another(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "corpus", full)
-    status, _, err = run(capsys, "corpus")
+    status, _, err = run(capsys, "corpus", "--jobs", "1")
     assert status == 2 and "No space left on device; free some space" in err and err.count("\n") == 1
     monkeypatch.setattr(cli, "corpus", stopped)
-    assert run(capsys, "corpus") == (130, "", "stopped; run the same command again to go on\n")
+    assert run(capsys, "corpus", "--jobs", "1") == (130, "", "stopped; run the same command again to go on\n")
 
 
 def test_data_sets_may_be_separated_by_spaces_or_commas(monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "corpus", lambda profile, datasets: seen.append(datasets))
     for words in (["charades,didemo"], ["charades", "didemo"], ["charades didemo"], []):
-        cli.main(["corpus", *(["--datasets", *words] if words else [])])
+        cli.main(["corpus", "--jobs", "1", *(["--datasets", *words] if words else [])])
     assert seen == [("charades", "didemo")] * 3 + [("charades", "didemo", "activitynet")]
 
 
@@ -169,3 +169,34 @@ def test_threads_of_the_profile_reach_the_kernel(home, capsys, monkeypatch):
     copy = json.loads((home / "runs" / "smoke" / "charades" / "notebooks" / "00_try.ipynb").read_text())
     assert copy["cells"][-1]["outputs"][0]["text"] == [f"threads {params.load('smoke').threads}\n"]
     assert os.environ["OMP_NUM_THREADS"] == str(params.load("smoke").threads)
+
+
+def test_data_sets_side_by_side_keep_the_order_of_their_notebooks(home, monkeypatch):
+    """Two at once, each notebook in a process of its own; after a failure nothing new begins."""
+    began, ended = [], []
+
+    class Process:
+        def __init__(self, words):
+            self.words, self.polls = words, 0
+            self.returncode = int("02_b" in words and "didemo" in words)
+            began.append((words[4], words[-1]))
+
+        def poll(self):
+            self.polls += 1
+            if self.polls == 2:
+                ended.append((self.words[4], self.words[-1]))
+            return None if self.polls < 2 else self.returncode
+
+    monkeypatch.setattr(cli.subprocess, "Popen", Process)
+    for name in ("01_a", "02_b", "03_c"):
+        notebook(home, name=name)
+    words = ["notebook", "01_a", "02_b", "--profile", "smoke", "--jobs", "2"]
+    assert cli.main(words) == 1
+    assert began[:2] == [("01_a", "charades"), ("01_a", "didemo")]
+    for name in ("charades", "didemo"):
+        assert ended.index(("01_a", name)) < began.index(("02_b", name)) + len(began)
+        assert [step for step, dataset in began if dataset == name] == ["01_a", "02_b"]
+    assert ("02_b", "activitynet") not in began
+    began.clear()
+    assert cli.main(["notebook", "01_a", "03_c", "--profile", "smoke", "--jobs", "2"]) == 0
+    assert sorted(began) == sorted(ended[-6:]) and len(began) == 6

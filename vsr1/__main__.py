@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -52,9 +53,35 @@ def _command(argv):
         return doctor.main(profile)
     given = " ".join(args.datasets).replace(",", " ").split()
     datasets = tuple(params.check_dataset(name) for name in given) or profile.datasets
+    jobs = min(args.jobs or profile.jobs, len(datasets), len(os.sched_getaffinity(0)))
+    if jobs > 1:
+        return side_by_side(args, datasets, jobs)
     if args.command == "notebook":
         return notebooks(args.names, args.profile, profile, datasets)
     return {"corpus": corpus, "embed": embed}[args.command](profile, datasets)
+
+
+def side_by_side(args, datasets, jobs):
+    """The command in processes of one data set each, `jobs` at once; a data set's notebooks stay in their order."""
+    alone = [sys.executable, "-m", "vsr1", args.command]
+    common = ["--profile", args.profile, "--jobs", "1"]
+    common += ["--seed", str(args.seed)] * (args.seed is not None)
+    parts = [[notebook_file(name).stem] for name in args.names] if args.command == "notebook" else [[]]
+    waiting = {name: [[*alone, *part, *common, "--datasets", name] for part in parts] for name in datasets}
+    running, failed = {}, 0
+    try:
+        while running or (any(waiting.values()) and not failed):
+            for name in [name for name, todo in waiting.items() if todo and name not in running]:
+                if len(running) < jobs and not failed:
+                    running[name] = subprocess.Popen(waiting[name].pop(0))
+            time.sleep(0.05)
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                failed = failed or running.pop(name).returncode
+    finally:
+        for process in running.values():  # stopped by hand: they go on where they were when asked again
+            process.terminate()
+            process.wait()
+    return failed
 
 
 def _parser():
@@ -66,6 +93,7 @@ def _parser():
     sets = argparse.ArgumentParser(add_help=False, parents=[common])
     words = "charades didemo activitynet, by spaces or commas (the profile's own)"
     sets.add_argument("--datasets", "--dataset", nargs="+", default=[], metavar="NAME", help=words)
+    sets.add_argument("--jobs", type=int, help="data sets worked on at once (the profile's own)")
     commands.add_parser("corpus", parents=[sets], help="render the corpora, or bring in the real ones")
     commands.add_parser("embed", parents=[sets], help="videos and queries to vectors and an index")
     told = commands.add_parser("notebook", parents=[sets], help="run notebooks headless")
@@ -107,10 +135,7 @@ def notebooks(names, profile_name, profile, datasets):
     if profile_name.endswith(".yaml"):
         profile_name = str(Path(profile_name).resolve())  # the kernel starts in another folder
     for name in names:
-        source = ROOT / "notebooks" / f"{name}.ipynb"
-        if not source.exists():
-            known = ", ".join(sorted(path.stem for path in source.parent.glob("*.ipynb")))
-            raise InputError(f"{source}: no such notebook; there are {known or 'none'}")
+        source = notebook_file(name)
         declared = parameters(source)
         if lacking := {"profile", "seed"} - declared:  # papermill would only warn
             raise InputError(f"{source}: its parameters cell has no {min(lacking)!r}; add it")
@@ -123,6 +148,15 @@ def notebooks(names, profile_name, profile, datasets):
             ran = execute(source, given, folder, profile.digest())
             took = f"{time.time() - started:.0f} s" if ran else "unchanged"
             print(f"notebook {' '.join(filter(None, (name, dataset)))}: {took}", flush=True)
+
+
+def notebook_file(name):
+    """The file of a notebook, if there is such a notebook."""
+    source = ROOT / "notebooks" / f"{name}.ipynb"
+    if not source.exists():
+        known = ", ".join(sorted(path.stem for path in source.parent.glob("*.ipynb")))
+        raise InputError(f"{source}: no such notebook; there are {known or 'none'}")
+    return source
 
 
 def parameters(source):

@@ -48,6 +48,7 @@ class Profile:
     data: str = "data"  # <data>/<dataset>/{annotations,videos}/ for real data
     seed: int = 42  # official; `make paper SEED=...` replaces it
     threads: int = 1  # ours: two torch threads can stall on a shared machine
+    jobs: int = 1  # ours: data sets that are worked on at once, a process each; more would share one GPU
     device: str = "auto"  # auto: the first GPU where there is one, else the CPU
     dtype: str = "float32"  # "bf16" at paper scale
     decoders: int = 1  # ours: worker processes that decode ahead of the engine
