@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import COLD, QUERIES, changed, clip, coming_to_an_end, random_policy, sampled
 from transformers import Qwen3VLModel
+from transformers.generation.logits_process import TopPLogitsWarper
 
 from vsr1 import engine, lessons, params, policy, qwen, refine
 
@@ -140,6 +141,24 @@ def test_replies_follow_the_model_s_distribution():
     torch.testing.assert_close(share, logp.exp(), atol=0.015, rtol=0)
     edges = qwen.choose(logp.expand(2, -1), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
     assert edges.tolist() == [0, 3] and share[2] == 0
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
+def test_top_p_keeps_the_tokens_that_the_library_keeps_and_shares_their_mass(made, prompts, top_p):
+    _, now = made.begin(prompts)
+    logits = made.model.lm_head(now).masked_fill(made.banned, -torch.inf)
+    theirs = TopPLogitsWarper(top_p)(None, logits / 0.4).log_softmax(-1)
+    ours = qwen.log_probs(made.model.lm_head(now), made.rules(1, 0.4, top_p))
+    assert 0 < (ours > -torch.inf).sum() < (~made.banned).sum() * len(prompts)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_a_reply_with_its_own_rng_does_not_depend_on_those_beside_it(made, prompts):
+    own = lambda seed: np.random.default_rng([7, seed])  # noqa: E731
+    sample = {"max_new": 12, "temperature": 1.0, "top_p": 0.9}
+    together = made.reply(prompts, rng=[own(seed) for seed in range(len(prompts))], **sample)
+    for seed, (prompt, reply) in enumerate(zip(prompts, together, strict=True)):
+        assert made.reply([prompt], rng=[own(seed)], **sample)[0].ids == reply.ids
 
 
 def test_vision_ids_and_rows_without_a_token_are_never_said(made):

@@ -167,7 +167,7 @@ class Policy:
 
     @torch.no_grad()
     def reply(
-        self, prompts: list[qwen.Prompt], *, group=1, max_new, temperature=0.0, rng=None
+        self, prompts: list[qwen.Prompt], *, group=1, max_new, temperature=0.0, top_p=1.0, rng=None
     ) -> list[Completion]:
         """`group` replies to each prompt, prompt after prompt, as one batch; each prompt and video is read once.
 
@@ -184,7 +184,7 @@ class Policy:
             rngs = rng if isinstance(rng, list) else [rng] * len(prompts)
             draws = [one.random((count, max_new)) for one, count in zip(rngs, counts, strict=True)]
             draws = torch.from_numpy(np.concatenate(draws)).to(now.device)
-        said = qwen.decode(self.model, context, now, self.rules(max_new, temperature), draws)
+        said = qwen.decode(self.model, context, now, self.rules(max_new, temperature, top_p), draws)
         return [self._completion(one, context.seen.shape[1]) for one in said]
 
     def _completion(self, said, columns):
@@ -226,9 +226,9 @@ class Policy:
             return None
         return context.cut(row, columns + len(ids) - 1 - ids[::-1].index(self.mark))
 
-    def rules(self, limit: int, temperature: float) -> qwen.Rules:
+    def rules(self, limit: int, temperature: float, top_p: float = 1.0) -> qwen.Rules:
         """How this policy speaks."""
-        return qwen.Rules(self.stop, self.banned, limit, temperature)
+        return qwen.Rules(self.stop, self.banned, limit, temperature, top_p)
 
 
 def refine_id(tokenizer, model) -> int:

@@ -273,6 +273,7 @@ class Rules:
     banned: torch.Tensor  # (vocabulary,) True where a token may not be said
     limit: int  # tokens of the longest reply
     temperature: float = 0.0  # 0: always the likeliest token
+    top_p: float = 1.0  # only the likeliest tokens that together hold this much of the mass may be said
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,13 @@ def log_probs(logits: torch.Tensor, rules: Rules) -> torch.Tensor:
     Rollout and replay share it. At temperature 0 it is that of temperature 1.
     """
     logits = logits.float() / (rules.temperature or 1.0)
-    return logits.masked_fill(rules.banned, -torch.inf).log_softmax(dim=-1)
+    logp = logits.masked_fill(rules.banned, -torch.inf).log_softmax(dim=-1)
+    if rules.top_p == 1.0:
+        return logp
+    ordered, tokens = logp.sort(dim=-1, descending=True, stable=True)
+    mass = ordered.exp()
+    beyond = mass.cumsum(dim=-1) - mass >= rules.top_p  # likelier tokens hold it without this one
+    return logp.masked_fill(torch.zeros_like(beyond).scatter(-1, tokens, beyond), -torch.inf).log_softmax(-1)
 
 
 def choose(logp: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
