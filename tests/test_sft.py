@@ -1,4 +1,4 @@
-"""Stage 1: its rows, its two losses computed a second way, and a run that is killed."""
+"""Stage 1: its two losses computed a second way, and a run that is killed."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import QUERIES, clip, random_engine, random_policy
 
-from vsr1 import corpus, engine, params, policy, refine, sft
+from vsr1 import engine, params, policy, refine, sft, traces
 
 REPLY = "<think> does jumps - waves no. </think> <answer>not_matched</answer>"
 
@@ -38,7 +38,9 @@ def vectors():
 def rows():
     shown = ("v0", "v3", "v5")
     return [
-        sft.Row(n + 1, text, f"v{n}", shown[n], tuple(v for v in ("v5", "v3", "v4") if v != f"v{n}"), REPLY)
+        traces.Row(
+            n + 1, text, f"v{n}", shown[n], tuple(v for v in ("v5", "v3", "v4") if v != f"v{n}"), REPLY
+        )
         for n, text in enumerate(QUERIES)
     ]
 
@@ -58,30 +60,6 @@ def trainer(tmp_path, profile, search, vectors, rows):
 
 def batch(trainer, rows):
     return trainer.data_collator([dataclasses.asdict(row) for row in rows])
-
-
-def test_rows_are_balanced_and_their_negatives_are_the_wrong_videos_that_rank_highest():
-    rng = np.random.default_rng(0)
-    vecs = rng.standard_normal((70, 8)).astype(np.float32)
-    vecs /= np.linalg.norm(vecs, axis=1, keepdims=True)
-    made = engine.Vectors([f"v{n}" for n in range(10)], vecs[:10], list(range(60)), vecs[10:])
-    queries = [corpus.Query(n, f"query {n}", f"v{n % 10}", (0.0, 1.0), "", 2.0) for n in range(60)]
-    rows = sft.make_rows(
-        queries, made, lambda query, shown: f"{query.id} {shown}", most=4, negatives=5, seed=1
-    )
-    hits = [row for row in rows if row.shown == row.right]
-    assert (
-        len(hits) == 4
-        and len(rows) == 8
-        and [row.desc_id for row in rows] == sorted(row.desc_id for row in rows)
-    )
-    for row in rows:
-        scores = {video: float(vecs[10 + row.desc_id] @ vecs[n]) for n, video in enumerate(made.video_ids)}
-        order = sorted(scores, key=lambda video: -scores[video])
-        assert row.shown == order[0] and row.reply == f"{row.desc_id} {row.shown}"
-        assert list(row.negatives) == [video for video in order if video != row.right][:5]
-    with pytest.raises(params.InputError, match=r"sft_negatives: 10 .* has 10 videos"):
-        sft.make_rows(queries, made, str, most=4, negatives=10, seed=1)
 
 
 def test_info_nce_is_minus_the_log_of_the_share_of_the_right_video():

@@ -82,6 +82,8 @@ class Profile:
     )
     carry_blocks: int = 1  # official; "q_{t+1} = [q_t, soft_t]" is as many as there were turns in training
 
+    sft_data: str | None = None  # the released train_oneturn.json; {dataset} in the path stands for its name
+    teacher: str | None = None  # writes one where there is none; official: "Qwen3-VL-30B-A3B-Thinking"
     sft_rows: int = (
         1000  # official: rows of stage 1 whose first search is right, and as many where it is wrong
     )

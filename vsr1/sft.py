@@ -9,7 +9,6 @@ gradient runs through the engine's text side into the heads and the language mod
 import dataclasses
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -20,64 +19,10 @@ from transformers import DynamicCache, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from vsr1 import corpus, engine, evaluate, frames, miniworld, policy, qwen, refine, stages, teacher
-from vsr1.headroom import moment_of
+from vsr1 import engine, evaluate, frames, policy, qwen, refine, stages, traces
 from vsr1.params import InputError
 
 IGNORED = -100  # the library's label of a token that is not learned
-
-
-@dataclass(frozen=True)
-class Row:
-    """One thing to learn: a query, the video that its first search shows, and what to say about it."""
-
-    desc_id: int
-    query: str
-    right: str  # video ids
-    shown: str
-    negatives: tuple[str, ...]  # the wrong videos that rank highest, the one shown first where it is wrong
-    reply: str  # without <REFINE>
-
-
-# --- what is learned from --------------------------------------------------------------------------------------------
-
-
-def make_rows(queries, vectors: engine.Vectors, tell, *, most: int, negatives: int, seed: int) -> list[Row]:
-    """At most `most` rows whose first search is right and as many where it is wrong, drawn by seed, in query order.
-
-    tell(query, shown)  the reply to learn, without <REFINE>
-    """
-    column = {video: number for number, video in enumerate(vectors.video_ids)}
-    place = {number: at for at, number in enumerate(vectors.query_ids)}
-    queries = [query for query in queries if query.video in column and query.id in place]
-    if len(vectors.video_ids) <= negatives:
-        raise InputError(
-            f"sft_negatives: {negatives} wrong videos asked for, but the train gallery has "
-            f"{len(vectors.video_ids)} videos; lower it in the profile"
-        )
-    vecs = vectors.query_vecs[[place[query.id] for query in queries]]
-    best = np.argsort(-vecs @ vectors.video_vecs.T, axis=1, kind="stable")[:, : negatives + 1]
-    right = np.array([column[query.video] for query in queries])
-    rng, chosen = np.random.default_rng([seed, 5]), []
-    for half in (np.flatnonzero(best[:, 0] == right), np.flatnonzero(best[:, 0] != right)):
-        chosen += rng.permutation(half)[:most].tolist()
-    rows = []
-    for at in sorted(chosen):
-        query, shown = queries[at], vectors.video_ids[best[at, 0]]
-        wrong = [vectors.video_ids[c] for c in best[at] if c != right[at]][:negatives]
-        rows.append(Row(query.id, query.text, query.video, shown, tuple(wrong), tell(query, shown)))
-    return rows
-
-
-def teller(profile, dataset: str):
-    """`tell` of `make_rows` on a rendered corpus: the trace of somebody who knows what was rendered."""
-    if profile.world is None:
-        raise InputError(
-            f"{profile.name}: stage 1 on real videos needs reasoning by a teacher model, which cannot be made here "
-            "yet; take a profile with a `world`"
-        )
-    scenes = miniworld.read_scenes(profile.runs(dataset) / "corpus")
-    return lambda query, shown: teacher.verdict(moment_of(scenes, query), scenes[shown].moments)
 
 
 # --- the losses ------------------------------------------------------------------------------------------------------
@@ -200,8 +145,11 @@ def train(profile, dataset: str) -> Path:
     """The checkpoint of stage 1 on one data set, with its log: runs/<profile>/<dataset>/sft. Resumes after a kill."""
     home, place = profile.runs(dataset), Path(qwen.place(profile.policy))
     knobs = {name: value for name, value in dataclasses.asdict(profile).items() if name.startswith("sft_")}
+    del knobs["sft_data"]  # where it lies does not matter, what it says does
+    told = traces.source(profile, dataset)
     inputs = {
         "vectors": stages.stamp(home / "embed" / "engine" / "train").get("key"),
+        "traces": None if told is None else stages.digest(told),
         "policy": stages.digest(place) if place.is_dir() else profile.policy,
         "knobs": [
             knobs,
@@ -212,7 +160,7 @@ def train(profile, dataset: str) -> Path:
             profile.refine_init,
         ],
         "sight": [profile.video_fps, profile.max_frames, profile.frame_pixels, profile.dtype, profile.seed],
-        "code": stages.code("sft", "policy", "refine", "engine", "qwen", "frames", "teacher"),
+        "code": stages.code("sft", "policy", "refine", "engine", "qwen", "frames", "teacher", "traces"),
     }
     return stages.run(home / "sft", inputs, lambda folder: _train(profile, dataset, folder))
 
@@ -220,9 +168,8 @@ def train(profile, dataset: str) -> Path:
 def _train(profile, dataset, folder):
     home = profile.runs(dataset)
     vectors = engine.load_vectors(home / "embed" / "engine" / "train")
-    queries = corpus.read_fig(home / "corpus" / "train.jsonl")
-    many = {"most": profile.sft_rows, "negatives": profile.sft_negatives, "seed": profile.seed}
-    rows = make_rows(queries, vectors, teller(profile, dataset), **many)
+    rows, notes = traces.load(profile, dataset, vectors)
+    stages.write_json(folder / "notes.json", notes)
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
     made = engine.load(profile)
