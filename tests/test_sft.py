@@ -47,7 +47,7 @@ def rows():
 
 @pytest.fixture
 def profile():
-    return dataclasses.replace(params.load("smoke"), sft_batch=3, sft_epochs=4.0)
+    return dataclasses.replace(params.load("smoke"), sft_batch=3)
 
 
 @pytest.fixture
@@ -81,7 +81,10 @@ def test_the_reply_and_nothing_else_is_learned(trainer, rows):
 def by_replay(trainer, rows, tau, lam):
     """Both losses another way: the policy's own replay of the replies, and a softmax written out."""
     agent, shelf = trainer.agent, trainer.data_collator.clips
-    prompts = [agent.prompt(agent.settings.system, row.query, shelf.clips[row.shown]) for row in rows]
+    shown = [None if row.blind else shelf.clips[row.shown] for row in rows]
+    prompts = [
+        agent.prompt(agent.settings.system, row.query, clip) for row, clip in zip(rows, shown, strict=True)
+    ]
     told = agent.tokenizer(f"{REPLY} {policy.REFINE}", add_special_tokens=False)["input_ids"] + [agent.stop]
     agent.banned = torch.zeros_like(agent.banned)  # TRL's loss is over the whole vocabulary
     seen = agent.replay(prompts, [told] * len(rows))
@@ -89,12 +92,17 @@ def by_replay(trainer, rows, tau, lam):
     vecs = refine.soft_query(trainer.engine, agent.heads, [row.query for row in rows], latents)
     losses = []
     for row, vec in zip(rows, vecs, strict=True):
-        scores = {v: trainer.gallery[trainer.column[v]] @ vec / tau for v in (row.right, *row.negatives)}
+        against = trainer.column if trainer.knobs.sft_negatives is None else (row.right, *row.negatives)
+        scores = {v: trainer.gallery[trainer.column[v]] @ vec / tau for v in against}
         losses.append(torch.logsumexp(torch.stack(list(scores.values())), 0) - scores[row.right])
     return -seen.logps.sum() / seen.said.sum() + lam * torch.stack(losses).mean()
 
 
-def test_the_loss_and_its_gradients_equal_those_of_a_replay(trainer, rows, profile):
+@pytest.mark.parametrize(("negatives", "blind"), [(3, ()), (None, (1,)), (None, (0, 1, 2))])
+def test_the_loss_and_its_gradients_equal_those_of_a_replay(trainer, rows, profile, negatives, blind):
+    """Also where rows without their video share a batch with others, and against the whole gallery."""
+    trainer.knobs = profile = dataclasses.replace(profile, sft_negatives=negatives)
+    rows = [dataclasses.replace(row, blind=at in blind) for at, row in enumerate(rows)]
     agent, grads = trainer.agent, []
     losses = (
         lambda: trainer.compute_loss(agent.model, batch(trainer, rows)),
@@ -129,7 +137,7 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors
     def begin(name):
         agent = random_policy()
         (tmp_path / name).mkdir(exist_ok=True)
-        return sft.make_trainer(profile, agent, rows, Shelf(), tmp_path / name, name).teach(
+        return sft.make_trainer(profile, agent, rows * 4, Shelf(), tmp_path / name, name).teach(
             agent, search, vectors, profile
         )
 
@@ -155,3 +163,25 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors
     logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").open()] for n in ("whole", "parts")]
     assert [row["step"] for row in logs[1]] == [1, 2, 3, 4]
     assert np.allclose([row["loss"] for row in logs[0]], [row["loss"] for row in logs[1]], atol=1e-5)
+
+
+def test_the_baseline_learns_the_same_replies_without_the_token_and_without_a_search(
+    tmp_path, profile, search, vectors, rows
+):
+    agent = random_policy()
+    agent.heads = agent.mark = None
+    made = sft.make_trainer(profile, agent, rows, Shelf(), tmp_path, "ft").teach(
+        agent, search, vectors, profile
+    )
+    made.current_gradient_accumulation_steps = 1
+    inputs = batch(made, rows)
+    for labels in inputs["labels"]:
+        assert agent.tokenizer.decode(labels[labels != sft.IGNORED]) == f"{REPLY}<|im_end|>"
+    prompts = [agent.prompt(policy.SYSTEM_ZS, row.query, Shelf().clips[row.shown]) for row in rows]
+    told = agent.tokenizer(REPLY, add_special_tokens=False)["input_ids"] + [agent.stop]
+    agent.banned = torch.zeros_like(agent.banned)
+    seen = agent.replay(prompts, [told] * len(rows))
+    torch.testing.assert_close(made.compute_loss(agent.model, inputs), -seen.logps.sum() / seen.said.sum())
+    made.train()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert [row["step"] for row in log] == [1] and log[0]["info_nce"] is None

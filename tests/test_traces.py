@@ -222,7 +222,7 @@ def clone(tmp_path, monkeypatch, vectors, queries):
 
     def make(name):
         knobs = {"world": None, "teacher": "some/teacher", "sft_rows": 5, "sft_negatives": 5, "eval_batch": 4}
-        profile = dataclasses.replace(params.load("smoke"), name=name, **knobs)
+        profile = dataclasses.replace(params.load("smoke"), name=name, held_out=0.0, **knobs)
         home = profile.runs("charades")
         (home / "corpus").mkdir(parents=True)
         corpus.write_fig(home / "corpus" / "train.jsonl", queries)
@@ -312,6 +312,7 @@ def test_what_a_teacher_wrote_is_read_back_as_the_rows_it_was_asked_about(
         reply = f"<think> {' '.join(map(str, said))} </think> {verdict}"
         wanted.append(dataclasses.replace(row, reply=reply))
     rows, notes = traces.load(profile, "charades", vectors)
+    rows = sorted(rows, key=lambda row: row.desc_id)
     assert rows == wanted and {row.shown == row.right for row in rows} == {True, False}
     assert notes == {"file": traces.FILE, "rows": len(wanted), "left_out": {}}
     assert all(read_reply(row.reply, ()).strict for row in rows)
@@ -435,3 +436,13 @@ def test_the_renderer_comes_before_the_released_file_and_that_before_a_teacher(
         message = str(caught.value)
         assert all(word in message for word in ("`sft_data`", "`teacher`", "`world`")) and "\n" not in message
     assert "data/charades/other.json" in message
+
+
+def test_a_course_begins_blind_and_goes_through_every_row_once_an_epoch():
+    rows = [traces.Row(n, "q", "v0", "v1", (), "r") for n in range(5)]
+    profile = dataclasses.replace(params.load("smoke"), sft_blind=7, sft_epochs=2.0)
+    made = traces.course(profile, rows, rows[:3])
+    assert [row.blind for row in made] == [True] * 7 + [False] * 6
+    assert sorted(row.desc_id for row in made[:5]) == list(range(5))
+    assert [sorted(row.desc_id for row in made[at : at + 3]) for at in (7, 10)] == [[0, 1, 2]] * 2
+    assert made == traces.course(profile, rows, rows[:3])

@@ -23,6 +23,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VL
 from vsr1 import engine, frames, grpo, lessons, params, policy, qwen, refine, results, stages
 
 LATENTS = GROUP = 8
+LATENT_WIDTH = 192  # of the engine in a GRPO step, which is the mini one
 SQR_TARGET, GROUP_TARGET = 5.0, 2.5  # lowest median ratios on the larger model
 
 
@@ -118,17 +119,18 @@ class Step:
     The learning rate is zero: every step computes the same.
     """
 
-    def __init__(self, made: policy.Policy, read: int, said: int, width: int = 192):
+    def __init__(self, made: policy.Policy, read: int, said: int):
         torch.manual_seed(0)
         tokenizer = lessons.make_tokenizer(lessons.vocabulary())
         searches = Qwen3VLModel(lessons.make_config(tokenizer)).eval().requires_grad_(False)
-        made = policy.new_heads(made, policy.Settings(refine_init="default"), 0, width)
-        made.banned[made.stop], self.made, self.prompt, self.said = True, made, long_prompt(made, read), said
         knobs = {"grpo_lr": 0.0, "grpo_head_lr": 0.0, "grpo_group": GROUP, "max_new": said}
         profile = replace(params.load("smoke"), **knobs)
-        vecs = torch.nn.functional.normalize(torch.randn(33, width), dim=1).numpy()
+        vecs = torch.nn.functional.normalize(torch.randn(33, LATENT_WIDTH), dim=1).numpy()
         vectors = engine.Vectors([f"v{n}" for n in range(32)], vecs[:32], [0], vecs[32:])
-        wired = (engine.Engine(profile, searches, tokenizer, "random"), made, vectors, None)
+        search = engine.Engine(profile, searches, tokenizer, "random")
+        made = policy.new_heads(made, policy.Settings(refine_init="default"), 0, search)
+        made.banned[made.stop], self.made, self.prompt, self.said = True, made, long_prompt(made, read), said
+        wired = (search, made, vectors, None)
         self.course = grpo.Course(grpo.Sampler(profile, "charades", grpo.RECIPES["m2"], *wired))
         text = "A person in a red shirt opens a blue box in the kitchen."
         self.start = grpo.Start(
@@ -143,7 +145,7 @@ class Step:
         for number, one in enumerate(self.made.reply(prompts, group=group, **options)):
             ids, logps = [*one.ids, self.made.mark], [*one.logps, -1.0]
             row = grpo.Row(self.start, 1, "v1", self.prompt, ids, logps, "", list(self.start.wrong))
-            row.taken, row.advantage = torch.zeros(LATENTS, 192), (-1.0) ** number
+            row.taken, row.advantage = torch.zeros(LATENTS, LATENT_WIDTH), (-1.0) ** number
             rows.append(row)
         self.course.optimizer.zero_grad()
         loss, _ = self.course.learner(rows, (GROUP, GROUP), shared=shared)

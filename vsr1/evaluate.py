@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from vsr1.episode import AS_TYPED, Cost, Episode, Look, Ranking, Refinement, rea
 from vsr1.params import InputError
 
 CLIP_BYTES = 512 * 2**20  # ours: decoded frames that are kept; the mini test videos of one data set fit
+
+
+SPLITS = {"test": "test", "held": "train"}  # the corpus that a split's queries search
 
 
 @dataclass(frozen=True)
@@ -212,13 +216,21 @@ class Wiring:
 
 
 def run_system(
-    profile, dataset: str, name: str, *, like: str | None = None, weights: str | None = None, count=None
+    profile,
+    dataset: str,
+    name: str,
+    *,
+    like: str | None = None,
+    weights: str | None = None,
+    count=None,
+    split: Literal["test", "held"] = "test",
 ) -> Path:
-    """The file of episodes of one system on the test split; made once, resumed after a kill.
+    """The file of episodes of one system on one split; made once, resumed after a kill.
 
     like     which of SYSTEMS it is, where that is not its own name (`sft` walks like `sqr`)
     weights  folder or hub name of its policy; None: the profile's, with new heads where refinement needs some
     count    how many queries, spread evenly over the split; None: all
+    split    "held": the train queries that nothing is learned from, in the train gallery
     """
     system, home = _system(like or name), profile.runs(dataset)
     weights = weights or profile.policy
@@ -227,10 +239,12 @@ def run_system(
     sight = [profile.video_fps, profile.max_frames, profile.frame_pixels, profile.max_new, profile.dtype]
     loop = [profile.max_turns, profile.next_shown, profile.eval_batch, profile.seed]
     inputs = {
-        "vectors": stages.stamp(home / "embed" / "engine" / "test").get("key"),  # engine, videos, annotations
+        "vectors": stages.stamp(home / "embed" / "engine" / SPLITS[split]).get(
+            "key"
+        ),  # engine, videos, annotations
         "policy": stages.digest(place) if place.is_dir() else weights,
         "system": [name, *vars(system).values()],
-        "count": count,
+        "count": [count, split, profile.held_out if split == "held" else None],
         "knobs": [
             *sight,
             *loop,
@@ -244,7 +258,8 @@ def run_system(
     folder = home / "episodes" / name
     if not (folder / "episodes.jsonl").exists():  # somebody deleted a damaged file
         (folder / ".stage.json").unlink(missing_ok=True)
-    stages.run(folder, inputs, lambda partial: _walk(profile, dataset, name, system, weights, count, partial))
+    work = profile, dataset, name, system, weights, count, split
+    stages.run(folder, inputs, lambda partial: _walk(*work, partial))
     link = folder.with_name(f"{name}.jsonl")
     if not link.is_symlink():
         link.symlink_to(Path(name) / "episodes.jsonl")
@@ -257,16 +272,17 @@ def _system(name):
     return SYSTEMS[name]
 
 
-def _walk(profile, dataset, name, system, weights, count, folder):
+def _walk(profile, dataset, name, system, weights, count, split, folder):
     """Fill `folder` with the episodes, `profile.eval_batch` queries at a time, each batch a file until the end."""
     home = profile.runs(dataset)
-    queries = sample(corpus.read_fig(home / "corpus" / "test.jsonl"), count)
-    vectors = engine.load_vectors(home / "embed" / "engine" / "test")
+    queries = corpus.read_fig(home / "corpus" / f"{SPLITS[split]}.jsonl")
+    queries = sample(corpus.hold_out(queries, profile.held_out)[1] if split == "held" else queries, count)
+    vectors = engine.load_vectors(home / "embed" / "engine" / SPLITS[split])
     made, agent = load_pair(profile, system, weights)
     with frames.readers(frames.Reader(profile.video_fps, profile.max_frames), profile.decoders) as read:
         wired = Wiring(profile, system, made, agent, vectors, Clips(home / "videos", vectors.video_ids, read))
         shown, turns = system.next_shown or profile.next_shown, profile.max_turns if system.refine else 1
-        run = episode.Run(dataset, "test", name, turns, wired.carry, profile.seed, shown, wired.carry == 1)
+        run = episode.Run(dataset, split, name, turns, wired.carry, profile.seed, shown, wired.carry == 1)
         batches = [queries[i : i + profile.eval_batch] for i in range(0, len(queries), profile.eval_batch)]
         parts = [folder / f"part-{number:05}.jsonl" for number in range(len(batches))]
         for part, batch in stages.progress(list(zip(parts, batches, strict=True)), f"{name} {dataset}"):
@@ -298,7 +314,7 @@ def load_pair(profile, system: System, weights: str):
     if system.refine == "sqr":
         if agent.heads is None:
             settings = policy.new_settings(profile, made.instruction)
-            agent = policy.new_heads(agent, settings, profile.seed, made.width)
+            agent = policy.new_heads(agent, settings, profile.seed, made)
         refine.check_fit(agent, made)
     return made, agent
 

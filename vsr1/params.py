@@ -77,8 +77,8 @@ class Profile:
     seed_norm: typing.Literal["pre", "post"] = (
         "pre"  # official: the first soft token reads the state before the norm
     )
-    refine_init: typing.Literal["zero", "default"] = (
-        "zero"  # official: the last layer of the projector starts at zero
+    refine_init: typing.Literal["zero", "default", "scaled"] = (
+        "zero"  # official: the last layer of the projector starts at zero; "scaled" is ours, see `SoftHeads`
     )
     carry_blocks: int = 1  # official; "q_{t+1} = [q_t, soft_t]" is as many as there were turns in training
 
@@ -87,7 +87,12 @@ class Profile:
     sft_rows: int = (
         1000  # official: rows of stage 1 whose first search is right, and as many where it is wrong
     )
-    sft_negatives: int = 24  # official: wrong videos that InfoNCE contrasts with
+    sft_negatives: int | None = (
+        24  # official: wrong videos that InfoNCE contrasts with; None: all of the gallery
+    )
+    sft_blind: int = (
+        0  # ours: rows learned from before the others, without their video; cheap, and heads need many
+    )
     sft_epochs: float = 1.0  # official
     sft_batch: int = (
         1  # rows of one forward; times `sft_accumulate` they are the 4 of a public log (METHOD.md 9)

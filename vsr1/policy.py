@@ -60,14 +60,21 @@ class Settings:
     query_tokens: int = 128
     time_axis: Literal["true", "frame_index"] = "true"  # times shown: seconds as seen, or frame numbers
     turns: int = 1  # T_train
-    refine_init: Literal["zero", "default"] = "zero"
+    refine_init: Literal["zero", "default", "scaled"] = "zero"
     code: str = "unknown"  # digest of the modules that wrote it
 
 
 class SoftHeads(nn.Module):
-    """The modules of soft query refinement, named as in the released checkpoints (METHOD.md 3.1); float32."""
+    """The modules of soft query refinement, named as in the released checkpoints (METHOD.md 3.1); float32.
 
-    def __init__(self, hidden: int, width: int, init: str = "zero"):
+    init  "zero": the last layer of P starts at zero, as in the official code; "default": at the library's random
+          values; "scaled" (ours): the same, and what A and B hand out is as long as a token embedding
+    lengths  of the token embeddings of policy and engine, for "scaled"
+    """
+
+    def __init__(
+        self, hidden: int, width: int, init: str = "zero", lengths: tuple[float, float] | None = None
+    ):
         super().__init__()
         self.refine_projector = nn.Sequential(  # P: a state of the policy to a soft token
             nn.Linear(hidden, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width)
@@ -87,6 +94,13 @@ class SoftHeads(nn.Module):
         if init == "zero":
             for weight in self.refine_projector[3].parameters():
                 nn.init.zeros_(weight)
+        if (
+            init == "scaled"
+        ):  # a LayerNorm's output is sqrt(D) long: about 14 token embeddings of the mini models
+            for way_in, length in zip(
+                (self.refine_latent_input_projector, self.refine_append_input_projector), lengths, strict=True
+            ):
+                nn.init.constant_(way_in[0].weight, length / width**0.5)
 
     def P(self, states: torch.Tensor) -> torch.Tensor:
         """Soft tokens (..., D) from states of the policy (..., H)."""
@@ -243,8 +257,8 @@ def refine_id(tokenizer, model) -> int:
     return ids[0]
 
 
-def new_heads(policy: Policy, settings: Settings, seed: int, width: int | None = None) -> Policy:
-    """`policy` with fresh heads and a tokenizer that knows <REFINE>; `width` D is that of the engine (else H).
+def new_heads(policy: Policy, settings: Settings, seed: int, engine=None) -> Policy:
+    """`policy` with fresh heads and a tokenizer that knows <REFINE>; the heads fit `engine` (else the policy itself).
 
     The model is shared: its row for the new token, unused until now, is set to the mean of the used rows.
     """
@@ -261,8 +275,15 @@ def new_heads(policy: Policy, settings: Settings, seed: int, width: int | None =
                 layer.weight[used] = layer.weight[:used].mean(dim=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        heads = SoftHeads(hidden, width or hidden, settings.refine_init)
+        lengths = word_length(policy), word_length(engine or policy)
+        heads = SoftHeads(hidden, engine.width if engine else hidden, settings.refine_init, lengths)
     return Policy(model, tokenizer, heads.to(model.device), settings, policy.frame_pixels)
+
+
+def word_length(reader) -> float:
+    """Mean length of the token embeddings of a policy or an engine, over the tokens its tokenizer knows."""
+    rows = reader.model.get_input_embeddings().weight[: len(reader.tokenizer)]
+    return rows.detach().float().norm(dim=1).mean().item()
 
 
 def new_settings(profile, instruction: str) -> Settings:

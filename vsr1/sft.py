@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import SequentialSampler
 from transformers import DynamicCache, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
@@ -48,10 +49,14 @@ class Collator:
 
     def __call__(self, rows: list[dict]) -> dict:
         agent, prompts, lengths = self.agent, [], []
-        for row, clip in zip(rows, self.clips.get([row["shown"] for row in rows]), strict=True):
-            prompt = agent.prompt(agent.settings.system, row["query"], clip)
-            said = agent.tokenizer(f"{row['reply']} {policy.REFINE}", add_special_tokens=False)["input_ids"]
-            assert said[-1] == agent.mark
+        seeing = [row["shown"] for row in rows if not row["blind"]]
+        clips = dict(zip(seeing, self.clips.get(seeing), strict=True))
+        system = policy.SYSTEM_ZS if agent.heads is None else agent.settings.system
+        ending = "" if agent.heads is None else f" {policy.REFINE}"
+        for row in rows:
+            prompt = agent.prompt(system, row["query"], None if row["blind"] else clips[row["shown"]])
+            said = agent.tokenizer(f"{row['reply']}{ending}", add_special_tokens=False)["input_ids"]
+            assert agent.heads is None or said[-1] == agent.mark
             prompts.append(dataclasses.replace(prompt, ids=[*prompt.ids, *said, agent.stop]))
             lengths.append(len(said) + 1)
         batch = qwen.collate(prompts, agent.model, agent.tokenizer.pad_token_id)
@@ -73,8 +78,10 @@ class Trainer(SFTTrainer):
         return self
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The language-model loss, plus lam_ret times the mean InfoNCE of the batch."""
+        """The language-model loss, plus lam_ret times the mean InfoNCE of the batch where there are heads."""
         rows, cache = inputs.pop("rows"), DynamicCache()
+        if self.agent.heads is None:
+            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         inputs["past_key_values"] = cache  # the forward fills it, and gradients flow back through it
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         memory = tuple((layer.keys, layer.values) for layer in cache.layers)
@@ -83,15 +90,23 @@ class Trainer(SFTTrainer):
         branches = [context.cut(row, columns - 2) for row in range(len(rows))]
         latents = refine.soft_tokens(self.agent, branches, self.agent.settings.n_soft)
         vecs = refine.soft_query(self.engine, self.agent.heads, [row["query"] for row in rows], latents)
-        right = self.gallery[[self.column[row["right"]] for row in rows]]
-        wrong = self.gallery[
-            torch.tensor([[self.column[video] for video in row["negatives"]] for row in rows])
-        ]
-        contrast = info_nce(vecs, right, wrong, self.knobs.tau)
+        contrast = self.contrast(vecs, rows)
         self.seen.append(
             (contrast.detach().mean().item(), (contrast.detach() < np.log(2)).float().mean().item())
         )
         return loss + self.knobs.lam_ret * contrast.mean() / self.current_gradient_accumulation_steps
+
+    def contrast(self, vecs, rows):
+        """(B,) InfoNCE of query vectors (B, D) against each row's negatives, or the whole gallery where it has none."""
+        right = torch.tensor([self.column[row["right"]] for row in rows], device=vecs.device)
+        if self.knobs.sft_negatives is None:
+            return F.cross_entropy(vecs @ self.gallery.T / self.knobs.tau, right, reduction="none")
+        wrong = [[self.column[video] for video in row["negatives"]] for row in rows]
+        return info_nce(vecs, self.gallery[right], self.gallery[torch.tensor(wrong)], self.knobs.tau)
+
+    def _get_train_sampler(self, *_):
+        """Rows come in the order of their course (`traces.course`)."""
+        return SequentialSampler(self.train_dataset)
 
     def log(self, logs, *args):
         """TRL's log line, with both terms of ours."""
@@ -103,15 +118,16 @@ class Trainer(SFTTrainer):
 
 
 class Diary(TrainerCallback):
-    """One JSON line a step in `log.jsonl`, and a progress bar."""
+    """One JSON line a step in `log.jsonl`, a progress bar, and whoever watches."""
 
-    def __init__(self, path: Path, what: str):
-        self.path, self.what = path, what
+    def __init__(self, path: Path, what: str, watch=None):
+        self.path, self.what, self.watch, self.lines = path, what, watch, []
 
     def on_train_begin(self, args, state, control, **_):
         """A resumed run goes on behind the lines of the steps it has."""
         kept = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
         self.path.write_text("".join(kept[: state.global_step]), encoding="utf-8")
+        self.lines = [json.loads(line) for line in kept[: state.global_step]]
         self.bar = stages.progress(range(state.max_steps), self.what)
         self.bar.update(state.global_step)
 
@@ -125,9 +141,12 @@ class Diary(TrainerCallback):
             )
         keys = {"loss": "loss", "info_nce": "info_nce", "preferred": "preferred", "grad_norm": "norm"}
         keys |= {"mean_token_accuracy": "accuracy", "learning_rate": "rate"}
-        row = {"step": state.global_step} | {ours: logs[theirs] for theirs, ours in keys.items()}
+        row = {"step": state.global_step} | {ours: logs.get(theirs) for theirs, ours in keys.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        self.lines.append(row)
+        if self.watch:
+            self.watch(self.lines)
 
     def on_step_end(self, args, state, control, **_):
         """One step further."""
@@ -141,31 +160,30 @@ class Diary(TrainerCallback):
 # --- the stage -------------------------------------------------------------------------------------------------------
 
 
-def train(profile, dataset: str) -> Path:
-    """The checkpoint of stage 1 on one data set, with its log: runs/<profile>/<dataset>/sft. Resumes after a kill."""
+def train(profile, dataset: str, name: str = "sft", watch=None) -> Path:
+    """The checkpoint of stage 1 on one data set, with its log: runs/<profile>/<dataset>/<name>. Resumes after a kill.
+
+    name   "sft"; or "ft", the baseline of T1: the same rows, no <REFINE>, no soft tokens, no InfoNCE
+    watch  is called after each step with the lines of the log so far, for curves that redraw
+    """
     home, place = profile.runs(dataset), Path(qwen.place(profile.policy))
-    knobs = {name: value for name, value in dataclasses.asdict(profile).items() if name.startswith("sft_")}
+    profile = profile if name == "sft" else dataclasses.replace(profile, sft_blind=0)
+    knobs = {key: value for key, value in dataclasses.asdict(profile).items() if key.startswith("sft_")}
     del knobs["sft_data"]  # where it lies does not matter, what it says does
     told = traces.source(profile, dataset)
+    retrieval = [profile.lam_ret, profile.tau, profile.n_soft, profile.seed_norm, profile.refine_init]
     inputs = {
         "vectors": stages.stamp(home / "embed" / "engine" / "train").get("key"),
         "traces": None if told is None else stages.digest(told),
         "policy": stages.digest(place) if place.is_dir() else profile.policy,
-        "knobs": [
-            knobs,
-            profile.lam_ret,
-            profile.tau,
-            profile.n_soft,
-            profile.seed_norm,
-            profile.refine_init,
-        ],
+        "knobs": [name, knobs, profile.held_out, *retrieval],
         "sight": [profile.video_fps, profile.max_frames, profile.frame_pixels, profile.dtype, profile.seed],
         "code": stages.code("sft", "policy", "refine", "engine", "qwen", "frames", "teacher", "traces"),
     }
-    return stages.run(home / "sft", inputs, lambda folder: _train(profile, dataset, folder))
+    return stages.run(home / name, inputs, lambda folder: _train(profile, dataset, name, folder, watch))
 
 
-def _train(profile, dataset, folder):
+def _train(profile, dataset, name, folder, watch):
     home = profile.runs(dataset)
     vectors = engine.load_vectors(home / "embed" / "engine" / "train")
     rows, notes = traces.load(profile, dataset, vectors)
@@ -173,14 +191,15 @@ def _train(profile, dataset, folder):
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
     made = engine.load(profile)
-    agent = beginner(profile, made)
+    agent = beginner(profile, made, heads=name == "sft")
     with frames.readers(frames.Reader(profile.video_fps, profile.max_frames), profile.decoders) as read:
         clips = evaluate.Clips(home / "videos", vectors.video_ids, read)
-        trainer = make_trainer(profile, agent, rows, clips, folder, f"sft {dataset}")
+        trainer = make_trainer(profile, agent, rows, clips, folder, f"{name} {dataset}", watch)
         trainer.teach(agent, made, vectors, profile)
         trainer.train(resume_from_checkpoint=checkpoint(folder))
-    for name, _ in agent.heads.named_children():
-        delattr(agent.model, name)
+    if agent.heads is not None:
+        for head, _ in agent.heads.named_children():
+            delattr(agent.model, head)
     policy.save(agent, folder)
     shutil.rmtree(folder / "steps")
 
@@ -190,28 +209,32 @@ def checkpoint(folder: Path) -> str | None:
     return get_last_checkpoint(str(folder / "steps")) if (folder / "steps").exists() else None
 
 
-def beginner(profile, made: engine.Engine) -> policy.Policy:
+def beginner(profile, made: engine.Engine, heads=True) -> policy.Policy:
     """The base policy with new heads: what stage 1 starts from. Vision blocks stay as they are."""
-    base = policy.load(profile.policy, profile)
-    agent = policy.new_heads(base, policy.new_settings(profile, made.instruction), profile.seed, made.width)
+    agent = policy.load(profile.policy, profile)
+    if heads:
+        agent = policy.new_heads(agent, policy.new_settings(profile, made.instruction), profile.seed, made)
     for name, weight in agent.model.model.visual.named_parameters():
         weight.requires_grad_("merger" in name)  # the mergers learn (METHOD.md 5)
     return agent
 
 
-def make_trainer(profile, agent, rows, clips, folder, what):
+def make_trainer(profile, agent, rows, clips, folder, what, watch=None):
     """A `Trainer` of the policy with its heads, which the library sees as parts of one model."""
-    for name, head in agent.heads.named_children():  # the names of released checkpoints
-        agent.model.add_module(name, head)
-    learned = [weight for weight in agent.heads.parameters() if weight.requires_grad]
+    learned = []
+    if agent.heads is not None:
+        for name, head in agent.heads.named_children():  # the names of released checkpoints
+            agent.model.add_module(name, head)
+        learned = [weight for weight in agent.heads.parameters() if weight.requires_grad]
     ours = {id(weight) for weight in learned}
     rest = [w for w in agent.model.parameters() if w.requires_grad and id(w) not in ours]
-    groups = [{"params": rest, "lr": profile.sft_lr}, {"params": learned, "lr": profile.sft_head_lr}]
+    groups = [{"params": rest, "lr": profile.sft_lr}]
+    groups += [{"params": learned, "lr": profile.sft_head_lr}] * bool(learned)
     options = SFTConfig(
         str(folder / "steps"),
         per_device_train_batch_size=profile.sft_batch,
         gradient_accumulation_steps=profile.sft_accumulate,
-        num_train_epochs=profile.sft_epochs,
+        num_train_epochs=1,  # the rows are those of all epochs
         lr_scheduler_type="linear",
         max_grad_norm=1.0,
         use_cpu=agent.model.device.type == "cpu",
@@ -234,7 +257,7 @@ def make_trainer(profile, agent, rows, clips, folder, what):
         datasets.Dataset.from_list([dataclasses.asdict(row) for row in rows]),
         processing_class=agent.tokenizer,
         optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
-        callbacks=[Diary(folder / "log.jsonl", what)],
+        callbacks=[Diary(folder / "log.jsonl", what, watch)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -12,6 +12,7 @@ import os
 import re
 import warnings
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ class Row:
     shown: str
     negatives: tuple[str, ...]  # the wrong videos that rank highest, the one shown first where it is wrong
     reply: str  # without <REFINE>
+    blind: bool = False  # learned from without its video
 
 
 # --- one of three sources --------------------------------------------------------------------------------------------
@@ -58,12 +60,34 @@ def source(profile, dataset: str) -> Path | None:
 
 
 def load(profile, dataset: str, vectors: engine.Vectors) -> tuple[list[Row], dict]:
-    """The rows of stage 1, and notes: which file they come from and what of it was left out. See `source`."""
+    """The rows of stage 1 in their order, and notes: which file they come from and what was left out. See `source`.
+
+    Nothing comes from videos that are held out. The first `sft_blind` rows are learned from without their video.
+    """
     file, folder = source(profile, dataset), profile.runs(dataset) / "corpus"
     queries = corpus.read_fig(folder / "train.jsonl")
+    learn, held = corpus.hold_out(queries, profile.held_out)
     if file is not None:
-        return read_released(file, queries, vectors, profile.sft_negatives)
-    return _chosen(profile, queries, vectors, teller(miniworld.read_scenes(folder))), {}
+        rows, notes = read_released(file, queries, vectors, profile.sft_negatives)
+        hidden = {query.id for query in held}
+        rows = [row for row in rows if row.desc_id not in hidden]
+        return course(profile, rows, rows), notes
+    tell = teller(miniworld.read_scenes(folder))
+    rows = _chosen(profile, learn, vectors, tell)
+    more = {"most": len(learn), "negatives": profile.sft_negatives, "seed": profile.seed}
+    return course(profile, make_rows(learn, vectors, tell, **more) if profile.sft_blind else [], rows), {}
+
+
+def course(profile, pool: list[Row], rows: list[Row]) -> list[Row]:
+    """`sft_blind` rows of `pool` without their video, then `sft_epochs` times `rows`; each epoch in its own order."""
+    blind = _shuffled(pool, profile.sft_blind, [profile.seed, 10])
+    rest = _shuffled(rows, round(profile.sft_epochs * len(rows)), [profile.seed, 11])
+    return [replace(row, blind=True) for row in blind] + rest
+
+
+def _shuffled(rows, count, seed):
+    orders = (np.random.default_rng([*seed, epoch]).permutation(len(rows)) for epoch in range(count))
+    return [rows[at] for at in islice(chain.from_iterable(orders), count)]
 
 
 def teller(scenes: dict[str, miniworld.Scene]):
@@ -86,7 +110,7 @@ def make_rows(queries, vectors: engine.Vectors, tell, *, most: int, negatives: i
     """
     videos, asked = set(vectors.video_ids), set(vectors.query_ids)
     queries = [query for query in queries if query.video in videos and query.id in asked]
-    first = rankings(queries, vectors, negatives + 1)
+    first = rankings(queries, vectors, negatives)
     hit = np.array([order[0] == query.video for query, order in zip(queries, first, strict=True)], bool)
     rng, chosen = np.random.default_rng([seed, 5]), []
     for half in (np.flatnonzero(hit), np.flatnonzero(~hit)):
@@ -99,8 +123,9 @@ def make_rows(queries, vectors: engine.Vectors, tell, *, most: int, negatives: i
     return rows
 
 
-def rankings(queries, vectors: engine.Vectors, count: int) -> list[list[str]]:
-    """The `count` videos that rank highest for each query as typed; equal scores in row order."""
+def rankings(queries, vectors: engine.Vectors, negatives: int | None) -> list[list[str]]:
+    """The videos that rank highest for each query as typed, one more than `negatives`; equal scores in row order."""
+    count = 1 + (negatives or 0)
     if len(vectors.video_ids) < count:
         raise InputError(
             f"sft_negatives: {count - 1} wrong videos asked for, but the train gallery has "
@@ -186,7 +211,7 @@ def read_released(path: Path, queries, vectors: engine.Vectors, negatives: int) 
         )
     if left:
         warnings.warn(f"{path}: rows left out: {', '.join(told)}", corpus.CorpusWarning, stacklevel=2)
-    first = rankings([known[number] for number in rows], vectors, negatives + 1)
+    first = rankings([known[number] for number in rows], vectors, negatives)
     made = [
         replace(row, negatives=wrong_videos(order, row.shown, row.right))
         for row, order in zip(rows.values(), first, strict=True)
