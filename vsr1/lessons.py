@@ -574,21 +574,13 @@ def looks_of(scene: miniworld.Scene, clip: frames.Clip) -> tuple[dict, ...]:
 
 
 def a_window(films: Films, count: int, rng) -> tuple[int, frames.Clip, tuple[miniworld.Moment, ...]]:
-    """(video, clip, moments): a window of any film that shows something; times as the video's text tells them.
-
-    A moment starts at the time of its first pair of frames and ends at that of the first pair after it, or at the last.
-    """
+    """(video, clip, moments): a window of any film that shows something; times as the video's text tells them."""
     while True:
         number = int(rng.integers(len(films.scenes)))
         clip, moments = films.window(number, count, rng)
-        times, told = qwen.pair_times(clip.seen_at).round(1), []
-        for moment in moments:
-            inside = np.flatnonzero((times >= moment.start) & (times < moment.end))
-            last = min(inside[-1] + 1, len(times) - 1) if len(inside) else 0
-            if len(inside) and inside[0] < last:
-                told.append(replace(moment, start=float(times[inside[0]]), end=float(times[last])))
-        if told:
-            return number, clip, tuple(told)
+        times = qwen.pair_times(clip.seen_at).round(1)
+        if told := tuple(filter(None, (teacher.as_told(moment, times) for moment in moments))):
+            return number, clip, told
 
 
 def reading_row(lesson, count, rng):

@@ -4,6 +4,10 @@ It stands where the paper has a 30B teacher model. The mini policy's foundation 
 from it; nothing that is evaluated calls it.
 """
 
+from dataclasses import replace
+
+import numpy as np
+
 from vsr1 import miniworld
 from vsr1.miniworld import ACTIONS, ATTRIBUTES, LIGHTS, Moment
 
@@ -77,6 +81,24 @@ def seconds(time: float) -> str:
     ('18.0', '11.6')
     """
     return f"{time:.1f}" if time == int(time) else f"{time:.6f}".rstrip("0")
+
+
+def as_told(moment: Moment, times) -> Moment | None:
+    """The moment with times that the video's text carries, (P,) seconds of its pairs of frames as printed there.
+
+    It starts at its first pair and ends at the first pair after it, or at the last; None: no two pairs tell it. A small
+    model copies times, it does not compute them (LOG.md).
+
+    >>> moment = Moment(1.2, 4.7, "red", "blue", "jump", "umbrella", "green", "kitchen", "night")
+    >>> told = as_told(moment, np.array([0.5, 2.5, 4.5, 6.5]))
+    >>> told.start, told.end
+    (2.5, 6.5)
+    """
+    inside = np.flatnonzero((times >= moment.start) & (times < moment.end))
+    last = min(inside[-1] + 1, len(times) - 1) if len(inside) else 0
+    if not len(inside) or inside[0] == last:
+        return None
+    return replace(moment, start=float(times[inside[0]]), end=float(times[last]))
 
 
 def span(moment: Moment) -> str:

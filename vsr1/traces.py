@@ -72,7 +72,7 @@ def load(profile, dataset: str, vectors: engine.Vectors) -> tuple[list[Row], dic
         hidden = {query.id for query in held}
         rows = [row for row in rows if row.desc_id not in hidden]
         return course(profile, rows, rows), notes
-    tell = teller(miniworld.read_scenes(folder))
+    tell = teller(profile, miniworld.read_scenes(folder))
     rows = _chosen(profile, learn, vectors, tell)
     more = {"most": len(learn), "negatives": profile.sft_negatives, "seed": profile.seed}
     return course(profile, make_rows(learn, vectors, tell, **more) if profile.sft_blind else [], rows), {}
@@ -90,9 +90,21 @@ def _shuffled(rows, count, seed):
     return [rows[at] for at in islice(chain.from_iterable(orders), count)]
 
 
-def teller(scenes: dict[str, miniworld.Scene]):
-    """`tell` of `make_rows` on a rendered corpus: the trace of somebody who knows what was rendered."""
-    return lambda query, shown: teacher.verdict(moment_of(scenes, query), scenes[shown].moments)
+def teller(profile, scenes: dict[str, miniworld.Scene]):
+    """`tell` of `make_rows` on a rendered corpus: the trace of somebody who knows what was rendered.
+
+    Spans are named by the times that the policy sees printed between the frames (`teacher.as_told`).
+    """
+
+    def tell(query, shown):
+        scene, fps = scenes[shown], profile.world.fps
+        length = round(scene.seconds * fps) / fps
+        wanted = frames.sample_times(length, profile.video_fps, profile.max_frames)
+        times = qwen.pair_times(np.floor(wanted * fps + 1e-6) / fps).round(1)  # of the frames on screen then
+        moments = tuple(teacher.as_told(moment, times) or moment for moment in scene.moments)
+        return teacher.verdict(moment_of(scenes, query), moments)
+
+    return tell
 
 
 def _chosen(profile, queries, vectors, tell):
