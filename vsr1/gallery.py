@@ -4,9 +4,12 @@ Figures are matplotlib objects without pyplot, so no state outlives a call. `sav
 file, where the report finds it. Colours are Okabe and Ito's, and no colour carries a meaning alone.
 """
 
+import io
 import json
+import os
 import shutil
 import textwrap
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -249,6 +252,7 @@ def _panels(datasets, rows=1, height=3.3, **options):
 
 REFINEMENTS = {
     "walkdown": "walk down (no refinement)",
+    "sqr": "SQR, trained",
     "sqr-untrained": "SQR, untrained heads",
     **{f"hqr-{variant}": f"HQR {variant} (ours), prompted" for variant in ("blind", "seen", "reasoned")},
 }
@@ -306,6 +310,69 @@ def _xy(series, dataset, init, what):
     return np.array(series[f"S2/{dataset}/{init}/{what}"]).T
 
 
+# Per figure of training: rows of panels, each {y label: {system/metric: (label, colour, line)}}
+STAGE_1 = {
+    "loss (nats)": {"sft/loss": ("all", BLACK, "-"), "ft/loss": ("FT: replies only", GREY, "--")},
+    "InfoNCE (nats)": {"sft/info_nce": ("search", BLUE, "-")},
+}
+STAGE_2 = {
+    "reward": {"vsr1/reward": ("sampled", BLUE, "-"), "vsr1/held": ("held out", BLACK, "o--")},
+    "parts of it": {
+        "vsr1/verify": ("verdict (-1 to 1)", ORANGE, "-"),
+        "vsr1/time": ("overlap", RED, "--"),
+        "vsr1/retrieve": ("search", SKY, ":"),
+    },
+    "KL to stage 1": {"vsr1/kl": ("KL", GREY, "-")},
+}
+
+
+@style()
+def courses(table: str, panels: dict, series: dict, datasets: list[str]) -> Figure:
+    """Per data set a column, per y label a row: what a training run logged, step by step."""
+    figure, rows = _panels(datasets, rows=len(panels), height=0.7 + 1.9 * len(panels), sharex="col")
+    for row, (label, wanted) in zip(rows, panels.items(), strict=True):
+        for axes, dataset in zip(row, datasets, strict=True):
+            for name, (words, colour, line) in wanted.items():
+                points = series.get(f"{table}/{dataset}/{name}")
+                if points:
+                    axes.plot(*np.array(points, dtype=float).T, line, color=colour, label=words, markersize=4)
+        row[0].set_ylabel(label)
+        row[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for axes, dataset in zip(rows[0], datasets, strict=True):
+        axes.set_title(dataset)
+    for axes in rows[-1]:
+        axes.set_xlabel("step")
+    return figure
+
+
+def live(keys, every: float = 3.0):
+    """A `watch` for a training run whose curves redraw in JupyterLab; None elsewhere, where nobody is looking."""
+    if "JPY_SESSION_NAME" not in os.environ:  # set by the server for its kernels; papermill's have none
+        return None
+    from IPython.display import Image, display
+
+    handle, drawn = display(display_id=True), [0.0]
+
+    def watch(lines):
+        if time.monotonic() - drawn[0] < every:
+            return
+        drawn[0] = time.monotonic()
+        handle.update(Image(_live_png(lines, keys)))
+
+    return watch
+
+
+@style()
+def _live_png(lines, keys):
+    figure = Figure(figsize=(3 * len(keys), 2.4), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        axes.plot(*zip(*((line["step"], line[key]) for line in lines if line[key] is not None), strict=True))
+        axes.set(title=key, xlabel="step")
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
+
+
 FIGURES = {  # figure: (its number or series, without which a data set is left out; how it is drawn; caption)
     "H1": (
         "H1/{}/zs/vr@1",
@@ -332,6 +399,19 @@ FIGURES = {  # figure: (its number or series, without which a data set is left o
         lambda numbers, series, datasets: overlaps(series, datasets),
         "Overlap of the span that the base model names for the right video with the right moment. Grey: no overlap, "
         "or no span named. Red: what answering the whole video would overlap.",
+    ),
+    "E1": (
+        "E1/{}/sft/info_nce",
+        lambda numbers, series, datasets: courses("E1", STAGE_1, series, datasets),
+        "Stage 1, step by step (means of nine steps). Above: the loss that is minimised; FT learns the same replies "
+        "without a search. Below: InfoNCE of the refined query over the train gallery. It falls in one go once the "
+        "soft tokens have found the words of the reply; the first part of the run is without videos.",
+    ),
+    "E2": (
+        "E2/{}/vsr1/reward",
+        lambda numbers, series, datasets: courses("E2", STAGE_2, series, datasets),
+        "Stage 2, step by step (means of nine steps): the weighted reward of sampled turns, and that on starts of "
+        "videos that are held out; three of its parts; and the KL to the policy that stage 1 left.",
     ),
     "S1": (
         "S1/{}/sqr-untrained/vr@1",
