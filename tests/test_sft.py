@@ -81,7 +81,7 @@ def test_the_reply_and_nothing_else_is_learned(trainer, rows):
 def by_replay(trainer, rows, tau, lam):
     """Both losses another way: the policy's own replay of the replies, and a softmax written out."""
     agent, shelf = trainer.agent, trainer.data_collator.clips
-    shown = [None if row.blind else shelf.clips[row.shown] for row in rows]
+    shown = [row.told or shelf.clips[row.shown] for row in rows]
     prompts = [
         agent.prompt(agent.settings.system, row.query, clip) for row, clip in zip(rows, shown, strict=True)
     ]
@@ -98,11 +98,12 @@ def by_replay(trainer, rows, tau, lam):
     return -seen.logps.sum() / seen.said.sum() + lam * torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize(("negatives", "blind"), [(3, ()), (None, (1,)), (None, (0, 1, 2))])
-def test_the_loss_and_its_gradients_equal_those_of_a_replay(trainer, rows, profile, negatives, blind):
-    """Also where rows without their video share a batch with others, and against the whole gallery."""
+@pytest.mark.parametrize(("negatives", "told"), [(3, ()), (None, (1,)), (None, (0, 1, 2))])
+def test_the_loss_and_its_gradients_equal_those_of_a_replay(trainer, rows, profile, negatives, told):
+    """Also where rows told in words share a batch with others, and against the whole gallery."""
     trainer.knobs = profile = dataclasses.replace(profile, sft_negatives=negatives)
-    rows = [dataclasses.replace(row, blind=at in blind) for at, row in enumerate(rows)]
+    words = "0.0 to 2.0: A person waves."
+    rows = [dataclasses.replace(row, told=words if at in told else None) for at, row in enumerate(rows)]
     agent, grads = trainer.agent, []
     losses = (
         lambda: trainer.compute_loss(agent.model, batch(trainer, rows)),

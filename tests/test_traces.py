@@ -438,11 +438,10 @@ def test_the_renderer_comes_before_the_released_file_and_that_before_a_teacher(
     assert "data/charades/other.json" in message
 
 
-def test_a_course_begins_blind_and_goes_through_every_row_once_an_epoch():
+def test_a_course_begins_with_words_and_goes_through_every_row_once_an_epoch():
     rows = [traces.Row(n, "q", "v0", "v1", (), "r") for n in range(5)]
-    profile = dataclasses.replace(params.load("smoke"), sft_blind=7, sft_epochs=2.0)
-    made = traces.course(profile, rows, rows[:3])
-    assert [row.blind for row in made] == [True] * 7 + [False] * 6
+    profile = dataclasses.replace(params.load("smoke"), sft_told=7, sft_epochs=2.0)
+    made = traces.course(profile, [dataclasses.replace(row, told="w") for row in rows], rows[:3])
+    assert [row.told is not None for row in made] == [True] * 7 + [False] * 6
     assert sorted(row.desc_id for row in made[:5]) == list(range(5))
     assert [sorted(row.desc_id for row in made[at : at + 3]) for at in (7, 10)] == [[0, 1, 2]] * 2
-    assert made == traces.course(profile, rows, rows[:3])

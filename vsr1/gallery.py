@@ -405,7 +405,7 @@ FIGURES = {  # figure: (its number or series, without which a data set is left o
         lambda numbers, series, datasets: courses("E1", STAGE_1, series, datasets),
         "Stage 1, step by step (means of nine steps). Above: the loss that is minimised; FT learns the same replies "
         "without a search. Below: InfoNCE of the refined query over the train gallery. It falls in one go once the "
-        "soft tokens have found the words of the reply; the first part of the run is without videos.",
+        "soft tokens have found the words of the reply; in the first part of the run videos are told in words.",
     ),
     "E2": (
         "E2/{}/vsr1/reward",

@@ -589,9 +589,8 @@ def reading_row(lesson, count, rng):
     number = int(rng.integers(len(films.scenes)))
     seen = films.scenes[number].moments[0]
     asked = changed(seen, films.datasets[number], [name for name in ATTRIBUTES if rng.random() < 0.5], rng)
-    told = [miniworld.tell(moment, int(rng.integers(miniworld.STYLES))) for moment in (asked, seen)]
-    when = f"{teacher.seconds(seen.start)} to {teacher.seconds(seen.end)}"
-    shown = f'Query: "{told[0]}"\nRetrieved video: {when}: {told[1]}'
+    styles = [int(rng.integers(miniworld.STYLES)) for _ in range(2)]
+    shown = policy.told(miniworld.tell(asked, styles[0]), teacher.caption(seen, styles[1]))
     return lesson.row(policy.SYSTEM_ZS, (shown,), teacher.verdict(asked, (seen,)))
 
 

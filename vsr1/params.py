@@ -90,9 +90,7 @@ class Profile:
     sft_negatives: int | None = (
         24  # official: wrong videos that InfoNCE contrasts with; None: all of the gallery
     )
-    sft_blind: int = (
-        0  # ours: rows learned from before the others, without their video; cheap, and heads need many
-    )
+    sft_told: int = 0  # ours: rows learned from before the others, told their video in words: heads need many
     sft_epochs: float = 1.0  # official
     sft_batch: int = (
         1  # rows of one forward; times `sft_accumulate` they are the 4 of a public log (METHOD.md 9)

@@ -164,17 +164,16 @@ class Policy:
         for kind in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
             self.banned[getattr(config, kind)] = True
 
-    def prompt(self, system: str, query: str, clip: frames.Clip | None = None) -> qwen.Prompt:
-        """One user turn: the query, and the retrieved video where there is one (METHOD.md 4)."""
-        if clip is None:
-            return qwen.Prompt(self._ids(system, f'Query: "{query}"'))
+    def prompt(self, system: str, query: str, clip: frames.Clip | str | None = None) -> qwen.Prompt:
+        """One user turn: the query, and the retrieved video where there is one, or words for it (METHOD.md 4)."""
+        if clip is None or isinstance(clip, str):
+            return qwen.Prompt(self._ids(system, f'Query: "{query}"' if clip is None else told(query, clip)))
         config = self.model.config.vision_config
         patches, grid = qwen.patchify(clip.frames, config, self.frame_pixels)
         per_pair = grid[1] * grid[2] // config.spatial_merge_size**2
         by_number = self.settings is not None and self.settings.time_axis == "frame_index"
         seen_at = np.arange(len(clip.frames), dtype=float) if by_number else clip.seen_at
-        user = f'Query: "{query}"\nRetrieved video: {qwen.video_text(seen_at, per_pair)}'
-        return qwen.Prompt(self._ids(system, user), patches, grid)
+        return qwen.Prompt(self._ids(system, told(query, qwen.video_text(seen_at, per_pair))), patches, grid)
 
     def _ids(self, system, user):
         return self.tokenizer(qwen.chat(self.tokenizer, system, user), add_special_tokens=False)["input_ids"]
@@ -243,6 +242,11 @@ class Policy:
     def rules(self, limit: int, temperature: float, top_p: float = 1.0) -> qwen.Rules:
         """How this policy speaks."""
         return qwen.Rules(self.stop, self.banned, limit, temperature, top_p)
+
+
+def told(query: str, video: str) -> str:
+    """The user's words: a query, and the retrieved video as text."""
+    return f'Query: "{query}"\nRetrieved video: {video}'
 
 
 def refine_id(tokenizer, model) -> int:

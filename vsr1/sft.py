@@ -49,12 +49,14 @@ class Collator:
 
     def __call__(self, rows: list[dict]) -> dict:
         agent, prompts, lengths = self.agent, [], []
-        seeing = [row["shown"] for row in rows if not row["blind"]]
+        seeing = [row["shown"] for row in rows if row["told"] is None]
         clips = dict(zip(seeing, self.clips.get(seeing), strict=True))
         system = policy.SYSTEM_ZS if agent.heads is None else agent.settings.system
         ending = "" if agent.heads is None else f" {policy.REFINE}"
         for row in rows:
-            prompt = agent.prompt(system, row["query"], None if row["blind"] else clips[row["shown"]])
+            prompt = agent.prompt(
+                system, row["query"], clips[row["shown"]] if row["told"] is None else row["told"]
+            )
             said = agent.tokenizer(f"{row['reply']}{ending}", add_special_tokens=False)["input_ids"]
             assert agent.heads is None or said[-1] == agent.mark
             prompts.append(dataclasses.replace(prompt, ids=[*prompt.ids, *said, agent.stop]))
@@ -167,7 +169,7 @@ def train(profile, dataset: str, name: str = "sft", watch=None) -> Path:
     watch  is called after each step with the lines of the log so far, for curves that redraw
     """
     home, place = profile.runs(dataset), Path(qwen.place(profile.policy))
-    profile = profile if name == "sft" else dataclasses.replace(profile, sft_blind=0)
+    profile = profile if name == "sft" else dataclasses.replace(profile, sft_told=0)
     knobs = {key: value for key, value in dataclasses.asdict(profile).items() if key.startswith("sft_")}
     del knobs["sft_data"]  # where it lies does not matter, what it says does
     told = traces.source(profile, dataset)

@@ -106,6 +106,15 @@ def span(moment: Moment) -> str:
     return f"<start>{seconds(moment.start)}</start> <end>{seconds(moment.end)}</end>"
 
 
+def caption(moment: Moment, style: int) -> str:
+    """A moment in words, with its times: a video told instead of shown.
+
+    >>> caption(Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night"), 0)[:12]
+    '0.0 to 5.0: '
+    """
+    return f"{seconds(moment.start)} to {seconds(moment.end)}: {miniworld.tell(moment, style)}"
+
+
 def verdict(asked: Moment, moments: tuple[Moment, ...], update: str | None = None) -> str:
     """The whole reply to a query about a video: trace, verdict, span; `update` closes a not_matched one (HQR)."""
     seen = closest(asked, moments)

@@ -37,7 +37,7 @@ class Row:
     shown: str
     negatives: tuple[str, ...]  # the wrong videos that rank highest, the one shown first where it is wrong
     reply: str  # without <REFINE>
-    blind: bool = False  # learned from without its video
+    told: str | None = None  # the video in words, for a row that is learned from without seeing it
 
 
 # --- one of three sources --------------------------------------------------------------------------------------------
@@ -62,27 +62,31 @@ def source(profile, dataset: str) -> Path | None:
 def load(profile, dataset: str, vectors: engine.Vectors) -> tuple[list[Row], dict]:
     """The rows of stage 1 in their order, and notes: which file they come from and what was left out. See `source`.
 
-    Nothing comes from videos that are held out. The first `sft_blind` rows are learned from without their video.
+    Nothing comes from videos that are held out. The first `sft_told` rows are told their video instead of seeing it.
     """
     file, folder = source(profile, dataset), profile.runs(dataset) / "corpus"
     queries = corpus.read_fig(folder / "train.jsonl")
     learn, held = corpus.hold_out(queries, profile.held_out)
     if file is not None:
+        if profile.sft_told:
+            raise InputError(
+                f"{profile.name}: sft_told: {profile.sft_told}, but only rendered videos can be told; set it to 0"
+            )
         rows, notes = read_released(file, queries, vectors, profile.sft_negatives)
         hidden = {query.id for query in held}
-        rows = [row for row in rows if row.desc_id not in hidden]
-        return course(profile, rows, rows), notes
-    tell = teller(profile, miniworld.read_scenes(folder))
-    rows = _chosen(profile, learn, vectors, tell)
-    more = {"most": len(learn), "negatives": profile.sft_negatives, "seed": profile.seed}
-    return course(profile, make_rows(learn, vectors, tell, **more) if profile.sft_blind else [], rows), {}
+        return course(profile, [], [row for row in rows if row.desc_id not in hidden]), notes
+    scenes, by_id = miniworld.read_scenes(folder), {query.id: query for query in learn}
+    tell, caption = teller(profile, scenes), captioner(profile, scenes)
+    many = {"most": len(learn), "negatives": profile.sft_negatives, "seed": profile.seed}
+    pool = make_rows(learn, vectors, tell, **many) if profile.sft_told else []
+    pool = [replace(row, told=caption(by_id[row.desc_id], row.shown)) for row in pool]
+    return course(profile, pool, _chosen(profile, learn, vectors, tell)), {}
 
 
 def course(profile, pool: list[Row], rows: list[Row]) -> list[Row]:
-    """`sft_blind` rows of `pool` without their video, then `sft_epochs` times `rows`; each epoch in its own order."""
-    blind = _shuffled(pool, profile.sft_blind, [profile.seed, 10])
-    rest = _shuffled(rows, round(profile.sft_epochs * len(rows)), [profile.seed, 11])
-    return [replace(row, blind=True) for row in blind] + rest
+    """`sft_told` rows of `pool`, then `sft_epochs` times `rows`; each epoch in its own order."""
+    told = _shuffled(pool, profile.sft_told, [profile.seed, 10])
+    return told + _shuffled(rows, round(profile.sft_epochs * len(rows)), [profile.seed, 11])
 
 
 def _shuffled(rows, count, seed):
@@ -91,20 +95,27 @@ def _shuffled(rows, count, seed):
 
 
 def teller(profile, scenes: dict[str, miniworld.Scene]):
-    """`tell` of `make_rows` on a rendered corpus: the trace of somebody who knows what was rendered.
+    """`tell` of `make_rows` on a rendered corpus: the trace of somebody who knows what was rendered."""
+    return lambda query, shown: teacher.verdict(moment_of(scenes, query), _seen(profile, scenes[shown]))
 
-    Spans are named by the times that the policy sees printed between the frames (`teacher.as_told`).
-    """
 
-    def tell(query, shown):
-        scene, fps = scenes[shown], profile.world.fps
-        length = round(scene.seconds * fps) / fps
-        wanted = frames.sample_times(length, profile.video_fps, profile.max_frames)
-        times = qwen.pair_times(np.floor(wanted * fps + 1e-6) / fps).round(1)  # of the frames on screen then
-        moments = tuple(teacher.as_told(moment, times) or moment for moment in scene.moments)
-        return teacher.verdict(moment_of(scenes, query), moments)
+def captioner(profile, scenes: dict[str, miniworld.Scene]):
+    """caption(query, shown): what of a rendered video decides, in words: its moment closest to the query."""
 
-    return tell
+    def caption(query, shown):
+        closest = teacher.closest(moment_of(scenes, query), _seen(profile, scenes[shown]))
+        return teacher.caption(closest, query.id % miniworld.STYLES)
+
+    return caption
+
+
+def _seen(profile, scene):
+    """The moments of a scene at the times that the policy sees printed between the frames (`teacher.as_told`)."""
+    fps = profile.world.fps
+    length = round(scene.seconds * fps) / fps
+    wanted = frames.sample_times(length, profile.video_fps, profile.max_frames)
+    times = qwen.pair_times(np.floor(wanted * fps + 1e-6) / fps).round(1)  # of the frames on screen then
+    return tuple(teacher.as_told(moment, times) or moment for moment in scene.moments)
 
 
 def _chosen(profile, queries, vectors, tell):

@@ -37,7 +37,7 @@ def series(table: str, dataset: str, system: str, log: list[dict], keys, width: 
 
 def counts(rows: list[traces.Row]) -> pd.DataFrame:
     """How many rows there are of each kind."""
-    kinds = [("without its video" if r.blind else "with its video", r.shown == r.right) for r in rows]
+    kinds = [("video seen" if r.told is None else "video told in words", r.shown == r.right) for r in rows]
     table = pd.DataFrame(kinds, columns=["learned from", "right"])
     named = table.right.map({True: "matched", False: "not_matched"})
     return pd.crosstab(table["learned from"], named.rename("the reply says"))
@@ -46,13 +46,14 @@ def counts(rows: list[traces.Row]) -> pd.DataFrame:
 def example(rows: list[traces.Row], matched: bool) -> traces.Row:
     """The row with the smallest query id that sees a video, of those to be accepted or of those to be rejected."""
     return min(
-        (r for r in rows if not r.blind and (r.shown == r.right) == matched), key=lambda row: row.desc_id
+        (r for r in rows if r.told is None and (r.shown == r.right) == matched), key=lambda row: row.desc_id
     )
 
 
 def row_text(row: traces.Row) -> str:
     """A row in words."""
     shown = f"shown: {row.shown} ({'right' if row.shown == row.right else f'wrong; right is {row.right}'})"
+    shown = shown if row.told is None else f"told: {row.told}"
     reply = textwrap.fill(f"{row.reply} {policy.REFINE}", 116, subsequent_indent="  ")
     return f"query {row.desc_id}: {row.query}\n{shown}\nreply: {reply}"
 
