@@ -127,6 +127,20 @@ class Profile:
     soft_weight: float = 1.0  # official for its (optional) InfoNCE term in stage 2
     sigma: float = 0.05  # official: noise on soft tokens, for recipes that sample them
 
+    # The ladder of notebook 06; all ours: as much as a minute or so on one core allows.
+    ladder_free_queries: int = 32  # test queries, evenly spread, whose latents are optimised freely
+    ladder_free_steps: int = 14
+    ladder_free_rate: float = 0.05
+    ladder_soft: int = 4  # soft tokens of the heads that differ in something else
+    ladder_few: int = 32  # train queries to learn by heart
+    ladder_rows: tuple[int, ...] = (100, 600)  # train queries to learn from; most heads take the last
+    ladder_held: int = 96  # queries of held-out train videos to be asked about
+    ladder_batch: int = 32  # train queries of one step
+    ladder_steps: int = 28  # of heads alone
+    ladder_long: int = 72  # of those that go on for longer
+    ladder_policy_steps: int = 8  # of heads and policy together
+    ladder_rate: float = 3e-3  # of heads; of the policy it is `sft_lr`
+
     def runs(self, dataset: str) -> Path:
         """Where this profile keeps what it computes for `dataset`."""
         return ROOT / "runs" / self.name / dataset
