@@ -109,6 +109,12 @@ def agent_run(run):
         for init in gallery.INITS:
             for what in ("rank", *gallery.SWEPT):
                 series[f"S2/{dataset}/{init}/{what}"] = [[n, 9.0 - n] for n in range(9)]
+        for start in ("", "-zero", "-zero-clipped"):
+            series |= {
+                f"L1/{dataset}/free-{way}{start}/vr@1": [[0, 20.0], [1, 90.0]] for way in gallery.LAYOUTS
+            }
+        for system in ("free-plain", "held-plain", "held-zero-n8-r100", "held-scaled-n8-r100-hard"):
+            numbers[f"L1/{dataset}/{system}/vr@1"] = results.Number(41.0 + shift, **spread)
         results.record(run, dataset, "02_and_06", numbers, series)
     return run
 
@@ -119,6 +125,16 @@ def test_what_is_untrained_or_ours_says_so_in_its_caption(agent_run):
     captions = {stem: Image.open(path).text["Description"] for stem, path in paths.items()}
     assert all("heads are untrained" in captions[stem] for stem in ("S1", "S2"))
     assert "this project's definition" in captions["S1"] and "rendered corpora" in captions["V1"]
+
+
+def test_the_ladder_has_a_row_for_each_course_and_the_plain_query_beside_it(agent_run):
+    numbers = results.collect(agent_run)
+    series = json.loads((agent_run.results() / "series.json").read_text())
+    _, held = gallery.ladder(numbers, series, ["didemo"]).axes
+    labels = [label.get_text() for label in held.get_yticklabels()]
+    assert labels == ["zero, N 8, 100 queries", "scaled, N 8, 100 queries, hard"]
+    dots = [line.get_xdata()[0] for line in held.lines if line.get_marker() == "o"]
+    assert dots == [numbers[f"L1/didemo/{name}/vr@1"]["value"] for name in ("held-zero-n8-r100",) * 2]
 
 
 def test_a_refinement_without_a_number_has_no_line(agent_run):

@@ -7,6 +7,8 @@ file, where the report finds it. Colours are Okabe and Ito's, and no colour carr
 import io
 import json
 import os
+
+import re
 import shutil
 import textwrap
 import time
@@ -372,6 +374,58 @@ def _live_png(lines, keys):
     figure.savefig(png, format="png")
     return png.getvalue()
 
+LAYOUTS = {"raw": ("raw embeddings", BLUE), "b": ("through B, official", RED)}
+LAYOUTS |= {"scaled": ("through B, scaled", ORANGE)}
+STARTS = {"": ("random start", "-"), "-zero": ("zero", ":"), "-zero-clipped": ("zero, clipped", "--")}
+COURSE = re.compile(r"held-(?P<init>[a-z]+)-n(?P<n>\d+)-r(?P<rows>\d+)(?P<more>(-[a-z]+)?)")
+
+
+@style()
+def ladder(numbers: dict, series: dict, datasets: list[str]) -> Figure:
+    """Per data set free latents by step above; below heads alone on held-out queries, a row per course."""
+    figure, panels = _panels(datasets, rows=2, height=6.4)
+    courses = sorted(
+        {name.split("/")[2] for name in numbers if COURSE.fullmatch(name.split("/")[2])}, key=_course
+    )
+    for free, held, dataset in zip(*panels, datasets, strict=True):
+        for layout, (_, colour) in LAYOUTS.items():
+            for start, (_, line) in STARTS.items():
+                points = np.array(series[f"L1/{dataset}/free-{layout}{start}/vr@1"]).T
+                free.plot(*points, line, color=colour)
+        free.axhline(numbers[f"L1/{dataset}/free-plain/vr@1"]["value"], color=GREY, linewidth=1)
+        free.set(title=f"{dataset}: free latents", xlabel="step of Adam", ylim=(0, 102))
+        for row, course in enumerate(courses):
+            if (value := _value(numbers, f"L1/{dataset}/{course}/vr@1")) is not None:
+                held.plot(numbers[f"L1/{dataset}/{course}/vr@1"]["ci"], (row, row), color=BLACK, linewidth=1)
+                held.plot(value, row, "o", color=BLUE)
+        held.axvline(numbers[f"L1/{dataset}/held-plain/vr@1"]["value"], color=GREY, linewidth=1)
+        held.set(
+            title="heads alone, held out", xlabel="right video on rank 1, %", ylim=(len(courses) - 0.5, -0.5)
+        )
+        held.set_yticks(range(len(courses)), map(_course_label, courses))
+    panels[0][0].set_ylabel("right video on rank 1, %")
+    lines = [Line2D([], [], color=colour, label=label) for label, colour in LAYOUTS.values()]
+    lines += [Line2D([], [], color=BLACK, linestyle=line, label=label) for label, line in STARTS.values()]
+    plain = Line2D([], [], color=GREY, label="query as it is")
+    figure.legend(handles=[*lines, plain], loc="outside lower center", ncols=min(4, len(datasets) + 1))
+    return figure
+
+
+def _course(name):
+    """Sort key: the other inits, then N, then rows, then what differs in something else."""
+    found = COURSE.fullmatch(name)
+    return found["init"] == "scaled", found["more"], int(found["rows"]), int(found["n"]), found["init"]
+
+
+def _course_label(name):
+    """A course in words.
+
+    >>> _course_label("held-scaled-n4-r600-hard")
+    'scaled, N 4, 600 queries, hard'
+    """
+    found = COURSE.fullmatch(name)
+    return f"{found['init']}, N {found['n']}, {found['rows']} queries" + found["more"].replace("-", ", ")
+
 
 FIGURES = {  # figure: (its number or series, without which a data set is left out; how it is drawn; caption)
     "H1": (
@@ -418,6 +472,14 @@ FIGURES = {  # figure: (its number or series, without which a data set is left o
         lambda numbers, series, datasets: refinements(numbers, datasets),
         "R@1 before (hollow) and after (filled, with 95 % interval) refinement by the base model, on a sample of test "
         f"queries. {UNTRAINED}",
+    ),
+    "L1": (
+        "L1/{}/free-plain/vr@1",
+        ladder,
+        "The ladder. Above: latents of a few test queries, optimised freely against the frozen engine, by what they "
+        "pass on their way into the query and by their start. Below: heads trained on train queries with the policy "
+        "frozen and without the video, asked about train videos held out; initialisation, number of soft tokens, train "
+        "queries; hard: hard negatives only, not the whole gallery; long: more steps. Lines: 95 % intervals.",
     ),
     "S2": (
         "S2/{}/zero/rank",
