@@ -96,7 +96,7 @@ class SoftHeads(nn.Module):
                 nn.init.zeros_(weight)
         if (
             init == "scaled"
-        ):  # a LayerNorm's output is sqrt(D) long: about 14 token embeddings of the mini models
+        ):  # a LayerNorm's output is sqrt(D) long: 10 to 18 token embeddings of the mini models
             for way_in, length in zip(
                 (self.refine_latent_input_projector, self.refine_append_input_projector), lengths, strict=True
             ):
