@@ -94,12 +94,10 @@ class SoftHeads(nn.Module):
         if init == "zero":
             for weight in self.refine_projector[3].parameters():
                 nn.init.zeros_(weight)
-        if (
-            init == "scaled"
-        ):  # a LayerNorm's output is sqrt(D) long: 10 to 18 token embeddings of the mini models
-            for way_in, length in zip(
-                (self.refine_latent_input_projector, self.refine_append_input_projector), lengths, strict=True
-            ):
+        if init == "scaled":
+            # A LayerNorm's output is sqrt(D) long: 10 to 18 token embeddings of the mini models.
+            ways_in = self.refine_latent_input_projector, self.refine_append_input_projector
+            for way_in, length in zip(ways_in, lengths, strict=True):
                 nn.init.constant_(way_in[0].weight, length / width**0.5)
 
     def P(self, states: torch.Tensor) -> torch.Tensor:
