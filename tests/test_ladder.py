@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import QUERIES, random_engine, random_policy
 
-from vsr1 import ladder, params, policy, qwen, refine, results, sft
+from vsr1 import ladder, params, policy, qwen, refine, results, sft, traces
 
 PROFILE = params.load("smoke")
 
@@ -40,7 +40,7 @@ def agent(made):
 def rows():
     replies = ["<think> a dog </think>", "<answer>not_matched</answer>", "<think> no blue dog </think> yes"]
     return [
-        sft.Row(i, text, "v", "w", (), reply)
+        traces.Row(i, text, "v", "w", (), reply)
         for i, (text, reply) in enumerate(zip(QUERIES, replies, strict=True))
     ]
 
@@ -188,15 +188,6 @@ def test_heads_learn_alone_or_with_the_policy(agent, made, gallery):
 
 
 # --- what it compares, and what it says
-
-
-def test_a_video_is_learned_from_or_held_out():
-    made_up = [sft.Row(i, "", f"v{i % 7}", "w", (), "") for i in range(40)]
-    ours, held = ladder.split(made_up, [f"v{i}" for i in range(30)], seed=1)
-    assert sorted(row.desc_id for row in ours + held) == list(range(40))
-    assert not {row.right for row in ours} & {row.right for row in held}
-    _, all_held = ladder.split(made_up, [f"v{i}" for i in range(7)], seed=1)
-    assert len({row.right for row in all_held}) == 1
 
 
 def test_courses_differ_from_the_reference_in_one_thing():

@@ -7,7 +7,6 @@ file, where the report finds it. Colours are Okabe and Ito's, and no colour carr
 import io
 import json
 import os
-
 import re
 import shutil
 import textwrap
@@ -373,6 +372,7 @@ def _live_png(lines, keys):
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
+
 
 LAYOUTS = {"raw": ("raw embeddings", BLUE), "b": ("through B, official", RED)}
 LAYOUTS |= {"scaled": ("through B, scaled", ORANGE)}

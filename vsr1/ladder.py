@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vsr1 import corpus, engine, metrics, policy, qwen, refine, sft, stages
+from vsr1 import corpus, engine, metrics, miniworld, policy, qwen, refine, sft, stages, traces
 from vsr1.evaluate import sample
 from vsr1.results import Number
 
@@ -91,7 +91,7 @@ def ranks_of(vecs, gallery, right):
 # --- heads on a policy that reads
 
 
-def read(agent: policy.Policy, rows: list[sft.Row]) -> list[qwen.Context]:
+def read(agent: policy.Policy, rows: list[traces.Row]) -> list[qwen.Context]:
     """All that the policy has read when it comes to the <REFINE> of each row's reply; the video is left out."""
     prompts = [agent.prompt(agent.settings.system, row.query) for row in rows]
     said = [
@@ -111,7 +111,7 @@ def read_once(agent, rows, batch=32) -> list[qwen.Context]:
 class Asked:
     """Rows that heads learn from or are asked about, in one gallery."""
 
-    rows: list[sft.Row]
+    rows: list[traces.Row]
     contexts: list[qwen.Context] | None  # None: the policy learns too, and reads anew each time
     gallery: torch.Tensor  # (V, D)
     right: torch.Tensor  # (R,) columns
@@ -186,14 +186,26 @@ def ladder(profile, dataset: str) -> dict[str, dict]:
     """{system: ranks, InfoNCE and right videos of its queries, curve over its steps}, a stage: see `numbers`."""
     home, place = profile.runs(dataset), qwen.place(profile.policy)
     knobs = {name: value for name, value in asdict(profile).items() if name.startswith("ladder_")}
-    shared = ("tau", "n_soft", "seed_norm", "sft_lr", "sft_negatives", "seed", "dtype", "instruction")
+    shared = (
+        "tau",
+        "n_soft",
+        "seed_norm",
+        "sft_lr",
+        "held_out",
+        "grpo_negatives",
+        "seed",
+        "dtype",
+        "instruction",
+    )
     inputs = {
         "vectors": [
             stages.stamp(home / "embed" / "engine" / split).get("key") for split in ("train", "test")
         ],
         "policy": stages.digest(place) if Path(place).is_dir() else place,
         "knobs": knobs | {name: getattr(profile, name) for name in shared},
-        "code": stages.code("ladder", "sft", "policy", "refine", "engine", "qwen", "teacher", "metrics"),
+        "code": stages.code(
+            "ladder", "sft", "traces", "policy", "refine", "engine", "qwen", "teacher", "metrics"
+        ),
     }
 
     def work(folder):
@@ -222,14 +234,6 @@ def climb_free(profile, dataset, made) -> dict[str, dict]:
         curve = [metrics.percent(row == 1) for row in ranks]
         found[f"free-{name}"] = {"ranks": ranks[-1].tolist(), "videos": videos, "curve": curve}
     return found
-
-
-def split(rows: list, videos: list[str], seed: int) -> tuple[list, list]:
-    """(rows to learn from, rows of videos that are held out), shuffled; a tenth of the videos is, by seed."""
-    rng = np.random.default_rng([seed, 11])
-    held = set(rng.permutation(sorted(videos))[: max(1, len(videos) // 10)].tolist())
-    rows = [rows[i] for i in rng.permutation(len(rows))]
-    return [row for row in rows if row.right not in held], [row for row in rows if row.right in held]
 
 
 @dataclass(frozen=True)
@@ -265,9 +269,15 @@ class Workshop:
         home, self.profile, self.made = profile.runs(dataset), profile, made
         vectors = engine.load_vectors(home / "embed" / "engine" / "train")
         queries = corpus.read_fig(home / "corpus" / "train.jsonl")
-        many = {"most": len(queries), "negatives": profile.sft_negatives, "seed": profile.seed}
-        rows = sft.make_rows(queries, vectors, sft.teller(profile, dataset), **many)
-        ours, held = split(rows, vectors.video_ids, profile.seed)
+        many = {"most": len(queries), "negatives": profile.grpo_negatives, "seed": profile.seed}
+        tell, rng = (
+            traces.teller(profile, miniworld.read_scenes(home / "corpus")),
+            np.random.default_rng(profile.seed),
+        )
+        parts = [
+            traces.make_rows(p, vectors, tell, **many) for p in corpus.hold_out(queries, profile.held_out)
+        ]
+        ours, held = ([rows[at] for at in rng.permutation(len(rows))] for rows in parts)
         self.column = {video: number for number, video in enumerate(vectors.video_ids)}
         self.gallery = torch.from_numpy(vectors.video_vecs).to(made.model.device)
         self.base = policy.load(profile.policy, profile)
@@ -283,7 +293,7 @@ class Workshop:
         settings = replace(policy.new_settings(self.profile, self.made.instruction), refine_init=init)
         return policy.new_heads(bare, settings, self.profile.seed, self.made)
 
-    def asked(self, rows: list[sft.Row]) -> Asked:
+    def asked(self, rows: list[traces.Row]) -> Asked:
         """Rows with what the base policy has read of them, whatever its heads."""
         right = torch.tensor([self.column[row.right] for row in rows], device=self.gallery.device)
         return Asked(rows, read_once(self.fresh("zero"), rows), self.gallery, right)
