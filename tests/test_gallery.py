@@ -106,9 +106,13 @@ def agent_run(run):
             numbers[f"S1/{dataset}/{system}/vr@1"] = results.Number(after, **(spread if after else {}))
         bars = [[left / 10, 100 / 11] for left in range(-1, 10)]
         series = {f"V2/{dataset}/{system}/iou": bars for system in ("zs", "wholevideo")}
-        for init in gallery.INITS:
+        for init in gallery.HEADS:
             for what in ("rank", *gallery.SWEPT):
                 series[f"S2/{dataset}/{init}/{what}"] = [[n, 9.0 - n] for n in range(9)]
+        for name in ("sft/loss", "ft/loss", "sft/info_nce"):
+            series[f"E1/{dataset}/{name}"] = [[1, 4.0], [2, 2.0 + shift]]
+        for name in ("reward", "held", "verify", "time", "retrieve", "kl"):
+            series[f"E2/{dataset}/vsr1/{name}"] = [[1, 0.5], [2, 1.0 + shift]]
         for start in ("", "-zero", "-zero-clipped"):
             series |= {
                 f"L1/{dataset}/free-{way}{start}/vr@1": [[0, 20.0], [1, 90.0]] for way in gallery.LAYOUTS
@@ -123,7 +127,7 @@ def test_what_is_untrained_or_ours_says_so_in_its_caption(agent_run):
     paths = {path.stem: path for path in gallery.figures(agent_run, results.collect(agent_run))}
     assert list(paths) == list(gallery.FIGURES)
     captions = {stem: Image.open(path).text["Description"] for stem, path in paths.items()}
-    assert all("heads are untrained" in captions[stem] for stem in ("S1", "S2"))
+    assert "what neutral tokens do" in captions["S1"] and "learned nothing" in captions["S2"]
     assert "this project's definition" in captions["S1"] and "rendered corpora" in captions["V1"]
 
 
@@ -143,7 +147,11 @@ def test_a_refinement_without_a_number_has_no_line(agent_run):
     points = {
         (line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_label() == "after"
     }
-    assert points == {(30.0, 0), (31.0, 1)}  # hqr-seen was not measured: no point at 0
+    rows = list(gallery.REFINEMENTS)
+    assert points == {
+        (30.0, rows.index("walkdown")),
+        (31.0, rows.index("sqr-untrained")),
+    }  # hqr-seen: no point at 0
 
 
 def test_bars_show_floors_of_zero_and_leave_gaps_for_what_is_missing(agent_run):
@@ -157,4 +165,4 @@ def test_the_sweep_puts_rank_one_on_top(agent_run):
     results.collect(agent_run)
     series = json.loads((agent_run.results() / "series.json").read_text())
     ranks = gallery.sweep(series, ["didemo"]).axes[0]
-    assert ranks.get_ylim()[0] > ranks.get_ylim()[1] and len(ranks.lines) == len(gallery.INITS)
+    assert ranks.get_ylim()[0] > ranks.get_ylim()[1] and len(ranks.lines) == len(gallery.HEADS)

@@ -200,11 +200,11 @@ def test_each_depth_of_a_sweep_is_a_query_with_that_many_latents(agent, made):
     rng = np.random.default_rng(0)
     films = rng.normal(size=(6, made.width)).astype(np.float32)
     vectors = engine.Vectors(list("axbcde"), films / np.linalg.norm(films, axis=1, keepdims=True), [4], None)
-    swept = study.sweep(made, agent, vectors, one, clip(4), 3)
+    swept = study.sweep(made, agent, vectors, one, clip(4), policy.SYSTEM_ZS)
     with torch.no_grad():
         prompt = agent.prompt(policy.SYSTEM_ZS, one.query, clip(4))
-        latents = refine.soft_tokens(agent, agent.replay([prompt], [ids]).branches, 3)
-    for depth in range(4):
+        latents = refine.soft_tokens(agent, agent.replay([prompt], [ids]).branches, agent.settings.n_soft)
+    for depth in range(agent.settings.n_soft + 1):
         vec = made.embed_texts([one.query], agent.heads.B(latents[:, :depth]).detach())[0]
         assert np.allclose(swept.vecs[depth], vec, atol=1e-5)
         order = np.argsort(-(vectors.video_vecs @ vec), kind="stable")

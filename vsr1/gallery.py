@@ -110,8 +110,8 @@ def _frame(axes, strip, index):
 # --- Figures of numbers.json
 
 UNTRAINED = (
-    "The soft-query heads are untrained: this shows what neutral tokens do, not what SQR learns. "
-    "The HQR variants are this project's definition."
+    "Untrained heads show what neutral tokens do, not what SQR learns. HQR is the prompted base model, in three "
+    "variants of this project's definition."
 )
 
 
@@ -281,25 +281,25 @@ def refinements(numbers: dict, datasets: list[str]) -> Figure:
 
 SWEPT = {"right": ("right video", BLUE, "o"), "shown": ("video just rejected", RED, "s")}
 SWEPT |= {"best": ("best video", GREY, "^")}
-INITS = {"zero": ("last layer zero (official)", "-"), "default": ("last layer random", "--")}
+HEADS = {"trained": ("trained heads", "-"), "untrained": ("untrained heads", "--")}
 
 
 @style()
 def sweep(series: dict, datasets: list[str]) -> Figure:
-    """Per data set one query as 0 to N untrained latents are added: rank of its video above, cosines below."""
+    """Per data set one query as 0 to N latents are added: rank of its video above, cosines below."""
     figure, panels = _panels(datasets, rows=2, height=5.2, sharex=True, sharey=False)
     for ranks, cosines, dataset in zip(*panels, datasets, strict=True):
-        for init, (_, line) in INITS.items():
+        for init, (_, line) in HEADS.items():
             ranks.plot(*_xy(series, dataset, init, "rank"), line, marker="o", color=BLUE, markersize=4)
             for what, (_, colour, mark) in SWEPT.items():
                 points = _xy(series, dataset, init, what)
                 cosines.plot(*points, line, marker=mark, color=colour, markersize=4)
         ranks.set_title(f"{dataset}: one query")
         ranks.set_ylim(ranks.get_ylim()[1] + 1, 0.5)  # best on top, and there is no rank 0
-        cosines.set_xlabel("untrained latents in the query")
+        cosines.set_xlabel("latents in the query")
     panels[0][0].set_ylabel("rank of right video")
     panels[1][0].set_ylabel("cosine with the query")
-    kinds = [Line2D([], [], color=BLACK, linestyle=line, label=label) for label, line in INITS.values()]
+    kinds = [Line2D([], [], color=BLACK, linestyle=line, label=label) for label, line in HEADS.values()]
     videos = [
         Line2D([], [], color=colour, marker=mark, label=label) for label, colour, mark in SWEPT.values()
     ]
@@ -470,8 +470,8 @@ FIGURES = {  # figure: (its number or series, without which a data set is left o
     "S1": (
         "S1/{}/sqr-untrained/vr@1",
         lambda numbers, series, datasets: refinements(numbers, datasets),
-        "R@1 before (hollow) and after (filled, with 95 % interval) refinement by the base model, on a sample of test "
-        f"queries. {UNTRAINED}",
+        "R@1 before (hollow) and after (filled, with 95 % interval) refinement, on a sample of test queries. SQR is "
+        f"trained by both stages. {UNTRAINED}",
     ),
     "L1": (
         "L1/{}/free-plain/vr@1",
@@ -482,9 +482,9 @@ FIGURES = {  # figure: (its number or series, without which a data set is left o
         "queries; hard: hard negatives only, not the whole gallery; long: more steps. Lines: 95 % intervals.",
     ),
     "S2": (
-        "S2/{}/zero/rank",
+        "S2/{}/trained/rank",
         lambda numbers, series, datasets: sweep(series, datasets),
         "One query per data set, picked by rule, as latents are added after a look at a rejected video: rank of the "
-        f"right video, and cosines of the query vector. {UNTRAINED.partition(' The HQR')[0]}",
+        "right video, and cosines of the query vector. Solid: after both stages; dashed: heads that learned nothing.",
     ),
 }

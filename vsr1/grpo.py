@@ -23,6 +23,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import nn
@@ -217,8 +218,14 @@ class Sampler(evaluate.Wiring):
         carried = refine.carry([*blocks, latents], self.recipe.carry)
         return refine.soft_query(self.engine, self.agent.heads, [row.start.text for row in rows], carried)
 
-    def contrast(self, vecs, rows) -> torch.Tensor:
-        """(B,) InfoNCE of query vectors (B, D): each row has its own wrong videos, and one more where one was shown."""
+    def contrast(self, vecs, rows, learn=False) -> torch.Tensor:
+        """(B,) InfoNCE of query vectors (B, D): each row has its own wrong videos, and one more where one was shown.
+
+        learn  not for the reward but to learn from: against what stage 1 contrasted with
+        """
+        if learn and self.knobs.sft_negatives is None:
+            right = torch.tensor([self.column[row.start.video] for row in rows], device=vecs.device)
+            return F.cross_entropy(vecs @ self.gallery.T / self.knobs.tau, right, reduction="none")
         losses = []
         for vec, row in zip(vecs, rows, strict=True):
             columns = [self.column[video] for video in (row.start.video, *row.wrong)]
@@ -390,7 +397,7 @@ class Learner(nn.Module):
                 total = total - (ratio * torch.tensor([row.advantage for row in own]).to(ratio)).sum()
                 continue
             latents = refine.soft_tokens(sampler.agent, [branches[at] for at in some], n)
-            losses = sampler.contrast(sampler.vectors_of(own, latents), own)
+            losses = sampler.contrast(sampler.vectors_of(own, latents), own, learn=True)
             total, contrast = total + losses.sum(), contrast + float(losses.detach().sum())
         return total, contrast
 
@@ -649,7 +656,7 @@ def train(profile, dataset: str, name: str = "vsr1", watch=None) -> Path:
     home = profile.runs(dataset)
     knobs = dataclasses.asdict(profile)
     used = [key for key in knobs if key.startswith(("grpo_", "re"))]
-    used += ["temperature", "soft_weight", "sigma", "tau", "held_out", "max_new", "seed"]
+    used += ["sft_negatives", "temperature", "soft_weight", "sigma", "tau", "held_out", "max_new", "seed"]
     inputs = {
         "sft": stages.stamp(home / "sft").get("key"),
         "recipe": [name, *vars(RECIPES[name]).values()],

@@ -5,7 +5,7 @@ wrong one) and of the loop. 06 follows one query latent by latent, and puts refi
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -237,9 +237,13 @@ class Sweep:
 
 
 @torch.no_grad()
-def sweep(made, agent, vectors: engine.Vectors, one: Episode, clip: frames.Clip, n: int) -> Sweep:
-    """What `n` latents after the first reply of an episode, which ends in <REFINE>, do to its query."""
-    prompt = agent.prompt(policy.SYSTEM_ZS, one.query, clip)
+def sweep(made, agent, vectors: engine.Vectors, one: Episode, clip: frames.Clip, asked: str) -> Sweep:
+    """What latents after the first reply of an episode, which ends in <REFINE>, do to its query.
+
+    asked  the system prompt of that episode
+    """
+    n = agent.settings.n_soft
+    prompt = agent.prompt(asked, one.query, clip)
     branches = agent.replay([prompt], [list(one.turns[0].reply.ids)]).branches
     latents = refine.soft_tokens(agent, branches, n)  # (1, N, D)
     vecs = refine.by_depth(made, agent.heads, [one.query], latents)[0].cpu().numpy()  # (N + 1, D)
@@ -258,25 +262,24 @@ def sweep(made, agent, vectors: engine.Vectors, one: Episode, clip: frames.Clip,
     )
 
 
-def sweeps(profile: Profile, dataset: str, vectors: engine.Vectors, one: Episode) -> dict[str, Sweep]:
-    """`sweep` with untrained heads: their last layer at zero (official), and the library's random one."""
-    path = corpus.find_videos(profile.runs(dataset) / "videos", [one.turns[0].shown_id])[0].path
-    with frames.Reader(profile.video_fps, profile.max_frames) as reader:
-        clip = reader.read(path)
+def sweeps(profile: Profile, dataset: str, vectors: engine.Vectors, ways: dict) -> dict[str, Sweep]:
+    """`sweep` of one query by several policies: {name: (system of `evaluate`, weights, its episode)}."""
     done = {}
-    for init in ("zero", "default"):
-        fresh, system = replace(profile, refine_init=init), evaluate.SYSTEMS["sqr-untrained"]
-        made, agent = evaluate.load_pair(fresh, system, profile.policy)
-        done[init] = sweep(made, agent, vectors, one, clip, profile.n_soft)
+    with frames.Reader(profile.video_fps, profile.max_frames) as reader:
+        for name, (system, weights, one) in ways.items():
+            path = corpus.find_videos(profile.runs(dataset) / "videos", [one.turns[0].shown_id])[0].path
+            made, agent = evaluate.load_pair(profile, evaluate.SYSTEMS[system], weights)
+            asked = policy.SYSTEM_ZS if evaluate.SYSTEMS[system].marked else agent.settings.system
+            done[name] = sweep(made, agent, vectors, one, reader.read(path), asked)
     return done
 
 
 def sweep_series(dataset: str, done: dict[str, Sweep]) -> dict[str, list]:
-    """S2: rank and cosines by number of latents, per initialisation."""
+    """S2: rank and cosines by number of latents, per policy."""
     series = {}
-    for init, swept in done.items():
+    for name, swept in done.items():
         for key, values in ({"rank": swept.ranks} | swept.cosines).items():
-            series[f"S2/{dataset}/{init}/{key}"] = [[n, value] for n, value in enumerate(values)]
+            series[f"S2/{dataset}/{name}/{key}"] = [[n, value] for n, value in enumerate(values)]
     return series
 
 
