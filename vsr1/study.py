@@ -212,6 +212,9 @@ def budgets(walked: list[Episode]) -> pd.DataFrame:
 def pick(walked: list[Episode]) -> tuple[Episode, str]:
     """A query to look at closely, and the rule that found it: the smallest id, of the first rule that finds any."""
     rejected = [one for one in walked if one.problem is None and metrics.verdict(one, 0) is not True]
+    rejected = [
+        one for one in rejected if one.turns[0].rank_by_depth
+    ] or rejected  # those that searched again, if any
     rules = {
         "right video on rank 5 to 40, first look rejected": [o for o in rejected if 5 <= o.rank_orig <= 40],
         "first search failed, first look rejected": [o for o in rejected if o.rank_orig > 1],
@@ -238,13 +241,17 @@ class Sweep:
 
 @torch.no_grad()
 def sweep(made, agent, vectors: engine.Vectors, one: Episode, clip: frames.Clip, asked: str) -> Sweep:
-    """What latents after the first reply of an episode, which ends in <REFINE>, do to its query.
+    """What latents after the first reply of an episode do to its query.
 
     asked  the system prompt of that episode
     """
     n = agent.settings.n_soft
     prompt = agent.prompt(asked, one.query, clip)
-    branches = agent.replay([prompt], [list(one.turns[0].reply.ids)]).branches
+    ids = list(one.turns[0].reply.ids)
+    if agent.mark in ids:
+        branches = agent.replay([prompt], [ids]).branches
+    else:  # it asked for no search: as if it had
+        branches = [branch for _, branch in agent.marked([prompt], [ids])]
     latents = refine.soft_tokens(agent, branches, n)  # (1, N, D)
     vecs = refine.by_depth(made, agent.heads, [one.query], latents)[0].cpu().numpy()  # (N + 1, D)
     column = {video: number for number, video in enumerate(vectors.video_ids)}
