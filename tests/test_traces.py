@@ -11,7 +11,7 @@ import torch
 from tiny import clip, random_policy
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
-from vsr1 import corpus, engine, evaluate, frames, lessons, params, policy, qwen, teacher, traces
+from vsr1 import corpus, engine, evaluate, frames, lessons, miniworld, params, policy, qwen, teacher, traces
 from vsr1.episode import read_reply
 
 VIDEOS = [f"v{n}" for n in range(10)]
@@ -445,3 +445,20 @@ def test_a_course_begins_with_words_and_goes_through_every_row_once_an_epoch():
     assert [row.told is not None for row in made] == [True] * 7 + [False] * 6
     assert sorted(row.desc_id for row in made[:5]) == list(range(5))
     assert [sorted(row.desc_id for row in made[at : at + 3]) for at in (7, 10)] == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("dataset", ["charades", "activitynet"])
+def test_the_mini_teacher_names_only_times_that_stand_between_the_frames(tmp_path, dataset):
+    """Computed from the scene, against the frames that are really read: the longest video passes 64 frames."""
+    profile = params.load("mini")
+    scene = max(miniworld.write_scenes(dataset, "train", 40, 1), key=lambda one: one.seconds)
+    miniworld.film(scene, dataset, tmp_path / "film.mp4", 128, profile.world.fps)
+    with frames.Reader(profile.video_fps, profile.max_frames) as reader:
+        clip = reader.read(tmp_path / "film.mp4")
+    printed = {f"{time:.1f}" for time in qwen.pair_times(clip.seen_at)}
+    for moment in scene.moments:
+        query = corpus.Query(0, "q", scene.video, (moment.start, moment.end), "", scene.seconds)
+        reply = read_reply(traces.teller(profile, {scene.video: scene})(query, scene.video), [1])
+        assert reply.matched and {f"{time:.1f}" for time in reply.span} <= printed
+        shift = max(abs(a - b) for a, b in zip(reply.span, query.span, strict=True))
+        assert shift <= 2 * float(np.diff(qwen.pair_times(clip.seen_at)).max())

@@ -511,6 +511,9 @@ class Course:
         bar = stages.progress(range(steps), what)
         bar.update(done)
         for number in range(done + 1, steps + 1):
+            left = 1 - (number - 1) / steps if self.knobs.grpo_schedule == "linear" else 1.0
+            for group in self.optimizer.param_groups:
+                group["lr"] = left * group["full_lr"]
             line, short = self.step(number, draw(starts, number, count, self.knobs.seed))
             if main:
                 lines.append(line)
@@ -581,7 +584,8 @@ def _groups(knobs, recipe, agent):
         {"params": [w for w in words if w.ndim > 1], "lr": knobs.grpo_lr, "weight_decay": 0.01},
         {"params": [w for w in words if w.ndim < 2], "lr": knobs.grpo_lr, "weight_decay": 0.0},
     ]
-    return groups + [{"params": heads, "lr": knobs.grpo_head_lr, "weight_decay": 0.0}] * bool(heads)
+    groups += [{"params": heads, "lr": knobs.grpo_head_lr, "weight_decay": 0.0}] * bool(heads)
+    return [group | {"full_lr": group["lr"]} for group in groups]
 
 
 def draw(starts: list[Start], number: int, count: int, seed: int) -> list[Start]:

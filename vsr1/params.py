@@ -114,6 +114,7 @@ class Profile:
     grpo_steps: int | None = None  # None: one epoch (official)
     grpo_lr: float = 5e-7  # official, of the language model
     grpo_head_lr: float = 5e-5  # official for stage 1, of the soft-query heads; frozen heads have none
+    grpo_schedule: typing.Literal["constant", "linear"] = "constant"  # official; "linear" falls to zero
     grpo_beta: float = 0.01  # official: weight of the KL to the policy of stage 1
     grpo_clip: float = 0.2  # official
     grpo_negatives: int = 24  # official: wrong videos of the retrieval reward
