@@ -426,3 +426,11 @@ def test_two_processes_are_one(tmp_path, profile, search, vectors, starts):
         weight,
     ) in course.learner.state_dict().items():  # Adam blows rounding up where a gradient is next to nothing
         assert (theirs[name] - weight).norm() <= 0.02 * (weight - began[name]).norm(), name
+
+
+@pytest.mark.parametrize(("schedule", "left"), [("constant", 1.0), ("linear", 0.25)])
+def test_the_rates_of_the_last_of_four_steps(tmp_path, profile, search, vectors, starts, schedule, left):
+    course = begin(dataclasses.replace(profile, grpo_schedule=schedule), search, vectors)
+    course.run(starts, starts[:2], tmp_path, "rates")
+    rates = {group["lr"] for group in course.optimizer.param_groups}
+    assert rates == {pytest.approx(1e-3 * left)}
