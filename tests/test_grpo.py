@@ -68,7 +68,7 @@ def few_words(made):
     return changed(made, banned=(number < 20) | (number > 25), stop=20, mark=21)
 
 
-def sampler(profile, search, vectors, recipe="vsr1", shelf=None):
+def sampler(profile, search, vectors, recipe="m3", shelf=None):
     agent, recipe = few_words(random_policy()), grpo.RECIPES[recipe]
     agent.settings = dataclasses.replace(agent.settings, carry_blocks=recipe.carry, n_soft=3)
     return grpo.Sampler(profile, "charades", recipe, search, agent, vectors, shelf or Shelf())
@@ -307,7 +307,7 @@ def test_another_video_gives_another_loss(walked):
     assert abs(learned(made, rows)[0] - before) > 1e-3
 
 
-@pytest.mark.parametrize(("recipe", "heads"), [("m1", False), ("m2", True), ("vsr1", True), ("gauss", True)])
+@pytest.mark.parametrize(("recipe", "heads"), [("m1", False), ("vsr1", True), ("m3", True), ("gauss", True)])
 def test_the_heads_learn_unless_they_are_frozen(profile, search, vectors, starts, recipe, heads):
     made = sampler(profile, search, vectors, recipe)
     members = [dataclasses.replace(s, group=g, member=m) for g, s in enumerate(starts[:2]) for m in range(4)]
@@ -340,7 +340,7 @@ def test_noisy_soft_tokens_are_the_actions_that_were_rewarded(profile, search, v
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def begin(profile, search, vectors, recipe="vsr1"):
+def begin(profile, search, vectors, recipe="m3"):
     return grpo.Course(sampler(profile, search, vectors, recipe))
 
 
@@ -432,5 +432,5 @@ def test_two_processes_are_one(tmp_path, profile, search, vectors, starts):
 def test_the_rates_of_the_last_of_four_steps(tmp_path, profile, search, vectors, starts, schedule, left):
     course = begin(dataclasses.replace(profile, grpo_schedule=schedule), search, vectors)
     course.run(starts, starts[:2], tmp_path, "rates")
-    rates = {group["lr"] for group in course.optimizer.param_groups}
-    assert rates == {pytest.approx(1e-3 * left)}
+    for group in course.optimizer.param_groups:
+        assert group["lr"] == pytest.approx(1e-3 * left)

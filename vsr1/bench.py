@@ -131,7 +131,7 @@ class Step:
         made = policy.new_heads(made, policy.Settings(refine_init="default"), 0, search)
         made.banned[made.stop], self.made, self.prompt, self.said = True, made, long_prompt(made, read), said
         wired = (search, made, vectors, None)
-        self.course = grpo.Course(grpo.Sampler(profile, "charades", grpo.RECIPES["m2"], *wired))
+        self.course = grpo.Course(grpo.Sampler(profile, "charades", grpo.RECIPES["vsr1"], *wired))
         text = "A person in a red shirt opens a blue box in the kitchen."
         self.start = grpo.Start(
             0, text, "v0", (0.0, 1.0), "", 2.0, "v1", tuple(f"v{n}" for n in range(1, 25))

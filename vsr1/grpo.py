@@ -46,8 +46,8 @@ class Recipe:
 RECIPES = {
     "vsr1-single": Recipe(1, "frozen", 1),  # M0: the structure of the official code
     "m1": Recipe(2, "frozen", 1),
-    "m2": Recipe(2, "aux", 1),
-    "vsr1": Recipe(2, "aux", 2),  # M3: the paper's multi-turn interaction
+    "vsr1": Recipe(2, "aux", 1),  # M2: multi-turn, soft tokens learn
+    "m3": Recipe(2, "aux", 2),  # and those of the turn before stay in the query, as in the paper's formula
     "gauss": Recipe(1, "gauss", 1),
 }
 
