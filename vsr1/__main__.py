@@ -66,17 +66,19 @@ def side_by_side(args, datasets, jobs):
     alone = [sys.executable, "-m", "vsr1", args.command]
     common = ["--profile", args.profile, "--jobs", "1"]
     common += ["--seed", str(args.seed)] * (args.seed is not None)
-    parts = [[notebook_file(name).stem] for name in args.names] if args.command == "notebook" else [[]]
+    parts = [[notebook_file(name)[0].stem] for name in args.names] if args.command == "notebook" else [[]]
     waiting = {name: [[*alone, *part, *common, "--datasets", name] for part in parts] for name in datasets}
     running, failed = {}, 0
     try:
         while running or (any(waiting.values()) and not failed):
-            for name in [name for name, todo in waiting.items() if todo and name not in running]:
+            free = [name for name, todo in waiting.items() if todo and name not in running]
+            for name in sorted(free, key=lambda name: -len(waiting[name])):  # else one works alone at the end
                 if len(running) < jobs and not failed:
                     running[name] = subprocess.Popen(waiting[name].pop(0))
             time.sleep(0.05)
             for name in [name for name, process in running.items() if process.poll() is not None]:
-                failed = failed or running.pop(name).returncode
+                status = running.pop(name).returncode
+                failed = failed or status
     finally:
         for process in running.values():  # stopped by hand: they go on where they were when asked again
             process.terminate()
@@ -135,10 +137,7 @@ def notebooks(names, profile_name, profile, datasets):
     if profile_name.endswith(".yaml"):
         profile_name = str(Path(profile_name).resolve())  # the kernel starts in another folder
     for name in names:
-        source = notebook_file(name)
-        declared = parameters(source)
-        if lacking := {"profile", "seed"} - declared:  # papermill would only warn
-            raise InputError(f"{source}: its parameters cell has no {min(lacking)!r}; add it")
+        source, declared = notebook_file(name)
         for dataset in datasets if "dataset" in declared else [None]:
             given = {"profile": profile_name, "seed": profile.seed}
             if dataset:
@@ -151,12 +150,15 @@ def notebooks(names, profile_name, profile, datasets):
 
 
 def notebook_file(name):
-    """The file of a notebook, if there is such a notebook."""
+    """(the file of a notebook, the names of its parameters), if it can be run."""
     source = ROOT / "notebooks" / f"{name}.ipynb"
     if not source.exists():
         known = ", ".join(sorted(path.stem for path in source.parent.glob("*.ipynb")))
         raise InputError(f"{source}: no such notebook; there are {known or 'none'}")
-    return source
+    declared = parameters(source)
+    if lacking := {"profile", "seed"} - declared:  # papermill would only warn
+        raise InputError(f"{source}: its parameters cell has no {min(lacking)!r}; add it")
+    return source, declared
 
 
 def parameters(source):
