@@ -222,7 +222,7 @@ def clone(tmp_path, monkeypatch, vectors, queries):
 
     def make(name):
         knobs = {"world": None, "teacher": "some/teacher", "sft_rows": 5, "sft_negatives": 5, "eval_batch": 4}
-        profile = dataclasses.replace(params.load("smoke"), name=name, held_out=0.0, **knobs)
+        profile = dataclasses.replace(params.load("smoke"), name=name, held_out=0.0, sft_told=0, **knobs)
         home = profile.runs("charades")
         (home / "corpus").mkdir(parents=True)
         corpus.write_fig(home / "corpus" / "train.jsonl", queries)
@@ -462,3 +462,14 @@ def test_the_mini_teacher_names_only_times_that_stand_between_the_frames(tmp_pat
         assert reply.matched and {f"{time:.1f}" for time in reply.span} <= printed
         shift = max(abs(a - b) for a, b in zip(reply.span, query.span, strict=True))
         assert shift <= 2 * float(np.diff(qwen.pair_times(clip.seen_at)).max())
+
+
+def test_real_videos_cannot_be_told_in_words(tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / "real" / "charades" / "corpus"
+    folder.mkdir(parents=True)
+    corpus.write_fig(folder / "train.jsonl", [corpus.Query(1, "q", "v0", (0.0, 1.0), "c", 2.0)])
+    monkeypatch.setattr(params, "ROOT", tmp_path)
+    monkeypatch.setattr(traces, "source", lambda *_: tmp_path / "train_oneturn.json")
+    profile = dataclasses.replace(params.load("smoke"), name="real", world=None, sft_told=8)
+    with pytest.raises(params.InputError, match="real: sft_told: 8, but only rendered videos can be told"):
+        traces.load(profile, "charades", None)
