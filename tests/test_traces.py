@@ -52,6 +52,13 @@ def test_rows_are_balanced_and_their_negatives_are_the_wrong_videos_that_rank_hi
         order = by_sorting(vectors, row.desc_id)
         assert row.shown == order[0] and row.reply == f"{row.desc_id} {row.shown}"
         assert list(row.negatives) == [video for video in order if video != row.right][:5]
+    even = traces.make_rows(queries, vectors, tell, most=60, negatives=5, seed=1, even=True)
+    assert even[: len(queries)] == traces.make_rows(queries, vectors, tell, most=60, negatives=5, seed=1)
+    copies = even[len(queries) :]
+    assert copies and all(by_sorting(vectors, row.desc_id)[0] != row.right == row.shown for row in copies)
+    assert sum(row.shown == row.right for row in even) * 2 == len(even)
+    for row in copies:
+        assert row.reply == f"{row.desc_id} {row.right}" and row.right not in row.negatives
     with pytest.raises(params.InputError, match=r"sft_negatives: 10 .* has 10 videos"):
         traces.make_rows(queries, vectors, str, most=4, negatives=10, seed=1)
 
@@ -438,13 +445,20 @@ def test_the_renderer_comes_before_the_released_file_and_that_before_a_teacher(
     assert "data/charades/other.json" in message
 
 
-def test_a_course_begins_with_words_and_goes_through_every_row_once_an_epoch():
-    rows = [traces.Row(n, "q", "v0", "v1", (), "r") for n in range(5)]
-    profile = dataclasses.replace(params.load("smoke"), sft_told=7, sft_epochs=2.0)
-    made = traces.course(profile, [dataclasses.replace(row, told="w") for row in rows], rows[:3])
-    assert [row.told is not None for row in made] == [True] * 7 + [False] * 6
-    assert sorted(row.desc_id for row in made[:5]) == list(range(5))
-    assert [sorted(row.desc_id for row in made[at : at + 3]) for at in (7, 10)] == [[0, 1, 2]] * 2
+def test_a_course_begins_with_words_then_mixes_batches_and_goes_through_every_row_once_an_epoch():
+    rows = [traces.Row(n, "q", "v0", "v1", (), "r") for n in range(10)]
+    profile = dataclasses.replace(params.load("smoke"), sft_told=20, sft_epochs=2.0, sft_batch=2)
+    made = traces.course(profile, [dataclasses.replace(row, told="w") for row in rows], rows[:6])
+    kinds = [{row.told is not None for row in made[at : at + 2]} for at in range(0, len(made), 2)]
+    assert all(len(kind) == 1 for kind in kinds)
+    kinds = [kind.pop() for kind in kinds]
+    assert kinds == [True] * 4 + [True, False] * 6  # the first four of ten batches alone, then one of each
+    told, seen = ([row.desc_id for row in made if (row.told is not None) == kind] for kind in (True, False))
+    assert sorted(told[:10]) == sorted(told[10:]) == list(range(10))
+    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
+    assert traces.course(dataclasses.replace(profile, sft_told=0), [], rows[:6])[:6] == [
+        rows[at] for at in seen[:6]
+    ]
 
 
 @pytest.mark.parametrize("dataset", ["charades", "activitynet"])

@@ -358,7 +358,8 @@ class Learner(nn.Module):
                 list(groups.values()),
             )
         replies, options = [row.ids for row in rows], {"group": counts, "temperature": knobs.temperature}
-        seen = sampler.agent.replay(prompts, replies, **options)
+        with policy.reading(sampler.agent, knobs.frozen_layers):
+            seen = sampler.agent.replay(prompts, replies, **options)
         with torch.no_grad():
             anchored = self.anchor.replay(prompts, replies, **options).logps
         sampled = nn.utils.rnn.pad_sequence([torch.tensor(row.logps) for row in rows], batch_first=True)
@@ -571,15 +572,12 @@ def _groups(knobs, recipe, agent):
     for name, weight in agent.heads.named_parameters():
         weight.requires_grad_(recipe.latents != "frozen" and "gate" not in name)
         heads += [weight] * weight.requires_grad
-    words = list(
-        {
-            id(w): w
-            for part in (agent.model.model.language_model, agent.model.lm_head)
-            for w in part.parameters()
-        }.values()
-    )
-    for weight in words:
-        weight.requires_grad_()
+    core = agent.model.model.language_model
+    words = {id(w): w for part in (core, agent.model.lm_head) for w in part.parameters()}
+    for layer in core.layers[: knobs.frozen_layers]:
+        for weight in layer.parameters():
+            del words[id(weight)]
+    words = [weight.requires_grad_() for weight in words.values()]
     groups = [
         {"params": [w for w in words if w.ndim > 1], "lr": knobs.grpo_lr, "weight_decay": 0.01},
         {"params": [w for w in words if w.ndim < 2], "lr": knobs.grpo_lr, "weight_decay": 0.0},
@@ -660,7 +658,8 @@ def train(profile, dataset: str, name: str = "vsr1", watch=None) -> Path:
     home = profile.runs(dataset)
     knobs = dataclasses.asdict(profile)
     used = [key for key in knobs if key.startswith(("grpo_", "re"))]
-    used += ["sft_negatives", "temperature", "soft_weight", "sigma", "tau", "held_out", "max_new", "seed"]
+    used += ["frozen_layers", "sft_negatives"]
+    used += ["temperature", "soft_weight", "sigma", "tau", "held_out", "max_new", "seed"]
     inputs = {
         "sft": stages.stamp(home / "sft").get("key"),
         "recipe": [name, *vars(RECIPES[name]).values()],

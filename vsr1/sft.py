@@ -85,7 +85,8 @@ class Trainer(SFTTrainer):
         if self.agent.heads is None:
             return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         inputs["past_key_values"] = cache  # the forward fills it, and gradients flow back through it
-        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        with policy.reading(self.agent, self.knobs.frozen_layers):
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         memory = tuple((layer.keys, layer.values) for layer in cache.layers)
         context = qwen.Context(memory, inputs["attention_mask"].bool(), inputs["position_ids"][0, :, -1])
         columns = inputs["input_ids"].shape[1]  # <REFINE> stands last but one
@@ -178,7 +179,7 @@ def train(profile, dataset: str, name: str = "sft", watch=None) -> Path:
         "vectors": stages.stamp(home / "embed" / "engine" / "train").get("key"),
         "traces": None if told is None else stages.digest(told),
         "policy": stages.digest(place) if place.is_dir() else profile.policy,
-        "knobs": [name, knobs, profile.held_out, *retrieval],
+        "knobs": [name, knobs, profile.frozen_layers, profile.held_out, *retrieval],
         "sight": [profile.video_fps, profile.max_frames, profile.frame_pixels, profile.dtype, profile.seed],
         "code": stages.code("sft", "policy", "refine", "engine", "qwen", "frames", "teacher", "traces"),
     }
@@ -212,12 +213,11 @@ def checkpoint(folder: Path) -> str | None:
 
 
 def beginner(profile, made: engine.Engine, heads=True) -> policy.Policy:
-    """The base policy with new heads: what stage 1 starts from. Vision blocks stay as they are."""
+    """The base policy with new heads: what stage 1 starts from, with the weights that learn (`policy.freeze`)."""
     agent = policy.load(profile.policy, profile)
     if heads:
         agent = policy.new_heads(agent, policy.new_settings(profile, made.instruction), profile.seed, made)
-    for name, weight in agent.model.model.visual.named_parameters():
-        weight.requires_grad_("merger" in name)  # the mergers learn (METHOD.md 5)
+    policy.freeze(agent, profile.frozen_layers)
     return agent
 
 

@@ -24,6 +24,7 @@ from vsr1.episode import read_reply
 from vsr1.headroom import moment_of
 from vsr1.params import ROOT, InputError
 
+LEAD = 0.4
 FILE = "train_oneturn.json"  # its released name
 
 
@@ -77,16 +78,25 @@ def load(profile, dataset: str, vectors: engine.Vectors) -> tuple[list[Row], dic
         return course(profile, [], [row for row in rows if row.desc_id not in hidden]), notes
     scenes, by_id = miniworld.read_scenes(folder), {query.id: query for query in learn}
     tell, caption = teller(profile, scenes), captioner(profile, scenes)
-    many = {"most": len(learn), "negatives": profile.sft_negatives, "seed": profile.seed}
-    pool = make_rows(learn, vectors, tell, **many) if profile.sft_told else []
+    pool = _chosen(profile, learn, vectors, tell, most=len(learn), even=True) if profile.sft_told else []
     pool = [replace(row, told=caption(by_id[row.desc_id], row.shown)) for row in pool]
-    return course(profile, pool, _chosen(profile, learn, vectors, tell)), {}
+    return course(profile, pool, _chosen(profile, learn, vectors, tell, even=True)), {}
 
 
 def course(profile, pool: list[Row], rows: list[Row]) -> list[Row]:
-    """`sft_told` rows of `pool`, then `sft_epochs` times `rows`; each epoch in its own order."""
+    """`sft_told` rows of `pool` and `sft_epochs` times `rows`, in batches of one kind; each epoch in its own order.
+
+    The first LEAD of the told batches come alone, the rest between the others: who sees no video for long forgets how.
+    """
+    size = profile.sft_batch
     told = _shuffled(pool, profile.sft_told, [profile.seed, 10])
-    return told + _shuffled(rows, round(profile.sft_epochs * len(rows)), [profile.seed, 11])
+    seen = _shuffled(rows, round(profile.sft_epochs * len(rows)), [profile.seed, 11])
+    told, seen = ([some[at : at + size] for at in range(0, len(some), size)] for some in (told, seen))
+    lead = LEAD if told else 0.0
+    places = [(at + 0.5) / len(told) for at in range(len(told))]
+    places += [lead + (1 - lead) * (at + 0.5) / len(seen) for at in range(len(seen))]
+    order = sorted(zip(places, told + seen, strict=True), key=lambda pair: pair[0])
+    return [row for _, batch in order for row in batch]
 
 
 def _shuffled(rows, count, seed):
@@ -118,18 +128,22 @@ def _seen(profile, scene):
     return tuple(teacher.as_told(moment, times) or moment for moment in scene.moments)
 
 
-def _chosen(profile, queries, vectors, tell):
-    many = {"most": profile.sft_rows, "negatives": profile.sft_negatives, "seed": profile.seed}
-    return make_rows(queries, vectors, tell, **many)
+def _chosen(profile, queries, vectors, tell, most=None, even=False):
+    many = {"most": most or profile.sft_rows, "negatives": profile.sft_negatives, "seed": profile.seed}
+    return make_rows(queries, vectors, tell, even=even, **many)
 
 
 # --- which rows ------------------------------------------------------------------------------------------------------
 
 
-def make_rows(queries, vectors: engine.Vectors, tell, *, most: int, negatives: int, seed: int) -> list[Row]:
+def make_rows(
+    queries, vectors: engine.Vectors, tell, *, most: int, negatives: int | None, seed: int, even=False
+) -> list[Row]:
     """At most `most` rows whose first search is right and as many where it is wrong, drawn by seed, in query order.
 
     tell(query, shown)  the reply to learn, without <REFINE>
+    even  where more are wrong, some of those queries come once more with the right video shown: a policy that seldom
+          sees one learns to say no
     """
     videos, asked = set(vectors.video_ids), set(vectors.query_ids)
     queries = [query for query in queries if query.video in videos and query.id in asked]
@@ -138,9 +152,13 @@ def make_rows(queries, vectors: engine.Vectors, tell, *, most: int, negatives: i
     rng, chosen = np.random.default_rng([seed, 5]), []
     for half in (np.flatnonzero(hit), np.flatnonzero(~hit)):
         chosen += rng.permutation(half)[:most].tolist()
+    failed, looks = [at for at in chosen if not hit[at]], [(at, first[at][0]) for at in sorted(chosen)]
+    if even:
+        short = max(0, 2 * len(failed) - len(chosen))
+        looks += [(at, queries[at].video) for at in sorted(failed[:short])]
     rows = []
-    for at in sorted(chosen):
-        query, shown = queries[at], first[at][0]
+    for at, shown in looks:
+        query = queries[at]
         wrong = wrong_videos(first[at], shown, query.video)
         rows.append(Row(query.id, query.text, query.video, shown, wrong, tell(query, shown)))
     return rows
