@@ -100,9 +100,8 @@ class Wiring:
 
     def search(self, pairs) -> list[Ranking]:
         """The gallery in the order of each query's vector."""
-        vecs = np.stack(
-            [self.typed[q.id] if state is AS_TYPED else state.vec for q, state in pairs]
-        )  # (B, D)
+        # (B, D) query vectors against (V, D) of the videos
+        vecs = np.stack([self.typed[q.id] if state is AS_TYPED else state.vec for q, state in pairs])
         scores = vecs @ self.vectors.video_vecs.T  # (B, V)
         right = np.array([self.column.get(query.video, 0) for query, _ in pairs])
         ranks, ties = metrics.ranks(scores, right), metrics.ties(scores, right)
@@ -136,9 +135,8 @@ class Wiring:
                 said.text, said.ids, layout=self.layout, refine_id=self.agent.mark, ended=said.ended
             )
             cost = Cost(seconds, len(said.ids), len(prompt.ids) + len(said.ids), 0)
-            branch = (
-                said.branch if self.system.refine == "sqr" else None
-            )  # it holds the KV cache of its batch
+            # A branch holds the KV cache of its whole batch: only where soft tokens are made from it.
+            branch = said.branch if self.system.refine == "sqr" else None
             looks[row] = Look(reply, clips[row].seconds, cost, state=(branch, clips[row]))
         return looks
 
@@ -239,9 +237,8 @@ def run_system(
     sight = [profile.video_fps, profile.max_frames, profile.frame_pixels, profile.max_new, profile.dtype]
     loop = [profile.max_turns, profile.next_shown, profile.eval_batch, profile.seed]
     inputs = {
-        "vectors": stages.stamp(home / "embed" / "engine" / SPLITS[split]).get(
-            "key"
-        ),  # engine, videos, annotations
+        # engine, videos, annotations
+        "vectors": stages.stamp(home / "embed" / "engine" / SPLITS[split]).get("key"),
         "policy": stages.digest(place) if place.is_dir() else weights,
         "system": [name, *vars(system).values()],
         "count": [count, split, profile.held_out if split == "held" else None],

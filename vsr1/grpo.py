@@ -101,9 +101,8 @@ class Row:
     text: str
     wrong: list[str]  # videos the retrieval reward contrasts with
     earlier: tuple = ()  # soft tokens (N, D) of the turns before, constants
-    taken: torch.Tensor | None = (
-        None  # (N, D) soft tokens that stood in the query; None: it did not say <REFINE>
-    )
+    taken: torch.Tensor | None = None  # (N, D) soft tokens put into the query; None: it did not say <REFINE>
+    vec: np.ndarray | None = None  # (D,) of the query with them
     chance: float | None = None  # softmax probability of the right video after the refinement, exp(-L_ret)
     before: float | None = None  # the same of the query as typed
     parts: dict = field(default_factory=dict)  # of the reward
@@ -124,20 +123,14 @@ class Sampler(evaluate.Wiring):
     def walk(self, starts: list[Start], seed: list[int]) -> list[list[Row]]:
         """The rows of each start's `member`s, rewarded: one list an episode, one row a turn that was possible."""
         self.seed, self.turn, self.rows = seed, 0, {(s.group, s.member): [] for s in starts}
-        once = (
-            self.recipe.carry,
-            self.knobs.seed,
-            "stop_at_repeat",
-            False,
-        )  # a state sampled is not sampled again
-        run = episode.Run(self.dataset, "train", "grpo", self.recipe.turns, *once)
+        turns, carry = self.recipe.turns, self.recipe.carry
+        once = {"next_shown": "stop_at_repeat", "reuse": False}  # a state is sampled once
+        run = episode.Run(self.dataset, "train", "grpo", turns, carry, self.knobs.seed, **once)
         walked = episode.run_episodes(starts, self.search, self.ask, self.refine, run)
         for one, rows in zip(walked, self.rows.values(), strict=True):
             for row, parts in zip(rows, reward_parts(one, rows, self.knobs.ret_reward), strict=True):
-                row.parts, row.reward = (
-                    parts,
-                    sum(getattr(self.weights, part) * parts[part] for part in parts),
-                )
+                row.parts = parts
+                row.reward = sum(getattr(self.weights, part) * value for part, value in parts.items())
         return list(self.rows.values())
 
     def search(self, pairs):
@@ -151,45 +144,54 @@ class Sampler(evaluate.Wiring):
     def ask(self, pairs):
         """One sampled reply and its soft tokens for each pair; a prompt that several share is read once."""
         self.turn += 1
-        keys = [(start.group, video) for start, video in pairs]
-        distinct = list(dict.fromkeys(keys))
-        clips = dict(zip(distinct, self.clips.get([video for _, video in distinct]), strict=True))
-        looks = [Look(None, problem=clips[key].problem) for key in keys]
-        rows, texts = {}, {key: start.text for key, (start, _) in zip(keys, pairs, strict=True)}
-        good = [key for key in distinct if clips[key].problem is None]
-        if not good:
-            return looks
-        members = [[at for at, key in enumerate(keys) if key == this] for this in good]
-        prompts = [self.agent.prompt(self.prompt, texts[key], clips[key]) for key in good]
-        rngs = [np.random.default_rng([*self.seed, self.turn, *self._stream(key)]) for key in good]
-        options = {"max_new": self.max_new, "temperature": self.knobs.temperature, "rng": rngs}
-        said = self.agent.reply(prompts, group=[len(some) for some in members], **options)
-        noise = [
-            rng.standard_normal((len(some), *self._soft_shape()))
-            for rng, some in zip(rngs, members, strict=True)
-        ]
-        order = [(at, n) for n, some in enumerate(members) for at in some]
-        for (at, n), one in zip(order, said, strict=True):
-            start, video = pairs[at]
-            wrong = list(start.wrong) + [video] * (video not in (start.video, *start.wrong))
-            rows[at] = Row(start, self.turn, video, prompts[n], one.ids, one.logps, one.text, wrong)
-            rows[at].earlier = tuple(row.taken for row in self.rows[start.group, start.member])
-        marked = [
-            (at, one.branch, eps)
-            for (at, _), one, eps in zip(order, said, np.concatenate(noise), strict=True)
-        ]
-        self._soften([(rows[at], branch, eps) for at, branch, eps in marked if branch is not None])
-        for (at, n), one in zip(order, said, strict=True):
-            self.rows[rows[at].start.group, rows[at].start.member].append(rows[at])
-            reply = episode.read_reply(
-                one.text, one.ids, layout=self.layout, refine_id=self.agent.mark, ended=one.ended
-            )
-            looks[at] = Look(reply, clips[good[n]].seconds, state=rows[at])
+        sharing = {}  # {(group, video): the pairs with that prompt}
+        for at, (start, video) in enumerate(pairs):
+            sharing.setdefault((start.group, video), []).append(at)
+        clips = dict(zip(sharing, self.clips.get([video for _, video in sharing]), strict=True))
+        looks = [Look(None, problem=clips[start.group, video].problem) for start, video in pairs]
+        good = {key: some for key, some in sharing.items() if clips[key].problem is None}
+        order = [at for some in good.values() for at in some]
+        for at, row, said in zip(order, *self._answer([pairs[at] for at in order], clips), strict=True):
+            self.rows[row.start.group, row.start.member].append(row)
+            own = {"layout": self.layout, "refine_id": self.agent.mark, "ended": said.ended}
+            reply = episode.read_reply(said.text, said.ids, **own)
+            looks[at] = Look(reply, clips[row.start.group, row.shown].seconds, state=row)
         return looks
 
-    def _stream(self, key):
-        """What makes a prompt's random numbers its own: not the batch or the process it is in."""
-        return key[0], self.column[key[1]]
+    def _answer(self, pairs, clips):
+        """(rows, completions) of pairs whose videos can be seen; pairs that share a prompt stand side by side."""
+        if not pairs:
+            return [], []
+        count = Counter((start.group, video) for start, video in pairs)  # in the order of the pairs
+        texts = {start.group: start.text for start, _ in pairs}
+        prompts = {key: self.agent.prompt(self.prompt, texts[key[0]], clips[key]) for key in count}
+        said, noise = self._sample(prompts, list(count.values()))
+        rows = [
+            self._row(start, video, prompts[start.group, video], one)
+            for (start, video), one in zip(pairs, said, strict=True)
+        ]
+        answered = zip(rows, said, noise, strict=True)
+        self._soften([(row, one.branch, eps) for row, one, eps in answered if one.branch is not None])
+        return rows, said
+
+    def _sample(self, prompts, counts):
+        """`counts` completions of each prompt, in one list, and (B, N, D) standard noise for their soft tokens.
+
+        Random numbers are a prompt's own: they depend on its start, turn and video, not on the batch or the process.
+        """
+        keys = [(group, self.column[video]) for group, video in prompts]
+        rngs = [np.random.default_rng([*self.seed, self.turn, *key]) for key in keys]
+        options = {"max_new": self.max_new, "temperature": self.knobs.temperature, "rng": rngs}
+        said = self.agent.reply(list(prompts.values()), group=counts, **options)
+        shape = self._soft_shape()
+        noise = [rng.standard_normal((count, *shape)) for rng, count in zip(rngs, counts, strict=True)]
+        return said, np.concatenate(noise)
+
+    def _row(self, start, video, prompt, said):
+        """What training keeps of one completion; its soft tokens come later."""
+        wrong = list(start.wrong) + [video] * (video not in (start.video, *start.wrong))
+        earlier = tuple(row.taken for row in self.rows[start.group, start.member])
+        return Row(start, self.turn, video, prompt, said.ids, said.logps, said.text, wrong, earlier)
 
     def _soft_shape(self):
         return self.agent.settings.n_soft, self.agent.heads.width
@@ -235,13 +237,9 @@ class Sampler(evaluate.Wiring):
 
     def step(self, rejected):
         """What to search with after a rejection: the query with the soft tokens made when the reply was given."""
-        n = self._soft_shape()[0]
-        return [
-            Refinement(
-                "sqr", None if look.state.taken is None else evaluate.Asked((), look.state.vec), n, n + 1
-            )
-            for _, look, _ in rejected
-        ]
+        n, vecs = self._soft_shape()[0], [look.state.vec for _, look, _ in rejected]
+        states = [None if vec is None else evaluate.Asked((), vec) for vec in vecs]
+        return [Refinement("sqr", state, n, n + 1) for state in states]
 
 
 # --- rewards and advantages ------------------------------------------------------------------------------------------
@@ -276,9 +274,7 @@ def reward_parts(one: episode.Episode, rows: list[Row], ret_reward: str = "exp")
     """
     last, parts = one.turns[-1] if one.turns else None, []
     outcome = last.iou if last and last.reply and last.reply.matched and last.shown_is_gt else 0.0
-    for turn, row in zip(
-        one.turns, rows, strict=False
-    ):  # a video that could not be read has a turn and no row
+    for turn, row in zip(one.turns, rows, strict=False):  # an unreadable video has a turn and no row
         right = turn.reply.matched is not None and turn.reply.matched == turn.shown_is_gt
         gained = 0.0 if row.chance is None else row.chance
         if ret_reward == "delta":
@@ -392,9 +388,7 @@ class Learner(nn.Module):
                 taken = torch.stack([row.taken for row in own])
                 means = refine.soft_tokens(sampler.agent, [branches[at] for at in some], n, taken=taken)
                 density = -((taken - means) ** 2).sum(dim=(1, 2)) / (2 * sampler.knobs.sigma**2)
-                ratio = torch.exp(
-                    density - density.detach()
-                )  # one step a rollout: the ratio is one, its gradient is not
+                ratio = torch.exp(density - density.detach())  # one step a rollout: one, but not its gradient
                 total = total - (ratio * torch.tensor([row.advantage for row in own]).to(ratio)).sum()
                 continue
             latents = refine.soft_tokens(sampler.agent, [branches[at] for at in some], n)

@@ -54,18 +54,12 @@ class Profile:
     decoders: int = 1  # ours: worker processes that decode ahead of the engine
     max_turns: int = 3  # T; ours: the project page says gains saturate at 3, the official script runs 2
     next_shown: typing.Literal["top1", "skip_rejected", "second_if_repeat"] = "top1"  # see `episode.choose`
-    eval_batch: int = (
-        64  # ours: queries that walk in step; their KV caches are held, and a kill costs this many
-    )
+    eval_batch: int = 64  # ours: queries that walk in step; their KV caches are held, a kill costs as many
     sample_queries: int = 96  # ours: test queries, evenly spread, that S1 compares refinements on
     video_fps: float = 1.0  # "1 fps"
     max_frames: int = 64  # official: at most 64 frames, spread over the whole video
-    frame_pixels: int = (
-        200704  # official: at most this many pixels a frame, sides in multiples of patch x merge
-    )
-    instruction: str = (
-        "Represent the user's input"  # official; a full stop is added where punctuation is missing
-    )
+    frame_pixels: int = 200704  # official: most pixels of a frame; its sides are multiples of patch x merge
+    instruction: str = "Represent the user's input"  # official; without punctuation it gets a full stop
     query_tokens: int = 128  # official: the embedder's length limit; longer query texts are cut and counted
     batch_tokens: int = 4096  # ours: padded tokens a batch of the engine may hold
     vr_ks: tuple[int, ...] = (1, 5, 10, 100)  # "R@1/5/10/100"
@@ -74,12 +68,9 @@ class Profile:
     neutral_tokens: int = 8  # ours: inserted where the paper's "N = 8" soft tokens will stand
     max_new: int = 1024  # official: tokens of the longest reply
     n_soft: int = 8  # "N = 8 soft query tokens"
-    seed_norm: typing.Literal["pre", "post"] = (
-        "pre"  # official: the first soft token reads the state before the norm
-    )
-    refine_init: typing.Literal["zero", "default", "scaled"] = (
-        "zero"  # official: the last layer of the projector starts at zero; "scaled" is ours, see `SoftHeads`
-    )
+    seed_norm: typing.Literal["pre", "post"] = "pre"  # official: soft token 1 reads the state before the norm
+    # "zero", official: the last layer of the projector starts at zero. "scaled" is ours, see `SoftHeads`.
+    refine_init: typing.Literal["zero", "default", "scaled"] = "zero"
     carry_blocks: int = 1  # official; "q_{t+1} = [q_t, soft_t]" is as many as there were turns in training
 
     frozen_layers: int = (
@@ -87,33 +78,23 @@ class Profile:
     )
     sft_data: str | None = None  # the released train_oneturn.json; {dataset} in the path stands for its name
     teacher: str | None = None  # writes one where there is none; official: "Qwen3-VL-30B-A3B-Thinking"
-    sft_rows: int = (
-        1000  # official: rows of stage 1 whose first search is right, and as many where it is wrong
-    )
-    sft_negatives: int | None = (
-        24  # official: wrong videos that InfoNCE contrasts with; None: all of the gallery
-    )
+    sft_rows: int = 1000  # official: rows of stage 1 whose first search is right; as many where it is wrong
+    sft_negatives: int | None = 24  # official: wrong videos of InfoNCE; None: all of the gallery
     sft_told: int = 0  # ours: rows learned from before the others, told their video in words: heads need many
     sft_epochs: float = 1.0  # official
-    sft_batch: int = (
-        1  # rows of one forward; times `sft_accumulate` they are the 4 of a public log (METHOD.md 9)
-    )
+    sft_batch: int = 1  # rows of one forward; times `sft_accumulate`: the 4 of a public log (METHOD.md 9)
     sft_accumulate: int = 4
     sft_lr: float = 2e-5  # official, of the language model
     sft_head_lr: float = 5e-5  # official, of the soft-query heads
     lam_ret: float = 0.3  # official: weight of InfoNCE beside the language-model loss
     tau: float = 0.1  # official: its temperature
 
-    held_out: float = (
-        0.1  # ours: share of train videos that nothing is learned from, to choose and to watch by
-    )
+    held_out: float = 0.1  # ours: share of train videos to choose and watch by; nothing learns from them
     held_starts: int = 48  # ours: starts on them whose reward stage 2 watches
 
     grpo_group: int = 8  # "G = 8": episodes from one start
     grpo_prompts: int = 4  # starts of one optimizer step (METHOD.md 9: 32 episodes)
-    grpo_batch: int = (
-        4  # ours: starts that are walked, and learned from, at once; lower it where memory is short
-    )
+    grpo_batch: int = 4  # ours: starts walked, and learned from, at once; lower it where memory is short
     grpo_steps: int | None = None  # None: one epoch (official)
     grpo_lr: float = 5e-7  # official, of the language model
     grpo_head_lr: float = 5e-5  # official for stage 1, of the soft-query heads; frozen heads have none
@@ -122,12 +103,10 @@ class Profile:
     grpo_clip: float = 0.2  # official
     grpo_negatives: int = 24  # official: wrong videos of the retrieval reward
     temperature: float = 1.0  # official: of sampled replies
-    ret_reward: typing.Literal["exp", "delta"] = (
-        "exp"  # "exp(-L_ret)"; delta: official, less that of the plain query
-    )
-    reward_off: tuple[
-        str, ...
-    ] = ()  # parts of the reward that count nothing: verify, form, refine, time, retrieve
+    # R_ret is "exp(-L_ret)"; "delta", official: less that of the query as typed.
+    ret_reward: typing.Literal["exp", "delta"] = "exp"
+    # Parts of the reward that count nothing: verify, form, refine, time, retrieve.
+    reward_off: tuple[str, ...] = ()
     soft_weight: float = 1.0  # official for its (optional) InfoNCE term in stage 2
     sigma: float = 0.05  # official: noise on soft tokens, for recipes that sample them
 
