@@ -1,10 +1,12 @@
 """Stage 2: rewards by hand, the objective against TRL's, replay against rollout, sharing, a run that is killed."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
 import types
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -94,15 +96,15 @@ def test_starts_show_the_first_search_and_accepting_is_right_as_often_as_rejecti
     assert all(start.first == start.video for start in starts[3:])
 
 
-def turn(matched, right, iou=0.0, refine=True, strict=True):
-    reply = types.SimpleNamespace(matched=matched, strict=strict, has_refine=refine)
+def turn(matched, right, iou=0.0, refine=True, strict=True, text=""):
+    reply = types.SimpleNamespace(matched=matched, strict=strict, has_refine=refine, text=text)
     return types.SimpleNamespace(reply=reply, shown_is_gt=right, iou=iou)
 
 
-def parts(*turns, chances, ret_reward="exp", dataset="didemo"):
+def parts(*turns, chances, dataset="didemo", **options):
     one = types.SimpleNamespace(turns=turns, run=types.SimpleNamespace(dataset=dataset))
     rows = [types.SimpleNamespace(chance=chance, before=0.25) for chance in chances]
-    return grpo.reward_parts(one, rows, ret_reward)
+    return grpo.reward_parts(one, rows, **options)
 
 
 def test_an_episode_of_two_turns_earns_what_the_method_says():
@@ -121,6 +123,90 @@ def test_an_episode_of_two_turns_earns_what_the_method_says():
 def test_the_official_retrieval_reward_is_a_difference():
     assert parts(turn(False, False), chances=[0.7], ret_reward="delta")[0]["retrieve"] == pytest.approx(0.45)
     assert parts(turn(False, False, refine=False), chances=[None], ret_reward="delta")[0]["retrieve"] == -0.3
+
+
+@pytest.mark.parametrize(
+    ("walked", "times"),
+    [
+        ([turn(False, False), turn(True, True, 0.6)], [0.5, 0.6]),
+        ([turn(False, False, text="<think> <start> </think> <answer>not_matched</answer>")], [0.5]),
+        ([turn(False, False, text="<answer>not_matched</answer> <start>1.0")], [0.0]),
+        ([turn(False, False, text="<answer>not_matched</answer> <END>1.0</END>")], [0.0]),
+        ([turn(False, True), turn(True, True, 0.6)], [0.0, 0.6]),
+        ([turn(None, False)], [0.0]),
+        ([turn(True, False, 0.6)], [0.0]),
+    ],
+)
+def test_the_official_time_reward_gives_one_half_to_a_right_rejection_that_names_no_time(walked, times):
+    made = parts(*walked, chances=[0.5] * len(walked), time_reward="half_on_reject")
+    assert [one["time"] for one in made] == times
+
+
+def test_the_time_reward_of_the_profile_is_in_the_sum(monkeypatch, profile, search, vectors, starts):
+    """Every reply is read as a rejection; Charades weighs 1.6, 0.1, 0.1, 0.35 and 0.8."""
+    read = grpo.episode.read_reply
+    said = "<think> no </think> <answer>not_matched</answer>"
+    monkeypatch.setattr(grpo.episode, "read_reply", lambda text, ids, **own: read(said, ids, **own))
+    made = sampler(dataclasses.replace(profile, time_reward="half_on_reject"), search, vectors, "vsr1-single")
+    (rows,) = made.walk([starts[0]], [1])
+    (last,) = made.walk([starts[-1]], [1])
+    assert starts[0].first != starts[0].video and starts[-1].first == starts[-1].video
+    for row, verify, time in ((rows[0], 1.0, 0.5), (last[0], -1.0, 0.0)):
+        refined = float(row.taken is not None)
+        earned = 1.6 * verify + 0.1 * row.parts["form"] + 0.1 * refined + 0.8 * (row.chance or 0.0)
+        assert row.reward == pytest.approx(earned + 0.35 * time)
+
+
+# Three members of one start; at turn 2, two of them see v1 and one v2.
+TURNS = [(1, "v0", 1.0), (1, "v0", 1.0), (1, "v0", 1.0), (2, "v1", 1.0), (2, "v1", 3.0), (2, "v2", 5.0)]
+
+
+@pytest.mark.parametrize(
+    ("group_by", "gains", "told"),
+    [
+        ("prompt", [0, 0, 0, -1 / 2**0.5, 1 / 2**0.5, None], (2, 1, 0.5, 1, 2**0.5 / 2)),
+        ("query_turn", [0, 0, 0, -1, 0, 1], (2, 1, 0.5, 0, 1.0)),
+    ],
+)
+def test_rows_are_compared_by_prompt_or_by_turn(group_by, gains, told):
+    """Spreads by hand: of (1, 3) the root of 2, of (1, 3, 5) it is 2."""
+    parts = dict.fromkeys(("verify", "form", "refine", "time", "retrieve"), 0.0)
+    rows = [{"group": 0, "t": t, "shown": shown, "reward": reward} for t, shown, reward in TURNS]
+    found = grpo.advantages([r["reward"] for r in rows], [grpo.peers(row, group_by) for row in rows])
+    assert [gain and round(gain, 3) for gain in found] == [gain and round(gain, 3) for gain in gains]
+    line = grpo.tally([row | {"length": 1, "right": True, "parts": parts} for row in rows], group_by)
+    keys = ("groups", "flat_groups", "flat", "alone", "spread")
+    assert tuple(line[key] for key in keys) == pytest.approx(told)
+
+
+@pytest.mark.parametrize(
+    ("group_by", "shared"), [("prompt", ("group", "t", "shown")), ("query_turn", ("group", "t"))]
+)
+def test_a_step_learns_from_the_comparison_that_the_profile_names(
+    profile, search, vectors, starts, group_by, shared
+):
+    course = begin(dataclasses.replace(profile, group_by=group_by, grpo_group=8), search, vectors)
+    line, rows = course.step(1, starts[3:])
+    prompts = {(row["group"], row["t"], row["shown"]) for row in rows}
+    assert len(prompts) > len({prompt[:2] for prompt in prompts}), "some second looks are at different videos"
+    for row in rows:
+        own = [other["reward"] for other in rows if all(other[key] == row[key] for key in shared)]
+        if len(own) == 1:
+            assert row["advantage"] is None
+        else:
+            gain = (row["reward"] - np.mean(own)) / (np.std(own, ddof=1) + 1e-4)
+            assert row["advantage"] == pytest.approx(gain)
+    sizes = list(Counter(tuple(row[key] for key in shared) for row in rows).values())
+    assert (line["groups"], line["alone"]) == (sum(size > 1 for size in sizes), sizes.count(1))
+
+
+def test_what_changes_the_outcome_is_in_the_key_of_the_stage(monkeypatch, profile):
+    key = lambda made: grpo.stages.fingerprint(grpo.train(made, "charades"))  # noqa: E731
+    monkeypatch.setattr(grpo.stages, "run", lambda target, inputs, build: inputs)
+    for change in ({"time_reward": "half_on_reject"}, {"group_by": "query_turn"}, {"ret_reward": "delta"}):
+        assert key(dataclasses.replace(profile, **change)) != key(profile), change
+    for change in ({"max_flat": 0.5}, {"max_skipped": 0.5}):  # a stopped run may go on
+        assert key(dataclasses.replace(profile, **change)) == key(profile), change
 
 
 def test_advantages_are_trl_s():
@@ -348,22 +434,28 @@ def lines(folder, name="log"):
     return [json.loads(line) for line in (folder / f"{name}.jsonl").open()]
 
 
-def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors, starts):
-    """Four steps in one go, and four with a kill after the second; and each step is the same again by its seed."""
+class Killed(Exception):
+    """Somebody pulled the plug."""
 
-    class Killed(Exception):
-        pass
 
-    def kill(logged):
-        if len(logged) == 3:
+def kill_at(count):
+    """A watcher that ends the run when its log has so many lines."""
+
+    def watch(logged):
+        if len(logged) == count:
             raise Killed
 
+    return watch
+
+
+def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors, starts):
+    """Four steps in one go, and four with a kill after the second; and each step is the same again by its seed."""
     whole, parts = begin(profile, search, vectors), begin(profile, search, vectors)
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     whole.run(starts, starts[:2], tmp_path / "whole", "whole")
     with pytest.raises(Killed):
-        parts.run(starts, starts[:2], tmp_path / "parts", "parts", kill)
+        parts.run(starts, starts[:2], tmp_path / "parts", "parts", kill_at(3))
     parts = begin(profile, search, vectors)
     parts.run(starts, starts[:2], tmp_path / "parts", "parts")
     for name, weight in whole.learner.state_dict().items():
@@ -384,11 +476,72 @@ def test_steps_without_a_finite_gradient_are_counted_and_too_many_end_the_run(
     course = begin(profile, search, vectors)
     before = {name: weight.clone() for name, weight in course.learner.state_dict().items()}
     course.knobs.__dict__["grpo_beta"] = float("nan")  # frozen, and this profile is the test's own
-    with pytest.raises(params.InputError, match=r"3 of 3 steps .* lower grpo_lr"):
+    with pytest.raises(params.InputError, match=r"3 of 3 steps .* 0 for want of memory, .* lower grpo_lr"):
         course.run(starts, starts[:2], tmp_path, "broken")
     assert [line["norm"] for line in lines(tmp_path)] == [None] * 3 and lines(tmp_path)[-1]["skipped"] == 3
     for name, weight in course.learner.state_dict().items():
         assert (weight == before[name]).all()
+
+
+def short_of_memory(course, monkeypatch, calls):
+    """The learner runs out of memory in these of its calls, from 1: two a step, one for each start."""
+    forward, made = course.learner.forward, []
+
+    def full(*args):
+        made.append(1)
+        if len(made) in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args)
+
+    monkeypatch.setattr(course.learner, "forward", full)
+
+
+def test_a_step_out_of_memory_is_counted_and_changes_nothing(
+    tmp_path, monkeypatch, profile, search, vectors, starts
+):
+    """The second half of step 2 does not fit, so that step has a gradient of half its rows: it must not be used."""
+    profile = dataclasses.replace(profile, grpo_batch=1)
+    course, weights = begin(profile, search, vectors), []
+    short_of_memory(course, monkeypatch, {4})
+    keep = lambda _: weights.append({n: w.clone() for n, w in course.learner.state_dict().items()})  # noqa: E731
+    course.run(starts, starts[:2], tmp_path, "full", keep)
+    log = lines(tmp_path)
+    assert [(line["skipped"], line["no_memory"]) for line in log] == [(0, 0), (1, 1), (1, 1), (1, 1)]
+    assert [line["loss"] is None for line in log] == [line["norm"] is None for line in log]
+    assert [line["norm"] is None for line in log] == [False, True, False, False]
+    pairs = itertools.pairwise(weights)
+    equal = [all((one[name] == other[name]).all() for name in one) for one, other in pairs]
+    assert equal == [True, False, False]
+    again = begin(profile, search, vectors)
+    assert again._resume(tmp_path) == 4 and again.counts == course.counts and again.counts["no_memory"] == 1
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.05, 3), (0.75, 4)])
+def test_too_many_steps_out_of_memory_end_the_run(
+    tmp_path, monkeypatch, profile, search, vectors, starts, share, steps
+):
+    course = begin(dataclasses.replace(profile, max_skipped=share), search, vectors)
+    short_of_memory(course, monkeypatch, range(1, 9))
+    told = rf"full: {steps} of {steps} steps .* {steps} for want of memory, .* grpo_batch"
+    with pytest.raises(params.InputError, match=told):
+        course.run(starts, starts[:2], tmp_path, "full")
+    assert len(lines(tmp_path)) == steps
+
+
+def test_groups_that_all_earn_the_same_end_the_run_where_it_can_go_on(
+    tmp_path, profile, search, vectors, starts
+):
+    parts = ("verify", "form", "refine", "time", "retrieve")
+    profile = dataclasses.replace(profile, reward_off=parts, max_flat=0.9)
+    with pytest.raises(
+        params.InputError, match=r"flat: in (\d+) of \1 groups all earned the same.* max_flat"
+    ):
+        begin(profile, search, vectors).run(starts, starts[:2], tmp_path, "flat")
+    assert [(line["step"], line["flat"]) for line in lines(tmp_path)] == [(1, 1.0)]
+    begin(dataclasses.replace(profile, max_flat=1.0), search, vectors).run(
+        starts, starts[:2], tmp_path, "flat"
+    )
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_every_epoch_draws_every_start_once(starts):
@@ -421,10 +574,8 @@ def test_two_processes_are_one(tmp_path, profile, search, vectors, starts):
         for key in one.keys() - {"seconds", "turns"}:
             assert one[key] == pytest.approx(two[key], abs=1e-4, rel=1e-4), (one["step"], key)
     theirs, began = load_file(tmp_path / "two" / "end.safetensors"), before.learner.state_dict()
-    for (
-        name,
-        weight,
-    ) in course.learner.state_dict().items():  # Adam blows rounding up where a gradient is next to nothing
+    # The norm, as Adam blows rounding up where a gradient is next to nothing.
+    for name, weight in course.learner.state_dict().items():
         assert (theirs[name] - weight).norm() <= 0.02 * (weight - began[name]).norm(), name
 
 

@@ -127,8 +127,9 @@ class Sampler(evaluate.Wiring):
         once = {"next_shown": "stop_at_repeat", "reuse": False}  # a state is sampled once
         run = episode.Run(self.dataset, "train", "grpo", turns, carry, self.knobs.seed, **once)
         walked = episode.run_episodes(starts, self.search, self.ask, self.refine, run)
+        options = self.knobs.ret_reward, self.knobs.time_reward
         for one, rows in zip(walked, self.rows.values(), strict=True):
-            for row, parts in zip(rows, reward_parts(one, rows, self.knobs.ret_reward), strict=True):
+            for row, parts in zip(rows, reward_parts(one, rows, *options), strict=True):
                 row.parts = parts
                 row.reward = sum(getattr(self.weights, part) * value for part, value in parts.items())
         return list(self.rows.values())
@@ -261,7 +262,9 @@ WEIGHTS |= dict.fromkeys(("didemo", "activitynet"), Weights(1.2, 0.1, 0.8, 0.45,
 NO_REFINE = {"charades": 0.0, "didemo": -0.3, "activitynet": -0.3}  # official, for "delta" only
 
 
-def reward_parts(one: episode.Episode, rows: list[Row], ret_reward: str = "exp") -> list[dict]:
+def reward_parts(
+    one: episode.Episode, rows: list[Row], ret_reward="exp", time_reward="outcome"
+) -> list[dict]:
     """{part: value} of each turn of an episode, before weighting.
 
     verify    +1 for a right verdict on the video shown, -1 for a wrong or unreadable one
@@ -270,12 +273,16 @@ def reward_parts(one: episode.Episode, rows: list[Row], ret_reward: str = "exp")
     retrieve  exp(-L_ret), the softmax probability of the right video after the refinement; "delta": less that of the
               query as typed (official)
     time      the overlap that the episode ends with, if it ends in the right video, for every turn whose own verdict
-              was right: a rejection that leads there shares in it. Nothing is summed over turns: long does not pay
+              was right: a rejection that leads there shares in it. Nothing is summed over turns: long does not pay.
+              "half_on_reject": for a right rejection one half instead, if it names no time (official)
     """
     last, parts = one.turns[-1] if one.turns else None, []
     outcome = last.iou if last and last.reply and last.reply.matched and last.shown_is_gt else 0.0
     for turn, row in zip(one.turns, rows, strict=False):  # an unreadable video has a turn and no row
         right = turn.reply.matched is not None and turn.reply.matched == turn.shown_is_gt
+        timed = outcome
+        if time_reward == "half_on_reject" and not turn.reply.matched:
+            timed = 0.0 if _names_time(turn.reply.text) else 0.5
         gained = 0.0 if row.chance is None else row.chance
         if ret_reward == "delta":
             gained = NO_REFINE.get(one.run.dataset, 0.0) if row.chance is None else row.chance - row.before
@@ -284,11 +291,25 @@ def reward_parts(one: episode.Episode, rows: list[Row], ret_reward: str = "exp")
                 "verify": 1.0 if right else -1.0,
                 "form": float(turn.reply.strict),
                 "refine": float(turn.reply.has_refine),
-                "time": outcome if right else 0.0,
+                "time": timed if right else 0.0,
                 "retrieve": gained,
             }
         )
     return parts
+
+
+def _names_time(text):
+    """Whether the answer behind the reasoning has a tag of a time, closed or not."""
+    said = text.rpartition("</think>")[2].lower()
+    return "<start>" in said or "<end>" in said
+
+
+def peers(row: dict, group_by: str) -> tuple:
+    """What rows have in common that are compared: the prompt, or (METHOD.md 6.4) only the start and the turn.
+
+    Both name the start, not the query: a query that stands among the starts twice was shown two videos.
+    """
+    return (row["group"], row["t"]) + (row["shown"],) * (group_by == "prompt")
 
 
 def advantages(rewards, groups) -> list[float | None]:
@@ -415,7 +436,7 @@ class Course:
         learner = Learner(sampler, anchor)
         optimizer = torch.optim.AdamW(_groups(self.knobs, sampler.recipe, agent))
         self.learner, self.optimizer = self.accelerator.prepare(learner, optimizer)
-        self.skipped = 0
+        self.counts = Counter()  # since step 1: steps skipped, those for want of memory, groups, those flat
 
     def walk(self, starts: list[Start], members: int, seed: list[int]) -> list[Row]:
         """The rows of `members` episodes from each start; each process walks its share of the starts."""
@@ -434,24 +455,26 @@ class Course:
     def step(self, number: int, starts: list[Start]) -> tuple[dict, list[dict]]:
         """One rollout and one step of the optimizer: (the line of the log, all rows in short)."""
         began = time.perf_counter()
-        rows = self.walk(starts, self.knobs.grpo_group, [self.knobs.seed, 7, number])
-        found = advantages(
-            [row.reward for row in rows], [(row.start.group, row.t, row.shown) for row in rows]
-        )
+        rows, by = self.walk(starts, self.knobs.grpo_group, [self.knobs.seed, 7, number]), self.knobs.group_by
+        found = advantages([row.reward for row in rows], [peers(_short(row), by) for row in rows])
         for row, advantage in zip(rows, found, strict=True):
             row.advantage = advantage
         sums, norm = self._descend([row for row in rows if row.advantage is not None])
         short = gather_object([_short(row) for row in rows])
-        line = {"step": number, "loss": sums["loss"], "kl": sums["kl"] / sums["rows"]}
-        line |= {
-            "clipped": sums["clipped"] / sums["rows"],
-            "info_nce": sums["info_nce"] / max(1, sums["soft"]),
-        }
-        line |= {"norm": norm, "skipped": self.skipped, "seconds": time.perf_counter() - began}
-        return line | tally(short), short
+        told = tally(short, by)
+        self.counts.update(groups=told["groups"], flat=told["flat_groups"])
+        means = {"loss": sums["loss"], "kl": sums["kl"] / sums["rows"]}
+        means |= {"clipped": sums["clipped"] / sums["rows"]}
+        means |= {"info_nce": sums["info_nce"] / max(1, sums["soft"])}
+        line = {"step": number} | {key: mean if math.isfinite(mean) else None for key, mean in means.items()}
+        line |= {"norm": norm} | {key: self.counts[key] for key in ("skipped", "no_memory")}
+        return line | {"seconds": time.perf_counter() - began} | told, short
 
     def _descend(self, kept):
-        """(sums over the rows of all processes, norm of the gradient; None: not finite, and no step was made)."""
+        """(sums over the rows of all processes, norm of the gradient; None: not finite, and no step was made).
+
+        A step that runs out of memory has no sums; one process of several ends, for the others wait for its gradient.
+        """
         self.optimizer.zero_grad()
         totals = self._sum({"rows": len(kept), "soft": sum(row.taken is not None for row in kept)})
         assert totals["rows"], "no reply to learn from"
@@ -464,15 +487,16 @@ class Course:
                     self.accelerator.backward(loss * self.accelerator.num_processes)  # they are averaged
                 sums.update({"loss": float(loss.detach())} | parts)
         except torch.OutOfMemoryError:
-            if self.accelerator.num_processes > 1:  # the others would wait for this one's gradient for ever
+            if self.accelerator.num_processes > 1:
                 raise
-            sums["loss"] = math.nan
+            sums = Counter(dict.fromkeys(sums, math.nan))
+            self.counts["no_memory"] += 1
         sums, norm = self._sum(sums) | totals, math.nan
         if math.isfinite(sums["loss"]):
             learned = [weight for group in self.optimizer.param_groups for weight in group["params"]]
             norm = float(self.accelerator.clip_grad_norm_(learned, 1.0))
         if not math.isfinite(norm):
-            self.skipped += 1
+            self.counts["skipped"] += 1
             return sums, None
         self.optimizer.step()
         return sums, norm
@@ -513,27 +537,41 @@ class Course:
             if main:
                 lines.append(line)
                 _append(folder / "log.jsonl", line)
-                _append(
-                    folder / "groups.jsonl", {"step": number, "rows": [r for r in short if r["group"] == 0]}
-                )
+                _append(folder / "groups.jsonl", {"step": number, "rows": _first_group(short)})
             if watch:
                 watch(lines)
-            if self.skipped > max(2, 0.05 * steps):
-                raise InputError(
-                    f"{what}: {self.skipped} of {number} steps had no finite gradient or no memory; lower grpo_lr or "
-                    "grpo_batch in the profile"
-                )
+            self._check_skipped(number, steps, what)
             if number % max(1, steps // 4) == 0 or number == steps:
                 self._look(held, number, folder)
                 self._save(folder, number)
+                self._check_flat(what)
             bar.update()
         bar.close()
+
+    def _check_skipped(self, number, steps, what):
+        """Ends a run of which too many steps were no steps."""
+        skipped, no_memory = self.counts["skipped"], self.counts["no_memory"]
+        if skipped > max(2, self.knobs.max_skipped * steps):
+            raise InputError(
+                f"{what}: {skipped} of {number} steps changed nothing, {no_memory} for want of memory, the others "
+                "without a finite gradient; lower grpo_lr, or for memory grpo_batch, in the profile"
+            )
+
+    def _check_flat(self, what):
+        """Ends a run in which hardly a group has members to prefer; its state is saved, so it can go on."""
+        flat, groups = self.counts["flat"], self.counts["groups"]
+        if flat > self.knobs.max_flat * groups:
+            raise InputError(
+                f"{what}: in {flat} of {groups} groups all earned the same, which teaches nothing; raise temperature "
+                "or grpo_group in the profile, or max_flat to go on as it is"
+            )
 
     def _look(self, held, number, folder):
         """Writes what the policy earns on starts that it never learns from, with the same random numbers every time."""
         short = gather_object([_short(row) for row in self.walk(held, 2, [self.knobs.seed, 9])])
+        told = tally(short, self.knobs.group_by)
         if self.accelerator.is_main_process:
-            _append(folder / "held.jsonl", {"step": number} | tally(short))
+            _append(folder / "held.jsonl", {"step": number} | told)
 
     def _save(self, folder, number):
         """The state after a step, complete or not at all; the one before goes away."""
@@ -541,7 +579,7 @@ class Course:
         partial = target.with_suffix(".partial")
         self.accelerator.save_state(partial)
         if self.accelerator.is_main_process:
-            (partial / "skipped.json").write_text(str(self.skipped))
+            stages.write_json(partial / "counts.json", self.counts)
             partial.rename(target)
             for other in target.parent.iterdir():
                 if other != target:
@@ -554,7 +592,7 @@ class Course:
         if not states:
             return 0
         self.accelerator.load_state(states[-1])
-        self.skipped = int((states[-1] / "skipped.json").read_text())
+        self.counts = Counter(json.loads((states[-1] / "counts.json").read_text()))
         return int(states[-1].name)
 
 
@@ -601,22 +639,22 @@ def _short(row):
     return kept | {"chance": row.chance, "before": row.before}
 
 
-def tally(rows: list[dict]) -> dict:
+def tally(rows: list[dict], group_by: str) -> dict:
     """What a log says about the rows of a step: means over rows, and the same turn by turn.
 
-    spread  mean over groups of the standard deviation of rewards
-    flat    share of groups whose members all earn the same: no signal
-    alone   rows that no other row can be compared with
+    spread       mean over groups of the standard deviation of rewards
+    groups       of more than one member
+    flat         share of them whose members all earn the same: no signal; flat_groups: how many
+    alone        rows that no other row can be compared with
     """
-    groups = {}
+    own = {}
     for row in rows:
-        groups.setdefault((row["group"], row["t"], row["shown"]), []).append(row["reward"])
-    spreads = [float(np.std(own, ddof=1)) for own in groups.values() if len(own) > 1]
-    told = {"rows": len(rows), "alone": sum(len(own) == 1 for own in groups.values())}
+        own.setdefault(peers(row, group_by), []).append(row["reward"])
+    spreads = [float(np.std(rewards, ddof=1)) for rewards in own.values() if len(rewards) > 1]
+    flat = sum(spread < 1e-6 for spread in spreads)
+    told = {"rows": len(rows), "alone": len(own) - len(spreads), "groups": len(spreads), "flat_groups": flat}
     told |= {"spread": float(np.mean(spreads)) if spreads else None}
-    told |= {"flat": float(np.mean([spread < 1e-6 for spread in spreads])) if spreads else None} | _means(
-        rows
-    )
+    told |= {"flat": flat / len(spreads) if spreads else None} | _means(rows)
     by_turn = [[row for row in rows if row["t"] == t] for t in sorted({row["t"] for row in rows})]
     return told | {"turns": [{"rows": len(own)} | _means(own) for own in by_turn]}
 
@@ -629,6 +667,10 @@ def _means(rows):
         for part in ("verify", "form", "refine", "time", "retrieve")
     }
     return {name: float(np.mean(own)) for name, own in values.items()}
+
+
+def _first_group(rows):
+    return [row for row in rows if row["group"] == 0]
 
 
 def _append(path, line):
@@ -652,8 +694,8 @@ def train(profile, dataset: str, name: str = "vsr1", watch=None) -> Path:
     home = profile.runs(dataset)
     knobs = dataclasses.asdict(profile)
     used = [key for key in knobs if key.startswith(("grpo_", "re"))]
-    used += ["frozen_layers", "sft_negatives"]
-    used += ["temperature", "soft_weight", "sigma", "tau", "held_out", "max_new", "seed"]
+    used += ["frozen_layers", "sft_negatives", "temperature", "soft_weight", "sigma", "tau", "held_out"]
+    used += ["max_new", "seed", "time_reward", "group_by"]
     inputs = {
         "sft": stages.stamp(home / "sft").get("key"),
         "recipe": [name, *vars(RECIPES[name]).values()],

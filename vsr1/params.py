@@ -105,10 +105,16 @@ class Profile:
     temperature: float = 1.0  # official: of sampled replies
     # R_ret is "exp(-L_ret)"; "delta", official: less that of the query as typed.
     ret_reward: typing.Literal["exp", "delta"] = "exp"
+    # A right rejection earns as R_time what its episode ends with (ours), or one half, without tags (official).
+    time_reward: typing.Literal["outcome", "half_on_reject"] = "outcome"
     # Parts of the reward that count nothing: verify, form, refine, time, retrieve.
     reward_off: tuple[str, ...] = ()
+    # Ours: compared are replies to one prompt (query, turn, video shown), or all of a start's at one turn.
+    group_by: typing.Literal["prompt", "query_turn"] = "prompt"
     soft_weight: float = 1.0  # official for its (optional) InfoNCE term in stage 2
     sigma: float = 0.05  # official: noise on soft tokens, for recipes that sample them
+    max_skipped: float = 0.05  # ours: share of steps, and always two, that may end without an update
+    max_flat: float = 0.9  # ours: share of groups whose members may all earn the same; looked at each quarter
 
     # The ladder of notebook 06; all ours: as much as a minute or so on one core allows.
     ladder_free_queries: int = 32  # test queries, evenly spread, whose latents are optimised freely
