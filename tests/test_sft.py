@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import QUERIES, clip, random_engine, random_policy
+from tiny import QUERIES, clip, fake_tensorboard, random_engine, random_policy
 
 from vsr1 import engine, params, policy, refine, sft, traces
 
@@ -181,6 +181,26 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors
     logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").open()] for n in ("whole", "parts")]
     assert [row["step"] for row in logs[1]] == [1, 2, 3, 4]
     assert np.allclose([row["loss"] for row in logs[0]], [row["loss"] for row in logs[1]], atol=1e-5)
+
+
+def test_tensorboard_draws_what_the_log_says(tmp_path, monkeypatch, profile, search, vectors, rows):
+    """Beside the log: the library's own folder is one that goes away when training is done."""
+    writers = fake_tensorboard(monkeypatch)
+    agent, profile = random_policy(), dataclasses.replace(profile, tensorboard=True)
+    made = sft.make_trainer(profile, agent, rows * 2, Shelf(), tmp_path, "drawn")
+    made.teach(agent, search, vectors, profile).train()
+    (writer,) = writers
+    assert writer.folder == str(tmp_path / "tensorboard") and writer.closed
+    for row in [json.loads(line) for line in (tmp_path / "log.jsonl").open()]:
+        for theirs, ours in (("loss", "loss"), ("info_nce", "info_nce"), ("grad_norm", "norm")):
+            assert writer.drawn[f"train/{theirs}", row["step"]] == row[ours]
+
+
+def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch, profile, rows):
+    monkeypatch.setattr(sft, "is_tensorboard_available", lambda: False)
+    profile = dataclasses.replace(profile, tensorboard=True)
+    with pytest.raises(params.InputError, match="the package tensorboard is missing; install it"):
+        sft.make_trainer(profile, random_policy(), rows, Shelf(), tmp_path, "drawn")
 
 
 def test_the_baseline_learns_the_same_replies_without_the_token_and_without_a_search(

@@ -25,13 +25,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import nn
 
 from vsr1 import corpus, engine, episode, evaluate, frames, policy, qwen, refine, stages
 from vsr1.episode import AS_TYPED, Look, Refinement
 from vsr1.params import InputError
-from vsr1.sft import info_nce
+from vsr1.sft import info_nce, need_tensorboard
 
 
 @dataclass(frozen=True)
@@ -523,6 +524,10 @@ class Course:
         main, count = self.accelerator.is_main_process, self.knobs.grpo_prompts
         steps = self.knobs.grpo_steps or -(-len(starts) // count)
         done, lines = self._resume(folder), []
+        if self.knobs.tensorboard:
+            need_tensorboard()
+            self.accelerator.log_with = [TensorBoardTracker("tensorboard", folder, purge_step=done + 1)]
+            self.accelerator.init_trackers("grpo")
         if main:
             lines = [_keep(folder / f"{name}.jsonl", done) for name in ("groups", "held", "log")][-1]
         if done == 0:
@@ -538,6 +543,7 @@ class Course:
                 lines.append(line)
                 _append(folder / "log.jsonl", line)
                 _append(folder / "groups.jsonl", {"step": number, "rows": _first_group(short)})
+            self.accelerator.log(_numbers(line), number)
             if watch:
                 watch(lines)
             self._check_skipped(number, steps, what)
@@ -547,6 +553,8 @@ class Course:
                 self._check_flat(what)
             bar.update()
         bar.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def _check_skipped(self, number, steps, what):
         """Ends a run of which too many steps were no steps."""
@@ -572,6 +580,7 @@ class Course:
         told = tally(short, self.knobs.group_by)
         if self.accelerator.is_main_process:
             _append(folder / "held.jsonl", {"step": number} | told)
+        self.accelerator.log({f"held/{name}": value for name, value in _numbers(told).items()}, number)
 
     def _save(self, folder, number):
         """The state after a step, complete or not at all; the one before goes away."""
@@ -671,6 +680,11 @@ def _means(rows):
 
 def _first_group(rows):
     return [row for row in rows if row["group"] == 0]
+
+
+def _numbers(line):
+    """What of a line of the log can be drawn as a curve."""
+    return {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
 
 
 def _append(path, line):

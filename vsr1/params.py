@@ -115,6 +115,7 @@ class Profile:
     sigma: float = 0.05  # official: noise on soft tokens, for recipes that sample them
     max_skipped: float = 0.05  # ours: share of steps, and always two, that may end without an update
     max_flat: float = 0.9  # ours: share of groups whose members may all earn the same; looked at each quarter
+    tensorboard: bool = False  # ours: curves of stages 1 and 2 for TensorBoard too, beside log.jsonl
 
     # The ladder of notebook 06; all ours: as much as a minute or so on one core allows.
     ladder_free_queries: int = 32  # test queries, evenly spread, whose latents are optimised freely

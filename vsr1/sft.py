@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import SequentialSampler
 from transformers import DynamicCache, PrinterCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -262,4 +263,17 @@ def make_trainer(profile, agent, rows, clips, folder, what, watch=None):
         callbacks=[Diary(folder / "log.jsonl", what, watch)],
     )
     trainer.remove_callback(PrinterCallback)
+    if profile.tensorboard:  # what `report_to` adds; its own folder is one that goes away at the end
+        need_tensorboard()
+        board = TensorBoardCallback()
+        board.logging_dir = str(folder / "tensorboard")
+        trainer.add_callback(board)
     return trainer
+
+
+def need_tensorboard() -> None:
+    """TensorBoard is no part of the pinned set: whoever asks for it installs it."""
+    if not is_tensorboard_available():
+        raise InputError(
+            "tensorboard: true, but the package tensorboard is missing; install it or remove the knob"
+        )
