@@ -570,6 +570,54 @@ def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch, profi
         course.run(starts, starts[:2], tmp_path, "drawn")
 
 
+def prepared(home, agent, vectors):
+    """What stage 2 finds on disk: a checkpoint of stage 1, queries, vectors."""
+    for folder in ("sft", "corpus", "embed/engine/train"):
+        (home / folder).mkdir(parents=True)
+    grpo.policy.save(agent, home / "sft")
+    queries = [corpus.Query(n + 1, text, f"v{n}", (0.0, 4.0), "", 8.0) for n, text in enumerate(QUERIES)]
+    corpus.write_fig(home / "corpus" / "train.jsonl", queries)
+    place = home / "embed" / "engine" / "train"
+    (place / "ids.json").write_text(json.dumps({"videos": vectors.video_ids, "queries": vectors.query_ids}))
+    np.save(place / "video_vecs.npy", vectors.video_vecs)
+    np.save(place / "query_vecs.npy", vectors.query_vecs)
+
+
+@pytest.mark.parametrize("recipe", ["vsr1-single", "m1", "m3", "gauss"])
+def test_each_recipe_trains_to_its_end_and_resumes(tmp_path, monkeypatch, profile, search, vectors, recipe):
+    """The stage as `make paper` calls it, in one go and killed in its second step; videos and words are the test's."""
+    profile = dataclasses.replace(profile, grpo_steps=2, held_out=1 / 3)
+    agent, load, factors = random_policy(), grpo.policy.load, grpo.RECIPES[recipe]
+    agent.settings = dataclasses.replace(agent.settings, n_soft=3)
+    monkeypatch.setattr(grpo.policy, "load", lambda *args: few_words(load(*args)))
+    monkeypatch.setattr(grpo.engine, "load", lambda _: search)
+    monkeypatch.setattr(grpo.evaluate, "Clips", lambda *_: Shelf())
+
+    def train(name, watch=None):
+        monkeypatch.setattr(params, "ROOT", tmp_path / name)
+        if not (home := profile.runs("charades")).exists():
+            prepared(home, agent, vectors)
+        return grpo.train(profile, "charades", recipe, watch)
+
+    whole = train("whole")
+    with pytest.raises(Killed):
+        train("parts", kill_at(2))
+    parts = train("parts")
+    assert train("parts", kill_at(1)) == parts, "it is complete: nothing is trained again"
+    assert [line["step"] for line in lines(parts)] == [1, 2] and not (parts / "steps").exists()
+    assert [line["step"] for line in lines(parts, "held")] == [0, 1, 2]
+    assert lines(parts)[-1]["loss"] == pytest.approx(lines(whole)[-1]["loss"], abs=1e-5)
+    before = parts.parents[1] / "sft"
+    for name, learns in (("model", True), ("refine", factors.latents != "frozen")):
+        ours, theirs, old = (load_file(f / f"{name}.safetensors") for f in (parts, whole, before))
+        for key, weight in ours.items():
+            torch.testing.assert_close(weight, theirs[key], atol=1e-6, rtol=1e-5, msg=key)
+        assert any((weight != old[key]).any() for key, weight in ours.items()) == learns
+    settings = json.loads((parts / "vsr1.json").read_text())["settings"]
+    assert (settings["turns"], settings["carry_blocks"]) == (factors.turns, factors.carry)
+    assert max(len(line["turns"]) for line in lines(parts)) == factors.turns
+
+
 def test_every_epoch_draws_every_start_once(starts):
     epoch = [s for number in range(1, len(starts) + 1) for s in grpo.draw(starts, number, 2, 0)]
     for half in (epoch[: len(starts)], epoch[len(starts) :]):
