@@ -286,21 +286,24 @@ def new_heads(policy: Policy, settings: Settings, seed: int, engine=None) -> Pol
 def freeze(policy: Policy, layers: int) -> None:
     """Let only what stage 1 changes learn: language model and mergers (METHOD.md 5), or with `layers` less than that.
 
-    layers  so many text layers from below stay as they are, and with them the mergers, whose pictures they read
+    layers  so many text layers from below stay as they are; then the mergers do too, and all rows of words but <REFINE>
     """
     model = policy.model.model
     for name, weight in model.visual.named_parameters():
         weight.requires_grad_("merger" in name and not layers)
     for layer in model.language_model.layers[:layers]:
         layer.requires_grad_(False)
+    rows = model.get_input_embeddings().weight
+    rows.requires_grad_(not layers or policy.mark is not None)
+    if layers and policy.mark is not None:
+        kept = torch.zeros(len(rows), 1, device=rows.device)
+        kept[policy.mark] = 1.0
+        rows.register_hook(lambda grad: grad * kept)
 
 
 @contextlib.contextmanager
 def reading(policy: Policy, layers: int):
-    """A forward in here leaves nothing behind for gradients below `layers` frozen text layers: half the time saved.
-
-    The rows of words that are read do not learn then; the tied rows of words that are said do.
-    """
+    """A forward in here leaves nothing behind for gradients below `layers` frozen text layers, where none is wanted."""
 
     def cut(_, args, told):
         return args, told | {"inputs_embeds": told["inputs_embeds"].detach()}

@@ -91,7 +91,10 @@ class Trainer(SFTTrainer):
         memory = tuple((layer.keys, layer.values) for layer in cache.layers)
         context = qwen.Context(memory, inputs["attention_mask"].bool(), inputs["position_ids"][0, :, -1])
         columns = inputs["input_ids"].shape[1]  # <REFINE> stands last but one
-        branches = [context.cut(row, columns - 2) for row in range(len(rows))]
+        some = [at for at, row in enumerate(rows) if row["search"]]
+        if not some:
+            return loss
+        branches, rows = [context.cut(at, columns - 2) for at in some], [rows[at] for at in some]
         latents = refine.soft_tokens(self.agent, branches, self.agent.settings.n_soft)
         vecs = refine.soft_query(self.engine, self.agent.heads, [row["query"] for row in rows], latents)
         contrast = self.contrast(vecs, rows)

@@ -39,6 +39,7 @@ class Row:
     negatives: tuple[str, ...]  # the wrong videos that rank highest, the one shown first where it is wrong
     reply: str  # without <REFINE>
     told: str | None = None  # the video in words, for a row that is learned from without seeing it
+    search: bool = True  # False: the reply only, no InfoNCE
 
 
 # --- one of three sources --------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def make_rows(
 
     tell(query, shown)  the reply to learn, without <REFINE>
     even  where more are wrong, some of those queries come once more with the right video shown: a policy that seldom
-          sees one learns to say no
+          sees one learns to say no. They do not search: soft tokens would learn to copy what is shown
     """
     videos, asked = set(vectors.video_ids), set(vectors.query_ids)
     queries = [query for query in queries if query.video in videos and query.id in asked]
@@ -160,7 +161,8 @@ def make_rows(
     for at, shown in looks:
         query = queries[at]
         wrong = wrong_videos(first[at], shown, query.video)
-        rows.append(Row(query.id, query.text, query.video, shown, wrong, tell(query, shown)))
+        row = Row(query.id, query.text, query.video, shown, wrong, tell(query, shown))
+        rows.append(row if len(rows) < len(chosen) else replace(row, search=False))
     return rows
 
 
