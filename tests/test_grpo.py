@@ -1,5 +1,6 @@
 """Stage 2: rewards by hand, the objective against TRL's, replay against rollout, sharing, a run that is killed."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny import QUERIES, changed, clip, fake_tensorboard, random_engine, random_policy
 
@@ -347,16 +349,15 @@ def test_the_objective_is_what_a_double_loop_says():
 
 
 def learned(made, rows, recipe=None, **options):
-    """(loss, gradients) of a fresh Learner; `split` reads the rows in two parts."""
+    """(loss, gradients) of a fresh Learner, read in as many parts as the knobs ask for."""
     course = grpo.Course(made)
     found = grpo.advantages([row.reward for row in rows], [(r.start.group, r.t, r.shown) for r in rows])
     for row, advantage in zip(rows, found, strict=True):
         row.advantage = advantage
     kept = [row for row in rows if row.advantage is not None]
     totals = len(kept), sum(row.taken is not None for row in kept)
-    parts = [kept]
-    if options.pop("split", False):
-        parts = [[row for row in kept if row.start.group == group] for group in (0, 1)]
+    parts = course._chunks(kept)
+    assert sorted(map(id, kept)) == sorted(id(row) for part in parts for row in part)
     loss = sum(course.learner(part, totals, **options)[0] for part in parts)
     course.optimizer.zero_grad()
     loss.backward()
@@ -377,9 +378,16 @@ def test_a_prompt_read_once_a_group_gives_the_loss_and_gradient_of_one_read_once
     same(learned(made, rows), learned(made, rows, shared=False))
 
 
-def test_two_starts_at_once_are_one_and_one(walked):
+@pytest.mark.parametrize(
+    ("knob", "value", "count"), [("grpo_batch", 1, 2), ("grpo_replies", 3, None), ("grpo_replies", 1, None)]
+)
+def test_all_at_once_is_one_after_the_other(walked, knob, value, count):
     made, rows = walked
-    same(learned(made, rows), learned(made, rows, split=True))
+    together = learned(made, rows)
+    made.knobs = dataclasses.replace(made.knobs, **{knob: value})
+    same(together, learned(made, rows))
+    parts = grpo.Course(made)._chunks(rows)
+    assert len(parts) == count or max(map(len, parts)) == value
 
 
 def test_another_video_gives_another_loss(walked):
@@ -403,6 +411,61 @@ def test_the_heads_learn_unless_they_are_frozen(profile, search, vectors, starts
     assert bool(ours) == heads and all(grad.abs().max() > 0 for grad in ours)
     assert all(weight.grad is None for weight in search.model.parameters())
     assert not any("visual" in name for name in grads)
+
+
+@torch.no_grad()
+def test_without_its_adapters_the_policy_is_the_anchor_that_a_copy_would_be(walked):
+    made, rows = walked
+    copied = copy.copy(made.agent)
+    copied.model, prompts, replies = copy.deepcopy(made.agent.model), rows[0].prompt, rows[0].ids
+    made.knobs = dataclasses.replace(made.knobs, lora_rank=4)
+    learner = grpo.Course(made).learner
+    weights = {name: weight for name, weight in learner.named_parameters() if weight.requires_grad}
+    for weight in weights.values():  # as if they had learned
+        weight += 0.05 * torch.randn(weight.shape, generator=torch.manual_seed(0))
+    read = lambda one: one.replay([prompts], [replies]).logps  # noqa: E731
+    with learner.anchor.bare():
+        assert (read(learner.anchor) == read(copied)).all()
+        assert learner.anchor.model is made.agent.model
+    assert (read(made.agent) - read(copied)).abs().max() > 1e-3
+    assert weights.keys() == {name for name, weight in learner.named_parameters() if weight.requires_grad}
+
+
+def test_adapters_and_heads_get_a_gradient_and_nothing_else(walked):
+    """The same loss as without adapters, which begin as nothing; its KL is to the policy without them."""
+    made, rows = walked
+    loss, _ = learned(made, rows)
+    made.agent.model.zero_grad()
+    made.knobs = dataclasses.replace(made.knobs, lora_rank=4)
+    other, grads = learned(made, rows)
+    torch.testing.assert_close(other, loss, atol=1e-6, rtol=1e-5)
+    assert sum("lora_B" in name for name in grads) > 20 and all("layers" in n for n in grads if "lora" in n)
+    rest = [name for name in grads if "lora_" not in name and not name.startswith("heads.")]
+    assert rest == ["model.model.language_model.embed_tokens.token_adapter.trainable_tokens_delta.default"]
+    assert any(name.startswith("heads.refine_projector") for name in grads)
+
+
+@pytest.fixture
+def afresh():
+    """accelerate keeps one precision a process; a run of bfloat16 needs its own."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_learns_is_float32_beside_bfloat16_weights_that_do_not(profile, search, vectors, starts, rank):
+    profile = dataclasses.replace(profile, dtype="bfloat16", lora_rank=rank)
+    made = sampler(profile, search, vectors)
+    made.agent.model.bfloat16()
+    course = grpo.Course(made)
+    line, _ = course.step(1, starts[:2])
+    assert line["norm"] > 0 and line["kl"] < 1e-3
+    learn = {id(weight) for group in course.optimizer.param_groups for weight in group["params"]}
+    for name, weight in made.agent.model.named_parameters():
+        assert weight.requires_grad == (id(weight) in learn)
+        assert weight.dtype == (torch.float32 if weight.requires_grad else torch.bfloat16), name
 
 
 def test_noisy_soft_tokens_are_the_actions_that_were_rewarded(profile, search, vectors, starts):
@@ -449,8 +512,10 @@ def kill_at(count):
     return watch
 
 
-def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors, starts):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors, starts, rank):
     """Four steps in one go, and four with a kill after the second; and each step is the same again by its seed."""
+    profile = dataclasses.replace(profile, lora_rank=rank)
     whole, parts = begin(profile, search, vectors), begin(profile, search, vectors)
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()

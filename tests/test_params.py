@@ -85,7 +85,7 @@ def test_an_unknown_data_set_in_a_profile_is_refused(tmp_path):
 
 
 def test_an_unknown_profile_lists_those_that_exist():
-    with pytest.raises(params.InputError, match="no such profile; there are mini, paper, smoke"):
+    with pytest.raises(params.InputError, match="no such profile; there are mini, paper, paper-24gb, smoke"):
         params.load("maxi")
 
 

@@ -1,4 +1,4 @@
-"""Stage 1: its two losses computed a second way, and a run that is killed."""
+"""Stage 1: its two losses computed a second way, adapters against the model they stand beside, a run that is killed."""
 
 import dataclasses
 import json
@@ -137,7 +137,9 @@ def test_frozen_layers_get_no_gradient_and_change_none_above(tmp_path, profile, 
         grads.append({name: w.grad for name, w in agent.model.named_parameters() if w.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     assert not [name for name in grads[0] if "visual" in name or "layers.0." in name]
-    differ = [name for name in grads[0] if not torch.allclose(*(g[name] for g in grads), atol=1e-6, rtol=1e-4)]
+    differ = [
+        name for name in grads[0] if not torch.allclose(*(g[name] for g in grads), atol=1e-6, rtol=1e-4)
+    ]
     assert differ == ["model.language_model.embed_tokens.weight"]
 
 
@@ -149,11 +151,89 @@ def test_another_video_gives_another_loss(trainer, rows):
     assert abs(trainer.compute_loss(trainer.agent.model, batch(trainer, rows)) - before) > 1e-3
 
 
-def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors, rows):
-    """Four steps in one go, and four with a kill after the second checkpoint."""
+def adapted():
+    agent = random_policy()
+    sft.adapt(agent, rank=4, seed=0, mergers=True)
+    return agent
+
+
+def heard(agent):
+    """Log-probabilities of a reply to each query, and the soft tokens at its end."""
+    prompts = [agent.prompt("S", text, clip(4)) for text in QUERIES]
+    seen = agent.replay(prompts, [[30, 31, agent.mark, agent.stop]] * len(QUERIES))
+    return seen.logps, refine.soft_tokens(agent, seen.branches, agent.settings.n_soft)
+
+
+def test_a_policy_that_could_not_learn_to_say_the_token_gets_no_adapters():
+    agent = random_policy()
+    agent.model.config.tie_word_embeddings = False
+    with pytest.raises(params.InputError, match="lora_rank: 0"):
+        sft.adapt(agent, rank=4, seed=0)
+
+
+@torch.no_grad()
+def test_fresh_adapters_change_nothing():
+    for one, other in zip(heard(adapted()), heard(random_policy()), strict=True):
+        assert (one == other).all()
+
+
+def test_adapters_learn_beside_a_model_that_stays_and_are_merged_into_its_checkpoint(
+    tmp_path, profile, search, vectors, rows
+):
+    agent, before = adapted(), random_policy()
+    made = sft.make_trainer(profile, agent, rows * 4, Shelf(), tmp_path, "lora")
+    made.teach(agent, search, vectors, profile).train()
+    weights = {
+        name.replace("token_adapter.", "").replace("base_layer.", ""): w
+        for name, w in made.model.named_parameters()
+    }
+    kept = [name for name, weight in before.model.named_parameters() if (weights[name] == weight).all()]
+    assert len(kept) == len(list(before.model.parameters()))
+    learned = [weight for name, weight in weights.items() if "lora_B" in name]
+    assert len(learned) > 30 and all(weight.abs().max() > 0 for weight in learned)
+    assert any("deepstack_merger" in name and "lora_B" in name for name in weights)
+    for (name, weight), old in zip(agent.heads.named_parameters(), before.heads.parameters(), strict=True):
+        assert (weight != old).any() == ("gate" not in name), name
+    for head, _ in agent.heads.named_children():
+        delattr(agent.model, head)
+    with torch.no_grad():
+        told = heard(agent)
+        policy.save(agent, tmp_path)
+        again = policy.load(str(tmp_path), profile)
+        for one, other, old in zip(told, heard(again), heard(before), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+            assert (one - old).abs().max() > 1e-3
+    rows_of = [one.model.get_input_embeddings().weight for one in (again, before)]
+    assert (rows_of[0] != rows_of[1]).any(dim=1).nonzero().tolist() == [[agent.mark]]
+    assert again.model.lm_head.weight is again.model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_learns_is_float32_beside_bfloat16_weights_that_do_not(
+    tmp_path, profile, search, vectors, rows, rank
+):
+    profile = dataclasses.replace(profile, dtype="bfloat16", lora_rank=rank, device="cpu")
+    agent = sft.beginner(profile, search)
+    made = sft.make_trainer(profile, agent, rows, Shelf(), tmp_path, "half").teach(
+        agent, search, vectors, profile
+    )
+    before = {name: weight.clone() for name, weight in agent.model.named_parameters()}
+    made.train()
+    for name, weight in agent.model.named_parameters():
+        assert weight.dtype == (
+            torch.float32 if weight.requires_grad or "refine_gate" in name else torch.bfloat16
+        ), name
+        if not weight.requires_grad:
+            assert (weight == before[name]).all(), name
+    assert json.loads((tmp_path / "log.jsonl").read_text())["norm"] > 0
+
+
+@pytest.mark.parametrize("begun", [random_policy, adapted])
+def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors, rows, begun):
+    """Four steps in one go, and four with a kill after the second checkpoint; of all weights, and of adapters."""
 
     def begin(name):
-        agent = random_policy()
+        agent = begun()
         (tmp_path / name).mkdir(exist_ok=True)
         return sft.make_trainer(profile, agent, rows * 4, Shelf(), tmp_path / name, name).teach(
             agent, search, vectors, profile

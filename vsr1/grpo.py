@@ -32,7 +32,7 @@ from torch import nn
 from vsr1 import corpus, engine, episode, evaluate, frames, policy, qwen, refine, stages
 from vsr1.episode import AS_TYPED, Look, Refinement
 from vsr1.params import InputError
-from vsr1.sft import info_nce, need_tensorboard
+from vsr1.sft import adapt, info_nce, masters, need_tensorboard
 
 
 @dataclass(frozen=True)
@@ -378,7 +378,7 @@ class Learner(nn.Module):
         replies, options = [row.ids for row in rows], {"group": counts, "temperature": knobs.temperature}
         with policy.reading(sampler.agent, knobs.frozen_layers):
             seen = sampler.agent.replay(prompts, replies, **options)
-        with torch.no_grad():
+        with torch.no_grad(), self.anchor.bare():
             anchored = self.anchor.replay(prompts, replies, **options).logps
         sampled = nn.utils.rnn.pad_sequence([torch.tensor(row.logps) for row in rows], batch_first=True)
         gains = torch.tensor([row.advantage for row in rows]).to(anchored)
@@ -430,10 +430,14 @@ class Course:
         on_cpu = agent.model.device.type == "cpu"
         # Where no reply of a process asked for a search, its heads get no gradient: the others must not wait for it.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        precision = "no" if on_cpu else "bf16"
+        precision = "bf16" if self.knobs.dtype == "bfloat16" else "no"
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[unused])
         anchor = copy.copy(agent)
-        anchor.model = copy.deepcopy(agent.model).requires_grad_(False)
+        if self.knobs.lora_rank:  # without its adapters the model is its own anchor
+            adapt(agent, self.knobs.lora_rank, self.knobs.seed)
+            anchor.adapters = agent.adapters
+        else:
+            anchor.model = copy.deepcopy(agent.model).requires_grad_(False)
         learner = Learner(sampler, anchor)
         optimizer = torch.optim.AdamW(_groups(self.knobs, sampler.recipe, agent))
         self.learner, self.optimizer = self.accelerator.prepare(learner, optimizer)
@@ -503,13 +507,16 @@ class Course:
         return sums, norm
 
     def _chunks(self, rows):
-        """Rows that are read at once: all of up to `grpo_batch` starts."""
+        """Rows that are read at once: all of up to `grpo_batch` starts, or `grpo_replies` of them."""
+        rows = sorted(rows, key=lambda row: (row.start.group, row.t, row.shown))  # a prompt's stay together
         groups = sorted({row.start.group for row in rows})
         parts = [
             set(groups[at : at + self.knobs.grpo_batch])
             for at in range(0, len(groups), self.knobs.grpo_batch)
         ]
-        return [[row for row in rows if row.start.group in part] for part in parts]
+        chunks = [[row for row in rows if row.start.group in part] for part in parts]
+        size = self.knobs.grpo_replies or max(1, len(rows))
+        return [chunk[at : at + size] for chunk in chunks for at in range(0, len(chunk), size)]
 
     def _sum(self, values):
         """The same keys with the sums over all processes."""
@@ -607,18 +614,22 @@ class Course:
 
 def _groups(knobs, recipe, agent):
     """What learns, and how fast: the language model, and the heads unless they are frozen (METHOD.md 6.3)."""
+    core = agent.model.model.language_model
+    parts = (core, agent.model.lm_head)
+    words = {id(w): w for part in parts for w in part.parameters() if not agent.adapters or w.requires_grad}
+    if knobs.frozen_layers:
+        for part in (*core.layers[: knobs.frozen_layers], core.embed_tokens):
+            words = {at: weight for at, weight in words.items() if at not in set(map(id, part.parameters()))}
+    words = words.values()
     for weight in agent.model.parameters():
         weight.requires_grad_(False)
     heads = []
     for name, weight in agent.heads.named_parameters():
         weight.requires_grad_(recipe.latents != "frozen" and "gate" not in name)
         heads += [weight] * weight.requires_grad
-    core = agent.model.model.language_model
-    words = {id(w): w for part in (core, agent.model.lm_head) for w in part.parameters()}
-    for layer in core.layers[: knobs.frozen_layers]:
-        for weight in layer.parameters():
-            del words[id(weight)]
-    words = [weight.requires_grad_() for weight in words.values()]
+    for weight in words:
+        weight.requires_grad_()
+    masters(words)
     groups = [
         {"params": [w for w in words if w.ndim > 1], "lr": knobs.grpo_lr, "weight_decay": 0.01},
         {"params": [w for w in words if w.ndim < 2], "lr": knobs.grpo_lr, "weight_decay": 0.0},
@@ -708,8 +719,8 @@ def train(profile, dataset: str, name: str = "vsr1", watch=None) -> Path:
     home = profile.runs(dataset)
     knobs = dataclasses.asdict(profile)
     used = [key for key in knobs if key.startswith(("grpo_", "re"))]
-    used += ["frozen_layers", "sft_negatives", "temperature", "soft_weight", "sigma", "tau", "held_out"]
-    used += ["max_new", "seed", "time_reward", "group_by"]
+    used += ["frozen_layers", "lora_rank", "sft_negatives", "temperature", "soft_weight", "sigma", "tau"]
+    used += ["held_out", "max_new", "seed", "time_reward", "group_by"]
     inputs = {
         "sft": stages.stamp(home / "sft").get("key"),
         "recipe": [name, *vars(RECIPES[name]).values()],

@@ -86,6 +86,7 @@ class Profile:
     sft_accumulate: int = 4
     sft_lr: float = 2e-5  # official, of the language model
     sft_head_lr: float = 5e-5  # official, of the soft-query heads
+    lora_rank: int = 0  # ours, of adapters in both stages (`sft.adapt`); 0: full fine-tuning (official)
     lam_ret: float = 0.3  # official: weight of InfoNCE beside the language-model loss
     tau: float = 0.1  # official: its temperature
 
@@ -95,6 +96,7 @@ class Profile:
     grpo_group: int = 8  # "G = 8": episodes from one start
     grpo_prompts: int = 4  # starts of one optimizer step (METHOD.md 9: 32 episodes)
     grpo_batch: int = 4  # ours: starts walked, and learned from, at once; lower it where memory is short
+    grpo_replies: int | None = None  # ours: replies that one forward learns from; None: all
     grpo_steps: int | None = None  # None: one epoch (official)
     grpo_lr: float = 5e-7  # official, of the language model
     grpo_head_lr: float = 5e-5  # official for stage 1, of the soft-query heads; frozen heads have none

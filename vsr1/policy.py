@@ -154,6 +154,7 @@ class Policy:
     def __init__(self, model, tokenizer, heads: SoftHeads | None, settings: Settings | None, pixels: int):
         self.model, self.tokenizer, self.heads, self.settings = model, tokenizer, heads, settings
         self.frame_pixels, self.name = pixels, tokenizer.name_or_path or "policy"
+        self.adapters = None  # of LoRA, while it learns (`sft.adapt`)
         self.stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.mark = None if heads is None else refine_id(tokenizer, model)  # the id of <REFINE>
         config, rows = model.config, model.get_input_embeddings().num_embeddings
@@ -162,6 +163,18 @@ class Policy:
         self.banned = torch.arange(rows, device=model.device) >= len(tokenizer)
         for kind in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
             self.banned[getattr(config, kind)] = True
+
+    @contextlib.contextmanager
+    def bare(self):
+        """Inside, the policy is what it was before it got adapters; without any, what it is."""
+        if self.adapters is None:
+            yield
+            return
+        self.adapters.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.adapters.enable_adapter_layers()
 
     def prompt(self, system: str, query: str, clip: frames.Clip | str | None = None) -> qwen.Prompt:
         """One user turn: the query, and the retrieved video where there is one, or words for it (METHOD.md 4)."""
@@ -346,8 +359,15 @@ def load(name: str, profile) -> Policy:
 
 
 def save(policy: Policy, folder: Path) -> None:
-    """A checkpoint that `load` reads; `vsr1.json` comes last and names the digest of every weight file."""
+    """A checkpoint that `load` reads; `vsr1.json` comes last and names the digest of every weight file.
+
+    Adapters are merged: they are gone from the policy, and its weights are float32.
+    """
     folder = Path(folder)
+    if policy.adapters is not None:
+        policy.model.float()  # a sum rounded to bfloat16 would lose most of what was learned
+        policy.adapters.merge_and_unload()
+        policy.adapters = None
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     if policy.heads is None:

@@ -15,6 +15,8 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, LoraModel
+from safetensors.torch import load_file, save_file
 from torch.utils.data import SequentialSampler
 from transformers import DynamicCache, PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
@@ -25,6 +27,7 @@ from vsr1 import engine, evaluate, frames, policy, qwen, refine, stages, traces
 from vsr1.params import InputError
 
 IGNORED = -100  # the library's label of a token that is not learned
+LORA_SCALE = 2  # ours: alpha over rank, how much an adapter's output counts
 
 
 # --- the losses ------------------------------------------------------------------------------------------------------
@@ -111,6 +114,19 @@ class Trainer(SFTTrainer):
         wrong = [[self.column[video] for video in row["negatives"]] for row in rows]
         return info_nce(vecs, self.gallery[right], self.gallery[torch.tensor(wrong)], self.knobs.tau)
 
+    def _save(self, output_dir=None, state_dict=None):
+        """A checkpoint on the way: what learns, and no more. The library's own refuses the tied row of <REFINE>."""
+        learned = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: weight.detach().contiguous() for name, weight in learned.items()}, _learned(output_dir)
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """The other way round; what does not learn is as the run began with it."""
+        found = self.model.load_state_dict(load_file(_learned(resume_from_checkpoint)), strict=False)
+        assert not found.unexpected_keys, found.unexpected_keys
+
     def _get_train_sampler(self, *_):
         """Rows come in the order of their course (`traces.course`)."""
         return SequentialSampler(self.train_dataset)
@@ -122,6 +138,10 @@ class Trainer(SFTTrainer):
             logs |= {"info_nce": round(float(nce), 4), "preferred": round(float(first), 4)}
             self.seen.clear()
         super().log(logs, *args)
+
+
+def _learned(folder):
+    return Path(folder) / "learned.safetensors"
 
 
 class Diary(TrainerCallback):
@@ -183,7 +203,7 @@ def train(profile, dataset: str, name: str = "sft", watch=None) -> Path:
         "vectors": stages.stamp(home / "embed" / "engine" / "train").get("key"),
         "traces": None if told is None else stages.digest(told),
         "policy": stages.digest(place) if place.is_dir() else profile.policy,
-        "knobs": [name, knobs, profile.frozen_layers, profile.held_out, *retrieval],
+        "knobs": [name, knobs, profile.frozen_layers, profile.lora_rank, profile.held_out, *retrieval],
         "sight": [profile.video_fps, profile.max_frames, profile.frame_pixels, profile.dtype, profile.seed],
         "code": stages.code("sft", "policy", "refine", "engine", "qwen", "frames", "teacher", "traces"),
     }
@@ -222,7 +242,40 @@ def beginner(profile, made: engine.Engine, heads=True) -> policy.Policy:
     if heads:
         agent = policy.new_heads(agent, policy.new_settings(profile, made.instruction), profile.seed, made)
     policy.freeze(agent, profile.frozen_layers)
+    if profile.lora_rank:
+        adapt(agent, profile.lora_rank, profile.seed, mergers=True)
+    masters(agent.model.parameters())
     return agent
+
+
+def adapt(agent: policy.Policy, rank: int, seed: int, mergers=False) -> None:
+    """Adapters (LoRA) for the language model's linear layers and, if told, the mergers'; nothing else of it learns on.
+
+    Except the row of <REFINE>: it is new, and the mean of the others. Its logit would stay the mean of theirs, and a
+    mean is never the largest. The heads are no part of the model and learn in full.
+    """
+    where = r".*language_model\.layers\..*_proj" + r"|.*merger.*linear_fc\d" * mergers
+    rows = None if agent.mark is None else [agent.mark]
+    if rows and not agent.model.config.tie_word_embeddings:
+        raise InputError(
+            f"{agent.name}: the output row of {policy.REFINE} is not tied to its embedding and would not learn; "
+            "set lora_rank: 0"
+        )
+    config = LoraConfig(
+        r=rank, lora_alpha=LORA_SCALE * rank, target_modules=where, trainable_token_indices=rows
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        agent.adapters = LoraModel(agent.model, config, "default")  # in place: the model stays `agent.model`
+    if rows:
+        agent.model.lm_head.bias = None  # TRL asks for it, and peft's stand-in has none
+
+
+def masters(weights) -> None:
+    """float32 for those of `weights` that learn: a step of an optimizer is mostly lost in bfloat16."""
+    for weight in weights:
+        if weight.requires_grad:
+            weight.data = weight.data.float()
 
 
 def make_trainer(profile, agent, rows, clips, folder, what, watch=None):
@@ -244,7 +297,7 @@ def make_trainer(profile, agent, rows, clips, folder, what, watch=None):
         lr_scheduler_type="linear",
         max_grad_norm=1.0,
         use_cpu=agent.model.device.type == "cpu",
-        bf16=agent.model.device.type == "cuda",  # autocast over float32 weights
+        bf16=profile.dtype == "bfloat16",  # autocast: the weights that learn are float32 (`masters`)
         activation_checkpointing=False,  # it would drop the cache that the soft tokens live on (STACK.md 2.8)
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
