@@ -283,6 +283,64 @@ def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch, profi
         sft.make_trainer(profile, random_policy(), rows, Shelf(), tmp_path, "drawn")
 
 
+# --- the ambiguity filter --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("negatives", [3, None])
+def test_a_rejected_video_is_no_negative_where_ambiguous_ones_are_left_out(
+    trainer, rows, profile, vectors, negatives
+):
+    """A loop over videos says what counts; moving a video that does not count moves no loss."""
+    trainer.knobs = dataclasses.replace(profile, sft_negatives=negatives, ambiguity_filter=0.0005)
+    told = [dataclasses.asdict(row) for row in rows]
+    vecs = torch.nn.functional.normalize(torch.randn(3, 192, generator=torch.manual_seed(5)), dim=1)
+    losses, rejected = trainer.contrast(vecs, told), 0
+    for at, row in enumerate(rows):
+        typed = vectors.query_vecs[vectors.query_ids.index(row.desc_id)]
+        plain = {v: float(typed @ vec) for v, vec in zip(vectors.video_ids, vectors.video_vecs, strict=True)}
+        among = row.negatives if negatives else [v for v in plain if v != row.right]
+        clear = [v for v in among if plain[v] < plain[row.right] - 0.0005]
+        scores = [float(trainer.gallery[trainer.column[v]] @ vecs[at]) / 0.1 for v in (row.right, *clear)]
+        assert losses[at].item() == pytest.approx(np.logaddexp.reduce(scores) - scores[0], abs=1e-5)
+        rejected += row.shown != row.right and row.shown not in clear
+    assert rejected, "no row of the test was searched for in vain"
+
+
+def test_a_row_without_clear_negatives_has_no_loss_and_no_gradient(trainer, rows, profile):
+    trainer.knobs = dataclasses.replace(profile, ambiguity_filter=2.5)  # wider than cosines are
+    told = [dataclasses.asdict(row) for row in rows]
+    vecs = torch.randn(3, 192, generator=torch.manual_seed(5)).requires_grad_()
+    losses = trainer.contrast(vecs, told)
+    losses.sum().backward()
+    assert losses.tolist() == [0, 0, 0] and (vecs.grad == 0).all()
+    loss = trainer.compute_loss(trainer.agent.model, batch(trainer, rows))
+    assert loss.isfinite() and not trainer.seen, "rows that contrast with nothing are not in the log"
+
+
+@pytest.mark.parametrize("negatives", [3, None])
+def test_a_filter_that_spares_nothing_gives_the_loss_without_one(trainer, rows, profile, negatives):
+    """Off, it is the loss of before to the bit: that of `info_nce`, or of the whole gallery."""
+    told = [dataclasses.asdict(row) for row in rows]
+    vecs = torch.nn.functional.normalize(torch.randn(3, 192, generator=torch.manual_seed(5)), dim=1)
+    right = torch.tensor([trainer.column[row.right] for row in rows])
+    if negatives:
+        wrong = torch.tensor([[trainer.column[v] for v in row.negatives] for row in rows])
+        before = sft.info_nce(vecs, trainer.gallery[right], trainer.gallery[wrong], profile.tau)
+    else:
+        before = torch.nn.functional.cross_entropy(
+            vecs @ trainer.gallery.T / profile.tau, right, reduction="none"
+        )
+    found = []
+    for value in (None, -2.5):
+        trainer.knobs = dataclasses.replace(profile, sft_negatives=negatives, ambiguity_filter=value)
+        found.append(trainer.contrast(vecs, told))
+    assert (found[0] == before).all()
+    torch.testing.assert_close(found[1], before)
+
+
+# --- the baseline ----------------------------------------------------------------------------------------------------
+
+
 def test_the_baseline_learns_the_same_replies_without_the_token_and_without_a_search(
     tmp_path, profile, search, vectors, rows
 ):

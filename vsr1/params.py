@@ -89,6 +89,7 @@ class Profile:
     lora_rank: int = 0  # ours, of adapters in both stages (`sft.adapt`); 0: full fine-tuning (official)
     lam_ret: float = 0.3  # official: weight of InfoNCE beside the language-model loss
     tau: float = 0.1  # official: its temperature
+    ambiguity_filter: float | None = None  # official: 0.0005 (`sft.Trainer.clear`); None: plain InfoNCE
 
     held_out: float = 0.1  # ours: share of train videos to choose and watch by; nothing learns from them
     held_starts: int = 48  # ours: starts on them whose reward stage 2 watches

@@ -80,6 +80,8 @@ class Trainer(SFTTrainer):
         self.agent, self.engine, self.knobs = agent, made, profile
         self.gallery = torch.from_numpy(vectors.video_vecs).to(agent.model.device)
         self.column = {video: number for number, video in enumerate(vectors.video_ids)}
+        typed = torch.from_numpy(vectors.query_vecs).to(agent.model.device)
+        self.typed = dict(zip(vectors.query_ids, typed, strict=True))
         self.seen = []  # since the last log: InfoNCE, share of rows with a probability over one half
         return self
 
@@ -101,18 +103,43 @@ class Trainer(SFTTrainer):
         latents = refine.soft_tokens(self.agent, branches, self.agent.settings.n_soft)
         vecs = refine.soft_query(self.engine, self.agent.heads, [row["query"] for row in rows], latents)
         contrast = self.contrast(vecs, rows)
-        self.seen.append(
-            (contrast.detach().mean().item(), (contrast.detach() < np.log(2)).float().mean().item())
-        )
+        counted = contrast.detach()[contrast.detach() > 0]  # 0: the filter left nothing to contrast with
+        if len(counted):
+            self.seen.append((counted.mean().item(), (counted < np.log(2)).float().mean().item()))
         return loss + self.knobs.lam_ret * contrast.mean() / self.current_gradient_accumulation_steps
 
     def contrast(self, vecs, rows):
-        """(B,) InfoNCE of query vectors (B, D) against each row's negatives, or the whole gallery where it has none."""
-        right = torch.tensor([self.column[row["right"]] for row in rows], device=vecs.device)
-        if self.knobs.sft_negatives is None:
-            return F.cross_entropy(vecs @ self.gallery.T / self.knobs.tau, right, reduction="none")
-        wrong = [[self.column[video] for video in row["negatives"]] for row in rows]
-        return info_nce(vecs, self.gallery[right], self.gallery[torch.tensor(wrong)], self.knobs.tau)
+        """(B,) InfoNCE of query vectors (B, D) against each row's negatives, or the whole gallery where it has none.
+
+        With an ambiguity filter, against those of them that are `clear`; 0, without a gradient, where none is.
+        """
+        right, knobs = (
+            torch.tensor([self.column[row["right"]] for row in rows], device=vecs.device),
+            self.knobs,
+        )
+        if knobs.ambiguity_filter is None and knobs.sft_negatives is not None:
+            wrong = torch.tensor(self._negatives(rows))
+            return info_nce(vecs, self.gallery[right], self.gallery[wrong], knobs.tau)
+        logits = vecs @ self.gallery.T / knobs.tau  # (B, V)
+        if knobs.ambiguity_filter is not None:
+            logits = logits.masked_fill(~self.clear(rows, right), -torch.inf)
+        return F.cross_entropy(logits, right, reduction="none")
+
+    def clear(self, rows, right) -> torch.Tensor:
+        """(B, V) True at the right video (B,), and at negatives that the query as typed finds clearly less alike.
+
+        Official (METHOD.md 5): one with a score of at least the right video's less `ambiguity_filter` may be right as
+        well. It also spares every video that outranks the right one, the one just rejected among them.
+        """
+        scores = torch.stack([self.typed[row["desc_id"]] for row in rows]) @ self.gallery.T
+        kept = scores < scores.gather(1, right[:, None]) - self.knobs.ambiguity_filter
+        if self.knobs.sft_negatives is not None:
+            wrong = torch.tensor(self._negatives(rows), device=kept.device)
+            kept &= torch.zeros_like(kept).scatter(1, wrong, True)
+        return kept.scatter(1, right[:, None], True)
+
+    def _negatives(self, rows):
+        return [[self.column[video] for video in row["negatives"]] for row in rows]
 
     def _save(self, output_dir=None, state_dict=None):
         """A checkpoint on the way: what learns, and no more. The library's own refuses the tied row of <REFINE>."""
@@ -199,6 +226,7 @@ def train(profile, dataset: str, name: str = "sft", watch=None) -> Path:
     del knobs["sft_data"]  # where it lies does not matter, what it says does
     told = traces.source(profile, dataset)
     retrieval = [profile.lam_ret, profile.tau, profile.n_soft, profile.seed_norm, profile.refine_init]
+    retrieval += [profile.ambiguity_filter]
     inputs = {
         "vectors": stages.stamp(home / "embed" / "engine" / "train").get("key"),
         "traces": None if told is None else stages.digest(told),
