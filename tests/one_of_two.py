@@ -1,21 +1,82 @@
-"""One of the two processes of a test in test_grpo.py: `torchrun --nproc_per_node 2 tests/one_of_two.py FOLDER`."""
+"""One of the two processes of a test: `torchrun --nproc_per_node 2 tests/one_of_two.py JOB FOLDER WORDS...`."""
 
+import dataclasses
+import os
+import signal
 import sys
 from pathlib import Path
 
 import test_grpo
+import test_sft
 import torch
 from safetensors.torch import save_file
-from tiny import random_engine
+from tiny import random_engine, random_policy
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    course = test_grpo.begin(test_grpo.knobs(), random_engine(), test_grpo.made_vectors())
+from vsr1 import __main__ as cli
+from vsr1 import engine, params, sft, stages
+
+
+def grpo_loop(folder, prompts):
+    """Stage 2 with so many starts a step, and the weights that it ends with."""
+    knobs = dataclasses.replace(test_grpo.knobs(), grpo_prompts=int(prompts))
+    course = test_grpo.begin(knobs, random_engine(), test_grpo.made_vectors())
     starts = test_grpo.made_starts(test_grpo.made_vectors())
     course.run(starts, starts[:2], folder, "two")
     assert course.accelerator.num_processes == 2
-    if course.accelerator.is_main_process:
-        state = course.accelerator.unwrap_model(course.learner).state_dict()
+    keep(course.accelerator, course.learner, folder)
+
+
+def sft_loop(folder):
+    """Stage 1, and the weights that it ends with."""
+    assert stages.team().num_processes == 2
+    trainer = test_sft.short_course(folder, random_policy(), random_engine())
+    trainer.train()
+    keep(trainer.accelerator, trainer.model, folder)
+
+
+def keep(accelerator, model, folder):
+    """The weights of a model that accelerate may have wrapped, as end.safetensors."""
+    if accelerator.is_main_process:
+        state = accelerator.unwrap_model(model).state_dict()
         save_file({name: weight.clone() for name, weight in state.items()}, folder / "end.safetensors")
-    course.accelerator.end_training()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def commands(folder, *words):
+    """Commands of the package, split by "then", in a clone of their own."""
+    params.ROOT, engine.SHARD = folder, 3
+    for command in " ".join(words).split(" then "):
+        if status := cli.main(command.split()):
+            return status
+
+
+def dying(folder, *words):
+    """The same, but the second process is killed behind the first checkpoint of stage 1."""
+    step = sft.Trainer.training_step
+
+    def fatal(self, *args, **options):
+        if self.state.global_step == 2 and self.args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args, **options)
+
+    sft.Trainer.training_step = fatal
+    return commands(folder, *words)
+
+
+def refused(folder, process):
+    """A stage that one process cannot build, while the other works."""
+
+    def build(partial):
+        if stages.team().process_index == int(process):
+            raise params.InputError("this one has no videos; bring some")
+        stages.team().wait_for_everyone()
+
+    cli.corpus = lambda *_: stages.run(folder / "out", {}, build, together=True)
+    return cli.main(["corpus", "--profile", "smoke"])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    jobs = {job.__name__: job for job in (grpo_loop, sft_loop, commands, dying, refused)}
+    sys.exit(jobs[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:]))

@@ -4,8 +4,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
 import types
 from collections import Counter
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny import QUERIES, changed, clip, fake_tensorboard, random_engine, random_policy
+from tiny import QUERIES, changed, clip, fake_tensorboard, random_engine, random_policy, two_processes
 
 from vsr1 import corpus, engine, grpo, params, sft
 
@@ -697,14 +695,14 @@ def test_queries_held_out_share_no_video_with_the_others():
     assert not {q.video for q in learn} & {q.video for q in held}
 
 
-def test_two_processes_are_one(tmp_path, profile, search, vectors, starts):
-    """Each walks one of the two starts of a step; gradients are averaged by gloo."""
+@pytest.mark.parametrize("prompts", [2, 1])
+def test_two_processes_are_one(tmp_path, profile, search, vectors, starts, prompts):
+    """Each walks one of the two starts of a step, or one has nothing to do; gradients are averaged by gloo."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(params.ROOT / "tests" / "one_of_two.py"), str(tmp_path / "two")]
-    done = subprocess.run(launch + script, cwd=params.ROOT, capture_output=True, text=True, timeout=300)
+    done = two_processes("grpo_loop", tmp_path / "two", prompts)
     assert done.returncode == 0, done.stderr[-3000:]
+    profile = dataclasses.replace(profile, grpo_prompts=prompts)
     before, course = begin(profile, search, vectors), begin(profile, search, vectors)
     course.run(starts, starts[:2], tmp_path / "one", "one")
     logs = [lines(tmp_path / name) for name in ("one", "two")]

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import QUERIES, clip, fake_tensorboard, random_engine, random_policy
+from safetensors.torch import load_file
+from tiny import QUERIES, clip, fake_tensorboard, random_engine, random_policy, two_processes
 
 from vsr1 import engine, params, policy, refine, sft, traces
 
@@ -28,14 +29,17 @@ def search():
     return random_engine()
 
 
-@pytest.fixture(scope="module")
-def vectors():
+def made_vectors():
     vecs = torch.nn.functional.normalize(torch.randn(9, 192, generator=torch.manual_seed(2)), dim=1).numpy()
     return engine.Vectors([f"v{n}" for n in range(6)], vecs[:6], [1, 2, 3], vecs[6:])
 
 
-@pytest.fixture
-def rows():
+@pytest.fixture(scope="module")
+def vectors():
+    return made_vectors()
+
+
+def made_rows():
     shown = ("v0", "v3", "v5")
     return [
         traces.Row(
@@ -43,6 +47,11 @@ def rows():
         )
         for n, text in enumerate(QUERIES)
     ]
+
+
+@pytest.fixture
+def rows():
+    return made_rows()
 
 
 @pytest.fixture
@@ -314,7 +323,7 @@ def test_a_row_without_clear_negatives_has_no_loss_and_no_gradient(trainer, rows
     losses.sum().backward()
     assert losses.tolist() == [0, 0, 0] and (vecs.grad == 0).all()
     loss = trainer.compute_loss(trainer.agent.model, batch(trainer, rows))
-    assert loss.isfinite() and not trainer.seen, "rows that contrast with nothing are not in the log"
+    assert loss.isfinite() and not sum(trainer.seen).any(), "rows that contrast with nothing are not in the log"
 
 
 @pytest.mark.parametrize("negatives", [3, None])
@@ -361,3 +370,50 @@ def test_the_baseline_learns_the_same_replies_without_the_token_and_without_a_se
     made.train()
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
     assert [row["step"] for row in log] == [1] and log[0]["info_nce"] is None
+
+
+def short_course(folder, agent, search):
+    """A trainer of three steps of up to four rows: all told in words, one of them, and no more than two rows."""
+    profile = dataclasses.replace(params.load("smoke"), sft_batch=2, sft_accumulate=2)
+    rows = (made_rows() * 4)[:10]
+    rows[:5] = [dataclasses.replace(row, told="0.0 to 2.0: A person waves.") for row in rows[:5]]
+    trainer = sft.make_trainer(profile, agent, rows, Shelf(), folder, "short")
+    return trainer.teach(agent, search, made_vectors(), profile)
+
+
+def test_two_processes_learn_what_one_learns(tmp_path, search):
+    """Each reads half of a step's rows; in the last step there are not enough for both."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    done = two_processes("sft_loop", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, trainer = random_policy(), short_course(tmp_path / "one", random_policy(), search)
+    trainer.train()
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").open()] for n in ("one", "two")]
+    assert [line["step"] for line in logs[0]] == [1, 2, 3]
+    for one, two in zip(*logs, strict=True):
+        for key in one.keys() - {"accuracy"}:  # the library's: a mean over forwards, of which there are fewer
+            assert one[key] == pytest.approx(two[key], abs=1e-4, rel=1e-4), (one["step"], key)
+    theirs, began = load_file(tmp_path / "two" / "end.safetensors"), before.model.state_dict()
+    began |= {
+        f"{name}.{key}": w
+        for name, head in before.heads.named_children()
+        for key, w in head.state_dict().items()
+    }
+    for name, weight in trainer.model.state_dict().items():
+        assert (theirs[name] - weight).norm() <= 0.02 * (weight - began[name]).norm(), name
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_every_step_has_the_same_rows_whoever_shares_them(rows, count):
+    """Dealt out as the library deals batches: one after the other to the processes in turn."""
+    rows, profile = (rows * 5)[:14], dataclasses.replace(params.load("smoke"), sft_batch=2, sft_accumulate=3)
+    batch, accumulate, filled = sft.share(profile, rows, count)
+    batches = [filled[at : at + batch] for at in range(0, len(filled), batch)]
+    own = [batches[process::count] for process in range(count)]
+    for step, at in enumerate(range(0, len(rows), 6)):
+        read = [row for some in own for part in some[step * accumulate :][:accumulate] for row in part]
+        assert len(read) == (2 if count == 1 and step == 2 else batch * accumulate * count)
+        real = [row for row in read if row.reply is not None]
+        key = lambda row: (row.desc_id, row.shown)  # noqa: E731
+        assert sorted(real, key=key) == sorted(rows[at : at + 6], key=key)

@@ -1,5 +1,6 @@
 """A policy of the mini shape with random weights, and things to show it: nothing depends on what training taught."""
 
+import subprocess
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -95,3 +96,10 @@ def fake_tensorboard(monkeypatch) -> list[Writer]:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     monkeypatch.setattr(torch.utils, "tensorboard", module, raising=False)
     return writers
+
+
+def two_processes(*words):
+    """tests/one_of_two.py with these words, in two processes on the CPU."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(params.ROOT / "tests" / "one_of_two.py"), *map(str, words)]
+    return subprocess.run(launch + script, cwd=params.ROOT, capture_output=True, text=True, timeout=300)

@@ -15,6 +15,8 @@ from vsr1 import params, stages
 from vsr1.params import ROOT, InputError
 
 OTHERS = ("score", "foundation", "bench")  # modules whose main reads its own arguments
+SHARED = ("corpus", "embed", "train", "evaluate")  # what a launcher may start in several processes
+MOMENT = 10  # seconds in which a launcher ends the other processes when one has ended
 
 
 def main(argv=None) -> int:
@@ -30,6 +32,12 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if "closed by peer" not in str(error):
+            raise
+        return 1  # another process ended, and has said why
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(MOMENT)  # the first process may be about to say the same: one line is enough
     print(f"error: {message}", file=sys.stderr)
     return 2
 
@@ -43,6 +51,13 @@ def _command(argv):
     profile = params.load(args.profile, args.seed)
     # torch and OpenMP read it when they are first imported, in this process and in the kernels of notebooks.
     os.environ["OMP_NUM_THREADS"] = str(profile.threads)
+    mates = stages.team(profile.device)
+    if mates.num_processes > 1 and args.command not in SHARED:
+        raise InputError(f"{args.command}: works in one process; several can share {', '.join(SHARED)}")
+    if args.command == "train":
+        return train(profile, params.check_dataset(args.dataset), args.stage, args.recipe)
+    if args.command == "evaluate":
+        return evaluate(profile, params.check_dataset(args.dataset), args.systems)
     if args.command in ("report", "check"):
         from vsr1 import page, results
 
@@ -54,7 +69,7 @@ def _command(argv):
     given = " ".join(args.datasets).replace(",", " ").split()
     datasets = tuple(params.check_dataset(name) for name in given) or profile.datasets
     jobs = min(args.jobs or profile.jobs, len(datasets), len(os.sched_getaffinity(0)))
-    if jobs > 1:
+    if jobs > 1 and mates is stages.ALONE:
         return side_by_side(args, datasets, jobs)
     if args.command == "notebook":
         return notebooks(args.names, args.profile, profile, datasets)
@@ -98,6 +113,13 @@ def _parser():
     sets.add_argument("--jobs", type=int, help="data sets worked on at once (the profile's own)")
     commands.add_parser("corpus", parents=[sets], help="render the corpora, or bring in the real ones")
     commands.add_parser("embed", parents=[sets], help="videos and queries to vectors and an index")
+    one = argparse.ArgumentParser(add_help=False, parents=[common])
+    one.add_argument("--dataset", required=True, metavar="NAME", help="charades, didemo or activitynet")
+    told = commands.add_parser("train", parents=[one], help="one stage of training, and what it needs")
+    told.add_argument("--stage", required=True, choices=("sft", "ft", "grpo"))
+    told.add_argument("--recipe", default="vsr1", help="of grpo.RECIPES, for --stage grpo")
+    told = commands.add_parser("evaluate", parents=[one], help="the episodes of systems on the test queries")
+    told.add_argument("systems", nargs="+", metavar="SYSTEM", help="sft, a recipe, or of evaluate.SYSTEMS")
     told = commands.add_parser("notebook", parents=[sets], help="run notebooks headless")
     told.add_argument("names", nargs="+", metavar="NAME", help="file names in notebooks/, without .ipynb")
     commands.add_parser("report", parents=[common], help="numbers, tables, figures and report.html")
@@ -118,7 +140,7 @@ def corpus(profile, datasets):
     for dataset in datasets:
         started = time.time()
         (miniworld.render if profile.world else annotations.bring)(profile, dataset)
-        print(f"corpus {dataset}: {time.time() - started:.0f} s", flush=True)
+        _say(f"corpus {dataset}", started)
 
 
 def embed(profile, datasets):
@@ -129,7 +151,42 @@ def embed(profile, datasets):
         started = time.time()
         for split in ("train", "test"):
             engine.embed_corpus(profile, dataset, split, "engine")
-        print(f"embed {dataset}: {time.time() - started:.0f} s", flush=True)
+        _say(f"embed {dataset}", started)
+
+
+def train(profile, dataset, stage, recipe):
+    """One stage of training, with whatever it needs and is not there yet."""
+    from vsr1 import grpo, sft
+
+    corpus(profile, (dataset,))
+    embed(profile, (dataset,))
+    started = time.time()
+    folder = sft.train(profile, dataset, "ft" if stage == "ft" else "sft")
+    if stage == "grpo":
+        folder = grpo.train(profile, dataset, recipe)
+    _say(f"train {folder}", started)
+
+
+def evaluate(profile, dataset, systems):
+    """The test episodes of systems, each with the weights that training left for it, if any."""
+    from vsr1 import evaluate as loop
+    from vsr1 import grpo
+
+    home = profile.runs(dataset)
+    trained = {"sft": ("sqr", home / "sft"), "walkdown-ft": ("walkdown", home / "ft")}
+    trained |= {recipe: ("sqr", home / "grpo" / recipe) for recipe in grpo.RECIPES}
+    for name in systems:
+        started, (like, weights) = time.time(), trained.get(name, (name, None))
+        if weights and not stages.stamp(weights):
+            raise InputError(f"{weights}: not trained yet; `python -m vsr1 train --help` says how")
+        loop.run_system(profile, dataset, name, like=like, weights=weights and str(weights))
+        _say(f"evaluate {name} {dataset}", started)
+
+
+def _say(what, started):
+    """One line about what was done, from one process."""
+    if stages.team().is_main_process:
+        print(f"{what}: {time.time() - started:.0f} s", flush=True)
 
 
 def notebooks(names, profile_name, profile, datasets):

@@ -188,18 +188,19 @@ def embed_corpus(profile, dataset: str, split: str, which: str = "engine") -> Pa
         "limits": [profile.query_tokens, profile.dtype],
     }
     work = lambda folder: _embed(profile, dataset, split, which, folder)  # noqa: E731
-    return stages.run(home / "embed" / which / split, inputs, work)
+    return stages.run(home / "embed" / which / split, inputs, work, together=True)
 
 
 def _embed(profile, dataset, split, which, folder):
-    """Fill `folder` with what `embed_corpus` promises, shard by shard."""
-    home = profile.runs(dataset)
+    """Fill `folder` with what `embed_corpus` promises, shard by shard; several processes share the shards."""
+    home, mates = profile.runs(dataset), stages.team()
     queries = corpus.read_fig(home / "corpus" / f"{split}.jsonl")
     videos = corpus.find_videos(home / "videos", corpus.gallery(queries))
     engine = load(profile, which)
     started = time.time()
     shards = [videos[i : i + SHARD] for i in range(0, len(videos), SHARD)]
-    todo = [shard for shard in range(len(shards)) if not (folder / f"shard-{shard:05}.npz").exists()]
+    own = range(mates.process_index, len(shards), mates.num_processes)
+    todo = [shard for shard in own if not (folder / f"shard-{shard:05}.npz").exists()]
     # A video without a file is read under the name it should have: the reader says what is wrong with it.
     paths = [video.path or home / "videos" / f"{video.id}.mp4" for shard in todo for video in shards[shard]]
     clips = frames.read_many(paths, frames.Reader(profile.video_fps, profile.max_frames), profile.decoders)
@@ -209,14 +210,18 @@ def _embed(profile, dataset, split, which, folder):
         good = [(video, clip) for video, clip in read if clip.problem is None]
         bad = [(video.id, clip.problem) for video, clip in read if clip.problem is not None]
         vecs = engine.embed_clips([clip for _, clip in good])
-        with open(folder / "shard.tmp", "wb") as file:
+        scratch = folder / f"shard-{shard:05}.tmp"
+        with open(scratch, "wb") as file:
             np.savez(
                 file,
                 ids=[video.id for video, _ in good],
                 vecs=vecs,
                 bad=np.array(bad, dtype=str).reshape(-1, 2),
             )
-        (folder / "shard.tmp").rename(folder / f"shard-{shard:05}.npz")
+        scratch.rename(scratch.with_suffix(".npz"))
+    mates.wait_for_everyone()
+    if not mates.is_main_process:
+        return
     spent = time.time() - started
     parts = [np.load(folder / f"shard-{shard:05}.npz") for shard in range(len(shards))]
     video_ids = [str(name) for part in parts for name in part["ids"]]

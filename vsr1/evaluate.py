@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 
 from vsr1 import corpus, engine, episode, frames, metrics, policy, qwen, refine, stages
 from vsr1.episode import AS_TYPED, Cost, Episode, Look, Ranking, Refinement, read_reply
@@ -256,9 +257,9 @@ def run_system(
     if not (folder / "episodes.jsonl").exists():  # somebody deleted a damaged file
         (folder / ".stage.json").unlink(missing_ok=True)
     work = profile, dataset, name, system, weights, count, split
-    stages.run(folder, inputs, lambda partial: _walk(*work, partial))
+    stages.run(folder, inputs, lambda partial: _walk(*work, partial), together=True)
     link = folder.with_name(f"{name}.jsonl")
-    if not link.is_symlink():
+    if stages.team().is_main_process and not link.is_symlink():
         link.symlink_to(Path(name) / "episodes.jsonl")
     return link
 
@@ -270,8 +271,11 @@ def _system(name):
 
 
 def _walk(profile, dataset, name, system, weights, count, split, folder):
-    """Fill `folder` with the episodes, `profile.eval_batch` queries at a time, each batch a file until the end."""
-    home = profile.runs(dataset)
+    """Fill `folder` with the episodes, `profile.eval_batch` queries at a time, each batch a file until the end.
+
+    Each of several processes walks its share of the batches: what a batch gives does not depend on how many there are.
+    """
+    home, mates = profile.runs(dataset), stages.team()
     queries = corpus.read_fig(home / "corpus" / f"{SPLITS[split]}.jsonl")
     queries = sample(corpus.hold_out(queries, profile.held_out)[1] if split == "held" else queries, count)
     vectors = engine.load_vectors(home / "embed" / "engine" / SPLITS[split])
@@ -282,14 +286,18 @@ def _walk(profile, dataset, name, system, weights, count, split, folder):
         run = episode.Run(dataset, split, name, turns, wired.carry, profile.seed, shown, wired.carry == 1)
         batches = [queries[i : i + profile.eval_batch] for i in range(0, len(queries), profile.eval_batch)]
         parts = [folder / f"part-{number:05}.jsonl" for number in range(len(batches))]
-        for part, batch in stages.progress(list(zip(parts, batches, strict=True)), f"{name} {dataset}"):
+        own = list(zip(parts, batches, strict=True))[mates.process_index :: mates.num_processes]
+        for part, batch in stages.progress(own, f"{name} {dataset}"):
             if not part.exists():
                 walked = episode.run_episodes(batch, wired.search, wired.ask, wired.refine, run)
                 episode.write_episodes(part, run, walked)
+    cut = [wired.long.cut] if mates is stages.ALONE else gather_object([wired.long.cut])
+    if not mates.is_main_process:
+        return
     episodes = [one for part in parts for one in episode.read_episodes(part)]
     episode.write_episodes(folder / "episodes.jsonl", run, episodes)
     problems = sorted({one.problem for one in episodes if one.problem is not None})
-    notes = {"device": str(agent.model.device), "updates_cut": wired.long.cut, "problems": problems}
+    notes = {"device": str(agent.model.device), "updates_cut": sum(cut), "problems": problems}
     stages.write_json(folder / "notes.json", notes)
     for part in parts:
         part.unlink()

@@ -367,6 +367,9 @@ class Learner(nn.Module):
                 comparison: once a reply
         """
         sampler, knobs = self.sampler, self.sampler.knobs
+        if not rows:  # of this process; the others wait for its share of the gradient
+            some = next(weight for weight in self.parameters() if weight.requires_grad)
+            return 0.0 * some.sum(), {}
         rows = sorted(rows, key=lambda row: (row.start.group, row.shown, row.t))
         prompts, counts = [row.prompt for row in rows], [1] * len(rows)
         if shared:
@@ -516,7 +519,7 @@ class Course:
         ]
         chunks = [[row for row in rows if row.start.group in part] for part in parts]
         size = self.knobs.grpo_replies or max(1, len(rows))
-        return [chunk[at : at + size] for chunk in chunks for at in range(0, len(chunk), size)]
+        return [chunk[at : at + size] for chunk in chunks for at in range(0, len(chunk), size)] or [[]]
 
     def _sum(self, values):
         """The same keys with the sums over all processes."""
@@ -551,7 +554,7 @@ class Course:
                 _append(folder / "log.jsonl", line)
                 _append(folder / "groups.jsonl", {"step": number, "rows": _first_group(short)})
             self.accelerator.log(_numbers(line), number)
-            if watch:
+            if watch and main:
                 watch(lines)
             self._check_skipped(number, steps, what)
             if number % max(1, steps // 4) == 0 or number == steps:
@@ -594,6 +597,7 @@ class Course:
         target = folder / "steps" / f"{number:06}"
         partial = target.with_suffix(".partial")
         self.accelerator.save_state(partial)
+        self.accelerator.wait_for_everyone()  # each writes its random numbers
         if self.accelerator.is_main_process:
             stages.write_json(partial / "counts.json", self.counts)
             partial.rename(target)
@@ -716,6 +720,8 @@ def _keep(path, steps):
 
 def train(profile, dataset: str, name: str = "vsr1", watch=None) -> Path:
     """The checkpoint of stage 2 by one of RECIPES, with its logs: runs/<profile>/<dataset>/grpo/<name>. Resumes."""
+    if name not in RECIPES:
+        raise InputError(f"{name}: no such recipe; there are {', '.join(RECIPES)}")
     home = profile.runs(dataset)
     knobs = dataclasses.asdict(profile)
     used = [key for key in knobs if key.startswith(("grpo_", "re"))]
@@ -730,9 +736,8 @@ def train(profile, dataset: str, name: str = "vsr1", watch=None) -> Path:
             "grpo", "episode", "evaluate", "policy", "refine", "engine", "qwen", "frames", "sft"
         ),
     }
-    return stages.run(
-        home / "grpo" / name, inputs, lambda folder: _train(profile, dataset, name, folder, watch)
-    )
+    work = lambda folder: _train(profile, dataset, name, folder, watch)  # noqa: E731
+    return stages.run(home / "grpo" / name, inputs, work, together=True)
 
 
 def _train(profile, dataset, name, folder, watch=None):
@@ -750,5 +755,6 @@ def _train(profile, dataset, name, folder, watch=None):
         clips = evaluate.Clips(home / "videos", vectors.video_ids, read)
         course = Course(Sampler(profile, dataset, recipe, made, agent, vectors, clips))
         course.run(starts, held, folder, f"grpo {name} {dataset}", watch)
-    policy.save(agent, folder)
-    shutil.rmtree(folder / "steps")
+    if course.accelerator.is_main_process:
+        policy.save(agent, folder)
+        shutil.rmtree(folder / "steps")

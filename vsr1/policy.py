@@ -314,20 +314,17 @@ def freeze(policy: Policy, layers: int) -> None:
         rows.register_hook(lambda grad: grad * kept)
 
 
-@contextlib.contextmanager
 def reading(policy: Policy, layers: int):
-    """A forward in here leaves nothing behind for gradients below `layers` frozen text layers, where none is wanted."""
+    """A forward in here leaves nothing for gradients below `layers` frozen text layers, where none is wanted.
+
+    The result of `with` is the hook that cuts: what has to learn down there can remove it (None: nothing is cut).
+    """
 
     def cut(_, args, told):
         return args, told | {"inputs_embeds": told["inputs_embeds"].detach()}
 
     text = policy.model.model.language_model
-    hook = text.register_forward_pre_hook(cut, with_kwargs=True) if layers else None
-    try:
-        yield
-    finally:
-        if hook:
-            hook.remove()
+    return text.register_forward_pre_hook(cut, with_kwargs=True) if layers else contextlib.nullcontext()
 
 
 def word_length(reader) -> float:

@@ -8,6 +8,7 @@ gradient runs through the engine's text side into the heads and the language mod
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -61,10 +62,10 @@ class Collator:
             prompt = agent.prompt(
                 system, row["query"], clips[row["shown"]] if row["told"] is None else row["told"]
             )
-            said = agent.tokenizer(f"{row['reply']}{ending}", add_special_tokens=False)["input_ids"]
+            said = agent.tokenizer(f"{row['reply'] or ''}{ending}", add_special_tokens=False)["input_ids"]
             assert agent.heads is None or said[-1] == agent.mark
             prompts.append(dataclasses.replace(prompt, ids=[*prompt.ids, *said, agent.stop]))
-            lengths.append(len(said) + 1)
+            lengths.append(0 if row["reply"] is None else len(said) + 1)
         batch = qwen.collate(prompts, agent.model, agent.tokenizer.pad_token_id)
         columns, lengths = torch.arange(batch["input_ids"].shape[1]), torch.tensor(lengths)[:, None]
         ignored = columns < len(columns) - lengths
@@ -82,31 +83,49 @@ class Trainer(SFTTrainer):
         self.column = {video: number for number, video in enumerate(vectors.video_ids)}
         typed = torch.from_numpy(vectors.query_vecs).to(agent.model.device)
         self.typed = dict(zip(vectors.query_ids, typed, strict=True))
-        self.seen = []  # since the last log: InfoNCE, share of rows with a probability over one half
+        self.seen = []  # since the last log, sums over rows: InfoNCE, probability over one half, rows
+        if agent.heads is not None:
+            self.model.register_forward_hook(self.soften, with_kwargs=True)
         return self
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The language-model loss, plus lam_ret times the mean InfoNCE of the batch where there are heads."""
-        rows, cache = inputs.pop("rows"), DynamicCache()
+        """The language-model loss, plus lam_ret times the mean InfoNCE of a step's rows where there are heads."""
+        self.rows = inputs.pop("rows")
         if self.agent.heads is None:
             return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        inputs["past_key_values"] = cache  # the forward fills it, and gradients flow back through it
-        with policy.reading(self.agent, self.knobs.frozen_layers):
+        inputs["past_key_values"] = DynamicCache()  # the forward fills it, and gradients flow back through it
+        with policy.reading(self.agent, self.knobs.frozen_layers) as self.reading:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        mates = self.accelerator.num_processes  # their gradients are averaged
+        return loss + self.knobs.lam_ret * self.nce * mates / self.rows_of_step()
+
+    def soften(self, model, _, inputs, outputs):
+        """Forward hook: the sum of InfoNCE over the rows, put out by the forward as well.
+
+        Where several processes train, only weights behind what a forward puts out are expected to get a gradient.
+        """
+        if self.reading:
+            self.reading.remove()  # what follows is not read but made: its gradients go down to the heads
+        cache = inputs["past_key_values"]
         memory = tuple((layer.keys, layer.values) for layer in cache.layers)
         context = qwen.Context(memory, inputs["attention_mask"].bool(), inputs["position_ids"][0, :, -1])
         columns = inputs["input_ids"].shape[1]  # <REFINE> stands last but one
-        some = [at for at, row in enumerate(rows) if row["search"]]
-        if not some:
-            return loss
-        branches, rows = [context.cut(at, columns - 2) for at in some], [rows[at] for at in some]
+        branches = [context.cut(row, columns - 2) for row in range(len(self.rows))]
         latents = refine.soft_tokens(self.agent, branches, self.agent.settings.n_soft)
-        vecs = refine.soft_query(self.engine, self.agent.heads, [row["query"] for row in rows], latents)
-        contrast = self.contrast(vecs, rows)
-        counted = contrast.detach()[contrast.detach() > 0]  # 0: the filter left nothing to contrast with
-        if len(counted):
-            self.seen.append((counted.mean().item(), (counted < np.log(2)).float().mean().item()))
-        return loss + self.knobs.lam_ret * contrast.mean() / self.current_gradient_accumulation_steps
+        texts = [row["query"] for row in self.rows]
+        contrast = self.contrast(refine.soft_query(self.engine, self.agent.heads, texts, latents), self.rows)
+        real = torch.tensor([row["reply"] is not None and row["search"] for row in self.rows])
+        self.nce = outputs["loss"] = (contrast * real.to(contrast.device)).sum()
+        losses = contrast.detach().cpu()[real]
+        losses = losses[losses > 0]  # 0: the filter left nothing to contrast with
+        told = [losses.sum().item(), (losses < np.log(2)).sum().item(), len(losses)]
+        self.seen.append(torch.tensor(told, device=contrast.device))
+        return outputs
+
+    def rows_of_step(self):
+        """How many rows the current step learns from, over all batches and processes: fewer in the last."""
+        most = self.knobs.sft_batch * self.knobs.sft_accumulate
+        return min(most, self.count - self.state.global_step * most)
 
     def contrast(self, vecs, rows):
         """(B,) InfoNCE of query vectors (B, D) against each row's negatives, or the whole gallery where it has none.
@@ -161,8 +180,8 @@ class Trainer(SFTTrainer):
     def log(self, logs, *args):
         """TRL's log line, with both terms of ours."""
         if self.seen:
-            nce, first = np.mean(self.seen, axis=0)
-            logs |= {"info_nce": round(float(nce), 4), "preferred": round(float(first), 4)}
+            nce, first, rows = self.accelerator.reduce(sum(self.seen), "sum").tolist()
+            logs |= {"info_nce": round(nce / rows, 4), "preferred": round(first / rows, 4)} if rows else {}
             self.seen.clear()
         super().log(logs, *args)
 
@@ -179,11 +198,13 @@ class Diary(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         """A resumed run goes on behind the lines of the steps it has."""
+        self.bar = stages.progress(range(state.max_steps), self.what)
+        self.bar.update(state.global_step)
+        if not state.is_world_process_zero:
+            return
         kept = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
         self.path.write_text("".join(kept[: state.global_step]), encoding="utf-8")
         self.lines = [json.loads(line) for line in kept[: state.global_step]]
-        self.bar = stages.progress(range(state.max_steps), self.what)
-        self.bar.update(state.global_step)
 
     def on_log(self, args, state, control, logs, **_):
         """Fixed keys; the closing summary of the library is left out."""
@@ -193,6 +214,8 @@ class Diary(TrainerCallback):
             raise InputError(
                 f"{self.what}: the loss is {logs['loss']} at step {state.global_step}; lower sft_lr"
             )
+        if not state.is_world_process_zero:
+            return
         keys = {"loss": "loss", "info_nce": "info_nce", "preferred": "preferred", "grad_norm": "norm"}
         keys |= {"mean_token_accuracy": "accuracy", "learning_rate": "rate"}
         row = {"step": state.global_step} | {ours: logs.get(theirs) for theirs, ours in keys.items()}
@@ -235,16 +258,18 @@ def train(profile, dataset: str, name: str = "sft", watch=None) -> Path:
         "sight": [profile.video_fps, profile.max_frames, profile.frame_pixels, profile.dtype, profile.seed],
         "code": stages.code("sft", "policy", "refine", "engine", "qwen", "frames", "teacher", "traces"),
     }
-    return stages.run(home / name, inputs, lambda folder: _train(profile, dataset, name, folder, watch))
+    work = lambda folder: _train(profile, dataset, name, folder, watch)  # noqa: E731
+    return stages.run(home / name, inputs, work, together=True)
 
 
 def _train(profile, dataset, name, folder, watch):
-    home = profile.runs(dataset)
+    home, mates = profile.runs(dataset), stages.team()
     vectors = engine.load_vectors(home / "embed" / "engine" / "train")
     rows, notes = traces.load(profile, dataset, vectors)
-    stages.write_json(folder / "notes.json", notes)
-    with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    if mates.is_main_process:
+        stages.write_json(folder / "notes.json", notes)
+        with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
     made = engine.load(profile)
     agent = beginner(profile, made, heads=name == "sft")
     with frames.readers(frames.Reader(profile.video_fps, profile.max_frames), profile.decoders) as read:
@@ -255,8 +280,10 @@ def _train(profile, dataset, name, folder, watch):
     if agent.heads is not None:
         for head, _ in agent.heads.named_children():
             delattr(agent.model, head)
-    policy.save(agent, folder)
-    shutil.rmtree(folder / "steps")
+    mates.wait_for_everyone()  # each writes its random numbers below steps/
+    if mates.is_main_process:
+        policy.save(agent, folder)
+        shutil.rmtree(folder / "steps")
 
 
 def checkpoint(folder: Path) -> str | None:
@@ -317,10 +344,12 @@ def make_trainer(profile, agent, rows, clips, folder, what, watch=None):
     rest = [w for w in agent.model.parameters() if w.requires_grad and id(w) not in ours]
     groups = [{"params": rest, "lr": profile.sft_lr}]
     groups += [{"params": learned, "lr": profile.sft_head_lr}] * bool(learned)
+    batch, accumulate, filled = share(profile, rows, stages.team().num_processes)
     options = SFTConfig(
         str(folder / "steps"),
-        per_device_train_batch_size=profile.sft_batch,
-        gradient_accumulation_steps=profile.sft_accumulate,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        ddp_find_unused_parameters=True,  # rows told in words leave the eyes alone
         num_train_epochs=1,  # the rows are those of all epochs
         lr_scheduler_type="linear",
         max_grad_norm=1.0,
@@ -337,11 +366,12 @@ def make_trainer(profile, agent, rows, clips, folder, what, watch=None):
         report_to="none",
         seed=profile.seed,
     )
+    options._n_gpu = 1  # else the library would copy the model to all GPUs it sees, in one process
     trainer = Trainer(
         agent.model,
         options,
         Collator(agent, clips),
-        datasets.Dataset.from_list([dataclasses.asdict(row) for row in rows]),
+        datasets.Dataset.from_list([dataclasses.asdict(row) for row in filled]),
         processing_class=agent.tokenizer,
         optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
         callbacks=[Diary(folder / "log.jsonl", what, watch)],
@@ -352,6 +382,9 @@ def make_trainer(profile, agent, rows, clips, folder, what, watch=None):
         board = TensorBoardCallback()
         board.logging_dir = str(folder / "tensorboard")
         trainer.add_callback(board)
+    trainer.count = len(rows)
+    # Qwen3-VL says no here, and a mean of each forward's mean would depend on how a step's rows are dealt out.
+    trainer.model_accepts_loss_kwargs = True
     return trainer
 
 
@@ -361,3 +394,19 @@ def need_tensorboard() -> None:
         raise InputError(
             "tensorboard: true, but the package tensorboard is missing; install it or remove the knob"
         )
+
+
+def share(profile, rows, count: int):
+    """(rows of one forward, forwards of one step, rows) of each of `count` processes, which share the rows of a step.
+
+    A step learns from `sft_batch` x `sft_accumulate` rows, whoever reads them. Copies that teach nothing fill it up to
+    as many for each process; where there are more processes than rows, some read nothing else.
+    """
+    step = profile.sft_batch * profile.sft_accumulate
+    own = -(-step // count)
+    batch = math.gcd(profile.sft_batch, own)
+    if count > 1:
+        blanks = [dataclasses.replace(rows[-1], reply=None)] * (own * count)
+        steps = [rows[at : at + step] for at in range(0, len(rows), step)]
+        rows = [row for some in steps for row in (some + blanks)[: own * count]]
+    return batch, own // batch, rows
