@@ -79,7 +79,7 @@ def load(profile, dataset: str, vectors: engine.Vectors) -> tuple[list[Row], dic
         return course(profile, [], [row for row in rows if row.desc_id not in hidden]), notes
     scenes, by_id = miniworld.read_scenes(folder), {query.id: query for query in learn}
     tell, caption = teller(profile, scenes), captioner(profile, scenes)
-    pool = _chosen(profile, learn, vectors, tell, most=len(learn), even=True) if profile.sft_told else []
+    pool = _chosen(profile, learn, vectors, tell, most=len(learn)) if profile.sft_told else []
     pool = [replace(row, told=caption(by_id[row.desc_id], row.shown)) for row in pool]
     return course(profile, pool, _chosen(profile, learn, vectors, tell, even=True)), {}
 
