@@ -120,6 +120,14 @@ class Profile:
     max_flat: float = 0.9  # ours: share of groups whose members may all earn the same; looked at each quarter
     tensorboard: bool = False  # ours: curves of stages 1 and 2 for TensorBoard too, beside log.jsonl
 
+    # The two-stage baseline of notebook 05; all ours.
+    twostage_videos: int = (
+        2000  # train videos whose windows its head learns from, at most; it bounds the cost
+    )
+    twostage_epochs: int = 50
+    twostage_rate: float = 3e-3  # the highest of one cycle
+    twostage_width: int = 128  # channels: about 175,000 weights beside the mini engine
+
     # The ladder of notebook 06; all ours: as much as a minute or so on one core allows.
     ladder_free_queries: int = 32  # test queries, evenly spread, whose latents are optimised freely
     ladder_free_steps: int = 14
