@@ -379,8 +379,7 @@ class Learner(nn.Module):
                 list(groups.values()),
             )
         replies, options = [row.ids for row in rows], {"group": counts, "temperature": knobs.temperature}
-        with policy.reading(sampler.agent, knobs.frozen_layers):
-            seen = sampler.agent.replay(prompts, replies, **options)
+        seen = sampler.agent.replay(prompts, replies, **options)
         with torch.no_grad(), self.anchor.bare():
             anchored = self.anchor.replay(prompts, replies, **options).logps
         sampled = nn.utils.rnn.pad_sequence([torch.tensor(row.logps) for row in rows], batch_first=True)
@@ -618,13 +617,10 @@ class Course:
 
 def _groups(knobs, recipe, agent):
     """What learns, and how fast: the language model, and the heads unless they are frozen (METHOD.md 6.3)."""
-    core = agent.model.model.language_model
-    parts = (core, agent.model.lm_head)
-    words = {id(w): w for part in parts for w in part.parameters() if not agent.adapters or w.requires_grad}
-    if knobs.frozen_layers:
-        for part in (*core.layers[: knobs.frozen_layers], core.embed_tokens):
-            words = {at: weight for at, weight in words.items() if at not in set(map(id, part.parameters()))}
-    words = words.values()
+    parts = (agent.model.model.language_model, agent.model.lm_head)
+    words = {
+        id(w): w for part in parts for w in part.parameters() if not agent.adapters or w.requires_grad
+    }.values()
     for weight in agent.model.parameters():
         weight.requires_grad_(False)
     heads = []
@@ -725,7 +721,7 @@ def train(profile, dataset: str, name: str = "vsr1", watch=None) -> Path:
     home = profile.runs(dataset)
     knobs = dataclasses.asdict(profile)
     used = [key for key in knobs if key.startswith(("grpo_", "re"))]
-    used += ["frozen_layers", "lora_rank", "sft_negatives", "temperature", "soft_weight", "sigma", "tau"]
+    used += ["lora_rank", "sft_negatives", "temperature", "soft_weight", "sigma", "tau"]
     used += ["held_out", "max_new", "seed", "time_reward", "group_by"]
     inputs = {
         "sft": stages.stamp(home / "sft").get("key"),

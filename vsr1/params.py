@@ -73,9 +73,6 @@ class Profile:
     refine_init: typing.Literal["zero", "default", "scaled"] = "zero"
     carry_blocks: int = 1  # official; "q_{t+1} = [q_t, soft_t]" is as many as there were turns in training
 
-    frozen_layers: int = (
-        0  # ours: text layers from below that training leaves alone, and then the vision mergers too
-    )
     sft_data: str | None = None  # the released train_oneturn.json; {dataset} in the path stands for its name
     teacher: str | None = None  # writes one where there is none; official: "Qwen3-VL-30B-A3B-Thinking"
     sft_rows: int = 1000  # official: rows of stage 1 whose first search is right; as many where it is wrong

@@ -296,37 +296,6 @@ def new_heads(policy: Policy, settings: Settings, seed: int, engine=None) -> Pol
     return Policy(model, tokenizer, heads.to(model.device), settings, policy.frame_pixels)
 
 
-def freeze(policy: Policy, layers: int) -> None:
-    """Let only what stage 1 changes learn: language model and mergers (METHOD.md 5), or with `layers` less than that.
-
-    layers  so many text layers from below stay as they are; then the mergers do too, and all rows of words but <REFINE>
-    """
-    model = policy.model.model
-    for name, weight in model.visual.named_parameters():
-        weight.requires_grad_("merger" in name and not layers)
-    for layer in model.language_model.layers[:layers]:
-        layer.requires_grad_(False)
-    rows = model.get_input_embeddings().weight
-    rows.requires_grad_(not layers or policy.mark is not None)
-    if layers and policy.mark is not None:
-        kept = torch.zeros(len(rows), 1, device=rows.device)
-        kept[policy.mark] = 1.0
-        rows.register_hook(lambda grad: grad * kept)
-
-
-def reading(policy: Policy, layers: int):
-    """A forward in here leaves nothing for gradients below `layers` frozen text layers, where none is wanted.
-
-    The result of `with` is the hook that cuts: what has to learn down there can remove it (None: nothing is cut).
-    """
-
-    def cut(_, args, told):
-        return args, told | {"inputs_embeds": told["inputs_embeds"].detach()}
-
-    text = policy.model.model.language_model
-    return text.register_forward_pre_hook(cut, with_kwargs=True) if layers else contextlib.nullcontext()
-
-
 def word_length(reader) -> float:
     """Mean length of the token embeddings of a policy or an engine, over the tokens its tokenizer knows."""
     rows = reader.model.get_input_embeddings().weight[: len(reader.tokenizer)]

@@ -94,8 +94,7 @@ class Trainer(SFTTrainer):
         if self.agent.heads is None:
             return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         inputs["past_key_values"] = DynamicCache()  # the forward fills it, and gradients flow back through it
-        with policy.reading(self.agent, self.knobs.frozen_layers) as self.reading:
-            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         mates = self.accelerator.num_processes  # their gradients are averaged
         return loss + self.knobs.lam_ret * self.nce * mates / self.rows_of_step()
 
@@ -104,8 +103,6 @@ class Trainer(SFTTrainer):
 
         Where several processes train, only weights behind what a forward puts out are expected to get a gradient.
         """
-        if self.reading:
-            self.reading.remove()  # what follows is not read but made: its gradients go down to the heads
         cache = inputs["past_key_values"]
         memory = tuple((layer.keys, layer.values) for layer in cache.layers)
         context = qwen.Context(memory, inputs["attention_mask"].bool(), inputs["position_ids"][0, :, -1])
@@ -254,7 +251,7 @@ def train(profile, dataset: str, name: str = "sft", watch=None) -> Path:
         "vectors": stages.stamp(home / "embed" / "engine" / "train").get("key"),
         "traces": None if told is None else stages.digest(told),
         "policy": stages.digest(place) if place.is_dir() else profile.policy,
-        "knobs": [name, knobs, profile.frozen_layers, profile.lora_rank, profile.held_out, *retrieval],
+        "knobs": [name, knobs, profile.lora_rank, profile.held_out, *retrieval],
         "sight": [profile.video_fps, profile.max_frames, profile.frame_pixels, profile.dtype, profile.seed],
         "code": stages.code("sft", "policy", "refine", "engine", "qwen", "frames", "teacher", "traces"),
     }
@@ -292,11 +289,12 @@ def checkpoint(folder: Path) -> str | None:
 
 
 def beginner(profile, made: engine.Engine, heads=True) -> policy.Policy:
-    """The base policy with new heads: what stage 1 starts from, with the weights that learn (`policy.freeze`)."""
+    """The base policy with new heads: what stage 1 starts from. Vision blocks stay as they are, the mergers learn."""
     agent = policy.load(profile.policy, profile)
     if heads:
         agent = policy.new_heads(agent, policy.new_settings(profile, made.instruction), profile.seed, made)
-    policy.freeze(agent, profile.frozen_layers)
+    for name, weight in agent.model.model.visual.named_parameters():
+        weight.requires_grad_("merger" in name)
     if profile.lora_rank:
         adapt(agent, profile.lora_rank, profile.seed, mergers=True)
     masters(agent.model.parameters())
