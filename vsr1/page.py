@@ -10,10 +10,11 @@ import io
 import json
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image
 
-from vsr1 import gallery, results
+from vsr1 import cards, gallery, results
 from vsr1.params import Profile
 
 STYLE = Path(__file__).with_name("page.css")
@@ -31,7 +32,7 @@ def publish(profile: Profile) -> Path:
     tables(profile)
     gallery.figures(profile, numbers)
     gallery.copy_sheets(profile)
-    return report(profile)
+    return report(profile, cards.publish(profile))
 
 
 # --- Tables
@@ -182,8 +183,11 @@ def _tex(text):
 # --- The report
 
 
-def report(profile: Profile) -> Path:
-    """results/<profile>/report.html: every table and figure, the paper's values beside, and what was run."""
+def report(profile: Profile, searches: list[Path] = ()) -> Path:
+    """results/<profile>/report.html: every table and figure, the paper's values beside, and what was run.
+
+    searches   pages of cards to link to
+    """
     folder = profile.results()
     numbers, origin = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("numbers", "provenance")
@@ -191,10 +195,13 @@ def report(profile: Profile) -> Path:
     title = f"VideoSearch-R1, reproduced on the profile {profile.name}"
     body = [f"<h1>{_safe(title)}</h1>"]
     body += [f'<p class="caveat">{_safe(CAVEAT)}</p>'] if profile.world else []
+    words = "what SQR and HQR saw, said and found"
+    shown = {path: f"{path.parent.parent.name}: {words}" for path in searches}
+    body += [_links(profile, "One card per search", shown)]
     body += [_table(profile, numbers, table) for table in results.layouts() if rows(numbers, table)]
     pictures = sorted((folder / "figures").glob("*.png"), key=lambda path: (path.stem[0] == "D", path.stem))
     body += ["<h2>Figures</h2>", *map(_figure, pictures)]  # the corpora (D) last
-    body += [_origin(origin), _links(profile)]
+    body += [_origin(origin), _links(profile, "Executed notebooks", _notebooks(profile))]
     (folder / "report.html").write_text(_page(title, body), encoding="utf-8")
     return folder / "report.html"
 
@@ -290,13 +297,17 @@ def _origin(origin):
     )
 
 
-def _links(profile):
-    """Links to the executed notebooks, where they stand in the same clone."""
+def _links(profile, title, pages):
+    """A section of links to files of the same clone: {path: words}; nothing without any."""
+    links = [
+        f'<li><a href="{_safe(quote(os.path.relpath(path, profile.results())))}">{_safe(words)}</a></li>'
+        for path, words in pages.items()
+    ]
+    return f"<section><h2>{title}</h2><ul>{''.join(links)}</ul></section>" if links else ""
+
+
+def _notebooks(profile):
+    """{executed copy: its data set and name}."""
     folders = [profile.runs(dataset) / "notebooks" for dataset in profile.datasets]
     paths = [path for folder in folders for path in sorted(folder.glob("*.ipynb")) if "." not in path.stem]
-    links = [
-        f'<li><a href="{_safe(Path(os.path.relpath(p, profile.results())).as_posix())}">'
-        f"{_safe(p.parent.parent.name)}: {_safe(p.stem)}</a></li>"
-        for p in paths
-    ]
-    return f"<section><h2>Executed notebooks</h2><ul>{''.join(links)}</ul></section>" if links else ""
+    return {path: f"{path.parent.parent.name}: {path.stem}" for path in paths}
