@@ -12,8 +12,7 @@ PYTHON   := python3.11 python3
 PY       := .venv/bin/python
 
 # The order in which the paper is told.
-NOTEBOOKS := 01_corpus_embedding 02_verify_and_ground 03_sft_cold_start 04_grpo_training 05_evaluation 06_sqr_vs_hqr \
-             08_qualitative
+NOTEBOOKS := 01_corpus_embedding 02_verify_and_ground 03_sft_cold_start 04_grpo_training 05_evaluation 06_sqr_vs_hqr 08_qualitative
 
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false

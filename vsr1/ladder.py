@@ -142,7 +142,7 @@ def learn(made, agent, asked: Asked, n: int, steps: int, profile) -> list[float]
     learned = [weight for weight in agent.heads.parameters() if weight.requires_grad]
     groups = [{"params": learned, "lr": profile.ladder_rate}]
     if asked.contexts is None:
-        groups.append({"params": list(agent.model.parameters()), "lr": profile.sft_lr})
+        groups.append({"params": list(agent.model.parameters()), "lr": profile.ladder_policy_rate})
     adam = torch.optim.Adam(groups)
     fade = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, steps)
     rng, order, losses = np.random.default_rng([profile.seed, 12]), [], []
@@ -186,17 +186,7 @@ def ladder(profile, dataset: str) -> dict[str, dict]:
     """{system: ranks, InfoNCE and right videos of its queries, curve over its steps}, a stage: see `numbers`."""
     home, place = profile.runs(dataset), qwen.place(profile.policy)
     knobs = {name: value for name, value in asdict(profile).items() if name.startswith("ladder_")}
-    shared = (
-        "tau",
-        "n_soft",
-        "seed_norm",
-        "sft_lr",
-        "held_out",
-        "grpo_negatives",
-        "seed",
-        "dtype",
-        "instruction",
-    )
+    shared = ("tau", "n_soft", "seed_norm", "held_out", "grpo_negatives", "seed", "dtype", "instruction")
     inputs = {
         "vectors": [
             stages.stamp(home / "embed" / "engine" / split).get("key") for split in ("train", "test")

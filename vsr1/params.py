@@ -77,7 +77,7 @@ class Profile:
     teacher: str | None = None  # writes one where there is none; official: "Qwen3-VL-30B-A3B-Thinking"
     sft_rows: int = 1000  # official: rows of stage 1 whose first search is right; as many where it is wrong
     sft_negatives: int | None = 24  # official: wrong videos of InfoNCE; None: all of the gallery
-    sft_told: int = 0  # ours: rows learned from before the others, told their video in words: heads need many
+    sft_told: int = 0  # ours: rows more that are told their video in words (`traces.course`): heads need many
     sft_epochs: float = 1.0  # official
     sft_batch: int = 1  # rows of one forward; times `sft_accumulate`: the 4 of a public log (METHOD.md 9)
     sft_accumulate: int = 4
@@ -137,7 +137,8 @@ class Profile:
     ladder_steps: int = 28  # of heads alone
     ladder_long: int = 72  # of those that go on for longer
     ladder_policy_steps: int = 8  # of heads and policy together
-    ladder_rate: float = 3e-3  # of heads; of the policy it is `sft_lr`
+    ladder_rate: float = 3e-3  # of heads
+    ladder_policy_rate: float = 1e-3  # of all weights of the policy
 
     def runs(self, dataset: str) -> Path:
         """Where this profile keeps what it computes for `dataset`."""

@@ -67,9 +67,11 @@ class Collator:
             prompts.append(dataclasses.replace(prompt, ids=[*prompt.ids, *said, agent.stop]))
             lengths.append(0 if row["reply"] is None else len(said) + 1)
         batch = qwen.collate(prompts, agent.model, agent.tokenizer.pad_token_id)
-        columns, lengths = torch.arange(batch["input_ids"].shape[1]), torch.tensor(lengths)[:, None]
-        ignored = columns < len(columns) - lengths
-        batch["labels"] = batch["input_ids"].masked_fill(ignored.to(batch["input_ids"].device), IGNORED)
+        columns, lengths = torch.arange(-max(lengths) - 1, 0), torch.tensor(lengths)[:, None]
+        ids = batch["input_ids"][
+            :, columns[0] :
+        ]  # one column before the longest reply, to predict its first token
+        batch["labels"] = ids.masked_fill((columns < -lengths).to(ids.device), IGNORED)
         return batch | {"rows": rows}
 
 
@@ -84,19 +86,26 @@ class Trainer(SFTTrainer):
         typed = torch.from_numpy(vectors.query_vecs).to(agent.model.device)
         self.typed = dict(zip(vectors.query_ids, typed, strict=True))
         self.seen = []  # since the last log, sums over rows: InfoNCE, probability over one half, rows
+        self.scored = 0
+        self.model.model.register_forward_hook(self.cut)
         if agent.heads is not None:
             self.model.register_forward_hook(self.soften, with_kwargs=True)
         return self
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The language-model loss, plus lam_ret times the mean InfoNCE of a step's rows where there are heads."""
-        self.rows = inputs.pop("rows")
+        self.rows, self.scored = inputs.pop("rows"), inputs["labels"].shape[1]
         if self.agent.heads is None:
             return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         inputs["past_key_values"] = DynamicCache()  # the forward fills it, and gradients flow back through it
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         mates = self.accelerator.num_processes  # their gradients are averaged
         return loss + self.knobs.lam_ret * self.nce * mates / self.rows_of_step()
+
+    def cut(self, model, _, outputs):
+        """Forward hook: only columns with labels go on to the head; off a GPU, the library would score all."""
+        outputs.last_hidden_state = outputs.last_hidden_state[:, -self.scored :]
+        return outputs
 
     def soften(self, model, _, inputs, outputs):
         """Forward hook: the sum of InfoNCE over the rows, put out by the forward as well.

@@ -24,7 +24,7 @@ from vsr1.episode import read_reply
 from vsr1.headroom import moment_of
 from vsr1.params import ROOT, InputError
 
-LEAD = 0.4
+LEAD = 0.4  # ours: share of the rows told in words that come before any with a video
 FILE = "train_oneturn.json"  # its released name
 
 
@@ -64,7 +64,7 @@ def source(profile, dataset: str) -> Path | None:
 def load(profile, dataset: str, vectors: engine.Vectors) -> tuple[list[Row], dict]:
     """The rows of stage 1 in their order, and notes: which file they come from and what was left out. See `source`.
 
-    Nothing comes from videos that are held out. The first `sft_told` rows are told their video instead of seeing it.
+    Nothing comes from videos that are held out. `sft_told` rows are told their video instead of seeing it (`course`).
     """
     file, folder = source(profile, dataset), profile.runs(dataset) / "corpus"
     queries = corpus.read_fig(folder / "train.jsonl")
@@ -143,8 +143,8 @@ def make_rows(
     """At most `most` rows whose first search is right and as many where it is wrong, drawn by seed, in query order.
 
     tell(query, shown)  the reply to learn, without <REFINE>
-    even  where more are wrong, some of those queries come once more with the right video shown: a policy that seldom
-          sees one learns to say no. They do not search: soft tokens would learn to copy what is shown
+    even                where fewer are right, failed queries come once more with the right video shown: who seldom
+                        sees one learns to say no. Not to search, though: soft tokens would copy what is shown
     """
     videos, asked = set(vectors.video_ids), set(vectors.query_ids)
     queries = [query for query in queries if query.video in videos and query.id in asked]
