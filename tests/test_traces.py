@@ -52,13 +52,19 @@ def test_rows_are_balanced_and_their_negatives_are_the_wrong_videos_that_rank_hi
         order = by_sorting(vectors, row.desc_id)
         assert row.shown == order[0] and row.reply == f"{row.desc_id} {row.shown}"
         assert list(row.negatives) == [video for video in order if video != row.right][:5]
-    even = traces.make_rows(queries, vectors, tell, most=60, negatives=5, seed=1, even=True)
-    assert even[: len(queries)] == traces.make_rows(queries, vectors, tell, most=60, negatives=5, seed=1)
-    copies = even[len(queries) :]
+    plain = traces.make_rows(queries, vectors, tell, most=60, negatives=5, seed=1)
+    more = traces.make_rows(queries, vectors, tell, most=60, negatives=5, seed=1, copies=True)
+    assert more[: len(plain)] == plain
+    copies = [row for row in more[len(plain) :] if not row.search]
     assert copies and all(by_sorting(vectors, row.desc_id)[0] != row.right == row.shown for row in copies)
-    assert sum(row.shown == row.right for row in even) * 2 == len(even)
-    for row in copies:
-        assert row.reply == f"{row.desc_id} {row.right}" and row.right not in row.negatives
+    near = [row for row in more[len(plain) :] if row.search]
+    assert len(near) == round(traces.NEAR * len(plain))
+    assert sum(row.shown == row.right for row in plain + copies) * 2 == len(plain + copies)
+    for row in near:
+        at = vectors.video_ids.index(row.right)
+        alike = {v: float(vec @ vectors.video_vecs[at]) for v, vec in zip(*both(vectors), strict=True)}
+        assert row.shown == max((v for v in alike if v != row.right), key=alike.get) == row.negatives[0]
+    assert all(row.reply == f"{row.desc_id} {row.shown}" for row in more)
     with pytest.raises(params.InputError, match=r"sft_negatives: 10 .* has 10 videos"):
         traces.make_rows(queries, vectors, str, most=4, negatives=10, seed=1)
 

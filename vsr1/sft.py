@@ -67,10 +67,9 @@ class Collator:
             prompts.append(dataclasses.replace(prompt, ids=[*prompt.ids, *said, agent.stop]))
             lengths.append(0 if row["reply"] is None else len(said) + 1)
         batch = qwen.collate(prompts, agent.model, agent.tokenizer.pad_token_id)
+        # The last columns, from the one before the longest reply: it predicts that reply's first token.
         columns, lengths = torch.arange(-max(lengths) - 1, 0), torch.tensor(lengths)[:, None]
-        ids = batch["input_ids"][
-            :, columns[0] :
-        ]  # one column before the longest reply, to predict its first token
+        ids = batch["input_ids"][:, columns[0] :]
         batch["labels"] = ids.masked_fill((columns < -lengths).to(ids.device), IGNORED)
         return batch | {"rows": rows}
 
@@ -86,7 +85,7 @@ class Trainer(SFTTrainer):
         typed = torch.from_numpy(vectors.query_vecs).to(agent.model.device)
         self.typed = dict(zip(vectors.query_ids, typed, strict=True))
         self.seen = []  # since the last log, sums over rows: InfoNCE, probability over one half, rows
-        self.scored = 0
+        self.scored = 0  # columns of a batch that have labels; 0: all
         self.model.model.register_forward_hook(self.cut)
         if agent.heads is not None:
             self.model.register_forward_hook(self.soften, with_kwargs=True)
@@ -138,10 +137,8 @@ class Trainer(SFTTrainer):
 
         With an ambiguity filter, against those of them that are `clear`; 0, without a gradient, where none is.
         """
-        right, knobs = (
-            torch.tensor([self.column[row["right"]] for row in rows], device=vecs.device),
-            self.knobs,
-        )
+        right = torch.tensor([self.column[row["right"]] for row in rows], device=vecs.device)
+        knobs = self.knobs
         if knobs.ambiguity_filter is None and knobs.sft_negatives is not None:
             wrong = torch.tensor(self._negatives(rows))
             return info_nce(vecs, self.gallery[right], self.gallery[wrong], knobs.tau)
@@ -171,7 +168,7 @@ class Trainer(SFTTrainer):
         learned = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         save_file(
-            {name: weight.detach().contiguous() for name, weight in learned.items()}, _learned(output_dir)
+            {key: weight.detach().contiguous() for key, weight in learned.items()}, _learned(output_dir)
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

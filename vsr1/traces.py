@@ -25,6 +25,7 @@ from vsr1.headroom import moment_of
 from vsr1.params import ROOT, InputError
 
 LEAD = 0.4  # ours: share of the rows told in words that come before any with a video
+NEAR = 0.25  # ours: rows that show the wrong video most like the right one, for each row of another kind
 FILE = "train_oneturn.json"  # its released name
 
 
@@ -81,7 +82,7 @@ def load(profile, dataset: str, vectors: engine.Vectors) -> tuple[list[Row], dic
     tell, caption = teller(profile, scenes), captioner(profile, scenes)
     pool = _chosen(profile, learn, vectors, tell, most=len(learn)) if profile.sft_told else []
     pool = [replace(row, told=caption(by_id[row.desc_id], row.shown)) for row in pool]
-    return course(profile, pool, _chosen(profile, learn, vectors, tell, even=True)), {}
+    return course(profile, pool, _chosen(profile, learn, vectors, tell, copies=True)), {}
 
 
 def course(profile, pool: list[Row], rows: list[Row]) -> list[Row]:
@@ -129,22 +130,23 @@ def _seen(profile, scene):
     return tuple(teacher.as_told(moment, times) or moment for moment in scene.moments)
 
 
-def _chosen(profile, queries, vectors, tell, most=None, even=False):
+def _chosen(profile, queries, vectors, tell, most=None, copies=False):
     many = {"most": most or profile.sft_rows, "negatives": profile.sft_negatives, "seed": profile.seed}
-    return make_rows(queries, vectors, tell, even=even, **many)
+    return make_rows(queries, vectors, tell, copies=copies, **many)
 
 
 # --- which rows ------------------------------------------------------------------------------------------------------
 
 
 def make_rows(
-    queries, vectors: engine.Vectors, tell, *, most: int, negatives: int | None, seed: int, even=False
+    queries, vectors: engine.Vectors, tell, *, most: int, negatives: int | None, seed: int, copies=False
 ) -> list[Row]:
     """At most `most` rows whose first search is right and as many where it is wrong, drawn by seed, in query order.
 
     tell(query, shown)  the reply to learn, without <REFINE>
-    even                where fewer are right, failed queries come once more with the right video shown: who seldom
-                        sees one learns to say no. Not to search, though: soft tokens would copy what is shown
+    copies              some queries come once more. Where fewer are right, failed ones with the right video: who seldom
+                        sees one learns to say no. (Not to search, though: soft tokens would copy what is shown.) And
+                        NEAR of all with the wrong video most like the right one: what a better search shows that fails
     """
     videos, asked = set(vectors.video_ids), set(vectors.query_ids)
     queries = [query for query in queries if query.video in videos and query.id in asked]
@@ -153,17 +155,28 @@ def make_rows(
     rng, chosen = np.random.default_rng([seed, 5]), []
     for half in (np.flatnonzero(hit), np.flatnonzero(~hit)):
         chosen += rng.permutation(half)[:most].tolist()
-    failed, looks = [at for at in chosen if not hit[at]], [(at, first[at][0]) for at in sorted(chosen)]
-    if even:
-        short = max(0, 2 * len(failed) - len(chosen))
-        looks += [(at, queries[at].video) for at in sorted(failed[:short])]
+    looks = [(at, first[at][0], True) for at in sorted(chosen)]
+    if copies:
+        failed = [at for at in chosen if not hit[at]]
+        looks += [
+            (at, queries[at].video, False) for at in sorted(failed[: max(0, 2 * len(failed) - len(chosen))])
+        ]
+        near = sorted(rng.permutation(chosen)[: round(NEAR * len(chosen))])
+        looks += [(at, nearest(queries[at].video, vectors), True) for at in near]
     rows = []
-    for at, shown in looks:
+    for at, shown, search in looks:
         query = queries[at]
         wrong = wrong_videos(first[at], shown, query.video)
-        row = Row(query.id, query.text, query.video, shown, wrong, tell(query, shown))
-        rows.append(row if len(rows) < len(chosen) else replace(row, search=False))
+        rows.append(Row(query.id, query.text, query.video, shown, wrong, tell(query, shown), search=search))
     return rows
+
+
+def nearest(video: str, vectors: engine.Vectors) -> str:
+    """The other video whose vector is closest to that of `video`."""
+    at = vectors.video_ids.index(video)
+    alike = vectors.video_vecs @ vectors.video_vecs[at]
+    alike[at] = -np.inf
+    return vectors.video_ids[int(alike.argmax())]
 
 
 def rankings(queries, vectors: engine.Vectors, negatives: int | None) -> list[list[str]]:
