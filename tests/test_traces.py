@@ -59,7 +59,8 @@ def test_rows_are_balanced_and_their_negatives_are_the_wrong_videos_that_rank_hi
     assert copies and all(by_sorting(vectors, row.desc_id)[0] != row.right == row.shown for row in copies)
     near = [row for row in more[len(plain) :] if row.search]
     assert len(near) == round(traces.NEAR * len(plain))
-    assert sum(row.shown == row.right for row in plain + copies) * 2 == len(plain + copies)
+    failed = sum(row.shown != row.right for row in plain)
+    assert len(copies) == min(failed, 2 * failed - len(plain) + len(near))
     for row in near:
         at = vectors.video_ids.index(row.right)
         alike = {v: float(vec @ vectors.video_vecs[at]) for v, vec in zip(*both(vectors), strict=True)}

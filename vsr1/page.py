@@ -78,16 +78,19 @@ def caption(profile: Profile, numbers: dict, table: str) -> str:
 
 def basis(profile: Profile, numbers: dict, table: str) -> str:
     """What a table rests on: profile, queries, videos, unreadable videos, seeds; and how to read a cell."""
-    facts = []
+    layout, facts = results.layouts()[table], []
     for dataset in profile.datasets:
-        counts = [
-            numbers.get(f"D1/{dataset}/test/{key}", {}).get("value")
-            for key in ("queries", "videos", "skipped")
-        ]
-        if counts[0] is not None:
-            facts.append(
-                "{} {} queries, {} videos ({} unreadable)".format(dataset, *map(results.digits, counts))
-            )
+        sizes = {entry["n"] for name, entry in numbers.items() if name.startswith(f"{table}/{dataset}/")} - {
+            None
+        }
+        if sizes:
+            span = " to ".join(results.digits(size) for size in sorted({min(sizes), max(sizes)}))
+            facts.append(f"{dataset} {span} {layout.get('counts', 'queries')}")
+            found = [
+                numbers.get(f"D1/{dataset}/test/{key}", {}).get("value") for key in ("videos", "skipped")
+            ]
+            if layout.get("split", "test") == "test" and None not in found:
+                facts[-1] += ", {} videos ({} unreadable)".format(*map(results.digits, found))
     seeds = sorted(
         {seed for name in numbers if name.startswith(f"{table}/") for seed in numbers[name]["seeds"]}
     )

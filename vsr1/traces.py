@@ -144,9 +144,9 @@ def make_rows(
     """At most `most` rows whose first search is right and as many where it is wrong, drawn by seed, in query order.
 
     tell(query, shown)  the reply to learn, without <REFINE>
-    copies              some queries come once more. Where fewer are right, failed ones with the right video: who seldom
-                        sees one learns to say no. (Not to search, though: soft tokens would copy what is shown.) And
-                        NEAR of all with the wrong video most like the right one: what a better search shows that fails
+    copies              some queries come once more. NEAR of all with the wrong video most like the right one: what a
+                        better search shows that fails. And failed ones with the right video, until both verdicts are
+                        equally often right; not to search, though, since soft tokens would copy what is shown
     """
     videos, asked = set(vectors.video_ids), set(vectors.query_ids)
     queries = [query for query in queries if query.video in videos and query.id in asked]
@@ -157,12 +157,11 @@ def make_rows(
         chosen += rng.permutation(half)[:most].tolist()
     looks = [(at, first[at][0], True) for at in sorted(chosen)]
     if copies:
-        failed = [at for at in chosen if not hit[at]]
-        looks += [
-            (at, queries[at].video, False) for at in sorted(failed[: max(0, 2 * len(failed) - len(chosen))])
-        ]
         near = sorted(rng.permutation(chosen)[: round(NEAR * len(chosen))])
         looks += [(at, nearest(queries[at].video, vectors), True) for at in near]
+        failed = [at for at in chosen if not hit[at]]
+        short = max(0, 2 * len(failed) - len(chosen) + len(near))
+        looks += [(at, queries[at].video, False) for at in sorted(failed[:short])]
     rows = []
     for at, shown, search in looks:
         query = queries[at]
