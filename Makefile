@@ -6,6 +6,7 @@ SHELL := /bin/bash
 PROFILE  := mini
 DATASETS := charades didemo activitynet
 SEED     := 42
+SEEDS    := 42 1 2
 PORT     := 8888
 # Candidates for making .venv, best first. `make paper PY=/path/to/python` uses an environment of your own as it is.
 PYTHON   := python3.11 python3
@@ -38,6 +39,12 @@ test: setup  ## lint, unit tests, docstring examples, and all notebooks on the s
 lab: setup  ## JupyterLab on the notebooks: this machine only, with a token (PORT=8888)
 	@$(VSR1) lab --port $(PORT)
 
+seeds: setup  ## both stages again with SEEDS, hours; committed in results/PROFILE/seeds and shown in the report
+	@$(VSR1) corpus $(ALL)
+	@$(VSR1) embed $(ALL)
+	@$(VSR1) seeds --seeds $(SEEDS) $(ALL)
+	@$(VSR1) report $(ONE)
+
 doctor: setup  ## what this machine can reproduce, and what is missing
 	@$(VSR1) doctor $(ONE)
 
@@ -64,4 +71,4 @@ ifeq ($(PY),.venv/bin/python)
 	@./setup.sh "$(PYTHON)"
 endif
 
-.PHONY: paper test lab doctor check bench foundation clean help setup
+.PHONY: paper test lab seeds doctor check bench foundation clean help setup

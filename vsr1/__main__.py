@@ -73,12 +73,15 @@ def _command(argv):
         return side_by_side(args, datasets, jobs)
     if args.command == "notebook":
         return notebooks(args.names, args.profile, profile, datasets)
+    if args.command == "seeds":
+        return seeds(profile, datasets, args.seeds)
     return {"corpus": corpus, "embed": embed}[args.command](profile, datasets)
 
 
 def side_by_side(args, datasets, jobs):
     """The command in processes of one data set each, `jobs` at once; a data set's notebooks stay in their order."""
     alone = [sys.executable, "-m", "vsr1", args.command]
+    alone += ["--seeds", *map(str, args.seeds)] if args.command == "seeds" else []
     common = ["--profile", args.profile, "--jobs", "1"]
     common += ["--seed", str(args.seed)] * (args.seed is not None)
     parts = [[notebook_file(name)[0].stem] for name in args.names] if args.command == "notebook" else [[]]
@@ -122,6 +125,10 @@ def _parser():
     told.add_argument("systems", nargs="+", metavar="SYSTEM", help="sft, a recipe, or of evaluate.SYSTEMS")
     told = commands.add_parser("notebook", parents=[sets], help="run notebooks headless")
     told.add_argument("names", nargs="+", metavar="NAME", help="file names in notebooks/, without .ipynb")
+    told = commands.add_parser(
+        "seeds", parents=[sets], help="both stages again with other seeds, and their tables"
+    )
+    told.add_argument("--seeds", nargs="+", type=int, required=True, metavar="N")
     commands.add_parser("report", parents=[common], help="numbers, tables, figures and report.html")
     commands.add_parser("check", parents=[common], help="measured numbers against expected ones")
     commands.add_parser("doctor", parents=[common], help="what this machine can reproduce")
@@ -181,6 +188,18 @@ def evaluate(profile, dataset, systems):
             raise InputError(f"{weights}: not trained yet; `python -m vsr1 train --help` says how")
         loop.run_system(profile, dataset, name, like=like, weights=weights and str(weights))
         _say(f"evaluate {name} {dataset}", started)
+
+
+def seeds(profile, datasets, numbers):
+    """What each seed got right, and the tables R1 and R2 of all that have been run."""
+    from vsr1 import seeds as others
+
+    for dataset in datasets:
+        for seed in numbers:
+            started = time.time()
+            others.run(profile, dataset, seed)
+            _say(f"seed {seed} {dataset}", started)
+            others.summary(profile)
 
 
 def _say(what, started):

@@ -23,6 +23,7 @@ from vsr1 import stages
 from vsr1.params import DATASETS, ROOT, InputError, Profile
 
 EXPECTED = ROOT / "results" / "expected"
+CODE = ("--", ".", ":!results")  # for git: all but what runs write
 NAME = re.compile(r"[A-Z]\d+(/[a-z0-9.-]+){2}/[a-z0-9@._-]+")  # <id>/<dataset>/<system>/<metric>
 JUDGED = ("PAGE", "FIGURE", "FILES")  # second-hand values are shown without a verdict (PAPER.md)
 LIBRARIES = (
@@ -60,17 +61,17 @@ def record(profile: Profile, dataset: str, part: str, numbers: dict, series: dic
             assert value is None or math.isfinite(value), f"{name}: {number}; a missing value is None"
     path = profile.runs(dataset) / "numbers" / f"{part}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {name: _plain(dataclasses.asdict(number)) for name, number in numbers.items()}
-    stages.write_json(path, {"profile": profile.digest(), "numbers": kept, "series": _plain(series or {})})
+    kept = {name: plain(dataclasses.asdict(number)) for name, number in numbers.items()}
+    stages.write_json(path, {"profile": profile.digest(), "numbers": kept, "series": plain(series or {})})
     return path
 
 
-def _plain(value):
+def plain(value):
     """`value` with numpy's numbers as Python's and floats at six decimals: two machines can agree on them."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     return round(value, 6) if isinstance(value, float) else value
@@ -131,7 +132,11 @@ def collect(profile: Profile) -> dict:
     """name -> entry, as written to results/<profile>/numbers.json; figure data go to series.json."""
     measured, series = {}, {}
     folders = [profile.runs(dataset) / "numbers" for dataset in profile.datasets]
-    for path in sorted(path for folder in folders for path in folder.glob("*.json")):
+    parts = sorted(path for folder in folders for path in folder.glob("*.json"))
+    for path in [
+        *parts,
+        *profile.results().glob("seeds/numbers.json"),
+    ]:  # committed: no run of today made them
         part = json.loads(path.read_text(encoding="utf-8"))
         if part["profile"] != profile.digest():
             print(f"left out: {path} was measured with other knobs; run its notebook again")
@@ -233,13 +238,17 @@ def _say(*command):
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def commit() -> str:
+    """The last commit that changed anything but results."""
+    return _say("git", "log", "-1", "--format=%H", *CODE) or "unknown"
+
+
 def provenance(profile: Profile) -> dict:
     """Where the numbers come from, as written to results/<profile>/provenance.json.
 
     Commit and tree are those of all but results/: committing results must not change what they say.
     A rerun with nothing changed writes the same bytes; the date is that of the youngest stage.
     """
-    code = ("--", ".", ":!results")
     stages_made = {}
     for dataset in profile.datasets:
         for path in sorted(profile.runs(dataset).rglob(".stage.json")):
@@ -247,10 +256,10 @@ def provenance(profile: Profile) -> dict:
                 stages_made[path.parent.relative_to(profile.runs(dataset).parent).as_posix()] = stages.stamp(
                     path.parent
                 )
-    changed = _say("git", "status", "--porcelain", *code)
+    changed = _say("git", "status", "--porcelain", *CODE)
     installed = {name: _version(name) for name in LIBRARIES}
     kept = {
-        "commit": _say("git", "log", "-1", "--format=%H", *code) or "unknown",
+        "commit": commit(),
         "tree": "unknown" if changed is None else "changed" if changed else "clean",
         "profile": profile.name,
         "digest": profile.digest(),
