@@ -203,7 +203,7 @@ def test_a_step_learns_from_the_comparison_that_the_profile_names(
 
 def test_what_changes_the_outcome_is_in_the_key_of_the_stage(monkeypatch, profile):
     key = lambda made: grpo.stages.fingerprint(grpo.train(made, "charades"))  # noqa: E731
-    monkeypatch.setattr(grpo.stages, "run", lambda target, inputs, build: inputs)
+    monkeypatch.setattr(grpo.stages, "run", lambda target, inputs, build, together: inputs)
     for change in ({"time_reward": "half_on_reject"}, {"group_by": "query_turn"}, {"ret_reward": "delta"}):
         assert key(dataclasses.replace(profile, **change)) != key(profile), change
     for change in ({"tensorboard": True}, {"max_flat": 0.5}, {"max_skipped": 0.5}):  # a stopped run may go on
