@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fake import profile as fake_profile
 
-from vsr1 import results, seeds
+from vsr1 import page, results, seeds
 
 IDS = list(range(1, 21))
 
@@ -73,14 +73,16 @@ def test_the_numbers_reach_the_report_and_not_those_of_other_knobs(run, capsys):
     seeds.summary(run)
     entry = results.collect(run)["R2/charades/vsr1/ver"]
     assert entry["measured"] and entry["seeds"] == [1, 2, 3]
+    assert "Seeds 1, 2, 3. All of it committed; trained at c." in page.basis(run, results.collect(run), "R2")
     path = run.results() / "seeds" / "charades-2.json"
     path.write_text(path.read_text().replace(run.digest(), "another"))
     assert numbers(run)["R2/charades/vsr1/ver"]["seeds"] == [1, 3]
     assert f"left out: {path}" in capsys.readouterr().out
 
 
-def test_the_mean_of_the_data_sets_waits_for_all_of_them(run):
-    for path in (run.results() / "seeds").glob(f"{run.datasets[-1]}-*.json"):
+@pytest.mark.parametrize("lost", ["*", "2"])
+def test_the_mean_of_the_data_sets_waits_for_all_of_them_and_the_same_seeds(run, lost):
+    for path in (run.results() / "seeds").glob(f"{run.datasets[-1]}-{lost}.json"):
         path.unlink()
     assert not [name for name in numbers(run) if name.startswith("R1/mean/")]
 

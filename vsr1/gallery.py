@@ -18,6 +18,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from vsr1 import results
 from vsr1.params import Profile
@@ -295,6 +296,7 @@ def sweep(series: dict, datasets: list[str]) -> Figure:
                 points = _xy(series, dataset, init, what)
                 cosines.plot(*points, line, marker=mark, color=colour, markersize=4)
         ranks.set_title(f"{dataset}: one query")
+        ranks.yaxis.set_major_locator(MaxNLocator(integer=True))
         ranks.set_ylim(ranks.get_ylim()[1] + 1, 0.5)  # best on top, and there is no rank 0
         cosines.set_xlabel("latents in the query")
     panels[0][0].set_ylabel("rank of right video")

@@ -43,14 +43,17 @@ def cell(entry) -> str:
 
     >>> cell({"value": 24.4, "ci": [21.4, 27.4], "measured": True, "paper": 21.6})
     '24.4±3.0 (21.6)'
+    >>> cell({"value": -0.066, "ci": None, "measured": True, "paper": None, "unit": "points"})
+    '-0.1'
     >>> cell({"value": None, "ci": None, "measured": False, "paper": 12.2})
     '— (12.2)'
     """
     if entry is None or (entry["value"] is None and entry["paper"] is None):
         return "—"
+    digits = "{:+.1f}".format if entry.get("unit") == "points" else results.digits  # a difference has a sign
     spread = f"±{results.digits((entry['ci'][1] - entry['ci'][0]) / 2)}" if entry["ci"] else ""
     paper = "" if entry["paper"] is None else f"({results.digits(entry['paper'])})"
-    ours = results.digits(entry["value"]) + spread if entry["measured"] or entry["value"] is None else ""
+    ours = digits(entry["value"]) + spread if entry["measured"] else "—" if entry["value"] is None else ""
     return " ".join(part for part in (ours, paper) if part) + entry.get("mark", "")
 
 
@@ -97,6 +100,8 @@ def basis(profile: Profile, numbers: dict, table: str) -> str:
     legend = "± is half the 95 % interval; in parentheses the published value; — is missing."
     parts = [f"Profile {profile.name}: {'; '.join(facts) or 'nothing measured yet'}."]
     parts += [f"Seeds {', '.join(map(str, seeds))}."] if seeds else []
+    notes = {numbers[name]["note"] for name in numbers if name.startswith(f"{table}/")} - {""}
+    parts += [f"All of it {notes.pop()}."] if len(notes) == 1 and layout.get("committed") else []
     return " ".join([*parts, legend])
 
 

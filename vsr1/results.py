@@ -139,7 +139,7 @@ def collect(profile: Profile) -> dict:
     ]:  # committed: no run of today made them
         part = json.loads(path.read_text(encoding="utf-8"))
         if part["profile"] != profile.digest():
-            print(f"left out: {path} was measured with other knobs; run its notebook again")
+            print(f"left out: {path} was measured with other knobs; run its notebook, or `make seeds`, again")
             continue
         twice = measured.keys() & part["numbers"].keys()
         assert not twice, f"{path}: {sorted(twice)[0]} is recorded twice"

@@ -135,14 +135,13 @@ def means(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, Number]
 
 
 def average(profile: Profile, numbers: dict[str, Number]) -> dict[str, Number]:
-    """R1 on the mean of the data sets, each counting the same; no interval."""
+    """R1 on the mean of the data sets, each counting the same, where all have the same seeds; no interval."""
     found = {}
     for name in CLAIMS:
         rows = [numbers[f"R1/{dataset}/{name}/points"] for dataset in profile.datasets]
-        value = float(np.mean([row.value for row in rows]))
-        found[f"R1/mean/{name}/points"] = Number(
-            value, sum(row.n for row in rows), None, rows[0].seeds, "points"
-        )
+        if len({row.seeds for row in rows}) == 1:
+            value, count = float(np.mean([row.value for row in rows])), sum(row.n for row in rows)
+            found[f"R1/mean/{name}/points"] = replace(rows[0], value=value, n=count, ci=None)
     return found
 
 
@@ -154,12 +153,13 @@ def _column(hits, metric):
 def _numbers(profile, name, values, ids, runs, keys):
     """A `Number` for each key: of values (seeds, Q) the mean with its interval, then the lowest and highest seed."""
     seeds, rng = tuple(one["seed"] for one in runs), np.random.default_rng(profile.seed)
+    note = f"committed; trained at {', '.join(sorted({one['commit'][:7] for one in runs}))}"
     each = [metrics.percent(row) for row in values]
     videos = [runs[0]["videos"][str(key)] for key in ids]
     ci = metrics.bootstrap(values.mean(axis=0), videos, profile.bootstrap, rng=rng)
     unit = "points" if len(keys) > 1 else "%"
     found = [(float(np.mean(each)), ci), (min(each), None), (max(each), None)]
     return {
-        f"{name}/{key}": Number(value, len(ids), ci, seeds, unit)
+        f"{name}/{key}": Number(value, len(ids), ci, seeds, unit, note)
         for key, (value, ci) in zip(keys, found, strict=False)
     }

@@ -348,14 +348,20 @@ def only(walked: list[Episode], ids) -> list[Episode]:
     return [by_id[desc_id] for desc_id in ids]
 
 
+def difference(profile: Profile, mine, theirs, videos) -> dict[str, str]:
+    """How far hits (Q,) are ahead of others on the same queries, in points: paired, clustered by right video (Q,)."""
+    rng = np.random.default_rng(profile.seed)
+    low, high = metrics.paired_bootstrap(mine, theirs, videos, profile.bootstrap, rng=rng)
+    points = metrics.percent(mine) - metrics.percent(theirs)
+    better = "yes" if low > 0 else "no" if high < 0 else "not shown"
+    return {"points": f"{points:+.1f}", "95 % interval": f"{low:+.1f} to {high:+.1f}", "better": better}
+
+
 def paired(profile: Profile, runs: dict[str, list[Episode]]) -> pd.DataFrame:
-    """R@1 after minus before, in points, with the 95 % interval of the paired difference."""
+    """R@1 after against before: queries gained and lost, and the `difference`."""
     rows = {}
     for system, walked in runs.items():
         after, before = metrics.vr_hits(walked, 1), metrics.vr_hits(walked, 1, "orig")
-        videos, rng = [one.gt_video for one in walked], np.random.default_rng(profile.seed)
-        low, high = metrics.paired_bootstrap(after, before, videos, profile.bootstrap, rng=rng)
-        gain = metrics.percent(after) - metrics.percent(before)
         rows[system] = {"gained": int((after > before).sum()), "lost": int((after < before).sum())}
-        rows[system] |= {"points": f"{gain:+.1f}", "95 % interval": f"{low:+.1f} to {high:+.1f}"}
+        rows[system] |= difference(profile, after, before, [one.gt_video for one in walked])
     return pd.DataFrame(rows).T

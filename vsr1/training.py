@@ -143,25 +143,14 @@ def held_numbers(dataset: str, name: str, held: list[dict]) -> dict[str, Number]
 def gains(profile: Profile, pairs: dict[str, tuple[list[Episode], list[Episode], str]]) -> pd.DataFrame:
     """Is one system better than another? {words: (ours, theirs, metric)} over the same queries, paired.
 
-    A difference in points with its 95 % interval, clustered by right video. `vr@1_orig` of the second is its first
-    search.
+    Each a `study.difference`. `vr@1_orig` of the second is its first search.
     """
     rows = {}
     for words, (ours, theirs, metric) in pairs.items():
         assert [one.desc_id for one in ours] == [one.desc_id for one in theirs]
         mine = metrics.hits(ours, profile.vr_ks)[metric.removesuffix("_orig")]
         other = metrics.hits(theirs, profile.vr_ks)[metric]
-        rng = np.random.default_rng(profile.seed)
-        low, high = metrics.paired_bootstrap(
-            mine, other, [o.gt_video for o in ours], profile.bootstrap, rng=rng
-        )
-        points = metrics.percent(mine) - metrics.percent(other)
-        answer = "yes" if low > 0 else "no" if high < 0 else "not shown"
-        rows[words] = {
-            "points": f"{points:+.1f}",
-            "95 % interval": f"{low:+.1f} to {high:+.1f}",
-            "better": answer,
-        }
+        rows[words] = study.difference(profile, mine, other, [one.gt_video for one in ours])
     return pd.DataFrame(rows).T
 
 
