@@ -429,7 +429,115 @@ def _course_label(name):
     return f"{found['init']}, N {found['n']}, {found['rows']} queries" + found["more"].replace("-", ", ")
 
 
+def _curve(axes, numbers, place, keys, paper=False, **look):
+    """Values of {x: metric} of one system with their intervals as a band; or what the paper shows there."""
+    kind = "paper" if paper else "value"
+    entries = {x: numbers.get(f"{place}/{key}") for x, key in keys.items()}
+    shown = {x: entry for x, entry in entries.items() if entry and entry[kind] is not None}
+    axes.plot(list(shown), [entry[kind] for entry in shown.values()], markersize=5, **look)
+    bands = [entry["ci"] for entry in shown.values()]
+    if not paper and all(bands):
+        axes.fill_between(
+            list(shown), *zip(*bands, strict=True), color=look["color"], alpha=0.12, linewidth=0
+        )
+
+
+def _and_the_paper(datasets):
+    """A panel per data set, each with its place in numbers.json, and a last one for the paper's figure."""
+    figure, panels = _panels([*datasets, "mean"])
+    for axes, title in zip(panels, [*datasets, "paper (real video)"], strict=True):
+        axes.set_title(title)
+    return figure, list(zip(panels, [*datasets, "mean"], strict=True))
+
+
+@style()
+def soft_tokens(numbers: dict, datasets: list[str]) -> Figure:
+    """R@1 against the number of soft tokens, a panel per data set, the paper's last."""
+    figure, panels = _and_the_paper(datasets)
+    last = sum(name.startswith(f"F4/{datasets[0]}/vsr1/") for name in numbers) - 1
+    keys = {depth: f"d{depth}" for depth in range(last + 1)}
+    for axes, dataset in panels:
+        paper = dataset == "mean"
+        look = {"marker": "o", "color": BLUE, "label": "queries that refined at turn 1"}
+        _curve(axes, numbers, f"F4/{dataset}/vsr1", keys, paper, **look)
+        look = {"marker": "s", "color": RED, "label": "those whose first search failed", "linestyle": "--"}
+        _curve(axes, numbers, f"F4/{dataset}/vsr1-failed", keys, paper, **look)
+        axes.axvspan(last - 0.5, last + 0.5, color=GREY, alpha=0.15, linewidth=0)
+        axes.set(xlabel="soft tokens in the query", xticks=list(keys), ylim=(0, 102))
+    panels[0][0].set_ylabel("right video on rank 1, %")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+@style()
+def turn_counts(numbers: dict, datasets: list[str]) -> Figure:
+    """VCMR against the most turns, a panel per data set, the paper's last; dashed: rejected videos are not shown."""
+    figure, panels = _and_the_paper(datasets)
+    colours = {"0.3": (BLUE, "o"), "0.5": (RED, "s"), "0.7": (ORANGE, "^")}
+    turns = sorted({int(name[-1]) for name in numbers if name.startswith(f"F5/{datasets[0]}/vsr1/ver_t")})
+    for axes, dataset in panels:
+        for m, (colour, marker) in colours.items():
+            keys = {turn: f"vcmr@{m}_t{turn}" for turn in turns}
+            look = {"marker": marker, "color": colour, "label": f"IoU {m}", "fillstyle": "none"}
+            _curve(axes, numbers, f"F5/{dataset}/vsr1", keys, dataset == "mean", **look)
+            look |= {"linestyle": "--", "label": f"{m}, no video twice"}
+            _curve(axes, numbers, f"F5/{dataset}/skip", keys, dataset == "mean", **look)
+        axes.set(xlabel="turns at most", xticks=turns, ylim=(0, None))
+    panels[0][0].set_ylabel("VCMR R@1, %")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+@style()
+def engines(numbers: dict, datasets: list[str]) -> Figure:
+    """R@1 after one refinement of failed queries, a panel per data set, a row per method, a bar per engine."""
+    figure, panels = _panels(datasets, height=3.9, sharex=True, sharey=True)
+    systems = {"sqr": "SQR"}
+    for way in ("blind", "seen", "reasoned"):
+        systems |= {f"hqr-{way}": f"HQR {way}", f"hqr-{way}-append": f"HQR {way}, behind"}
+    for axes, dataset in zip(panels, datasets, strict=True):
+        for shift, (size, colour, hatch) in {
+            -0.2: ("small", BLUE, ""),
+            0.2: ("large", ORANGE, "///"),
+        }.items():
+            for row, system in enumerate(systems):
+                name = f"A2/{dataset}/{system}/vr@1_{size}"
+                if (value := _value(numbers, name)) is not None:
+                    label = f"{size} engine" if system == "hqr-blind" else None
+                    look = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": label}
+                    axes.barh(row + shift, value, 0.38, **look)
+                    axes.plot(numbers[name]["ci"], (row + shift,) * 2, color=BLACK, linewidth=1)
+        axes.text(1, 0.2, "not trained for it", va="center", size=7, color=GREY)
+        axes.set(title=dataset, xlabel="R@1 after, %", ylim=(len(systems) - 0.5, -0.5))
+        axes.set_yticks(range(len(systems)), systems.values())
+        axes.grid(axis="y", visible=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
 FIGURES = {  # figure: (its number or series, without which a data set is left out; how it is drawn; caption)
+    "F4": (
+        "F4/{}/vsr1/d0",
+        lambda numbers, series, datasets: soft_tokens(numbers, datasets),
+        "R@1 with the first d of the N soft tokens of the first refinement (the prefix of one model, not a model per "
+        "d), over the queries that refined at turn 1. Bands: 95 % intervals; grey: all N. Last panel: the paper's "
+        "curve, read off its figure (0.2 points), which names no data set.",
+    ),
+    "F5": (
+        "F5/{}/vsr1/vcmr@0.5_t1",
+        lambda numbers, series, datasets: turn_counts(numbers, datasets),
+        "VCMR by the most turns an episode may have, each cut from the same run. Dashed: a video that was rejected is "
+        "not shown again (ours). Bands: 95 % intervals. Last panel: the paper's curves, read off its figure (0.1 "
+        "points), which names no data set.",
+    ),
+    "A2": (
+        "A2/{}/sqr/vr@1_small",
+        lambda numbers, series, datasets: engines(numbers, datasets),
+        "One refinement of queries whose first search failed (R@1 before: 0), right after a look at the wrong video, "
+        "no verdict asked. Each engine has its own failed queries. HQR is the prompted base model, in three variants "
+        "of this project's definition, its update for the query or behind it. SQR is trained for the small engine "
+        "only. Lines: 95 % intervals. The paper's values are not known to us.",
+    ),
     "H1": (
         "H1/{}/zs/vr@1",
         lambda numbers, series, datasets: headroom(numbers, datasets),

@@ -5,7 +5,7 @@ wrong one) and of the loop. 06 follows one query latent by latent, and puts refi
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -339,6 +339,27 @@ def side_by_side(profile: Profile, dataset: str, runs: dict[str, list[Episode]])
         spent |= {"seconds": spent["refine_seconds"]}
         row |= {key: Number(spent[key], len(walked), unit=unit) for key, unit in COSTS.items()}
         numbers |= {f"S1/{dataset}/{system}/{name}": number for name, number in row.items()}
+    return numbers
+
+
+def against(profile: Profile, dataset: str, runs: dict[str, list[Episode]]) -> dict[str, Number]:
+    """T3: what a refinement costs, and the R@1 that it gains: of all queries, of those that were refined at turn 1,
+    and of those whose first search failed (points)."""
+    numbers = {}
+    for system, walked in runs.items():
+        spent = metrics.costs(walked)
+        keys = {"tokens": "tokens", "tokens_tagged": "tokens", "generated": "tokens", "refine_seconds": "s"}
+        row = {
+            key.removeprefix("refine_"): Number(spent[key], len(walked), unit=unit)
+            for key, unit in keys.items()
+        }
+        groups = {"": walked, "_refined": metrics.refined(walked), "_failed": metrics.failed(walked)}
+        for suffix, chosen in groups.items():
+            gained = (
+                metrics.vr_hits(chosen, 1).astype(int) - metrics.vr_hits(chosen, 1, "orig") if chosen else []
+            )
+            row[f"gain{suffix}"] = replace(share(profile, chosen, gained), unit="points")
+        numbers |= {f"T3/{dataset}/{system}/{name}": number for name, number in row.items()}
     return numbers
 
 

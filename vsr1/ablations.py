@@ -1,0 +1,407 @@
+"""Which parts carry it: stages, rewards, soft tokens, turns, engines (notebook 07), and studies beyond the paper.
+
+A variant is the profile with a few knobs changed. It works beside the main run, which lends it all that it does not
+change. `make ablations` runs what would take too long for `make paper`; what it finds is committed.
+
+runs/<profile>/variants/<variant>/<dataset>/   what a variant trained and walked
+results/<profile>/ablations/<dataset>.json     tables B1 to B3, read by `results.collect` like any other part
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vsr1 import (
+    corpus,
+    engine,
+    episode,
+    evaluate,
+    frames,
+    grpo,
+    metrics,
+    qwen,
+    refine,
+    results,
+    sft,
+    stages,
+    study,
+)
+from vsr1.episode import Episode
+from vsr1.params import Profile
+from vsr1.results import Number
+
+STAGES = "didemo"  # the data set of the paper's ablation of stages and rewards (T2), and so of B1
+PARTS = ("vcmr@0.5", "vr@1", "ver")  # columns of T2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The headline recipe with something changed."""
+
+    words: str
+    knobs: dict = field(default_factory=dict)
+    recipe: str = "vsr1"  # of stage 2; "sft": only stage 1 is trained, and is compared with stage 1
+
+
+REWARDS = {  # T2
+    "no-ret": Variant("without the retrieval reward", {"reward_off": ("retrieve",)}),
+    "no-verif": Variant("without the verification reward", {"reward_off": ("verify",)}),
+}
+LONGER = {  # B1
+    "no-time": Variant("without the grounding reward", {"reward_off": ("time",)}),
+    "no-form": Variant("without the rewards for layout and asking", {"reward_off": ("form", "refine")}),
+    "delta": Variant("retrieval reward: gain in probability (official)", {"ret_reward": "delta"}),
+    "single": Variant("one turn, latents frozen (M0, official)", recipe="vsr1-single"),
+    "m1": Variant("two turns, latents frozen (M1)", recipe="m1"),
+    "m3": Variant("two turns, latents of both turns kept (M3)", recipe="m3"),
+    "gauss": Variant("one turn, latents sampled (Gaussian)", recipe="gauss"),
+    "filter": Variant("stage 1 with the ambiguity filter (official)", {"ambiguity_filter": 0.0005}, "sft"),
+    **{f"n{n}": Variant(f"stage 1 with {n} soft tokens", {"n_soft": n}, "sft") for n in (1, 2, 4)},
+}
+
+
+def beside(profile: Profile, dataset: str, name: str, *lent: str, **knobs) -> Profile:
+    """The profile with other knobs, working in variants/<name>; `lent` are parts of the main run that it links."""
+    own = replace(profile, name=f"{profile.name}/variants/{name}", **knobs)
+    for part in ("corpus", "videos", *lent):
+        link = own.runs(dataset) / part
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to((profile.runs(dataset) / part).resolve())
+    return own
+
+
+def trained(profile: Profile, dataset: str, name: str) -> list[Episode]:
+    """The test episodes of a variant, trained now if it is not there."""
+    variant = (REWARDS | LONGER)[name]
+    if variant.recipe == "sft":
+        own = beside(profile, dataset, name, "embed", **variant.knobs)
+        weights = sft.train(own, dataset)
+    else:
+        sft.train(profile, dataset)
+        own = beside(profile, dataset, name, "embed", "sft", **variant.knobs)
+        weights = grpo.train(own, dataset, variant.recipe)
+    return study.episodes(own, dataset, name, like="sqr", weights=str(weights))
+
+
+def main_runs(profile: Profile, dataset: str) -> dict[str, list[Episode]]:
+    """The base model (one look), stage 1 and both stages: what variants are compared with."""
+    walked = {"zs": metrics.within(study.episodes(profile, dataset, "walkdown"), 1)}
+    for name, train in {"sft": sft.train, "vsr1": grpo.train}.items():
+        walked[name] = study.episodes(
+            profile, dataset, name, like="sqr", weights=str(train(profile, dataset))
+        )
+    return walked
+
+
+def shares(profile: Profile, place: str, walked: list[Episode]) -> dict[str, Number]:
+    """PARTS of one system, as <place>/<metric>."""
+    found = metrics.hits(walked)
+    return {f"{place}/{key}": study.share(profile, walked, found[key]) for key in PARTS}
+
+
+def stages_and_rewards(profile: Profile) -> dict[str, Number]:
+    """T2: what each stage adds, and what stage 2 loses without a reward. The InfoNCE gradient stays in all of them."""
+    runs = main_runs(profile, STAGES) | {name: trained(profile, STAGES, name) for name in REWARDS}
+    numbers = {}
+    for name, walked in runs.items():
+        numbers |= shares(profile, f"T2/{STAGES}/{name}", walked)
+    return numbers
+
+
+# --- F4: soft tokens
+
+
+def depths(profile: Profile, dataset: str, walked: list[Episode]) -> dict[str, Number]:
+    """F4: R@1 with the first d latents of the first refinement, over all queries that refined at turn 1, and over
+    those of them whose first search failed. The prefix of one model, not a model per d."""
+    asked = [one for one in walked if one.turns and one.turns[0].rank_by_depth]
+    numbers = {}
+    for system, chosen in {"vsr1": asked, "vsr1-failed": metrics.failed(asked)}.items():
+        for depth in range(profile.n_soft + 1):
+            hits = [one.turns[0].rank_by_depth[depth] == 1 for one in chosen]
+            numbers[f"F4/{dataset}/{system}/d{depth}"] = study.share(profile, chosen, hits)
+    return numbers
+
+
+# --- F5: turns
+
+
+def skipping(profile: Profile, dataset: str) -> list[Episode]:
+    """Both stages, but a video that was rejected is not shown again."""
+    own = beside(profile, dataset, "skip", "embed", next_shown="skip_rejected")
+    weights = grpo.train(profile, dataset)
+    return study.episodes(own, dataset, "vsr1", like="sqr", weights=str(weights))
+
+
+def turns(profile: Profile, table: str, dataset: str, runs: dict[str, list[Episode]]) -> dict[str, Number]:
+    """F5 and B2: what runs give at 1, 2, .. T looks, and the share of episodes that want another one."""
+    numbers = {}
+    for system, walked in runs.items():
+        for budget in range(1, walked[0].run.max_turns + 1):
+            cut = metrics.within(walked, budget)
+            found = metrics.hits(cut)
+            found["open"] = [one.problem is None and one.stop_reason == "budget" for one in cut]
+            for key in (*(f"vcmr@{m}" for m in metrics.THRESHOLDS), "ver", "open"):
+                numbers[f"{table}/{dataset}/{system}/{key}_t{budget}"] = study.share(profile, cut, found[key])
+    return numbers
+
+
+# --- A2: engines
+
+
+class Retry(evaluate.Wiring):
+    """The loop of the retry study (METHOD.md 11): every look is a rejection, and every SQR reply asks for a search."""
+
+    def _say(self, prompts):
+        said = super()._say(prompts)
+        mute = [i for i, (one, _) in enumerate(said) if self.agent.mark not in one.ids]
+        if self.system.refine == "sqr" and mute:
+            marked = self._mark([prompts[i] for i in mute], [said[i] for i in mute])
+            for i, one in zip(mute, marked, strict=True):
+                said[i] = one
+        return said
+
+    def ask(self, pairs):
+        """As in the loop, but whatever was said means no."""
+        looks = super().ask(pairs)
+        return [
+            one if one.reply is None else replace(one, reply=replace(one.reply, matched=False))
+            for one in looks
+        ]
+
+
+def retry(profile: Profile, dataset: str, system: str, weights: str | None = None) -> list[Episode]:
+    """One refinement of queries whose first search failed, at most `sample_queries` of them, right after the look."""
+    home, weights = profile.runs(dataset), weights or profile.policy
+    place = Path(qwen.place(weights))
+    vectors = engine.load_vectors(home / "embed" / "engine" / "test")
+    inputs = {
+        "vectors": stages.stamp(home / "embed" / "engine" / "test").get("key"),
+        "policy": stages.digest(place) if place.is_dir() else weights,
+        "system": [system, *vars(evaluate.SYSTEMS[system]).values(), profile.sample_queries, profile.seed],
+        "sight": [
+            profile.video_fps,
+            profile.max_frames,
+            profile.frame_pixels,
+            profile.max_new,
+            profile.dtype,
+        ],
+        "code": stages.code(
+            "ablations", "episode", "evaluate", "refine", "policy", "engine", "qwen", "frames"
+        ),
+    }
+
+    def walk(folder):
+        kind = evaluate.SYSTEMS[system]
+        made, agent = evaluate.load_pair(profile, kind, weights)
+        queries = {query.id: query for query in corpus.read_fig(home / "corpus" / "test.jsonl")}
+        with frames.readers(frames.Reader(profile.video_fps, profile.max_frames), profile.decoders) as read:
+            clips = evaluate.Clips(home / "videos", vectors.video_ids, read)
+            wired = Retry(profile, kind, made, agent, vectors, clips)
+            run = episode.Run(dataset, "test", system, 1, 1, profile.seed, "top1")
+            asked = evaluate.sample(failures(vectors, queries), profile.sample_queries)
+            walked = []
+            for at in range(0, len(asked), profile.eval_batch):
+                batch = asked[at : at + profile.eval_batch]
+                walked += episode.run_episodes(batch, wired.search, wired.ask, wired.refine, run)
+        episode.write_episodes(folder / "episodes.jsonl", run, walked)
+
+    return episode.read_episodes(stages.run(home / "retry" / system, inputs, walk) / "episodes.jsonl")
+
+
+def failures(vectors: engine.Vectors, queries: dict[int, corpus.Query]) -> list[corpus.Query]:
+    """The queries whose right video is not first in the first search, in their order."""
+    column = {video: at for at, video in enumerate(vectors.video_ids)}
+    known = [(at, queries[key]) for at, key in enumerate(vectors.query_ids) if queries[key].video in column]
+    scores = vectors.query_vecs[[at for at, _ in known]] @ vectors.video_vecs.T  # (Q, V)
+    ranks = metrics.ranks(scores, np.array([column[query.video] for _, query in known]))
+    return [query for (_, query), rank in zip(known, ranks, strict=True) if rank > 1]
+
+
+def behind(profile: Profile, dataset: str, walked: list[Episode]) -> list[Episode]:
+    """The same rewrites behind the query in place of for it: what mode `append` would have found."""
+    vectors = engine.load_vectors(profile.runs(dataset) / "embed" / "engine" / "test")
+    rows = [at for at, one in enumerate(walked) if one.turns and one.turns[0].update_text]
+    texts = [refine.hard_text(walked[at].query, [walked[at].turns[0].update_text], "append") for at in rows]
+    found = list(walked)
+    if rows:
+        scores = refine.longer(engine.load(profile)).embed_texts(texts) @ vectors.video_vecs.T  # (R, V)
+        right = np.array([vectors.video_ids.index(walked[at].gt_video) for at in rows])
+        for at, rank in zip(rows, metrics.ranks(scores, right), strict=True):
+            turn = replace(walked[at].turns[0], rank_out=int(rank))
+            found[at] = replace(walked[at], turns=(turn,))
+    return found
+
+
+def engines(profile: Profile, dataset: str) -> dict[str, list[Episode]]:
+    """{<engine>/<system>: episodes} of the retry study. Soft tokens are for the engine they were trained with only."""
+    large = beside(profile, dataset, "large", engine=profile.engine_large)
+    engine.embed_corpus(large, dataset, "test")
+    found = {"small/sqr": retry(profile, dataset, "sqr", str(grpo.train(profile, dataset)))}
+    for size, own in {"small": profile, "large": large}.items():
+        for way in ("blind", "seen", "reasoned"):
+            found[f"{size}/hqr-{way}"] = retry(own, dataset, f"hqr-{way}")
+            found[f"{size}/hqr-{way}-append"] = behind(own, dataset, found[f"{size}/hqr-{way}"])
+    return found
+
+
+def retried(profile: Profile, dataset: str, found: dict[str, list[Episode]]) -> dict[str, Number]:
+    """A2: R@k after one refinement (before: R@1 is 0), the median change of rank (above 0: better), the share worse."""
+    numbers = {}
+    both = set.intersection(*({one.desc_id for one in walked} for walked in found.values()))
+    for key, walked in found.items():
+        size, system = key.split("/")
+        after, before = metrics.true_ranks(walked), metrics.true_ranks(walked, "orig")
+        values = {f"vr@{k}": after <= k for k in (1, 5, 10)} | {"worse": after > before}
+        values = {name: study.share(profile, walked, hits) for name, hits in values.items()}
+        values["change"] = Number(float(np.median(before - after)), len(walked), unit="ranks")
+        shared = study.only(walked, sorted(both))
+        values["vr@1_both"] = study.share(profile, shared, metrics.vr_hits(shared, 1))
+        numbers |= {f"A2/{dataset}/{system}/{name}_{size}": number for name, number in values.items()}
+    return numbers
+
+
+# --- Beyond the paper: `make ablations`
+
+
+def run(profile: Profile, dataset: str) -> Iterator[str]:
+    """The longer studies of one data set, one after the other; what is there so far is in its part after each."""
+    for study_of in (longer_turns, growth):
+        keep(profile, dataset, study_of(profile, dataset))
+        yield study_of.__name__
+    for name in LONGER if dataset == STAGES else ():
+        keep(profile, dataset, variant_numbers(profile, name))
+        yield name
+
+
+def keep(profile: Profile, dataset: str, numbers: dict[str, Number]) -> None:
+    """`numbers` into results/<profile>/ablations/<dataset>.json, beside those of the same knobs that are there."""
+    path = profile.results() / "ablations" / f"{dataset}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept = old["numbers"] if old.get("profile") == profile.digest() else {}
+    note = f"committed; run at {results.commit()[:7]}"
+    kept |= {name: results.plain(asdict(replace(number, note=note))) for name, number in numbers.items()}
+    stages.write_json(path, {"profile": profile.digest(), "numbers": kept, "series": {}})
+
+
+def variant_numbers(profile: Profile, name: str) -> dict[str, Number]:
+    """B1 of one variant: its shares, and how far it is ahead of the headline recipe at the same stage."""
+    walked = trained(profile, STAGES, name)
+    base = "sft" if LONGER[name].recipe == "sft" else "vsr1"
+    other = main_runs(profile, STAGES)
+    numbers = shares(profile, f"B1/{STAGES}/{base}", other[base]) | shares(
+        profile, f"B1/{STAGES}/{name}", walked
+    )
+    videos = [one.gt_video for one in walked]
+    for key in PARTS:
+        mine, theirs = metrics.hits(walked)[key], metrics.hits(other[base])[key]
+        rng = np.random.default_rng(profile.seed)
+        ci = metrics.paired_bootstrap(mine, theirs, videos, profile.bootstrap, rng=rng)
+        ahead = metrics.percent(mine) - metrics.percent(theirs)
+        numbers[f"B1/{STAGES}/{name}/{key}_ahead"] = Number(ahead, len(walked), ci, (profile.seed,), "points")
+    return numbers
+
+
+def longer_turns(profile: Profile, dataset: str) -> dict[str, Number]:
+    """B2: up to four looks, and what happens where rejected videos are not shown again."""
+    weights, runs = str(grpo.train(profile, dataset)), {}
+    for name, shown in {"turns4": profile.next_shown, "turns4-skip": "skip_rejected"}.items():
+        own = beside(profile, dataset, name, "embed", max_turns=4, next_shown=shown)
+        runs[name] = study.episodes(own, dataset, "vsr1", like="sqr", weights=weights)
+    numbers = turns(profile, "B2", dataset, runs)
+    return {
+        name: number
+        for name, number in numbers.items()
+        if name.split("/")[-1] in results.layouts()["B2"]["metrics"]
+    }
+
+
+FULL = 100  # times as many videos as the corpus has, at most
+
+
+def growth(profile: Profile, dataset: str) -> dict[str, Number]:
+    """B3: R@1 before and after the first refinement as the gallery grows; the first look stays that of the small one.
+
+    x5     with the train videos; x15 with all rendered videos of all data sets
+    x100   with synthetic ones as well: a video of this data set, moved by the difference of two that are most alike
+    """
+    vectors = engine.load_vectors(profile.runs(dataset) / "embed" / "engine" / "test")
+    weights = str(grpo.train(profile, dataset))
+    hard = study.sampled(profile, dataset, "hqr-seen")
+    ids = [one.desc_id for one in hard]
+    soft = study.only(study.episodes(profile, dataset, "vsr1", like="sqr", weights=weights), ids)
+    typed = vectors.query_vecs[[vectors.query_ids.index(key) for key in ids]]
+    sides = {
+        "none": typed,
+        "sqr": _softened(profile, dataset, soft, typed, weights),
+        "hqr-seen": _reworded(profile, hard, typed),
+    }
+    right = np.array([vectors.video_ids.index(one.gt_video) for one in soft])
+    numbers = {}
+    for factor, gallery in galleries(profile, dataset, vectors):
+        for system, vecs in sides.items():
+            ranks = metrics.ranks(vecs @ gallery.T, right)
+            for k in (1, 10):
+                numbers[f"B3/{dataset}/{system}/vr@{k}_x{factor}"] = study.share(profile, soft, ranks <= k)
+    return numbers
+
+
+def galleries(profile: Profile, dataset: str, vectors: engine.Vectors) -> Iterator[tuple[int, np.ndarray]]:
+    """(times as large, (V, D) vectors): galleries that grow, the test videos always first."""
+    real = [vectors.video_vecs]
+    yield 1, real[0]
+    stored = [(dataset, "train")]
+    stored += [
+        (other, split) for other in profile.datasets if other != dataset for split in ("train", "test")
+    ]
+    for number, (other, split) in enumerate(stored, 1):
+        real.append(engine.load_vectors(profile.runs(other) / "embed" / "engine" / split).video_vecs)
+        if number in (1, len(stored)):
+            grown = np.concatenate(real)
+            yield round(len(grown) / len(real[0])), grown
+    rng, own = np.random.default_rng(profile.seed), np.concatenate(real[:2])
+    near = (own @ own.T - 2 * np.eye(len(own))).argmax(axis=1)  # of each video the one most like it
+    moved, pair = rng.integers(0, len(own), (2, FULL * len(real[0]) - len(grown)))
+    made = own[moved] + own[pair] - own[near[pair]]
+    yield FULL, np.concatenate([grown, made / np.linalg.norm(made, axis=1, keepdims=True)])
+
+
+@torch.no_grad()
+def _softened(profile, dataset, walked, typed, weights):
+    """(Q, D) query vectors after the first refinement, made again from the recorded replies; as typed without one."""
+    made, agent = evaluate.load_pair(profile, evaluate.SYSTEMS["sqr"], weights)
+    vecs, rows = (
+        typed.copy(),
+        [at for at, one in enumerate(walked) if one.turns and one.turns[0].rank_by_depth],
+    )
+    with frames.readers(frames.Reader(profile.video_fps, profile.max_frames), profile.decoders) as read:
+        clips = evaluate.Clips(
+            profile.runs(dataset) / "videos", {one.turns[0].shown_id for one in walked if one.turns}, read
+        )
+        for at in range(0, len(rows), 16):
+            batch = [walked[row] for row in rows[at : at + 16]]
+            seen = clips.get([one.turns[0].shown_id for one in batch])
+            prompts = [
+                agent.prompt(agent.settings.system, one.query, clip)
+                for one, clip in zip(batch, seen, strict=True)
+            ]
+            branches = agent.replay(prompts, [list(one.turns[0].reply.ids) for one in batch]).branches
+            latents = refine.soft_tokens(agent, branches, agent.settings.n_soft)
+            soft = refine.soft_query(made, agent.heads, [one.query for one in batch], latents)
+            vecs[rows[at : at + 16]] = soft.cpu().numpy()
+    return vecs
+
+
+def _reworded(profile, walked, typed):
+    """(Q, D) query vectors of the first rewrite; as typed without one."""
+    vecs, rows = typed.copy(), [at for at, one in enumerate(walked) if one.turns and one.turns[0].update_text]
+    if rows:
+        made = refine.longer(engine.load(profile))
+        vecs[rows] = made.embed_texts([walked[row].turns[0].update_text for row in rows])
+    return vecs
