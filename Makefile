@@ -13,7 +13,7 @@ PYTHON   := python3.11 python3
 PY       := .venv/bin/python
 
 # The order in which the paper is told.
-NOTEBOOKS := 01_corpus_embedding 02_verify_and_ground 03_sft_cold_start 04_grpo_training 05_evaluation 06_sqr_vs_hqr 08_qualitative
+NOTEBOOKS := 01_corpus_embedding 02_verify_and_ground 03_sft_cold_start 04_grpo_training 05_evaluation 06_sqr_vs_hqr 08_qualitative 09_paper
 
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
@@ -51,6 +51,9 @@ doctor: setup  ## what this machine can reproduce, and what is missing
 check: setup  ## every measured number against its expected value: ok, close, OFF, MISSING
 	@$(VSR1) check $(ONE)
 
+readme: setup  ## the numbers of README.md from results/PROFILE
+	@$(VSR1) readme $(ONE)
+
 bench: setup  ## the speed claims, measured side by side on this machine, into results/bench
 	@$(VSR1) bench
 
@@ -71,4 +74,4 @@ ifeq ($(PY),.venv/bin/python)
 	@./setup.sh "$(PYTHON)"
 endif
 
-.PHONY: paper test lab seeds doctor check bench foundation clean help setup
+.PHONY: paper test lab seeds doctor check readme bench foundation clean help setup

@@ -9,7 +9,7 @@ from vsr1.results import Number
 def profile(tmp_path, monkeypatch, name="mini"):
     """A profile whose runs/ and results/ lie in `tmp_path`, without expected values."""
     monkeypatch.setattr(params, "ROOT", tmp_path)
-    results.layouts(), results.published()  # read and kept before their folder is changed
+    results.layouts(), results.items(), results.published()  # read and kept before their folder is changed
     monkeypatch.setattr(results, "EXPECTED", tmp_path / "expected")
     return params.load(name)
 

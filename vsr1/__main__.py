@@ -59,9 +59,13 @@ def _command(argv):
     if args.command == "evaluate":
         return evaluate(profile, params.check_dataset(args.dataset), args.systems)
     if args.command in ("report", "check"):
-        from vsr1 import page, results
+        from vsr1 import page
 
-        return results.check(profile) if args.command == "check" else page.publish(profile) and None
+        return page.check(profile) if args.command == "check" else page.publish(profile) and None
+    if args.command == "readme":
+        from vsr1 import readme
+
+        return readme.write(profile)
     if args.command == "doctor":
         from vsr1 import doctor
 
@@ -70,7 +74,12 @@ def _command(argv):
     datasets = tuple(params.check_dataset(name) for name in given) or profile.datasets
     jobs = min(args.jobs or profile.jobs, len(datasets), len(os.sched_getaffinity(0)))
     if jobs > 1 and mates is stages.ALONE:
-        return side_by_side(args, datasets, jobs)
+        failed = side_by_side(args, datasets, jobs)
+        if failed or args.command != "notebook":
+            return failed
+        return notebooks(
+            [name for name in args.names if not of_dataset(name)], args.profile, profile, datasets
+        )
     if args.command == "notebook":
         return notebooks(args.names, args.profile, profile, datasets)
     if args.command == "seeds":
@@ -79,12 +88,15 @@ def _command(argv):
 
 
 def side_by_side(args, datasets, jobs):
-    """The command in processes of one data set each, `jobs` at once; a data set's notebooks stay in their order."""
+    """The command in processes of one data set each, `jobs` at once; a data set's notebooks stay in their order.
+
+    Notebooks that take no data set are left to the caller.
+    """
     alone = [sys.executable, "-m", "vsr1", args.command]
     alone += ["--seeds", *map(str, args.seeds)] if args.command == "seeds" else []
     common = ["--profile", args.profile, "--jobs", "1"]
     common += ["--seed", str(args.seed)] * (args.seed is not None)
-    parts = [[notebook_file(name)[0].stem] for name in args.names] if args.command == "notebook" else [[]]
+    parts = [[name] for name in args.names if of_dataset(name)] if args.command == "notebook" else [[]]
     waiting = {name: [[*alone, *part, *common, "--datasets", name] for part in parts] for name in datasets}
     running, failed = {}, 0
     try:
@@ -130,6 +142,7 @@ def _parser():
     )
     told.add_argument("--seeds", nargs="+", type=int, required=True, metavar="N")
     commands.add_parser("report", parents=[common], help="numbers, tables, figures and report.html")
+    commands.add_parser("readme", parents=[common], help="the numbers of README.md")
     commands.add_parser("check", parents=[common], help="measured numbers against expected ones")
     commands.add_parser("doctor", parents=[common], help="what this machine can reproduce")
     told = commands.add_parser("lab", help="JupyterLab on the notebooks")
@@ -209,20 +222,37 @@ def _say(what, started):
 
 
 def notebooks(names, profile_name, profile, datasets):
-    """Executed copies under runs/, one per data set for a notebook that takes `dataset`, else one."""
+    """Executed copies under runs/: one per data set where a notebook takes `dataset`; the others last, once."""
     if profile_name.endswith(".yaml"):
         profile_name = str(Path(profile_name).resolve())  # the kernel starts in another folder
-    for name in names:
-        source, declared = notebook_file(name)
-        for dataset in datasets if "dataset" in declared else [None]:
+    for name in sorted(names, key=of_dataset, reverse=True):  # stable
+        source, each = notebook_file(name)[0], of_dataset(name)
+        for dataset in datasets if each else [None]:
             given = {"profile": profile_name, "seed": profile.seed}
             if dataset:
                 given["dataset"] = dataset
             started = time.time()
-            folder = profile.runs(dataset) if dataset else ROOT / "runs" / profile.name
-            ran = execute(source, given, folder, profile.digest())
+            folder = profile.runs(dataset) if dataset else profile.runs("any").parent
+            ran = execute(source, given, folder, profile.digest(), () if dataset else shared(profile))
             took = f"{time.time() - started:.0f} s" if ran else "unchanged"
             print(f"notebook {' '.join(filter(None, (name, dataset)))}: {took}", flush=True)
+
+
+def of_dataset(name):
+    """Whether a notebook is about one data set: its parameters say so."""
+    return "dataset" in notebook_file(name)[1]
+
+
+def shared(profile):
+    """What a notebook about all data sets reads besides stages: numbers and figures of the others, committed values."""
+    folders = [
+        profile.runs(dataset) / part for dataset in profile.datasets for part in ("numbers", "figures")
+    ]
+    own = [path for folder in folders for path in sorted(folder.glob("*")) if path.name != "09_paper.json"]
+    kept = [
+        path for part in ("seeds", "ablations") for path in sorted((profile.results() / part).glob("*.json"))
+    ]
+    return [*own, *kept, ROOT / "results" / "expected", ROOT / "DEVIATIONS.md"]
 
 
 def notebook_file(name):
@@ -253,11 +283,13 @@ def _cells(source):
         raise InputError(f"{source}: not readable as a notebook; restore it with git") from error
 
 
-def execute(source, given, folder, profile_digest):
+def execute(source, given, folder, profile_digest, others=()):
     """True after `source` ran and its copy lies in `folder`/notebooks; False where that copy still stands.
 
     It stands while the cells, the package, the pins, the profile and every stage that existed after the last run are
     the same. Stages are compared one by one: what a later notebook adds does not make an earlier one run again.
+
+    others   files and folders whose content counts as well
     """
     copy = folder / "notebooks" / source.name
     record = copy.with_name(f".{source.stem}.json")
@@ -268,6 +300,7 @@ def execute(source, given, folder, profile_digest):
         "cells": stages.fingerprint([[c["cell_type"], "".join(c["source"])] for c in _cells(source)]),
         "code": stages.code(*modules),
         "packages": stages.digest(ROOT / "requirements.txt"),
+        "others": stages.digest(*(path for path in others if path.exists())),
     }
     if copy.exists() and record.exists():
         last, now = json.loads(record.read_text(encoding="utf-8")), stage_keys(folder)

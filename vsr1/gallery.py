@@ -141,6 +141,12 @@ def figures(profile: Profile, numbers: dict) -> list[Path]:
         if datasets := [dataset for dataset in profile.datasets if needed.format(dataset) in known]:
             drawn = draw(numbers, series, datasets)
             written.append(save(drawn, profile.results() / "figures", figure, f"{words} {label}"))
+        else:
+            for old in (profile.results() / "figures").glob(f"{figure}.*"):
+                print(
+                    f"left out: figure {figure}, of which this run has no data ({needed.format('<data set>')})"
+                )
+                old.unlink()
     return written
 
 

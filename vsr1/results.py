@@ -6,22 +6,23 @@ figures and pages (`gallery`, `page`) read only that file, so they cannot show w
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import platform
 import re
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import yaml
 
-from vsr1 import stages
+from vsr1 import corpus, episode, stages
 from vsr1.params import DATASETS, ROOT, InputError, Profile
 
+VERDICTS = ("ok", "close", "OFF", "MISSING")
 EXPECTED = ROOT / "results" / "expected"
 CODE = ("--", ".", ":!results")  # for git: all but what runs write
 NAME = re.compile(r"[A-Z]\d+(/[a-z0-9.-]+){2}/[a-z0-9@._-]+")  # <id>/<dataset>/<system>/<metric>
@@ -84,6 +85,12 @@ def layouts() -> dict:
 
 
 @functools.cache
+def items() -> dict:
+    """results/expected/items.yaml: what the report shows, in its order, and what each item was made of."""
+    return yaml.safe_load((EXPECTED / "items.yaml").read_text(encoding="utf-8"))
+
+
+@functools.cache
 def published() -> dict:
     """name -> published value, for every cell that is reported."""
     cells = {}
@@ -137,7 +144,7 @@ def collect(profile: Profile) -> dict:
         *parts,
         *profile.results().glob("seeds/numbers.json"),
     ]:  # committed: no run of today made them
-        part = json.loads(path.read_text(encoding="utf-8"))
+        part = corpus.parse_json(corpus.read_text(path), path)
         if part["profile"] != profile.digest():
             print(f"left out: {path} was measured with other knobs; run its notebook, or `make seeds`, again")
             continue
@@ -153,6 +160,12 @@ def collect(profile: Profile) -> dict:
     stages.write_json(profile.results() / "numbers.json", numbers)
     stages.write_json(profile.results() / "series.json", {name: series[name] for name in sorted(series)})
     return numbers
+
+
+def load(profile: Profile, name="numbers") -> dict:
+    """What results/<profile>/<name>.json says."""
+    path = profile.results() / f"{name}.json"
+    return corpus.parse_json(corpus.read_text(path), path)
 
 
 def _place(name):
@@ -194,9 +207,39 @@ def check(profile: Profile) -> int:
             "expected {:g} ± {:g}".format(*entry["expected"]) if entry["expected"] else "nobody expected it"
         )
         print(f"{entry['verdict']:8}{name:48}{digits(entry['value']):>8}   {target}")
+    counts = Counter(entry["verdict"] for entry in judged.values())
+    print(", ".join(f"{counts[word]} {word}" for word in VERDICTS))
     if not judged:
         print(f"nothing to check against: {EXPECTED / profile.name}.yaml does not exist")
     return int(not judged or any(entry["verdict"] in ("OFF", "MISSING") for entry in judged.values()))
+
+
+def damaged(profile: Profile) -> list[str]:
+    """A line for each file of runs/ that is lost or cannot be read: episodes, logs, and stages that a notebook saw."""
+    found = []
+    for dataset in profile.datasets:
+        home = profile.runs(dataset)
+        for path in sorted(path for path in home.rglob("*.jsonl") if ".partial" not in str(path)):
+            try:
+                _read(path)
+            except InputError as error:
+                found.append(f"{error}; delete it and run `make paper` again")
+        for record in sorted((home / "notebooks").glob(".*.json")):
+            stood = corpus.parse_json(corpus.read_text(record), record)["stages"]
+            gone = [name for name in sorted(stood) if not (home / name / ".stage.json").exists()]
+            found += [
+                f"{home / name}: gone since notebook {record.stem[1:]} ran; `make paper` again"
+                for name in gone
+            ]
+    return list(dict.fromkeys(found))
+
+
+def _read(path):
+    """Every line of a file, as what it is."""
+    if path.resolve().parent.parent.name == "episodes":
+        return episode.read_episodes(path)
+    lines, _ = corpus.numbered_lines(corpus.read_text(path))
+    return [corpus.parse_json(line, path, number) for number, line in lines]
 
 
 def digits(value) -> str:

@@ -6,37 +6,15 @@ results/<profile>/seeds/numbers.json          tables R1 and R2, read by `results
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
-from vsr1 import grpo, metrics, results, sft, stages, study
+from vsr1 import claims, grpo, metrics, results, sft, stages, study
+from vsr1.claims import CLAIMS, KEPT, VARIANTS
 from vsr1.params import Profile
 from vsr1.results import Number
-
-KEPT = ("vcmr@0.3", "vcmr@0.5", "vcmr@0.7", "ver", "vr@1_orig", "vr@1", "vr@5", "vr@10", "vr@100")
-VARIANTS = ("hqr-blind", "hqr-seen", "hqr-reasoned")
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One system ahead of another by a metric, on the queries that both were asked."""
-
-    ours: str
-    theirs: str
-    metric: str
-    from_: str | None = None  # of theirs, where it is another one
-    failed: bool = False  # only queries whose first search failed
-
-
-CLAIMS = {
-    "refined": Claim("vsr1", "vsr1", "vr@1", "vr@1_orig"),
-    **{f"sqr-{name}": Claim("vsr1", name, "vr@1", failed=True) for name in VARIANTS},
-    **{f"vsr1-{name}": Claim("vsr1", name, "vcmr@0.5") for name in ("zs", "zs-walkdown", "ft", "walkdown")},
-    "grpo-vcmr": Claim("vsr1", "sft", "vcmr@0.5"),
-    "grpo-ver": Claim("vsr1", "sft", "ver"),
-}
 
 
 def run(profile: Profile, dataset: str, seed: int) -> Path:
@@ -57,7 +35,7 @@ def run(profile: Profile, dataset: str, seed: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     kept = {"seed": seed, "profile": profile.digest(), "commit": results.commit()}
     kept["videos"] = {one.desc_id: one.gt_video for one in walked["sft"]}
-    kept["hits"] = {name: _hits(some) for name, some in walked.items()}
+    kept["hits"] = {name: claims.hits(some) for name, some in walked.items()}
     path = folder / f"{dataset}-{seed}.json"
     stages.write_json(path, kept)
     return path
@@ -76,13 +54,6 @@ def of_seed(profile: Profile, dataset: str, seed: int) -> Profile:
     return own
 
 
-def _hits(walked):
-    """{query id: {metric: 0 or 1}} as columns: the ids, and a text of digits a metric."""
-    found = metrics.hits(walked)
-    columns = {name: "".join(str(int(value)) for value in found[name]) for name in KEPT}
-    return {"ids": [one.desc_id for one in walked]} | columns
-
-
 # --- The tables
 
 
@@ -92,12 +63,17 @@ def summary(profile: Profile) -> Path:
     for path in sorted((profile.results() / "seeds").glob("*-*.json")):
         one = json.loads(path.read_text(encoding="utf-8"))
         if one["profile"] == profile.digest():
+            one["videos"] = {
+                int(key): video for key, video in one["videos"].items()
+            }  # json has text keys only
             kept.setdefault(path.stem.rpartition("-")[0], []).append(one)
         else:
             print(f"left out: {path} was run with other knobs; make it again with `make seeds`")
     numbers = {}
     for dataset in (name for name in profile.datasets if name in kept):
-        numbers |= compare(profile, dataset, kept[dataset]) | means(profile, dataset, kept[dataset])
+        numbers |= claims.compare(profile, f"R1/{dataset}", kept[dataset], note=_note(kept[dataset])) | means(
+            profile, dataset, kept[dataset]
+        )
     if kept.keys() >= set(profile.datasets):
         numbers |= average(profile, numbers)
     told = {name: results.plain(asdict(number)) for name, number in numbers.items()}
@@ -106,31 +82,17 @@ def summary(profile: Profile) -> Path:
     return path
 
 
-def compare(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, Number]:
-    """R1: each claim in points, mean over seeds with its interval over queries, and the lowest and highest seed."""
-    numbers = {}
-    for name, claim in CLAIMS.items():
-        ours, theirs = ([one["hits"][system] for one in runs] for system in (claim.ours, claim.theirs))
-        ids = [key for key in theirs[0]["ids"] if key in set(ours[0]["ids"])]
-        if claim.failed:
-            first = _column(ours[0], "vr@1_orig")
-            ids = [key for key in ids if not first[key]]
-        sides = ((ours, claim.metric), (theirs, claim.from_ or claim.metric))
-        mine, other = (np.array([[_column(one, m)[key] for key in ids] for one in side]) for side, m in sides)
-        numbers |= _numbers(
-            profile, f"R1/{dataset}/{name}", mine - other, ids, runs, ("points", "lowest", "highest")
-        )
-    return numbers
-
-
 def means(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, Number]:
     """R2: the trained systems, mean over seeds."""
     numbers = {}
     for system in ("ft", "walkdown", "sft", "vsr1"):
         ids = runs[0]["hits"][system]["ids"]
         for metric in (name for name in KEPT if name != "vr@1_orig"):
-            values = np.array([[_column(one["hits"][system], metric)[key] for key in ids] for one in runs])
-            numbers |= _numbers(profile, f"R2/{dataset}/{system}", values, ids, runs, (metric,))
+            values = np.array(
+                [[claims.column(one["hits"][system], metric)[key] for key in ids] for one in runs]
+            )
+            place = f"R2/{dataset}/{system}"
+            numbers |= claims.spread(profile, place, values, ids, runs, (metric,), _note(runs))
     return numbers
 
 
@@ -145,21 +107,5 @@ def average(profile: Profile, numbers: dict[str, Number]) -> dict[str, Number]:
     return found
 
 
-def _column(hits, metric):
-    """{query id: 0 or 1}."""
-    return dict(zip(hits["ids"], map(int, hits[metric]), strict=True))
-
-
-def _numbers(profile, name, values, ids, runs, keys):
-    """A `Number` for each key: of values (seeds, Q) the mean with its interval, then the lowest and highest seed."""
-    seeds, rng = tuple(one["seed"] for one in runs), np.random.default_rng(profile.seed)
-    note = f"committed; trained at {', '.join(sorted({one['commit'][:7] for one in runs}))}"
-    each = [metrics.percent(row) for row in values]
-    videos = [runs[0]["videos"][str(key)] for key in ids]
-    ci = metrics.bootstrap(values.mean(axis=0), videos, profile.bootstrap, rng=rng)
-    unit = "points" if len(keys) > 1 else "%"
-    found = [(float(np.mean(each)), ci), (min(each), None), (max(each), None)]
-    return {
-        f"{name}/{key}": Number(value, len(ids), ci, seeds, unit, note)
-        for key, (value, ci) in zip(keys, found, strict=False)
-    }
+def _note(runs):
+    return f"committed; trained at {', '.join(sorted({one['commit'][:7] for one in runs}))}"

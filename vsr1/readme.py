@@ -1,0 +1,116 @@
+"""The parts of README.md that come from a run, between html comments: made of results/<profile>/ and nothing else."""
+
+import re
+
+from vsr1 import claims, page, params, results
+from vsr1.params import InputError, Profile
+
+SYSTEMS = {
+    "zs": "ZS",
+    "ft": "FT",
+    "walkdown": "FT, walking down",
+    "sft": "stage 1 only",
+    "vsr1": "VideoSearch-R1",
+}
+STAGES = {  # of provenance.json, by the beginning of their names
+    "videos rendered, vectors and index": ("corpus", "videos", "embed"),
+    "stage 1 and FT": ("sft", "ft"),
+    "stage 2": ("grpo",),
+    "two-stage baseline": ("twostage",),
+    "episodes": ("episodes",),
+    "the ladder (L1)": ("ladder",),
+    "cards": ("qualitative",),
+}
+
+
+def write(profile: Profile) -> None:
+    """README.md with its generated parts made from results/<profile>/."""
+    path = params.ROOT / "README.md"
+    path.write_text(fill(path.read_text(encoding="utf-8"), profile), encoding="utf-8")
+
+
+def fill(text: str, profile: Profile) -> str:
+    """The README with its generated parts made anew."""
+    numbers, origin = results.load(profile), results.load(profile, "provenance")
+    parts = {"results": _results(profile, numbers), "stages": _stages(profile, origin)}
+    for name, lines in parts.items():
+        slot = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
+        if len(slot.findall(text)) != 1:
+            raise InputError(f"README.md: expected one <!-- {name} --> and one <!-- /{name} --> behind it")
+        told = "\n".join(lines)
+        text = slot.sub(lambda found, told=told: f"{found[1]}\n{told}\n{found[2]}", text)
+    return text
+
+
+def _table(heads, rows):
+    """The lines of a table."""
+    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
+
+
+def _results(profile, numbers):
+    """Whether the paper is reproduced: the main results, its claims over several seeds, and what is missing."""
+    seeds = sorted({seed for name in numbers if name.startswith("R2/") for seed in numbers[name]["seeds"]})
+    cells = {system: [_pair(numbers, dataset, system) for dataset in profile.datasets] for system in SYSTEMS}
+    told = _told(profile, numbers)
+    lines = [
+        f"VCMR at IoU .5 / VR R@1, percent, ± half the 95 % interval over queries; the trained rows are means over "
+        f"seeds {', '.join(map(str, seeds))}. In parentheses the paper's values, of real video and Qwen3-VL-2B: "
+        f"another world, beside which `{profile.name}` proves nothing.",
+        "",
+        *_table(["", *profile.datasets], [[label, *cells[name]] for name, label in SYSTEMS.items()]),
+        "",
+        "The claims behind it, in points: mean over these seeds (lowest to highest seed). **Holds**: the 95 % interval "
+        "over queries lies above 0, and so does every seed.",
+        "",
+        *_table(["", *profile.datasets], told),
+    ]
+    gone = [item.split(":")[0].split(" ")[0] for item in page.missing(profile, numbers)]
+    missing = f"Missing so far: {', '.join(gone)}." if gone else "No table or figure of the paper is missing."
+    held = sum("holds" in cell for row in told for cell in row[1:])
+    return [*lines, "", f"{held} of {len(told) * len(profile.datasets)} cells hold. {missing}"]
+
+
+def _pair(numbers, dataset, system):
+    """Both main numbers of a system: over seeds where it is trained, else of this run; and the paper's."""
+    parts = []
+    for metric in ("vcmr@0.5", "vr@1"):
+        one = numbers.get(f"T1/{dataset}/{system}/{metric}")
+        trained = numbers.get(f"R2/{dataset}/{system}/{metric}")
+        parts.append(
+            (page.cell((trained or one) and (trained or one) | {"paper": None}), one and one["paper"])
+        )
+    ours, paper = zip(*parts, strict=True)
+    published = f" ({' / '.join(map(str, paper))})" if None not in paper else ""
+    return " / ".join(ours) + published
+
+
+def _told(profile, numbers):
+    """A row a claim, a cell a data set: over seeds, and the tokens of a refinement in this run."""
+    rows = {}
+    for one in claims.judged(numbers, profile.datasets):
+        value, verdict = one.value, one.verdict
+        if one.name != "tokens":
+            keys = [f"R1/{one.dataset}/{one.name}/{key}" for key in ("points", "lowest", "highest")]
+            if one.verdict_seeds == "not measured":
+                continue
+            value = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(numbers[key]["value"] for key in keys))
+            verdict = one.verdict_seeds
+        marked = f"**{verdict}**" if verdict == "holds" else verdict
+        rows.setdefault(one.claim, {})[one.dataset] = f"{value} {marked}"
+    return [[claim, *(cells.get(name, "—") for name in profile.datasets)] for claim, cells in rows.items()]
+
+
+def _stages(profile, origin):
+    """Minutes and peak memory of the stages, all data sets together."""
+    rows = []
+    for words, names in STAGES.items():
+        own = [one for name, one in origin["stages"].items() if name.partition("/")[2].split("/")[0] in names]
+        if own:
+            peak = max((one["peak_mb"] or 0 for one in own), default=0)
+            rows.append([words, f"{sum(one['minutes'] for one in own):.1f}", f"{peak / 1000:.1f} GB"])
+    total = sum(one["minutes"] for one in origin["stages"].values())
+    rows.append(["all stages", f"{total:.1f}", ""])
+    device, jobs = origin["device"], profile.jobs
+    where = f"{device['cores']} cores, {device['gpu'] or 'no GPU'}"
+    heads = [f"stage, all data sets ({where}; {jobs} at once)", "minutes of computing", "peak of a process"]
+    return _table(heads, rows)
