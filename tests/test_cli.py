@@ -132,6 +132,54 @@ def test_a_notebook_without_a_data_set_runs_once(home, capsys):
     assert (home / "runs" / "smoke" / "notebooks" / "00_try.ipynb").exists()
 
 
+def test_a_notebook_about_all_data_sets_runs_again_when_numbers_change_and_not_when_it_wrote_some(
+    home, capsys
+):
+    notebook(home, "print(profile)", given='profile = "mini"\nseed = 42')
+    folder = home / "runs" / "smoke" / "didemo" / "numbers"
+    folder.mkdir(parents=True)
+
+    def ran():
+        return ": unchanged" not in run(capsys, "notebook", "00_try", "--profile", "smoke")[1]
+
+    assert (ran(), ran()) == (True, False)
+    (folder / "09_paper.json").write_text("{}")
+    assert not ran(), "its own numbers are no reason"
+    (folder / "05_evaluation.json").write_text('{"a": 1}')
+    assert (ran(), ran()) == (True, False)
+    (folder / "05_evaluation.json").write_text('{"a": 2}')
+    assert (ran(), ran()) == (True, False)
+
+
+def test_a_notebook_about_all_data_sets_comes_once_and_last(home, capsys, monkeypatch):
+    began = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, words):
+            began.append((words[4], words[-1]))
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(cli.subprocess, "Popen", Process)
+    monkeypatch.setattr(
+        cli, "execute", lambda source, given, *_: began.append((source.stem, given.get("dataset")))
+    )
+    notebook(home, given='profile = "mini"\nseed = 42', name="01_all")
+    notebook(home, name="02_each")
+    words = ["notebook", "01_all", "02_each", "--profile", "smoke", "--datasets", "charades,didemo"]
+    for jobs in ("2", "1"):
+        began.clear()
+        assert cli.main([*words, "--jobs", jobs]) == 0
+        assert sorted(began[:2]) == [("02_each", "charades"), ("02_each", "didemo")]
+        assert began[2:] == [("01_all", None)]
+    Process.returncode = 3
+    began.clear()
+    assert cli.main([*words, "--jobs", "2"]) == 3 and ("01_all", None) not in began
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [('profile = "mini"', "'seed'"), ("seed = 42", "'profile'"), ('Profile = "mini"\nseed = 1', "'profile'")],

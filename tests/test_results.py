@@ -3,13 +3,14 @@ import html
 import json
 import re
 
+import browser
 import pytest
 import yaml
 from fake import profile as fake_profile
 from fake import record
 
-from vsr1 import page, results
-from vsr1.params import InputError
+from vsr1 import page, readme, results
+from vsr1.params import ROOT, InputError, load
 from vsr1.results import Number
 
 
@@ -173,7 +174,9 @@ def test_the_report_escapes_what_it_is_given_and_loads_nothing(run, monkeypatch)
     text = page.publish(run).read_text()
     assert "<script" not in text and text.count(html.escape(hostile)) >= 4
     loads = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)|@import', text)
-    assert loads and all(src.startswith("data:image/png;base64,") for src, _ in loads)
+    kinds = {re.match(r"data:image/webp;base64,|#\w|[^:]+$", target).end() > 0 for target, _ in loads}
+    assert kinds == {True} and not any(other for _, other in loads)
+    assert sum(target.startswith("data:") for target, _ in loads) == 3  # H1, H2, D9
     assert "//" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
 
 
@@ -207,3 +210,178 @@ def test_provenance_names_commit_device_libraries_and_what_stages_cost(run):
         origin["libraries"]["numpy"] and origin["device"]["cores"] >= 1 and origin["digest"] == run.digest()
     )
     assert list(origin["stages"]) == ["didemo/embed/engine"]
+
+
+# --- Every item of the paper, there or missing by name
+
+
+def sections(text):
+    """The ids of the report's sections, in order."""
+    return re.findall('<section id="([^"]+)"', text)
+
+
+def test_the_report_shows_the_items_of_the_paper_in_its_order_then_ours(run):
+    from vsr1 import gallery
+
+    for name in ("F6", "A3-didemo", "Z9"):  # drawn by somebody else; one that no list names
+        gallery.save(gallery.Figure(), run.results() / "figures", name, f"caption of {name}")
+        gallery.save(gallery.Figure(), gallery.sheets(run, "didemo"), name, f"caption of {name}", ("png",))
+    text = page.publish(run).read_text()
+    ids = sections(text)
+    paper = "T1 T2 T3 F1 F2 F3 F4 F5 F6 F7 A1 A2 A3 A4 A5 A6 A7 C1".split()
+    assert [name for name in ids if name in paper] == paper
+    assert ids.index("C1") < ids.index("R1") < ids.index("D1") < ids.index("Z9")
+    shown = {name: text.partition(f'<section id="{name}">')[2].partition("</section>")[0] for name in ids}
+    assert all("caption of" in shown[name] and "MISSING" not in shown[name] for name in ("F6", "A3", "Z9"))
+    assert (
+        "<b>MISSING.</b> 08_qualitative makes it" in shown["F1"] and "make paper PROFILE=mini" in shown["F1"]
+    )
+    assert "Not attempted" in shown["C1"] and "make seeds PROFILE=mini" in shown["R1"]
+    assert "21.6" in shown["T1"] and "n = 412" in shown["T1"] and "Seeds 42" in shown["T1"]
+
+
+def test_links_and_anchors_of_the_report_resolve(run, tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    executed = [run.runs("didemo") / "notebooks", run.runs("didemo").parent / "notebooks"]
+    for folder, name in zip(executed, ("05_evaluation", "09_paper"), strict=True):
+        folder.mkdir(parents=True)
+        for path in (folder, tmp_path / "notebooks"):
+            (path / f"{name}.ipynb").write_text("{}")
+    text = page.publish(run).read_text()
+    links = re.findall('href="([^"]+)"', text)
+    ids = re.findall(' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert all(link[1:] in ids for link in links if link[0] == "#")
+    files = [(run.results() / link).resolve() for link in links if link[0] != "#"]
+    assert {path.name for path in files} == {"05_evaluation.ipynb", "09_paper.ipynb"}
+    assert len(set(files)) == 4 and all(path.is_file() for path in files)
+
+
+def test_what_an_item_departs_in_stands_in_the_list_of_deviations():
+    named = {name for about in results.items().values() for name in about.get("deviations", ())}
+    assert named and named <= page.departures().keys()
+    assert all(len(cells) == 3 for cells in page.departures().values())
+    known = {"title", "notebooks", "stages", "deviations", "beyond", "made"}
+    assert all(about.keys() <= known for about in results.items().values())
+
+
+def test_minutes_are_those_of_the_stages_that_an_item_names(run):
+    from vsr1 import stages
+
+    for name in ("sft", "ft", "ladder"):
+        stages.run(run.runs("didemo") / name, {"a": 1}, lambda folder: (folder / "x").touch())
+    origin = results.provenance(run)
+    origin["stages"] = {
+        f"didemo/{name}": {"minutes": m} for name, m in (("sft", 2.0), ("ft", 3.0), ("ladder", 9.0))
+    }
+    (item,) = (item for item in page.items(run, results.collect(run)) if item.id == "T1")
+    assert "took 5.0 minutes" in page._minutes(item, origin)
+
+
+def test_verdicts_of_an_item_are_counted_and_on_mini_never_against_the_paper(run):
+    expect(run, measured(run) | {"T1/charades/zs/vr@1": 29.0})
+    text = html.unescape(page.publish(run).read_text())
+    (item,) = (item for item in page.items(run, results.load(run)) if item.id == "T1")
+    assert item.verdicts() == {"ok": len(measured_of(run, "T1")) - 1, "close": 0, "OFF": 1, "MISSING": 0}
+    assert "never against the paper" in text
+
+
+def measured_of(run, table):
+    return [name for name in measured(run) if name.startswith(f"{table}/")]
+
+
+# --- What is lost or damaged is named
+
+
+def test_check_names_items_that_are_missing(run, capsys):
+    expect(run, measured(run))
+    assert page.check(run) == 1
+    said = capsys.readouterr().out
+    assert "MISSING F1 A search in two turns: 08_qualitative makes it" in said and "MISSING T1" not in said
+
+
+def test_check_names_damaged_lines_lost_files_and_stages_that_are_gone(run, capsys):
+    home = run.runs("charades")
+    for folder in ("episodes", "sft", "notebooks"):
+        (home / folder).mkdir()
+    (home / "episodes" / "vsr1.jsonl").symlink_to("vsr1/episodes.jsonl")
+    (home / "sft" / "log.jsonl").write_text('{"step": 1}\n{"step"\n')
+    (home / "notebooks" / ".05_evaluation.json").write_text('{"stages": {"twostage": "key"}}')
+    assert page.check(run) == 1
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damaged")]
+    assert len(said) == 3 and all("again" in line for line in said)
+    assert "episodes/vsr1/episodes.jsonl: cannot be read" in said[0]
+    assert "sft/log.jsonl, line 2: not JSON" in said[1]
+    assert "twostage: gone since notebook 05_evaluation ran" in said[2]
+
+
+def test_a_damaged_part_is_one_line_that_names_it(run):
+    path = run.runs("didemo") / "numbers" / "01_corpus_embedding.json"
+    path.write_text(path.read_text()[:-30])
+    with pytest.raises(InputError, match=r"01_corpus_embedding\.json, line"):
+        results.collect(run)
+
+
+def test_a_figure_without_data_is_named_and_no_old_one_is_shown(run, capsys):
+    page.publish(run)
+    assert (run.results() / "figures" / "H2.png").exists()
+    for dataset in run.datasets:
+        path = run.runs(dataset) / "numbers" / "01_corpus_embedding.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"series": {}}))
+    text = page.publish(run).read_text()
+    assert "left out: figure H2" in capsys.readouterr().out and not list(
+        (run.results() / "figures").glob("H2.*")
+    )
+    assert "MISSING" in text.partition('<section id="H2">')[2].partition("</section>")[0]
+
+
+# --- The README
+
+
+def test_the_readme_says_what_the_committed_results_say():
+    mini = load("mini")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.fill(text, mini) == text, "run `make readme`"
+
+
+def test_the_readme_follows_its_numbers_and_names_a_lost_marker(run):
+    for name in ("numbers", "provenance"):
+        source = ROOT / "results" / "mini" / f"{name}.json"
+        run.results().mkdir(parents=True, exist_ok=True)
+        (run.results() / source.name).write_text(source.read_text())
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = readme.fill(text, run)
+    path, key = run.results() / "numbers.json", "R2/didemo/vsr1/vr@1"
+    numbers = json.loads(path.read_text())
+    assert page.cell(numbers[key]) in told
+    numbers[key]["value"] = 12.34
+    numbers["R1/didemo/refined/lowest"]["value"] = -1.0
+    path.write_text(json.dumps(numbers))
+    changed = readme.fill(text, run)
+    assert "12.3±" in changed and "-1.0 to" in changed
+    assert changed.count("**holds**") == told.count("**holds**") - 1
+    with pytest.raises(InputError, match="expected one <!-- stages -->"):
+        readme.fill(text.replace("<!-- /stages -->", ""), run)
+
+
+# --- In a browser
+
+
+def test_the_report_opens_without_errors_and_fits_a_phone(run, tmp_path):
+    if browser.CHROMIUM is None:
+        pytest.skip("no chromium is installed; the report is not looked at")
+    address = page.publish(run).as_uri()
+    with browser.chromium(tmp_path / "chromium") as tab:
+        for width in (1280, 400):
+            tab.send(
+                "Emulation.setDeviceMetricsOverride",
+                width=width,
+                height=800,
+                deviceScaleFactor=1,
+                mobile=False,
+            )
+            tab.open(address)
+            tab.wait("[...document.images].every(image => image.naturalWidth)")
+            assert tab.run("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+        lost = "[...document.links].filter(a => a.hash && !document.getElementById(a.hash.slice(1))).length"
+        assert tab.run(lost) == 0 and tab.problems == []
