@@ -337,16 +337,16 @@ def _contents(profile, shown, origin):
         )
     lines = []
     for item in shown:
-        words = f'<a href="#{item.id}">{item.id}</a> {_safe(item.title)}'
-        state = "" if item.made else "not attempted" if "beyond" in item.about else "MISSING"
-        lines.append(_row(words, [*(count or "" for count in item.verdicts().values()), state]))
+        words = f'<a href="#{item.id}">{item.id}</a> {_safe(item.about.get("title") or item.title)}'
+        words += "" if item.made else ", not attempted" if "beyond" in item.about else ", <b>missing</b>"
+        lines.append(_row(words, [count or "" for count in item.verdicts().values()]))
     total = Counter(entry["verdict"] for item in shown for entry in item.numbers.values())
     said = ", ".join(f"{total[word]} {word}" for word in results.VERDICTS)
     gone = sum(item.id[0] in "TFA" and not item.made for item in shown)
     return (
         f'<section id="contents"><h2>Contents and verdicts</h2><p>Numbers judged against {_safe(against)}: {said}. '
         f"{gone} published tables and figures are missing. Run on: {_safe(_device(origin))}.</p>"
-        f"{_grid(('', *results.VERDICTS, ''), lines)}</section>"
+        f"{_grid(('', *results.VERDICTS), lines)}</section>"
     )
 
 

@@ -12,14 +12,12 @@ SYSTEMS = {
     "sft": "stage 1 only",
     "vsr1": "VideoSearch-R1",
 }
-STAGES = {  # of provenance.json, by the beginning of their names
-    "videos rendered, vectors and index": ("corpus", "videos", "embed"),
+STAGES = {  # of provenance.json, by the first part of their names
+    "videos, vectors, index": ("corpus", "videos", "embed"),
     "stage 1 and FT": ("sft", "ft"),
     "stage 2": ("grpo",),
-    "two-stage baseline": ("twostage",),
     "episodes": ("episodes",),
-    "the ladder (L1)": ("ladder",),
-    "cards": ("qualitative",),
+    "two-stage baseline, ladder (L1), cards": ("twostage", "ladder", "qualitative"),
 }
 
 
@@ -60,7 +58,7 @@ def _results(profile, numbers):
         *_table(["", *profile.datasets], [[label, *cells[name]] for name, label in SYSTEMS.items()]),
         "",
         "The claims behind it, in points: mean over these seeds (lowest to highest seed). **Holds**: the 95 % interval "
-        "over queries lies above 0, and so does every seed.",
+        "over queries lies above 0, and so does every seed. Not shown: one of these does not.",
         "",
         *_table(["", *profile.datasets], told),
     ]
@@ -106,8 +104,9 @@ def _stages(profile, origin):
     for words, names in STAGES.items():
         own = [one for name, one in origin["stages"].items() if name.partition("/")[2].split("/")[0] in names]
         if own:
-            peak = max((one["peak_mb"] or 0 for one in own), default=0)
-            rows.append([words, f"{sum(one['minutes'] for one in own):.1f}", f"{peak / 1000:.1f} GB"])
+            peaks = [one["peak_mb"] for one in own if one["peak_mb"] is not None]
+            peak = f"{max(peaks) / 1024:.1f} GB" if peaks else "—"
+            rows.append([words, f"{sum(one['minutes'] for one in own):.1f}", peak])
     total = sum(one["minutes"] for one in origin["stages"].values())
     rows.append(["all stages", f"{total:.1f}", ""])
     device, jobs = origin["device"], profile.jobs
