@@ -9,7 +9,7 @@ import yaml
 from fake import profile as fake_profile
 from fake import record
 
-from vsr1 import page, readme, results
+from vsr1 import page, readme, results, tables
 from vsr1.params import ROOT, InputError, load
 from vsr1.results import Number
 
@@ -129,7 +129,7 @@ def test_markdown_latex_and_html_show_the_cells_that_numbers_json_holds(run):
         cells = [page.cell(entry) for entry in entries]
         row = next(r for r in text["md"].splitlines() if r.startswith(f"| {dataset} |") and label in r)
         assert [part.strip() for part in row.split("|")[3:-1]] == cells, (dataset, system)
-        assert " & ".join(map(page._tex, cells)) in text["tex"]
+        assert " & ".join(map(tables._tex, cells)) in text["tex"]
         assert all(part in shown for cell in cells for part in cell.split(" "))
     lines = list(csv.DictReader(open(run.results() / "tables" / "T1.csv")))
     for line in lines:
