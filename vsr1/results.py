@@ -97,8 +97,10 @@ def published() -> dict:
     for table, layout in layouts().items():
         for dataset, systems in layout["published"].items():
             for system, values in systems.items():
+                place, wanted = f"{table}/{dataset}/{system}", len(layout["metrics"])
+                assert len(values) == wanted, f"published.yaml: {place}: {len(values)} values of {wanted}"
                 for metric, value in zip(layout["metrics"], values, strict=True):
-                    cells[f"{table}/{dataset}/{system}/{metric}"] = value
+                    cells[f"{place}/{metric}"] = value
     return {name: value for name, value in cells.items() if value is not None}
 
 
