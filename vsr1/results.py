@@ -145,17 +145,20 @@ def collect(profile: Profile) -> dict:
     for path in [
         *parts,
         *profile.results().glob("seeds/numbers.json"),
+        *sorted(profile.results().glob("ablations/*.json")),
     ]:  # committed: no run of today made them
         part = corpus.parse_json(corpus.read_text(path), path)
         if part["profile"] != profile.digest():
-            print(f"left out: {path} was measured with other knobs; run its notebook, or `make seeds`, again")
+            again = "run its notebook, `make seeds` or `make ablations` again"
+            print(f"left out: {path} was measured with other knobs; {again}")
             continue
         twice = measured.keys() & part["numbers"].keys()
         assert not twice, f"{path}: {sorted(twice)[0]} is recorded twice"
         measured |= part["numbers"]
         series |= part["series"]
-    expected = expectations(profile)
-    wanted = {name for name in published() if name.split("/")[1] in profile.datasets}
+    expected, places = expectations(profile), (*profile.datasets, "mean")
+    wanted = {name for name in published() if name.split("/")[1] in places}
+    measured |= means(profile, measured, wanted)
     names = sorted(measured.keys() | wanted | (expected or {}).keys(), key=_place)
     numbers = {name: _entry(profile, name, measured.get(name), expected) for name in names}
     profile.results().mkdir(parents=True, exist_ok=True)
@@ -168,6 +171,20 @@ def load(profile: Profile, name="numbers") -> dict:
     """What results/<profile>/<name>.json says."""
     path = profile.results() / f"{name}.json"
     return corpus.parse_json(corpus.read_text(path), path)
+
+
+def means(profile: Profile, measured: dict, names) -> dict:
+    """Those of `names` that stand for the mean of the data sets: each counts the same, and all must be there."""
+    found = {}
+    for name in names:
+        parts = [measured.get(name.replace("/mean/", f"/{dataset}/")) for dataset in profile.datasets]
+        if "/mean/" in name and None not in parts and None not in [part["value"] for part in parts]:
+            value = sum(part["value"] for part in parts) / len(parts)
+            counted = sum(part["n"] for part in parts)
+            found[name] = plain(
+                parts[0] | {"value": value, "n": counted, "ci": None, "note": "mean of the data sets"}
+            )
+    return found
 
 
 def _place(name):
