@@ -14,7 +14,8 @@ from pathlib import Path
 from vsr1 import params, stages
 from vsr1.params import ROOT, InputError
 
-OTHERS = ("score", "foundation", "bench")  # modules whose main reads its own arguments
+# Command: the module whose main reads its own arguments.
+OTHERS = {"search": "yours"} | {name: name for name in ("score", "foundation", "bench")}
 SHARED = ("corpus", "embed", "train", "evaluate")  # what a launcher may start in several processes
 MOMENT = 10  # seconds in which a launcher ends the other processes when one has ended
 
@@ -44,7 +45,7 @@ def main(argv=None) -> int:
 
 def _command(argv):
     if argv and argv[0] in OTHERS:
-        return __import__(f"vsr1.{argv[0]}", fromlist=["main"]).main(argv[1:])
+        return __import__(f"vsr1.{OTHERS[argv[0]]}", fromlist=["main"]).main(argv[1:])
     args = _parser().parse_args(argv)
     if args.command == "lab":
         return lab(args.port)
