@@ -434,9 +434,10 @@ def html_page(told: dict, clips: dict[str, frames.Clip], tape: bytes, about: str
     looks = ""
     for number, look in enumerate(told["looks"], 1):
         name, (reasoning, verdict) = _safe(look["video"]), map(_safe, said(look))
-        looks += f"<section><h2>Look {number}: {name}</h2>{_strip(clips[look['video']], look['moment'])}"
+        strip = "" if look["again"] else _strip(clips[look["video"]], look["moment"])
+        looks += f"<section><h2>Look {number}: {name}</h2>{strip}"
         looks += f"<p>Rank {look['rank']} of {told['videos']} for the query as typed.</p>"
-        looks += f"<q>{reasoning}</q><p><b>{verdict}</b></p></section>"
+        looks += f"<q>{reasoning}</q><p>{verdict}</p></section>"
     facts = {name: _near(told[name]) for name in ("folder", "videos", "profile", "weights", "system")}
     facts |= {f"cannot be read: {name}": problem for name, problem in told["unreadable"].items()}
     video = f'<video controls muted loop src="data:video/mp4;base64,{_data(tape)}"></video>' if tape else ""
