@@ -13,7 +13,7 @@ PYTHON   := python3.11 python3
 PY       := .venv/bin/python
 
 # The order in which the paper is told.
-NOTEBOOKS := 01_corpus_embedding 02_verify_and_ground 03_sft_cold_start 04_grpo_training 05_evaluation 06_sqr_vs_hqr 08_qualitative 09_paper
+NOTEBOOKS := 01_corpus_embedding 02_verify_and_ground 03_sft_cold_start 04_grpo_training 05_evaluation 06_sqr_vs_hqr 07_ablations 08_qualitative 09_paper
 
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
@@ -45,6 +45,12 @@ seeds: setup  ## both stages again with SEEDS, hours; committed in results/PROFI
 	@$(VSR1) seeds --seeds $(SEEDS) $(ALL)
 	@$(VSR1) report $(ONE)
 
+ablations: setup  ## longer studies beyond the paper, hours; committed in results/PROFILE/ablations, shown in the report
+	@$(VSR1) corpus $(ALL)
+	@$(VSR1) embed $(ALL)
+	@$(VSR1) ablations $(ALL)
+	@$(VSR1) report $(ONE)
+
 doctor: setup  ## what this machine can reproduce, and what is missing
 	@$(VSR1) doctor $(ONE)
 
@@ -74,4 +80,4 @@ ifeq ($(PY),.venv/bin/python)
 	@./setup.sh "$(PYTHON)"
 endif
 
-.PHONY: paper test lab seeds doctor check readme bench foundation clean help setup
+.PHONY: paper test lab seeds ablations doctor check readme bench foundation clean help setup

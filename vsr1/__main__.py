@@ -85,7 +85,7 @@ def _command(argv):
         return notebooks(args.names, args.profile, profile, datasets)
     if args.command == "seeds":
         return seeds(profile, datasets, args.seeds)
-    return {"corpus": corpus, "embed": embed}[args.command](profile, datasets)
+    return {"corpus": corpus, "embed": embed, "ablations": ablations}[args.command](profile, datasets)
 
 
 def side_by_side(args, datasets, jobs):
@@ -142,6 +142,7 @@ def _parser():
         "seeds", parents=[sets], help="both stages again with other seeds, and their tables"
     )
     told.add_argument("--seeds", nargs="+", type=int, required=True, metavar="N")
+    commands.add_parser("ablations", parents=[sets], help="longer studies beyond the paper (B1 to B3)")
     commands.add_parser("report", parents=[common], help="numbers, tables, figures and report.html")
     commands.add_parser("readme", parents=[common], help="the numbers of README.md")
     commands.add_parser("check", parents=[common], help="measured numbers against expected ones")
@@ -214,6 +215,17 @@ def seeds(profile, datasets, numbers):
             others.run(profile, dataset, seed)
             _say(f"seed {seed} {dataset}", started)
             others.summary(profile)
+
+
+def ablations(profile, datasets):
+    """The longer studies, one after the other; what is found so far stands in results/ after each."""
+    from vsr1 import ablations as longer
+
+    for dataset in datasets:
+        started = time.time()
+        for name in longer.run(profile, dataset):
+            _say(f"ablations {name} {dataset}", started)
+            started = time.time()
 
 
 def _say(what, started):
