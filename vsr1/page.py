@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from vsr1 import cards, claims, gallery, params, results, tables
+from vsr1 import cards, claims, gallery, params, plates, results, tables
 from vsr1.params import ROOT, Profile
 from vsr1.tables import CAVEAT, basis, cell, footnotes, rows
 
@@ -29,6 +29,7 @@ def publish(profile: Profile) -> Path:
     results.provenance(profile)
     tables.write(profile)
     gallery.figures(profile, numbers)
+    plates.publish(profile)
     gallery.copy_sheets(profile)
     return report(profile, cards.publish(profile))
 
