@@ -12,6 +12,8 @@ import os
 import platform
 import resource
 import time
+import types
+from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -20,10 +22,13 @@ import torch
 import transformers
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
-from vsr1 import engine, frames, grpo, lessons, params, policy, qwen, refine, results, stages
+from vsr1 import corpus, engine, frames, grpo, lessons, params, policy, qwen, refine, results, stages
 
 LATENTS = GROUP = 8
-LATENT_WIDTH = 192  # of the engine in a GRPO step, which is the mini one
+PLAIN_AT_ONCE = (
+    2  # replies that the plain way learns from at once on the larger model; eight took more than 19 GB
+)
+QUERY = "A person in a red shirt opens a blue box in the kitchen."
 SQR_TARGET, GROUP_TARGET = 5.0, 2.5  # lowest median ratios on the larger model
 
 
@@ -41,7 +46,7 @@ class Row:
     ratio: float
     ratio_low: float
     ratio_high: float
-    target: float | None
+    target: float | None = None
     ours_gb: float | None = None  # memory of a process that did nothing else, at its highest
     plain_gb: float | None = None
 
@@ -77,15 +82,14 @@ def random_policy(large: bool, seed: int = 0) -> policy.Policy:
     return made
 
 
-def long_prompt(made: policy.Policy, tokens: int, seed: int = 0) -> qwen.Prompt:
-    """A query and a video of noise, with as many frames as make a prompt of at least `tokens` tokens."""
+def long_clip(made: policy.Policy, tokens: int, seed: int = 0) -> frames.Clip:
+    """A video of noise, with as many frames as make a prompt of at least `tokens` tokens."""
     rng = np.random.default_rng(seed)
     for count in range(8, 1000, 8):
         pixels = rng.integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
         clip = frames.Clip(pixels, np.arange(count, dtype=float), float(count), None)
-        prompt = made.prompt(policy.SYSTEM, "A person in a red shirt opens a blue box in the kitchen.", clip)
-        if len(prompt.ids) >= tokens:
-            return prompt
+        if len(made.prompt(policy.SYSTEM, QUERY, clip).ids) >= tokens:
+            return clip
 
 
 @torch.no_grad()
@@ -112,68 +116,134 @@ def by_full_forwards(made: policy.Policy, prompt: qwen.Prompt, reply: list[int],
     return torch.stack(tokens)
 
 
-class Step:
-    """A whole GRPO step of one start: roll out a group, read it again with gradients and the anchor's, update.
+class Speaker(policy.Policy):
+    """A policy whose replies all end in <REFINE>, as those of a trained one do, and that can read the plain way."""
 
-    Its group shares one reading of the prompt, sampling and training; or, the plain way, reads it once a reply.
-    The learning rate is zero: every step computes the same.
-    """
+    sharing = True  # False, for a policy and its anchor: a prompt is read once for each reply to it
 
-    def __init__(self, made: policy.Policy, read: int, said: int):
-        torch.manual_seed(0)
-        tokenizer = lessons.make_tokenizer(lessons.vocabulary())
-        searches = Qwen3VLModel(lessons.make_config(tokenizer)).eval().requires_grad_(False)
-        knobs = {"grpo_lr": 0.0, "grpo_head_lr": 0.0, "grpo_group": GROUP, "max_new": said}
-        profile = replace(params.load("smoke"), **knobs)
-        vecs = torch.nn.functional.normalize(torch.randn(33, LATENT_WIDTH), dim=1).numpy()
-        vectors = engine.Vectors([f"v{n}" for n in range(32)], vecs[:32], [0], vecs[32:])
-        search = engine.Engine(profile, searches, tokenizer, "random")
-        made = policy.new_heads(made, policy.Settings(refine_init="default"), 0, search)
-        made.banned[made.stop], self.made, self.prompt, self.said = True, made, long_prompt(made, read), said
-        wired = (search, made, vectors, None)
-        self.course = grpo.Course(grpo.Sampler(profile, "charades", grpo.RECIPES["vsr1"], *wired))
-        text = "A person in a red shirt opens a blue box in the kitchen."
-        self.start = grpo.Start(
-            0, text, "v0", (0.0, 1.0), "", 2.0, "v1", tuple(f"v{n}" for n in range(1, 25))
+    def begin(self, prompts, group=1):
+        """As every policy does; or, the plain way, with each prompt in the batch as often as it is replied to."""
+        if Speaker.sharing:
+            return super().begin(prompts, group)
+        counts = group if isinstance(group, list) else [group] * len(prompts)
+        return super().begin(
+            [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
         )
 
-    def run(self, shared: bool) -> torch.Tensor:
-        """The loss of one step."""
-        prompts, group = ([self.prompt], GROUP) if shared else ([self.prompt] * GROUP, 1)
-        options = {"max_new": self.said - 1, "temperature": 1.0, "rng": np.random.default_rng(0)}
-        rows = []
-        for number, one in enumerate(self.made.reply(prompts, group=group, **options)):
-            ids, logps = [*one.ids, self.made.mark], [*one.logps, -1.0]
-            row = grpo.Row(self.start, 1, "v1", self.prompt, ids, logps, "", list(self.start.wrong))
-            row.taken, row.advantage = torch.zeros(LATENTS, LATENT_WIDTH), (-1.0) ** number
-            rows.append(row)
-        self.course.optimizer.zero_grad()
-        loss, _ = self.course.learner(rows, (GROUP, GROUP), shared=shared)
-        loss.backward()
-        self.course.optimizer.step()
-        return loss.detach()
+    def _completion(self, said, columns):
+        said.ids[-1] = self.mark  # weights that are random would not say it
+        return super()._completion(said, columns)
 
 
-def peak_gb(large: bool, shared: bool, read: int, said: int) -> float:
-    """The memory that a process of its own takes for such a step, at its highest."""
+class Step:
+    """A whole GRPO step of one start, by `grpo.Course` itself: a look, a group of replies, soft tokens, rewards, the
+    anchor's reading, forward and backward, an update. The rate is zero: every step computes the same.
+    """
+
+    def __init__(self, large: bool, read: int, said: int):
+        # Adapters as in `mini`; the larger model learns with all its weights, as in the paper.
+        knobs = {"max_new": said, "temperature": 1.0, "grpo_group": GROUP}
+        knobs |= {"grpo_lr": 0.0, "grpo_head_lr": 0.0}
+        profile = replace(params.load("mini"), **knobs, **({"lora_rank": 0} if large else {}))
+        made = random_policy(large)
+        searches = Qwen3VLModel(lessons.make_config(made.tokenizer)).eval().requires_grad_(False)
+        search = engine.Engine(profile, searches, made.tokenizer, "random")
+        vecs = torch.nn.functional.normalize(torch.randn(33, search.width), dim=1).numpy()
+        vectors = engine.Vectors([f"v{n}" for n in range(32)], vecs[:32], [0], vecs[32:])
+        made = policy.new_heads(made, policy.Settings(refine_init="default"), 0, search)
+        made = Speaker(made.model, made.tokenizer, made.heads, made.settings, made.frame_pixels)
+        made.banned[made.stop] = True
+        clip = long_clip(made, read)
+        shelf = types.SimpleNamespace(get=lambda ids: [clip for _ in ids])
+        query = corpus.Query(0, QUERY, "v0", (0.0, 1.0), "", clip.seconds)
+        self.starts = grpo.make_starts([query], vectors, negatives=profile.grpo_negatives, seed=0)
+        recipe = replace(grpo.RECIPES["vsr1"], turns=1)
+        self.course = grpo.Course(grpo.Sampler(profile, "charades", recipe, search, made, vectors, shelf))
+        self.spent, self.at_once = Counter(), PLAIN_AT_ONCE if large else None
+        self.prompt = made.prompt(policy.SYSTEM, QUERY, clip)
+        self._watch("rollout", self.course, "walk")
+        self._watch("learning", self.course, "_descend")
+        self._watch("anchor", self.course.learner.anchor, "replay")
+        self._watch("update", self.course.optimizer, "step")
+
+    def _watch(self, part, home, name):
+        """Adds up the seconds that `home` spends in what it calls `name`."""
+        work = getattr(home, name)
+
+        def watched(*args, **options):
+            started = time.process_time()
+            result = work(*args, **options)
+            self.spent[part] += time.process_time() - started
+            return result
+
+        setattr(home, name, watched)
+
+    def run(self, sharing: bool) -> tuple[list[str], float, torch.Tensor]:
+        """What was said, the loss, and the gradient, of one step.
+
+        Each gradient (R, C) as its product with a random vector: matrices that agree there are equal (Freivalds), and
+        to keep them all would show in the memory.
+        """
+        Speaker.sharing = sharing
+        self.spent.clear()
+        self.course.knobs = replace(self.course.knobs, grpo_replies=None if sharing else self.at_once)
+        line, rows = self.course.step(1, self.starts)
+        rng, sums = torch.manual_seed(0), []
+        for group in self.course.optimizer.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:  # A's, for the last soft token is not read
+                    grad = weight.grad.reshape(len(weight), -1)
+                    sums.append(grad @ torch.randn(grad.shape[1], generator=rng))
+        return [row["text"] for row in rows], line["loss"], torch.cat(sums)
+
+
+def same_step(first, other) -> None:
+    """Fails where two steps do not agree in every word, in the loss and in the gradient."""
+    assert first[0] == other[0], "other replies were sampled"
+    assert abs(first[1] - other[1]) < 1e-3 * max(1.0, abs(first[1])), "another loss"
+    assert (first[2] - other[2]).norm() < 1e-3 * first[2].norm(), "another gradient"
+
+
+def steps(large: bool, read: int, said: int, rounds: int):
+    """({part: (2, rounds) seconds}, (GB, GB), prompt tokens) of whole steps, shared and plain, in an own process."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak_gb, large, shared, read, said).result()
+        return pool.submit(_steps, large, read, said, rounds).result()
 
 
-def _peak_gb(large, shared, read, said):
+def _steps(large, read, said, rounds):
     torch.set_num_threads(1)
-    Step(random_policy(large), read, said).run(shared)
+    step, spent, highest = Step(large, read, said), {True: [], False: []}, {}
+
+    def way(sharing):
+        result = step.run(sharing)
+        spent[sharing].append(dict(step.spent))
+        highest.setdefault(sharing, peak_gb())
+        return result
+
+    order = [False, True] if large else [True, False]  # what takes less memory first, or it could not be seen
+    whole = in_turn([lambda one=one: way(one) for one in order], rounds, same_step, warm=False)
+    whole = dict(zip(order, whole, strict=True))
+    whole = np.stack([whole[True], whole[False]])
+    one = {part: np.array([[own[part] for own in spent[way]] for way in spent]) for part in spent[True][0]}
+    parts = {"rollout": one["rollout"], "reading of the anchor": one["anchor"]}
+    parts |= {"forward and backward": one["learning"] - one["anchor"] - one["update"]}
+    rest = whole - sum(parts.values())
+    return {"": whole} | parts | {"rest": rest}, (highest[True], highest[False]), len(step.prompt.ids)
+
+
+def peak_gb() -> float:
+    """The memory that this process has taken so far, at its highest."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
-def in_turn(ways, rounds: int, same) -> np.ndarray:
+def in_turn(ways, rounds: int, same, warm=True) -> np.ndarray:
     """(ways, rounds) seconds: in a round, each way once; `same(first, other)` then compares what they gave.
 
     Seconds of the processor, which for one thread are those of the clock, less what others on the machine took: by the
-    clock, a ratio of 7 was once measured as 29. Each way runs unmeasured once, but for the first, the slow one.
+    clock, a ratio of 7 was once measured as 29. Warm: each way runs unmeasured once, but for the first, the slow one.
     """
-    for way in ways[1:]:
+    for way in ways[1:] if warm else ():
         way()
     seconds = np.zeros((len(ways), rounds))
     for turn in range(rounds):
@@ -187,10 +257,10 @@ def in_turn(ways, rounds: int, same) -> np.ndarray:
     return seconds
 
 
-def measure(large: bool, model: str, read: int, said: int, rounds: int, targets: bool) -> list[Row]:
-    """All claims for one policy: a prompt of at least `read` tokens, replies of `said` tokens."""
+def measure_latents(large: bool, model: str, read: int, said: int, rounds: int, targets: bool) -> list[Row]:
+    """Soft tokens behind a prompt of at least `read` tokens and a reply of `said` tokens."""
     made = random_policy(large)
-    prompt = long_prompt(made, read)
+    prompt = made.prompt(policy.SYSTEM, QUERY, long_clip(made, read))
     reply = [*made.reply([prompt], max_new=said - 1)[0].ids, made.mark]
     size = sum(weight.numel() for weight in made.model.parameters()) / 1e6
 
@@ -205,35 +275,33 @@ def measure(large: bool, model: str, read: int, said: int, rounds: int, targets:
     def from_cache():
         return refine.soft_tokens(made, branches, LATENTS)[0]
 
-    def replies(prompts, group):
-        rng = np.random.default_rng(0)
-        some = made.reply(prompts, group=group, max_new=said, temperature=1.0, rng=rng)
-        return torch.tensor([one.ids for one in some])
-
     def close(first, other):
         torch.testing.assert_close(first, other, atol=1e-3, rtol=1e-3)
 
-    ways = [lambda: by_full_forwards(made, prompt, reply, LATENTS), from_nothing, from_cache]
-    latents = in_turn(ways, rounds, close)
-    group = in_turn([lambda: replies([prompt] * GROUP, 1), lambda: replies([prompt], GROUP)], rounds, close)
-    stepper = Step(random_policy(large), read, said)
-    steps = in_turn([lambda: stepper.run(False), lambda: stepper.run(True)], rounds, close)
-    memory = [peak_gb(large, shared, read, said) for shared in (True, False)]
+    plain, *ours = in_turn(
+        [lambda: by_full_forwards(made, prompt, reply, LATENTS), from_nothing, from_cache], rounds, close
+    )
     facts = model, round(size, 1), len(prompt.ids), said
+    claims = "prompt and reply read once", "from the cache of the reply"
+    aims = SQR_TARGET if targets else None, None
     return [
-        Row(claim, *facts, *_summary(plain, ours), target if targets else None, *gb)
-        for claim, plain, ours, target, *gb in (
-            (
-                "8 soft tokens, prompt and reply read once: 8 full forwards",
-                latents[0],
-                latents[1],
-                SQR_TARGET,
-            ),
-            ("8 soft tokens from the cache of the reply: 8 full forwards", latents[0], latents[2], None),
-            ("8 replies to a prompt read once: to one read 8 times, in a batch", *group, GROUP_TARGET),
-            ("a whole GRPO step, G = 8, prompt read once: once a reply", *steps, GROUP_TARGET, *memory),
-        )
+        Row(f"8 soft tokens, {claim}: 8 full forwards", *facts, *_summary(plain, seconds), aim)
+        for claim, seconds, aim in zip(claims, ours, aims, strict=True)
     ]
+
+
+def measure_steps(large: bool, model: str, read: int, said: int, rounds: int) -> list[Row]:
+    """A whole GRPO step and its parts: a prompt of at least `read` tokens, replies of `said` tokens."""
+    size = sum(weight.numel() for weight in random_policy(large).model.parameters()) / 1e6
+    parts, memory, tokens = steps(large, read, said, rounds)
+    rows = []
+    for part, (ours, plain) in parts.items():
+        claim = (
+            f"of it: {part}" if part else f"a whole GRPO step, G = {GROUP}, prompt read once: once a reply"
+        )
+        aims = () if part else (GROUP_TARGET, *memory)
+        rows.append(Row(claim, model, round(size, 1), tokens, said, *_summary(plain, ours), *aims))
+    return rows
 
 
 def _summary(plain, ours):
@@ -248,7 +316,7 @@ def write(rows: list[Row], folder: Path, **facts) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     facts |= {"seconds": "of the processor", "device": "CPU only", "machine": results.device()}
-    facts |= {"threads": torch.get_num_threads()}
+    facts |= {"threads": torch.get_num_threads(), "commit": results.commit()}
     facts |= {"versions": versions | {"transformers": transformers.__version__}}
     facts |= {"peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
     stages.write_json(folder / "agent.json", facts | {"rows": [asdict(row) for row in rows]})
@@ -263,8 +331,10 @@ def main(argv: list[str]) -> int:
     argparse.ArgumentParser(prog="python -m vsr1 bench", description=main.__doc__).parse_args(argv)
     torch.set_num_threads(1)
     started, load = time.time(), os.getloadavg()[0]
-    rows = measure(False, "mini", 512, 32, rounds=5, targets=False)
-    rows += measure(True, "large", 512, 32, rounds=2, targets=True)
+    rows = measure_latents(False, "mini", 512, 32, rounds=5, targets=False)
+    rows += measure_latents(True, "large", 512, 32, rounds=2, targets=True)
+    rows += measure_steps(False, "mini", 512, 75, rounds=5)
+    rows += measure_steps(True, "large", 512, 75, rounds=1)
     for row in rows:
         aim = f", at least {row.target:g} wanted" if row.target else ""
         print(
