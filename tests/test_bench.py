@@ -12,16 +12,42 @@ from vsr1 import bench
 @pytest.fixture(scope="module")
 def rows():
     torch.set_num_threads(1)
-    return bench.measure(False, "mini", 100, 6, rounds=2, targets=True)
+    latents = bench.measure_latents(False, "mini", 100, 6, rounds=2, targets=True)
+    return latents + bench.measure_steps(False, "mini", 100, 6, rounds=2)
 
 
 def test_ratios_are_those_of_the_seconds_and_targets_stand_beside_them(rows):
-    assert [row.target for row in rows] == [5.0, None, 2.5, 2.5]
+    assert [row.target for row in rows] == [5.0, None, 2.5, None, None, None, None]
     for row in rows:
         assert 0 < row.ratio_low <= row.ratio <= row.ratio_high
         assert (
             row.ratio_low * row.ours_s <= 2 * row.plain_s and row.plain_s <= 2 * row.ratio_high * row.ours_s
         )
+
+
+def test_a_step_is_the_sum_of_its_parts_and_the_plain_way_takes_more_memory(rows):
+    """Medians of two rounds are means, so the parts add up but for rounding."""
+    whole, *parts = rows[2:]
+    assert sum(row.ours_s for row in parts) == pytest.approx(whole.ours_s, abs=5e-4)
+    assert sum(row.plain_s for row in parts) == pytest.approx(whole.plain_s, abs=5e-4)
+    assert all(0 < row.ours_s < row.plain_s for row in parts[:3])  # rollout, anchor, forward and backward
+    assert 0 < whole.ours_gb <= whole.plain_gb
+
+
+def test_steps_that_say_or_learn_something_else_are_not_timed_as_equals():
+    step = bench.Step(False, 100, 6)
+    words, loss, gradient = step.run(True)
+    bench.same_step((words, loss, gradient), step.run(False))
+    for what, other in {
+        "other replies": (words[1:], loss, gradient),
+        "another loss": (words, loss + 0.01, gradient),
+        "another gradient": (words, loss, gradient * 1.01),
+    }.items():
+        with pytest.raises(AssertionError, match=what):
+            bench.same_step((words, loss, gradient), other)
+    step.course.learner.sampler.knobs.__dict__["soft_weight"] = 0.5  # frozen, but this step's own
+    with pytest.raises(AssertionError):
+        bench.same_step((words, loss, gradient), step.run(True))
 
 
 def test_ways_that_disagree_are_not_timed_as_equals():
@@ -41,13 +67,15 @@ def test_the_larger_model_and_the_prompts_are_as_large_as_claimed():
         config = bench.make_config(large=True, rows=1000)
         size = sum(weight.numel() for weight in bench.Qwen3VLForConditionalGeneration(config).parameters())
     assert 180e6 < size < 240e6
-    assert 512 <= len(bench.long_prompt(bench.random_policy(large=False), 512).ids) < 600
+    made = bench.random_policy(large=False)
+    prompt = made.prompt(bench.policy.SYSTEM, bench.QUERY, bench.long_clip(made, 512))
+    assert 512 <= len(prompt.ids) < 600
 
 
 def test_both_files_hold_every_row(rows, tmp_path):
     bench.write(rows, tmp_path, minutes=1.0)
     told = json.loads((tmp_path / "agent.json").read_text())
-    assert {"machine", "threads", "versions", "peak_memory_gb", "minutes"} <= set(told) and told[
+    assert {"machine", "threads", "versions", "commit", "peak_memory_gb", "minutes"} <= set(told) and told[
         "threads"
     ] == 1
     with open(tmp_path / "agent.csv", newline="") as file:
