@@ -8,6 +8,7 @@ results/<profile>/ablations/<dataset>.json     tables B1 to B3, read by `results
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def beside(profile: Profile, dataset: str, name: str, *lent: str, **knobs) -> Pr
         link = own.runs(dataset) / part
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
-            link.symlink_to((profile.runs(dataset) / part).resolve())
+            link.symlink_to(os.path.relpath(profile.runs(dataset) / part, link.parent))
     return own
 
 
@@ -111,6 +112,16 @@ def stages_and_rewards(profile: Profile) -> dict[str, Number]:
     for name, walked in runs.items():
         numbers |= shares(profile, f"T2/{STAGES}/{name}", walked)
     return numbers
+
+
+def missed(profile: Profile) -> dict[str, tuple]:
+    """{words: (both stages, stage 2 without a reward, metric)}: pairs for `training.gains`."""
+    whole = main_runs(profile, STAGES)["vsr1"]
+    return {
+        f"{key}, {variant.words}": (whole, trained(profile, STAGES, name), key)
+        for name, variant in REWARDS.items()
+        for key in PARTS
+    }
 
 
 # --- F4: soft tokens

@@ -442,7 +442,7 @@ def _curve(axes, numbers, place, keys, paper=False, **look):
     shown = {x: entry for x, entry in entries.items() if entry and entry[kind] is not None}
     axes.plot(list(shown), [entry[kind] for entry in shown.values()], markersize=5, **look)
     bands = [entry["ci"] for entry in shown.values()]
-    if not paper and all(bands):
+    if not paper and bands and all(bands):
         axes.fill_between(
             list(shown), *zip(*bands, strict=True), color=look["color"], alpha=0.12, linewidth=0
         )
