@@ -25,10 +25,13 @@ STYLE = Path(__file__).with_name("page.css")
 
 def publish(profile: Profile) -> Path:
     """The report of a profile, after all that it shows: numbers.json, provenance.json, tables, figures."""
+    from vsr1 import diagrams  # the prompts it draws come with torch, which `check` and `show` do without
+
     numbers = results.collect(profile)
     results.provenance(profile)
     tables.write(profile)
     gallery.figures(profile, numbers)
+    diagrams.publish(profile)
     plates.publish(profile)
     gallery.copy_sheets(profile)
     return report(profile, cards.publish(profile))
