@@ -346,28 +346,28 @@ def _on_wrong_video(prompt):
     return prompt[prompt.rindex("If no scene") :]
 
 
-def _wrap(words, width, most, size=SIZE):
+def _wrap(words, width, most):
     """Plain words as at most `most` lines of at most `width` inches; an ellipsis for what is left out."""
     lines = [""]
     for word in words.split():
         longer = f"{lines[-1]} {word}".strip()
-        if _inches(longer, size) <= width or not lines[-1]:
+        if _inches(longer) <= width or not lines[-1]:
             lines[-1] = longer
         elif len(lines) < most:
             lines.append(word)
         else:
             lines[-1] += " …"
             break
-    return [_cut(line, width, size).replace("$", r"\$") for line in lines]
+    return [_cut(line, width).replace("$", r"\$") for line in lines]
 
 
-def _cut(line, width, size):
+def _cut(line, width):
     """A line without what does not fit."""
-    while _inches(line, size) > width:
+    while _inches(line) > width:
         line = f"{line.removesuffix('…')[:-1]}…"
     return line
 
 
-def _inches(words, size):
-    """How long words are in the font of the figures; what is drawn differs by a few percent."""
-    return 1.03 * text_to_path.get_text_width_height_descent(words, FontProperties(size=size), False)[0] / 72
+def _inches(words):
+    """How long words are in a box; what is drawn differs by a few percent."""
+    return 1.03 * text_to_path.get_text_width_height_descent(words, FontProperties(size=SIZE), False)[0] / 72
