@@ -11,7 +11,7 @@ from fake import profile as fake_profile
 from test_episode_metrics import episode, turn
 from test_evaluate import MATCH, REJECT, agent, made, random_one, read, world  # noqa: F401 (fixtures)
 
-from vsr1 import ablations, corpus, engine, evaluate, metrics, results
+from vsr1 import ablations, corpus, engine, evaluate, gallery, metrics, results
 from vsr1 import episode as loop
 from vsr1.results import Number
 
@@ -133,3 +133,37 @@ def test_a_gallery_grows_by_what_is_real_first(tmp_path, monkeypatch):
     for vecs in grown.values():
         assert np.array_equal(vecs[:3], test.video_vecs)
         assert np.allclose(np.linalg.norm(vecs, axis=1), 1)
+
+
+def measured(run, dataset, names):
+    results.record(
+        run, dataset, "07_tokens", {name: Number(value, 9, (value - 1, value + 1)) for name, value in names}
+    )
+
+
+def test_a_mean_of_the_data_sets_needs_all_of_them_and_stands_beside_the_paper(tmp_path, monkeypatch):
+    run = fake_profile(tmp_path, monkeypatch)
+    for at, dataset in enumerate(run.datasets):
+        assert not results.collect(run)["F4/mean/vsr1/d2"]["measured"]
+        measured(run, dataset, [(f"F4/{dataset}/vsr1/d{d}", 10.0 * d + at) for d in range(9)])
+    entry = results.collect(run)["F4/mean/vsr1/d2"]
+    assert (entry["value"], entry["paper"], entry["ci"]) == (21.0, 32.3, None) and entry["verdict"] is None
+
+
+def test_curves_show_what_is_measured_and_the_last_panel_what_the_paper_shows(tmp_path, monkeypatch):
+    run = fake_profile(tmp_path, monkeypatch)
+    for dataset in run.datasets:
+        measured(run, dataset, [(f"F4/{dataset}/vsr1/d{d}", 10.0 * d) for d in range(9) if d != 4])
+    figure = gallery.soft_tokens(results.collect(run), ["didemo"])
+    ours, paper = (axes.lines[0].get_xydata().tolist() for axes in figure.axes)
+    assert ours == [[d, 10.0 * d] for d in range(9) if d != 4]  # a gap is no zero
+    published = [results.published()[f"F4/mean/vsr1/d{d}"] for d in range(9)]
+    assert paper == [[d, value] for d, value in enumerate(published)]
+    assert len(figure.axes[1].lines[1].get_xydata()) == 0  # the paper has no such line
+
+
+def test_bars_of_two_engines_leave_a_gap_where_soft_tokens_were_not_trained(tmp_path, monkeypatch):
+    run = fake_profile(tmp_path, monkeypatch)
+    measured(run, "didemo", [("A2/didemo/sqr/vr@1_small", 70.0), ("A2/didemo/hqr-seen/vr@1_large", 5.0)])
+    (axes,) = gallery.engines(results.collect(run), ["didemo"]).axes
+    assert sorted(bar.get_width() for bar in axes.patches) == [5.0, 70.0]

@@ -119,6 +119,8 @@ def agent_run(run):
             }
         for system in ("free-plain", "held-plain", "held-zero-n8-r100", "held-scaled-n8-r100-hard"):
             numbers[f"L1/{dataset}/{system}/vr@1"] = results.Number(41.0 + shift, **spread)
+        for name in ("F4/{}/vsr1/d0", "F4/{}/vsr1/d8", "F5/{}/vsr1/vcmr@0.5_t1", "A2/{}/sqr/vr@1_small"):
+            numbers[name.format(dataset)] = results.Number(30.0, **spread)
         results.record(run, dataset, "02_and_06", numbers, series)
     return run
 

@@ -137,6 +137,20 @@ def test_side_by_side_counts_gains_costs_and_what_is_missing():
     assert rows.loc["sqr-untrained", ["gained", "lost", "points"]].tolist() == [1, 0, "+50.0"]
 
 
+def test_gains_are_counted_over_all_over_the_refined_and_over_the_failed():
+    moved = episode(1, "a", [turn(1, "x", "a", 9, False, out=(1, "a"))])
+    lost = episode(2, "b", [turn(1, "b", "b", 1, False, out=(2, "x"))])
+    stays = episode(3, "c", [turn(1, "c", "c", 1, True, (2.0, 8.0))], "matched")
+    stuck = episode(4, "d", [turn(1, "x", "d", 5, True, (2.0, 8.0))], "matched")
+    numbers = study.against(PROFILE, "charades", {"sqr": [moved, lost, stays, stuck], "hqr-seen": [stays]})
+    found = values(numbers)
+    assert [found[f"sqr/gain{group}"] for group in ("", "_refined", "_failed")] == [0.0, 0.0, 50.0]
+    assert (found["sqr/tokens"], found["sqr/tokens_tagged"], found["sqr/seconds"]) == (8, 9, 0.5)
+    assert found["hqr-seen/gain"] == 0.0 and found["hqr-seen/tokens"] is None
+    assert found["hqr-seen/gain_failed"] is None and found["hqr-seen/gain_refined"] is None  # nobody to gain
+    assert numbers["T3/charades/sqr/gain"].unit == "points"
+
+
 def test_rewrites_say_what_became_of_the_query_or_why_nothing_did():
     def one(**more):
         return [episode(1, "a", [turn(1, "x", "a", 9, **more)])]

@@ -67,7 +67,7 @@ LONGER = {  # B1
 
 def beside(profile: Profile, dataset: str, name: str, *lent: str, **knobs) -> Profile:
     """The profile with other knobs, working in variants/<name>; `lent` are parts of the main run that it links."""
-    own = replace(profile, name=f"{profile.name}/variants/{name}", **knobs)
+    own = profile.beside(name, **knobs)
     for part in ("corpus", "videos", *lent):
         link = own.runs(dataset) / part
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,8 @@ CLAIMS = {
 WITHIN = {  # claims about parts of one search, which seeds did not keep
     "turn-2": Claim("within-2", "within-1", "vcmr@0.5"),
     "turn-3": Claim("within-3", "within-2", "vcmr@0.5"),
+    "skip-zs-walkdown": Claim("skip", "zs-walkdown", "vcmr@0.5"),  # walking down shows no video twice either
+    "skip-walkdown": Claim("skip", "walkdown", "vcmr@0.5"),
     "latents": Claim("latents-all", "latents-0", "vr@1"),
     "latents-half": Claim("latents-half", "latents-0", "vr@1"),
     "latents-rest": Claim("latents-all", "latents-half", "vr@1"),
@@ -65,6 +67,7 @@ def column(found: dict, metric: str) -> dict:
 def of_run(profile: Profile, dataset: str) -> dict:
     """{system: its hits} of this run, in the shape of a file of `seeds`; without the systems that have no episodes."""
     paths = {name: profile.runs(dataset) / "episodes" / f"{file}.jsonl" for name, file in FILES.items()}
+    paths["skip"] = profile.beside("skip").runs(dataset) / "episodes" / "vsr1.jsonl"
     walked = {name: episode.read_episodes(path) for name, path in paths.items() if path.exists()}
     found = {name: hits(some) for name, some in walked.items()}
     for one_look, longer in {"ft": "walkdown", "zs": "zs-walkdown"}.items():

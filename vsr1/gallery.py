@@ -460,7 +460,7 @@ def _and_the_paper(datasets):
 def soft_tokens(numbers: dict, datasets: list[str]) -> Figure:
     """R@1 against the number of soft tokens, a panel per data set, the paper's last."""
     figure, panels = _and_the_paper(datasets)
-    last = sum(name.startswith(f"F4/{datasets[0]}/vsr1/") for name in numbers) - 1
+    last = max(int(name.split("/d")[-1]) for name in numbers if name.startswith(f"F4/{datasets[0]}/vsr1/"))
     keys = {depth: f"d{depth}" for depth in range(last + 1)}
     for axes, dataset in panels:
         paper = dataset == "mean"
@@ -480,7 +480,9 @@ def turn_counts(numbers: dict, datasets: list[str]) -> Figure:
     """VCMR against the most turns, a panel per data set, the paper's last; dashed: rejected videos are not shown."""
     figure, panels = _and_the_paper(datasets)
     colours = {"0.3": (BLUE, "o"), "0.5": (RED, "s"), "0.7": (ORANGE, "^")}
-    turns = sorted({int(name[-1]) for name in numbers if name.startswith(f"F5/{datasets[0]}/vsr1/ver_t")})
+    turns = sorted(
+        {int(name[-1]) for name in numbers if name.startswith(f"F5/{datasets[0]}/vsr1/vcmr@0.5_t")}
+    )
     for axes, dataset in panels:
         for m, (colour, marker) in colours.items():
             keys = {turn: f"vcmr@{m}_t{turn}" for turn in turns}

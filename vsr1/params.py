@@ -148,6 +148,10 @@ class Profile:
         """Where this profile's numbers, tables and figures go."""
         return ROOT / "results" / self.name
 
+    def beside(self, variant: str, **knobs) -> "Profile":
+        """The same with other knobs, whose runs lie in variants/<variant> of these."""
+        return dataclasses.replace(self, name=f"{self.name}/variants/{variant}", **knobs)
+
     def digest(self) -> str:
         """Twelve hex digits that change when any knob changes."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
