@@ -151,7 +151,7 @@ def pairs(profile: Profile, walked: dict, films: Callable[[str], Films]) -> dict
     for name, (dataset, (soft, hard)) in chosen.items():
         ranks, (winner, loser) = (weaker, ("HQR", "SQR")) if name == "Q2" else (AGAINST, ("SQR", "HQR"))
         number = {"SQR": fitting(walks, ahead, ranks), "HQR": fitting(walks, losing, ranks)}
-        ends = f"{cards.rank(soft)} by SQR and {cards.rank(hard)} by HQR (`reasoned`, ours, the base model prompted)"
+        ends = f"{cards.rank(soft)} by SQR and {cards.rank(hard)} by HQR (reasoned, ours, the base model prompted)"
         title = (
             f"SQR against HQR: the right video is on rank {soft.rank_orig} at first, in the end on {ends}."
         )
@@ -213,8 +213,9 @@ def counts(walks: dict[str, list], found: dict[str, list]) -> str:
     >>> counts({"a": [1, 2, 3], "b": [4]}, {"a": [1, 2], "b": []})
     '2 of 4 queries (a 2 of 3, b 0 of 1)'
     """
+    fit, asked = sum(map(len, found.values())), sum(map(len, walks.values()))
     own = ", ".join(f"{dataset} {len(found[dataset])} of {len(some)}" for dataset, some in walks.items())
-    return f"{sum(map(len, found.values()))} of {sum(map(len, walks.values()))} queries ({own})"
+    return f"{fit} of {asked} queries" + (f" ({own})" if fit else "")
 
 
 def _first(ranks):
