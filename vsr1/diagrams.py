@@ -12,7 +12,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectang
 from matplotlib.path import Path as Line
 from matplotlib.textpath import text_to_path
 
-from vsr1 import cards, corpus, episode, frames, gallery, metrics, policy, refine
+from vsr1 import cards, corpus, episode, frames, gallery, plates, policy, refine
 from vsr1.episode import REFINE, Episode
 from vsr1.gallery import BLACK, BLUE, GREY, ORANGE, RED, SKY
 from vsr1.params import Profile
@@ -109,25 +109,9 @@ def pipeline(profile: Profile) -> Figure:
 
 
 def example(profile: Profile) -> tuple[str, Episode, Episode] | None:
-    """The first query that SQR rescues and HQR does not: data set, SQR's search and HQR's; None without one."""
-    for dataset in profile.datasets:
-        folder = profile.runs(dataset) / "episodes"
-        paths = [folder / f"{cards.SYSTEMS[way][0]}.jsonl" for way in ("sqr", "hqr-reasoned")]
-        if all(path.exists() for path in paths):
-            soft, hard = ({one.desc_id: one for one in episode.read_episodes(path)} for path in paths)
-            for key in sorted(soft.keys() & hard.keys()):
-                if _tells(soft[key], hard[key]):
-                    return dataset, soft[key], hard[key]
-    return None
-
-
-def _tells(soft, hard):
-    """The rule of F7: from rank 10 to 40, SQR finds video and moment, HQR looks again and never ranks it first."""
-    if len(hard.turns) < 2 or not 10 <= cards.rank(soft, "orig") <= 40:
-        return False
-    never = all(1 not in (turn.rank_in, turn.rank_out) for turn in hard.turns)
-    found = cards.rank(soft) == 1 and metrics.vcmr_hits([soft], 0.5)[0]
-    return bool(found and never and soft.turns[0].shown_id == hard.turns[0].shown_id)
+    """The search of F7: data set, SQR's episode and HQR's; None where no search fits its rule."""
+    found = plates.in_turns(plates.fitting(plates.compared(profile), plates.ahead, plates.AGAINST))
+    return (found[0][0], *found[0][1]) if found else None
 
 
 def films(profile: Profile, dataset: str, soft: Episode, hard: Episode) -> dict[str, list[np.ndarray]]:

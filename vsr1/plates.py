@@ -95,6 +95,12 @@ def searches(profile: Profile) -> dict[str, list[tuple[Episode, Episode | None]]
     return walks
 
 
+def compared(profile: Profile) -> dict[str, list[tuple[Episode, Episode]]]:
+    """{data set: (SQR's episode, HQR's) of each test query that both were asked}."""
+    both = {dataset: [walk for walk in some if walk[1]] for dataset, some in searches(profile).items()}
+    return {dataset: some for dataset, some in both.items() if some}
+
+
 # --- Ranks of the other videos
 
 
@@ -136,10 +142,8 @@ def _rank(profile, dataset, weights, chosen, folder):
 # --- All of them
 
 
-def pairs(profile: Profile, walked: dict, films: Callable[[str], Films]) -> dict[str, tuple[Figure, str]]:
+def pairs(profile: Profile, walks: dict, films: Callable[[str], Films]) -> dict[str, tuple[Figure, str]]:
     """{F7, A3 to A7, Q2: (figure, caption)}, as many as the rules find; Q2 is a search that HQR wins."""
-    both = {dataset: [walk for walk in some if walk[1]] for dataset, some in walked.items()}
-    walks = {dataset: some for dataset, some in both.items() if some}
     losing = lambda soft, hard: ahead(hard, soft)  # noqa: E731
     strict = in_turns(fitting(walks, losing, AGAINST))
     weaker = AGAINST if strict else FAILED
@@ -260,8 +264,7 @@ def publish(profile: Profile) -> list[Path]:
     folder = profile.results() / "figures" if profile.world else profile.runs("figures")
     for name in (*PAIRS, "Q2", "F1", "F6"):
         (folder / f"{name}.png").unlink(missing_ok=True)
-    walked = searches(profile)
     with frames.Reader() as reader:
         films = functools.cache(lambda dataset: Films(profile, dataset, reader))
-        plates = pairs(profile, walked, films) | singles(profile, walked, films)
+        plates = pairs(profile, compared(profile), films) | singles(profile, searches(profile), films)
         return [_save(figure, folder, name, words) for name, (figure, words) in plates.items()]
