@@ -592,6 +592,32 @@ def test_too_many_steps_out_of_memory_end_the_run(
     assert len(lines(tmp_path)) == steps
 
 
+def test_a_rollout_out_of_memory_goes_on_with_half_the_starts_and_gives_the_same_rows(
+    monkeypatch, profile, search, vectors, starts
+):
+    """Four starts at once do not fit, then two do; when two do not fit either, the error stands."""
+    course = begin(dataclasses.replace(profile, grpo_batch=4), search, vectors)
+    whole, walk, fits, sizes = course.walk(starts[:4], 2, [1]), course.sampler.walk, 4, []
+
+    def full(some, seed):
+        sizes.append(len(some) // 2)
+        if sizes[-1] > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return walk(some, seed)
+
+    monkeypatch.setattr(course.sampler, "walk", full)
+    fits = 2
+    with pytest.warns(UserWarning, match="4 starts at once do not fit in memory: half of grpo_batch"):
+        halves = course.walk(starts[:4], 2, [1])
+    assert course.walk(starts[:4], 2, [1])[-1].ids == halves[-1].ids  # without another word
+    assert sizes == [4, 2, 2, 2, 2] and course.counts["halved"] == 1
+    assert [row.ids for row in halves] == [row.ids for row in whole]
+    assert [row.reward for row in halves] == pytest.approx([row.reward for row in whole], abs=1e-5)
+    fits = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        course.walk(starts[:4], 2, [1])
+
+
 def test_groups_that_all_earn_the_same_end_the_run_where_it_can_go_on(
     tmp_path, profile, search, vectors, starts
 ):

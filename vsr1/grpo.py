@@ -16,6 +16,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -443,21 +444,43 @@ class Course:
         learner = Learner(sampler, anchor)
         optimizer = torch.optim.AdamW(_groups(self.knobs, sampler.recipe, agent))
         self.learner, self.optimizer = self.accelerator.prepare(learner, optimizer)
-        self.counts = Counter()  # since step 1: steps skipped, those for want of memory, groups, those flat
+        self.counts = (
+            Counter()
+        )  # since step 1: steps skipped, those for want of memory, halved walks, groups, those flat
 
     def walk(self, starts: list[Start], members: int, seed: list[int]) -> list[Row]:
-        """The rows of `members` episodes from each start; each process walks its share of the starts."""
+        """The rows of `members` episodes from each start; each process walks its share of the starts.
+
+        If they do not fit in memory, half as many are walked at once from then on: the same rows. That happens once.
+        """
         share = list(enumerate(starts))[self.accelerator.process_index :: self.accelerator.num_processes]
         rows = []
-        for at in range(0, len(share), self.knobs.grpo_batch):
-            some = [
-                dataclasses.replace(start, group=group, member=member)
-                for group, start in share[at : at + self.knobs.grpo_batch]
-                for member in range(members)
-            ]
-            with self.accelerator.autocast():
-                rows += [row for walked in self.sampler.walk(some, seed) for row in walked]
+        while share:
+            size = max(1, self.knobs.grpo_batch >> self.counts["halved"])
+            walked = self._walk(share[:size], members, seed)
+            if walked is not None:
+                rows, share = rows + walked, share[size:]
         return rows
+
+    def _walk(self, share, members, seed):
+        """The rows of some (group, start); None: they did not fit, and fewer are to be tried."""
+        some = [
+            dataclasses.replace(start, group=group, member=member)
+            for group, start in share
+            for member in range(members)
+        ]
+        try:
+            with self.accelerator.autocast():
+                return [row for walked in self.sampler.walk(some, seed) for row in walked]
+        except torch.OutOfMemoryError:
+            if self.counts["halved"] or len(share) < 2:
+                raise
+        self.counts["halved"] += 1
+        told = (
+            f"episodes from {len(share)} starts at once do not fit in memory: half of grpo_batch from now on"
+        )
+        warnings.warn(told, stacklevel=2)
+        return None
 
     def step(self, number: int, starts: list[Start]) -> tuple[dict, list[dict]]:
         """One rollout and one step of the optimizer: (the line of the log, all rows in short)."""
@@ -474,7 +497,7 @@ class Course:
         means |= {"clipped": sums["clipped"] / sums["rows"]}
         means |= {"info_nce": sums["info_nce"] / max(1, sums["soft"])}
         line = {"step": number} | {key: mean if math.isfinite(mean) else None for key, mean in means.items()}
-        line |= {"norm": norm} | {key: self.counts[key] for key in ("skipped", "no_memory")}
+        line |= {"norm": norm} | {key: self.counts[key] for key in ("skipped", "no_memory", "halved")}
         return line | {"seconds": time.perf_counter() - began} | told, short
 
     def _descend(self, kept):

@@ -6,6 +6,7 @@ needs torchvision and picks frames by average rate (STACK.md 2.4, 2.9, 2.10). Th
 the released weights were trained with; a golden test pins it.
 """
 
+import json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ def load(kind, name: str, dtype: str = "float32", device: str = "cpu"):
         raise InputError(
             f"{name}: the mini model is missing; restore it with `git checkout {name}` or `make foundation`"
         )
+    _check_shards(Path(place(name)))
     options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "ignore_mismatched_sizes": True}
     try:
         model, report = kind.from_pretrained(place(name), output_loading_info=True, **options)
@@ -54,6 +56,17 @@ def load(kind, name: str, dtype: str = "float32", device: str = "cpu"):
     if report["missing_keys"]:
         raise InputError(f"{name}: tensor {min(report['missing_keys'])} is missing from its safetensors")
     return model.to(device).eval(), tokenizer
+
+
+def _check_shards(folder):
+    """An index of safetensors that lists a pickle is refused: the library would open it."""
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index}: not readable ({error!r}); fetch it again") from error
+        if odd := sorted(str(name) for name in listed if not str(name).endswith(".safetensors")):
+            raise InputError(f"{index}: lists {odd[0]}, which is no safetensors file; convert it first")
 
 
 def pick_device(wish: str) -> str:
