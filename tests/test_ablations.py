@@ -167,3 +167,8 @@ def test_bars_of_two_engines_leave_a_gap_where_soft_tokens_were_not_trained(tmp_
     measured(run, "didemo", [("A2/didemo/sqr/vr@1_small", 70.0), ("A2/didemo/hqr-seen/vr@1_large", 5.0)])
     (axes,) = gallery.engines(results.collect(run), ["didemo"]).axes
     assert sorted(bar.get_width() for bar in axes.patches) == [5.0, 70.0]
+
+
+def test_every_variant_has_its_words_where_its_table_is_laid_out():
+    for table, variants in {"T2": ablations.REWARDS, "B1": ablations.LONGER}.items():
+        assert variants.keys() <= results.layouts()[table]["systems"].keys()
