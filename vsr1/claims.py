@@ -1,7 +1,7 @@
 """What the paper claims, as one system ahead of another on the same queries; and whether it holds here.
 
 R3  this run: `of_run` reads its episodes, `compare` pairs them query by query
-R1  several seeds: `seeds` writes what each got right, `compare` takes the mean (hits are kept the same way)
+R1  several seeds: `seeds` keeps what each got right (`tally`, as in R3), `compare` takes the mean
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,6 @@ CLAIMS = {
     **{f"vsr1-{name}": Claim("vsr1", name, "vcmr@0.5") for name in ("zs", "zs-walkdown", "ft", "walkdown")},
     "grpo-vcmr": Claim("vsr1", "sft", "vcmr@0.5"),
     "grpo-ver": Claim("vsr1", "sft", "ver"),
-}
-WITHIN = {  # claims about parts of one search, which seeds did not keep
     "turn-2": Claim("within-2", "within-1", "vcmr@0.5"),
     "turn-3": Claim("within-3", "within-2", "vcmr@0.5"),
     "skip-zs-walkdown": Claim("skip", "zs-walkdown", "vcmr@0.5"),  # walking down shows no video twice either
@@ -51,11 +49,12 @@ FILES |= {name: f"{name}-sample" for name in VARIANTS}  # system: its file of ep
 def hits(walked: list[Episode]) -> dict:
     """What one system got right: the ids of its queries, and a text of digits 0 and 1 a metric."""
     found = metrics.hits(walked)
-    columns = {name: _digits(found[name]) for name in KEPT}
+    columns = {name: bits(found[name]) for name in KEPT}
     return {"ids": [one.desc_id for one in walked]} | columns
 
 
-def _digits(values):
+def bits(values) -> str:
+    """A digit 0 or 1 a value."""
     return "".join(str(int(value)) for value in values)
 
 
@@ -65,19 +64,25 @@ def column(found: dict, metric: str) -> dict:
 
 
 def of_run(profile: Profile, dataset: str) -> dict:
-    """{system: its hits} of this run, in the shape of a file of `seeds`; without the systems that have no episodes."""
+    """What this run got right, in the shape of a file of `seeds`; without the systems that have no episodes."""
     paths = {name: profile.runs(dataset) / "episodes" / f"{file}.jsonl" for name, file in FILES.items()}
     paths["skip"] = profile.beside("skip").runs(dataset) / "episodes" / "vsr1.jsonl"
     walked = {name: episode.read_episodes(path) for name, path in paths.items() if path.exists()}
-    found = {name: hits(some) for name, some in walked.items()}
+    return {"seed": profile.seed, **tally(walked)}
+
+
+def tally(walked: dict[str, list[Episode]]) -> dict:
+    """{"videos": the right one of each query, "hits": {system: its hits}}: of all that was walked, and of parts of it:
+    one look of those who walk down, the first looks of a search, and its first refinement with fewer latents."""
+    parts = dict(walked)
     for one_look, longer in {"ft": "walkdown", "zs": "zs-walkdown"}.items():
         if longer in walked:
-            found[one_look] = hits(metrics.within(walked[longer], 1))
+            parts[one_look] = metrics.within(walked[longer], 1)
     final = walked.get("vsr1", [])
-    for turns in range(1, profile.max_turns + 1) if final else ():
-        found[f"within-{turns}"] = hits(metrics.within(final, turns))
+    for turns in range(1, final[0].run.max_turns + 1) if final else ():
+        parts[f"within-{turns}"] = metrics.within(final, turns)
     videos = {one.desc_id: one.gt_video for some in walked.values() for one in some}
-    return {"seed": profile.seed, "videos": videos, "hits": found | _latents(final)}
+    return {"videos": videos, "hits": {name: hits(some) for name, some in parts.items()} | _latents(final)}
 
 
 def _latents(walked):
@@ -88,7 +93,7 @@ def _latents(walked):
     return {
         f"latents-{name}": {
             "ids": list(ranks),
-            "vr@1": _digits(r[at(len(r) - 1)] == 1 for r in ranks.values()),
+            "vr@1": bits(r[at(len(r) - 1)] == 1 for r in ranks.values()),
         }
         for name, at in depths.items()
         if ranks
@@ -106,13 +111,13 @@ def places(profile: Profile) -> list[str]:
 # --- Differences
 
 
-def compare(profile: Profile, place: str, runs: list[dict], claims=CLAIMS, note="") -> dict[str, Number]:
+def compare(profile: Profile, place: str, runs: list[dict], note="") -> dict[str, Number]:
     """{`place`/<claim>/points: Number}: the mean over runs, its interval over queries; with several, the range.
 
     place   <table>/<data set>
     """
     numbers = {}
-    for name, claim in claims.items():
+    for name, claim in CLAIMS.items():
         if {claim.ours, claim.theirs} <= runs[0]["hits"].keys():
             ids, values = gained(claim, runs)
             keys = ("points", "lowest", "highest")[: 3 if len(runs) > 1 else 1]
@@ -121,15 +126,18 @@ def compare(profile: Profile, place: str, runs: list[dict], claims=CLAIMS, note=
 
 
 def gained(claim: Claim, runs: list[dict]) -> tuple[list, np.ndarray]:
-    """(ids of the queries that both were asked, what each of them gained in each run: (runs, Q) of -1, 0, 1)."""
+    """(ids of the queries that both were asked in every run, what each gained in each: (runs, Q) of -1, 0, 1)."""
     ours, theirs = ([one["hits"][system] for one in runs] for system in (claim.ours, claim.theirs))
-    asked = set(ours[0]["ids"])
+    asked = set.intersection(*(set(one["ids"]) for one in (*ours, *theirs)))
     ids = [key for key in theirs[0]["ids"] if key in asked]
     if claim.failed:
         first = column(ours[0], "vr@1_orig")
         ids = [key for key in ids if not first[key]]
     sides = ((ours, claim.metric), (theirs, claim.from_ or claim.metric))
-    mine, other = (np.array([[column(one, m)[key] for key in ids] for one in side]) for side, m in sides)
+    mine, other = (
+        np.array([[found[key] for key in ids] for found in (column(one, metric) for one in side)])
+        for side, metric in sides
+    )
     return ids, mine - other
 
 
@@ -151,7 +159,7 @@ def spread(profile, name, values, ids, runs, keys, note="") -> dict[str, Number]
 
 def record(profile: Profile, dataset: str) -> dict[str, Number]:
     """R3 of one data set, recorded as the part of notebook 09."""
-    numbers = compare(profile, f"R3/{dataset}", [of_run(profile, dataset)], CLAIMS | WITHIN)
+    numbers = compare(profile, f"R3/{dataset}", [of_run(profile, dataset)])
     results.record(profile, dataset, "09_paper", numbers)
     return numbers
 
@@ -191,7 +199,7 @@ def stands(entry: dict | None, lowest: dict | None = None) -> str:
 def judged(numbers: dict, datasets) -> list[Judged]:
     """Every claim on every data set, from numbers.json alone."""
     words, rows = results.layouts()["R3"]["systems"], []
-    for name in (*CLAIMS, *WITHIN):
+    for name in CLAIMS:
         for dataset in datasets:
             own, mean, lowest = (
                 numbers.get(f"{table}/{dataset}/{name}/{key}")

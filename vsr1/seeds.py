@@ -11,7 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from vsr1 import claims, grpo, metrics, results, sft, stages, study
+from vsr1 import (
+    ablations,
+    claims,
+    corpus,
+    engine,
+    grpo,
+    results,
+    sft,
+    stages,
+    study,
+    survey,
+    twostage,
+)
 from vsr1.claims import CLAIMS, KEPT, VARIANTS
 from vsr1.params import Profile
 from vsr1.results import Number
@@ -27,18 +39,27 @@ def run(profile: Profile, dataset: str, seed: int) -> Path:
     down = study.episodes(
         own, dataset, "walkdown-ft", like="walkdown", weights=str(sft.train(own, dataset, "ft"))
     )
-    walked |= {"ft": metrics.within(down, 1), "walkdown": down}
-    base = study.episodes(profile, dataset, "walkdown")  # untrained and greedy: the same for all seeds
-    walked |= {"zs": metrics.within(base, 1), "zs-walkdown": base}
+    walked |= {"walkdown": down, "skip": ablations.skipping(own, dataset)}
+    walked["zs-walkdown"] = study.episodes(profile, dataset, "walkdown")  # greedy: the same for all seeds
     walked |= {name: study.sampled(profile, dataset, name) for name in VARIANTS}
     folder = profile.results() / "seeds"
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {"seed": seed, "profile": profile.digest(), "commit": results.commit()}
-    kept["videos"] = {one.desc_id: one.gt_video for one in walked["sft"]}
-    kept["hits"] = {name: claims.hits(some) for name, some in walked.items()}
+    kept = {"seed": seed, "profile": profile.digest(), "commit": results.commit()} | claims.tally(walked)
+    kept["hits"]["twostage"] = _one_shot(own, dataset)
     path = folder / f"{dataset}-{seed}.json"
     stages.write_json(path, kept)
     return path
+
+
+def _one_shot(own, dataset):
+    """Hits of the two-stage baseline, in the shape of `claims.hits`."""
+    folder, home = twostage.run(own, dataset), own.runs(dataset)
+    queries = corpus.read_fig(home / "corpus" / "test.jsonl")
+    found = survey.first_search(queries, engine.load_vectors(home / "embed" / "engine" / "test"))
+    values = twostage.hits(own, found, twostage.known_spans(folder, queries))
+    return {"ids": [query.id for query in queries]} | {
+        name: claims.bits(values[name]) for name in KEPT if name in values
+    }
 
 
 def of_seed(profile: Profile, dataset: str, seed: int) -> Profile:
@@ -85,9 +106,9 @@ def summary(profile: Profile) -> Path:
 def means(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, Number]:
     """R2: the trained systems, mean over seeds."""
     numbers = {}
-    for system in ("ft", "walkdown", "sft", "vsr1"):
+    for system in ("twostage", "ft", "walkdown", "sft", "vsr1", "skip"):
         ids = runs[0]["hits"][system]["ids"]
-        for metric in (name for name in KEPT if name != "vr@1_orig"):
+        for metric in (name for name in KEPT if name in runs[0]["hits"][system] and name != "vr@1_orig"):
             values = np.array(
                 [[claims.column(one["hits"][system], metric)[key] for key in ids] for one in runs]
             )
@@ -101,11 +122,11 @@ def average(profile: Profile, numbers: dict[str, Number]) -> dict[str, Number]:
     found = {}
     for name in CLAIMS:
         rows = [numbers[f"R1/{dataset}/{name}/points"] for dataset in profile.datasets]
-        if len({row.seeds for row in rows}) == 1:
+        if len({row.seeds for row in rows}) == 1 and all(row.n for row in rows):
             value, count = float(np.mean([row.value for row in rows])), sum(row.n for row in rows)
             found[f"R1/mean/{name}/points"] = replace(rows[0], value=value, n=count, ci=None)
     return found
 
 
 def _note(runs):
-    return f"committed; trained at {', '.join(sorted({one['commit'][:7] for one in runs}))}"
+    return f"committed; made at {', '.join(sorted({one['commit'][:7] for one in runs}))}"
