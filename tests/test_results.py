@@ -8,6 +8,7 @@ import pytest
 import yaml
 from fake import profile as fake_profile
 from fake import record
+from markupsafe import escape
 
 from vsr1 import page, readme, results, tables
 from vsr1.params import ROOT, InputError, load
@@ -42,7 +43,7 @@ def test_a_missing_number_stays_missing_in_every_product(run):
     page.publish(run)
     entry = results.collect(run)["T1/charades/zs/ver"]
     assert entry["value"] is None and entry["measured"] is False and entry["paper"] == 30.0
-    assert page.cell(entry) == "— (30.0)"
+    assert tables.cell(entry) == "— (30.0)"
     rows = list(csv.DictReader(open(run.results() / "tables" / "T1.csv")))
     row = next(r for r in rows if (r["dataset"], r["system"], r["metric"]) == ("charades", "zs", "ver"))
     assert row["value"] == "" and row["measured"] == "False"
@@ -125,8 +126,8 @@ def test_markdown_latex_and_html_show_the_cells_that_numbers_json_holds(run):
     numbers = json.loads((run.results() / "numbers.json").read_text())
     text = {kind: (run.results() / "tables" / f"T1.{kind}").read_text() for kind in ("md", "tex")}
     shown = html.unescape(re.sub("<[^>]+>", " ", (run.results() / "report.html").read_text()))
-    for dataset, system, label, entries in page.rows(numbers, "T1"):
-        cells = [page.cell(entry) for entry in entries]
+    for dataset, system, label, entries in tables.rows(numbers, "T1"):
+        cells = [tables.cell(entry) for entry in entries]
         row = next(r for r in text["md"].splitlines() if r.startswith(f"| {dataset} |") and label in r)
         assert [part.strip() for part in row.split("|")[3:-1]] == cells, (dataset, system)
         assert " & ".join(map(tables._tex, cells)) in text["tex"]
@@ -172,7 +173,7 @@ def test_the_report_escapes_what_it_is_given_and_loads_nothing(run, monkeypatch)
     figure = gallery.Figure()
     gallery.save(figure, run.results() / "figures", "D9", f'"{hostile}')
     text = page.publish(run).read_text()
-    assert "<script" not in text and text.count(html.escape(hostile)) >= 4
+    assert "<script" not in text and text.count(escape(hostile)) >= 4
     loads = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)|@import', text)
     kinds = {re.match(r"data:image/webp;base64,|#\w|[^:]+$", target).end() > 0 for target, _ in loads}
     assert kinds == {True} and not any(other for _, other in loads)
@@ -262,7 +263,7 @@ def test_what_an_item_departs_in_stands_in_the_list_of_deviations():
     named = {name for about in results.items().values() for name in about.get("deviations", ())}
     assert named and named <= page.departures().keys()
     assert all(len(cells) == 3 for cells in page.departures().values())
-    known = {"title", "notebooks", "stages", "deviations", "beyond", "made"}
+    known = {"title", "notebooks", "stages", "deviations", "beyond", "made", "caption"}
     assert all(about.keys() <= known for about in results.items().values())
 
 
@@ -354,7 +355,7 @@ def test_the_readme_follows_its_numbers_and_names_a_lost_marker(run):
     told = readme.fill(text, run)
     path, key = run.results() / "numbers.json", "R2/didemo/vsr1/vr@1"
     numbers = json.loads(path.read_text())
-    assert page.cell(numbers[key]) in told
+    assert tables.cell(numbers[key]) in told
     numbers[key]["value"] = 12.34
     numbers["R1/didemo/refined/lowest"]["value"] = -1.0
     path.write_text(json.dumps(numbers))

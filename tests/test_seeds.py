@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fake import profile as fake_profile
 
-from vsr1 import page, results, seeds
+from vsr1 import results, seeds, tables
 
 IDS = list(range(1, 21))
 
@@ -78,7 +78,7 @@ def test_the_numbers_reach_the_report_and_not_those_of_other_knobs(run, capsys):
     seeds.summary(run)
     entry = results.collect(run)["R2/charades/vsr1/ver"]
     assert entry["measured"] and entry["seeds"] == [1, 2, 3]
-    assert "Seeds 1, 2, 3. All of it committed; made at c." in page.basis(run, results.collect(run), "R2")
+    assert "Seeds 1, 2, 3. All of it committed; made at c." in tables.basis(run, results.collect(run), "R2")
     path = run.results() / "seeds" / "charades-2.json"
     path.write_text(path.read_text().replace(run.digest(), "another"))
     assert numbers(run)["R2/charades/vsr1/ver"]["seeds"] == [1, 3]

@@ -20,6 +20,8 @@ from urllib.parse import quote
 
 import av
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
 from vsr1 import corpus, episode, frames, metrics, miniworld, stages, teacher
@@ -27,7 +29,14 @@ from vsr1.episode import Episode, Turn
 from vsr1.miniworld import ATTRIBUTES, Moment
 from vsr1.params import InputError, Profile
 
-HERE = Path(__file__).parent
+PAGES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+PAGES.filters["code"] = lambda text: Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text)))
 SYSTEMS = {"sqr": ("vsr1", "SQR")}  # system: its file of episodes, its name on the page
 SYSTEMS |= {f"hqr-{way}": (f"hqr-{way}-sample", f"HQR {way}") for way in ("blind", "seen", "reasoned")}
 OUTCOMES = {  # by the rank after the last search; HQR rescues where at least one variant does
@@ -125,9 +134,33 @@ def mark(text: str, phrases) -> str:
     >>> mark("<i>A red hat", ["red", "RED HAT"])
     '&lt;i&gt;A <mark>red hat</mark>'
     """
+    return "".join(f"<mark>{_safe(p)}</mark>" if found else _safe(p) for p, found in pieces(text, phrases))
+
+
+def pieces(text: str, phrases) -> list[tuple[str, bool]]:
+    """`text` as (piece, whether it is one of the phrases), longest first."""
     pattern = "|".join(re.escape(phrase) for phrase in sorted(phrases, key=len, reverse=True)) or r"(?!)"
-    parts = re.split(rf"(?i)\b({pattern})\b", text)
-    return "".join(f"<mark>{_safe(part)}</mark>" if n % 2 else _safe(part) for n, part in enumerate(parts))
+    return [(part, n % 2 == 1) for n, part in enumerate(re.split(rf"(?i)\b({pattern})\b", text))]
+
+
+def steps(thought: str) -> list[tuple[str, bool]]:
+    """Reasoning as (step, whether it ends with "no", as the traces of `teacher` do where something is amiss)."""
+    return [(step, step.endswith(" no.")) for step in re.split(r"(?<=\.) ", thought)]
+
+
+def thought(turn: Turn) -> str:
+    """What was thought before the verdict."""
+    text = "" if turn.reply is None else turn.reply.text
+    return text.partition("</think>")[0].replace("<think>", "").strip()
+
+
+def ranks(turn: Turn) -> str:
+    """Of the right video, before and after a refinement."""
+    return f"rank {_rank(turn.rank_in)} → {_rank(turn.rank_out)}"
+
+
+def _rank(value) -> str:
+    return "—" if value is None or value == metrics.NEVER else str(value)
 
 
 # --- Films and strips
@@ -160,6 +193,12 @@ def strip(clip: frames.Clip) -> tuple[Image.Image, list[float]]:
     size = (round(STRIP_PIXELS * width / height), STRIP_PIXELS)
     pictures = [np.asarray(Image.fromarray(frame).resize(size)) for frame in clip.frames[index]]
     return Image.fromarray(np.concatenate(pictures, axis=1)), [float(time) for time in clip.seen_at[index]]
+
+
+def place(span_ms, seconds: float) -> str:
+    """The style of a moment's band over its video, never too thin to be seen."""
+    start, end = (min(100, time / seconds / 10) for time in span_ms)
+    return f"left:{start:.1f}%;width:{max(0.6, end - start):.1f}%"
 
 
 def shoot(profile: Profile, dataset: str, videos: list[str], folder: Path) -> None:
@@ -243,8 +282,7 @@ class Shelf:
         """A moment as a piece of the width of its video; nothing without one."""
         if span_ms is None or video not in self.films:
             return ""
-        start, end = (min(100, time / self.films[video]["seconds"] / 10) for time in span_ms)
-        return f'<i class="{kind}" style="left:{start:.1f}%;width:{max(0.6, end - start):.1f}%"></i>'
+        return f'<i class="{kind}" style="{place(span_ms, self.films[video]["seconds"])}"></i>'
 
     def row(self, system: str, one: Episode) -> str:
         """One system in one line: its ranks, search by search; the right and the named moment on one bar; its end."""
@@ -293,37 +331,27 @@ class Shelf:
         told, first = [], {}  # the first system that gave a reply
         for system, turn in seen.items():
             same = first.setdefault(turn.reply, system)
-            thought = _reasoning(turn) if same == system else f"says the same as {SYSTEMS[same][1]}. "
-            done = thought + _verdict(turn) + _next(turn, matters, asked, query.query)
-            again = f"sees that video again: same reply, same next query, {_ranks(turn)}"
-            told.append(
-                f'<li class="turn {system}"><b>{SYSTEMS[system][1]}</b> {again if turn.reused else done}'
+            said = _reasoning(turn) if same == system else f"says the same as {SYSTEMS[same][1]}. "
+            said += _verdict(turn) + _next(turn, matters, asked, query.query)
+            said = (
+                f"sees that video again: same reply, same next query, {ranks(turn)}" if turn.reused else said
             )
+            told.append(f'<li class="turn {system}"><b>{SYSTEMS[system][1]}</b> {said}')
         return f"<p>{_safe(title)}</p>{self.clip(video, (span or (0,))[0], inside)}<ul>{''.join(told)}</ul>"
-
-
-def _safe(text) -> str:
-    return html.escape(str(text))
 
 
 def _span(moment) -> tuple[int, int] | None:
     return moment and episode.milliseconds((moment.start, moment.end))
 
 
-def _rank(value) -> str:
-    return "—" if value is None or value == metrics.NEVER else str(value)
-
-
-def _ranks(turn) -> str:
-    return f"rank {_rank(turn.rank_in)} → {_rank(turn.rank_out)}"
-
-
 def _reasoning(turn) -> str:
-    """What was thought before the verdict; steps that end with "no" stand out (the traces of `teacher`)."""
-    thought = "" if turn.reply is None else turn.reply.text.partition("</think>")[0].replace("<think>", "")
-    steps = re.split(r"(?<=\.) ", thought.strip())
-    told = " ".join(f"<em>{_safe(s)}</em>" if s.endswith(" no.") else _safe(s) for s in steps)
-    return f'<q class="think">{told}</q> ' if thought.strip() else ""
+    """What was thought before the verdict; steps that found something amiss stand out."""
+    told = " ".join(f"<em>{_safe(s)}</em>" if amiss else _safe(s) for s, amiss in steps(thought(turn)))
+    return f'<q class="think">{told}</q> ' if told else ""
+
+
+def _safe(text) -> str:
+    return html.escape(str(text))
 
 
 def _verdict(turn) -> str:
@@ -346,11 +374,11 @@ def _next(turn, matters, asked, query) -> str:
     if turn.update_text is None:
         depths = ", ".join(map(_rank, turn.rank_by_depth))
         swept = f" <small>(with 0 to {turn.refine_tokens} of them: {depths})</small>" if depths else ""
-        return f" → adds {turn.refine_tokens} soft tokens: <b>{_ranks(turn)}</b>{swept}"
+        return f" → adds {turn.refine_tokens} soft tokens: <b>{ranks(turn)}</b>{swept}"
     words = [_words(name, asked) for name in ATTRIBUTES] if asked else dropped(query, [turn.update_text])
     lost = dict.fromkeys(word for word in words if word.lower() not in turn.update_text.lower())
     gone = f" <small>(not in it any more: {_safe(', '.join(lost))})</small>" if lost else ""
-    return f" → writes <q>{mark(turn.update_text, matters)}</q>: <b>{_ranks(turn)}</b>{gone}"
+    return f" → writes <q>{mark(turn.update_text, matters)}</q>: <b>{ranks(turn)}</b>{gone}"
 
 
 def _end(one) -> str:
@@ -384,28 +412,15 @@ def make(profile: Profile, dataset: str) -> Path:
     return folder
 
 
+def fill(template: str, **said) -> str:
+    """vsr1/`template` filled with what is `said`; every text in it is escaped."""
+    return PAGES.get_template(template).render(said)
+
+
 def page(profile: Profile, parts: list[dict]) -> str:
     """The whole page of some data sets, as `make` left them in cards.json."""
     counts = {part["dataset"]: Counter(kind for kind, _ in part["cards"]) for part in parts}
-    heads = "".join(f'<th scope="col">{dataset}' for dataset in counts)
-    rows = ""
-    for kind, words in OUTCOMES.items():
-        cells = [
-            f'<td><button name="{d}" value="{kind}">{count[kind]}</button>' for d, count in counts.items()
-        ]
-        rows += f'<tr><th scope="row">{words}{"".join(cells)}'
-    sizes = ", ".join(f"{len(p['cards'])} of {p['queries']} test queries of {p['dataset']}" for p in parts)
-    world = " Rendered videos, mini models: this shows the mechanism, nothing about real video."
-    fills = {
-        "style": (HERE / "page.css").read_text(encoding="utf-8"),
-        "about": f"All of the sample that refinements are compared on (S1): {sizes}.{world * bool(profile.world)}",
-        "counts": f"<thead><tr><th>{heads}</thead><tbody>{rows}</tbody>",
-        "sets": "".join(f"<option>{dataset}" for dataset in counts),
-        "outcomes": "".join(f'<option value="{kind}">{words}' for kind, words in OUTCOMES.items()),
-        "cards": "\n".join(card for part in parts for _, card in part["cards"]),
-    }
-    text = (HERE / "cards.html").read_text(encoding="utf-8")
-    return re.sub(r"<!-- (\w+) -->", lambda slot: fills[slot[1]], text)  # one pass: nothing is filled twice
+    return fill("cards.html", parts=parts, counts=counts, outcomes=OUTCOMES, world=bool(profile.world))
 
 
 def publish(profile: Profile) -> list[Path]:

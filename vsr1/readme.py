@@ -2,7 +2,7 @@
 
 import re
 
-from vsr1 import claims, page, params, results
+from vsr1 import claims, page, params, results, tables
 from vsr1.params import InputError, Profile
 
 SYSTEMS = {
@@ -74,9 +74,8 @@ def _pair(numbers, dataset, system):
     for metric in ("vcmr@0.5", "vr@1"):
         one = numbers.get(f"T1/{dataset}/{system}/{metric}")
         trained = numbers.get(f"R2/{dataset}/{system}/{metric}")
-        parts.append(
-            (page.cell((trained or one) and (trained or one) | {"paper": None}), one and one["paper"])
-        )
+        entry = trained or one
+        parts.append((tables.cell(entry and entry | {"paper": None}), one and one["paper"]))
     ours, paper = zip(*parts, strict=True)
     published = f" ({' / '.join(map(str, paper))})" if None not in paper else ""
     return " / ".join(ours) + published

@@ -10,11 +10,9 @@ import argparse
 import base64
 import fcntl
 import functools
-import html
 import io
 import json
 import os
-import re
 import sys
 import time
 import zipfile
@@ -33,7 +31,6 @@ from vsr1 import cards, corpus, engine, episode, evaluate, frames, params, qwen,
 from vsr1.episode import AS_TYPED, Episode, Ranking
 from vsr1.params import ROOT, InputError
 
-HERE = Path(__file__).parent
 SYSTEMS = [name for name in evaluate.SYSTEMS if not name.startswith("known") and name != "sqr-untrained"]
 ENDINGS = tuple(ending for ending in corpus.CONTAINERS if len(ending) > 1)  # a file without is no video here
 PATIENCE = 120.0  # ours: seconds for one video, which may be an hour long
@@ -323,13 +320,11 @@ def outcome(walked: Episode, order: tuple[str, ...]) -> dict:
 def _look(turn, rank):
     """One turn in words and numbers; `rank` is that of its video for the query as typed."""
     text = "" if turn.reply is None else turn.reply.text
-    count = turn.refine_tokens if turn.refine_kind == "sqr" else None
     follow = {
         "kind": turn.refine_kind,
-        "soft_tokens": count,
-        "words": turn.update_text,
-        "best": turn.top1_out,
+        "soft_tokens": turn.refine_tokens if turn.refine_kind == "sqr" else None,
     }
+    follow |= {"words": turn.update_text, "best": turn.top1_out}
     return {
         "video": turn.shown_id,
         "rank": rank,
@@ -431,46 +426,26 @@ def film(path: Path, clip: frames.Clip, moment) -> tuple[bytes, str]:
 
 def html_page(told: dict, clips: dict[str, frames.Clip], tape: bytes, about: str) -> str:
     """One file that loads nothing and runs nothing: the film, and each look with its frames; every text is escaped."""
-    looks = ""
-    for number, look in enumerate(told["looks"], 1):
-        name, (reasoning, verdict) = _safe(look["video"]), map(_safe, said(look))
-        strip = "" if look["again"] else _strip(clips[look["video"]], look["moment"])
-        looks += f"<section><h2>Look {number}: {name}</h2>{strip}"
-        looks += f"<p>Rank {look['rank']} of {told['videos']} for the query as typed.</p>"
-        looks += f"<q>{reasoning}</q><p>{verdict}</p></section>"
     facts = {name: _near(told[name]) for name in ("folder", "videos", "profile", "weights", "system")}
     facts |= {f"cannot be read: {name}": problem for name, problem in told["unreadable"].items()}
-    video = f'<video controls muted loop src="data:video/mp4;base64,{_data(tape)}"></video>' if tape else ""
-    fills = {
-        "style": (HERE / "page.css").read_text(encoding="utf-8"),
-        "query": _safe(told["query"]),
-        "caveat": f'<p class="caveat">{_safe(told["caveat"])}</p>' if told["caveat"] else "",
-        "end": _safe(end(told)),
-        "film": f"{video}<p>{_safe(about)}</p>",
+    looks = [(look, *said(look), None if look["again"] else clips[look["video"]]) for look in told["looks"]]
+    given = {
+        "told": told,
         "looks": looks,
-        "facts": "".join(f'<tr><th scope="row">{_safe(k)}<td>{_safe(v)}' for k, v in facts.items()),
+        "film": _data(tape),
+        "about": about,
+        "facts": facts,
+        "end": end(told),
     }
-    text = (HERE / "yours.html").read_text(encoding="utf-8")
-    return re.sub(r"<!-- (\w+) -->", lambda slot: fills[slot[1]], text)  # one pass: nothing is filled twice
+    return cards.fill("yours.html", **given, plain=plain, strip=strip)
 
 
-def _strip(clip, moment):
-    """The frames of a whole video as a time axis, with the moment that was named in it."""
-    if clip.problem is not None:
-        return f"<p>{_safe(clip.problem)}</p>"
+def strip(clip: frames.Clip, moment) -> dict:
+    """A whole video as a time axis: its picture, the times below it, the band of a moment that was named in it."""
     picture, times = cards.strip(clip)
     picture.save(tape := io.BytesIO(), "webp", quality=60)
-    band = ""
-    if moment is not None:
-        start, end = (min(100, 100 * time / clip.seconds) for time in moment)
-        band = f'<i style="left:{start:.1f}%;width:{max(0.6, end - start):.1f}%"></i>'
-    seconds = "".join(f"<s>{clock(time)}</s>" for time in times)
-    image = f'<img alt="frames of the video" src="data:image/webp;base64,{_data(tape.getvalue())}">'
-    return f'<div class="strip">{image}{band}<span>{seconds}</span></div>'
-
-
-def _safe(value):
-    return html.escape(plain(str(value)))
+    band = cards.place(1000 * np.array(moment), clip.seconds) if moment else None
+    return {"picture": _data(tape.getvalue()), "times": list(map(clock, times)), "band": band}
 
 
 def _data(content):
