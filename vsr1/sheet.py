@@ -22,6 +22,7 @@ BOLD = {"weight": "bold"}
 LONGEST = 330  # letters of a reply's reasoning that are shown
 DASHED = {"fill": False, "edgecolor": RED, "linestyle": "--", "linewidth": 1.4}  # the right video and moment
 MARGIN, HALF, GAP = 0.15, 4.25, 0.2  # inches: two columns
+COLUMNS = (MARGIN, MARGIN + HALF + GAP)
 
 
 class Sheet:
@@ -67,10 +68,8 @@ class Sheet:
             left = x + n * (each + 0.05)
             self.axes.imshow(frame, extent=(left, left + each, y + high, y), aspect="auto")
             inside = right and strip.span[0] <= seconds <= strip.span[1]
-            weight = "bold" if inside else "normal"
-            self.axes.text(
-                left + each / 2, y + high + 0.15, f"{seconds:.1f} s", size=7.5, ha="center", weight=weight
-            )
+            look = {"size": 7.5, "ha": "center", "weight": "bold" if inside else "normal"}
+            self.axes.text(left + each / 2, y + high + 0.15, f"{seconds:.1f} s", **look)
             if inside:
                 self.axes.plot((left, left + each), (y + high + 0.02,) * 2, color=RED, linewidth=2.5)
         if right:
@@ -145,9 +144,7 @@ def _query(sheet, films, one):
 
 def _marked(text, phrases, look=None):
     """Pieces of a text, those phrases in bold blue that stand in it."""
-    pattern = "|".join(re.escape(phrase) for phrase in sorted(phrases, key=len, reverse=True)) or r"(?!)"
-    parts = re.split(rf"(?i)\b({pattern})\b", text)
-    return [(part, {"color": BLUE} | BOLD if n % 2 else look or {}) for n, part in enumerate(parts)]
+    return [(p, {"color": BLUE} | BOLD if found else look or {}) for p, found in cards.pieces(text, phrases)]
 
 
 def _strips(sheet, y, films, one, shown, width=HALF, each=1.0, count=3):
@@ -158,16 +155,12 @@ def _strips(sheet, y, films, one, shown, width=HALF, each=1.0, count=3):
     below = []
     for x, video, head in shown:
         lacks = [f"{seen}, not {asked}" for asked, seen in films.lacks(one, video).items()]
-        said = (
-            "right video" if video == one.gt_video else "wrong video" + ": " * bool(lacks) + "; ".join(lacks)
-        )
-        colour = {"color": RED if video == one.gt_video else BLACK}
-        below.append(sheet.words(x, y, width, [(f"{head}: ", BOLD), (said, colour)]) + 0.06)
+        said = "wrong video" + ": " * bool(lacks) + "; ".join(lacks)
+        said, ink = ("right video", RED) if video == one.gt_video else (said, BLACK)
+        below.append(sheet.words(x, y, width, [(f"{head}: ", BOLD), (said, {"color": ink})]) + 0.06)
     top = max(below)
-    places = [
-        (x + 0.04, top, films.strip(one, video, count), each, video == one.gt_video) for x, video, _ in shown
-    ]
-    return max(sheet.frames(*place) for place in places)
+    strips = [(x + 0.04, films.strip(one, video, count), video == one.gt_video) for x, video, _ in shown]
+    return max(sheet.frames(x, top, strip, each, right) for x, strip, right in strips)
 
 
 def _reply(sheet, x, y, films, one, turn, width=HALF):
@@ -175,7 +168,7 @@ def _reply(sheet, x, y, films, one, turn, width=HALF):
     top, inner, left = y, width - 0.2, x + 0.1
     if turn.reused:
         first = next(before.t for before in one.turns if before.shown_id == turn.shown_id)
-        again = f"Look {turn.t} is look {first} again, reply and next query; {_ranks(turn)}."
+        again = f"Look {turn.t} is look {first} again, reply and next query; {cards.ranks(turn)}."
         y = sheet.words(left, y + 0.06, inner, [(again, {"style": "italic"})])
     else:
         y = sheet.words(left, y + 0.06, inner, _thought(turn))
@@ -186,10 +179,9 @@ def _reply(sheet, x, y, films, one, turn, width=HALF):
 
 
 def _thought(turn):
-    """The reasoning of a reply, its steps in red that end with "no" (the traces of `teacher`)."""
-    said = turn.reply.text.partition("</think>")[0].replace("<think>", "")
-    steps = re.split(r"(?<=\.) ", textwrap.shorten(said, LONGEST, placeholder=" …"))
-    return [(f"{step} ", {"color": RED} if step.endswith(" no.") else {}) for step in steps]
+    """The reasoning of a reply, its steps in red that found something amiss."""
+    steps = cards.steps(textwrap.shorten(cards.thought(turn), LONGEST, placeholder=" …"))
+    return [(f"{step} ", {"color": RED} if amiss else {}) for step, amiss in steps]
 
 
 def _verdict(turn):
@@ -204,10 +196,10 @@ def _next(sheet, x, y, width, films, one, turn: Turn):
     if turn.rank_out is not None and turn.update_text is None:
         sheet.words(x, y, width, [(episode.REFINE, BOLD)])
         end = sheet.chips(x + 0.75, y + 0.02, turn.refine_tokens)
-        return sheet.words(end, y, width, [(f"{turn.refine_tokens} soft tokens; {_ranks(turn)}", {})])
+        return sheet.words(end, y, width, [(f"{turn.refine_tokens} soft tokens; {cards.ranks(turn)}", {})])
     if turn.rank_out is not None:
         update = _marked(turn.update_text, films.lacks(one, one.turns[0].shown_id), {"style": "italic"})
-        return sheet.words(x, y, width, [("rewritten: ", BOLD), *update, (f" {_ranks(turn)}", {})])
+        return sheet.words(x, y, width, [("rewritten: ", BOLD), *update, (f" {cards.ranks(turn)}", {})])
     if not turn.reply.matched or turn.span_ms is None:
         return sheet.words(x, y, width, [("nothing to search or to answer with", {"color": RED})])
     said, right = np.array(turn.span_ms) / 1000, np.array(one.gt_span_ms) / 1000
@@ -218,21 +210,17 @@ def _next(sheet, x, y, width, films, one, turn: Turn):
     return sheet.bar(x, y + 0.04, width, seconds, right, said) if seconds else y
 
 
-def _ranks(turn):
-    return f"rank {turn.rank_in} → {turn.rank_out}"
-
-
 # --- Plates
 
 
 @gallery.style()
 def pair(soft: Episode, hard: Episode, films: Films) -> Figure:
     """One first look, then HQR on the left and SQR on the right, look by look."""
-    sheet, columns = Sheet(), (MARGIN, MARGIN + HALF + GAP)
+    sheet = Sheet()
     first = ((soft.turns[0].shown_id, "look 1, rank 1"), (soft.gt_video, f"rank {soft.rank_orig}"))
-    shown = [(x, *video) for x, video in zip(columns, first, strict=True)]
+    shown = [(x, *video) for x, video in zip(COLUMNS, first, strict=True)]
     y, ends = _strips(sheet, _query(sheet, films, soft), films, soft, shown) + 0.1, []
-    for x, one, name in zip(columns, (hard, soft), ("Hard", "Soft"), strict=True):
+    for x, one, name in zip(COLUMNS, (hard, soft), ("Hard", "Soft"), strict=True):
         below = sheet.words(x, y, HALF, [(f"{name} query refinement", BOLD)], 11) + 0.05
         for turn in one.turns:
             if turn.t > 1 and not turn.reused:
@@ -240,7 +228,7 @@ def pair(soft: Episode, hard: Episode, films: Films) -> Figure:
                 below = _strips(sheet, below, films, one, look) + 0.02
             below = _reply(sheet, x, below, films, one, turn)
         ends.append(sheet.words(x, below, HALF, _end(one), 9.5))
-    middle = columns[1] - GAP / 2
+    middle = COLUMNS[1] - GAP / 2
     sheet.axes.plot((middle, middle), (y, max(ends)), color=GREY, linewidth=0.8)
     return sheet.cut(max(ends) + 0.1)
 
@@ -261,22 +249,18 @@ def teaser(one: Episode, films: Films, rejected: int | None) -> Figure:
     rejected   rank of the first video after the refinement; None: not known
     """
     sheet, wrong, half = Sheet(), one.turns[0].shown_id, HALF / 2
-    top, ends = _query(sheet, films, one), []
+    top = _query(sheet, films, one)
     heads = "the query as it was typed", f"the query and {one.turns[0].refine_tokens} soft tokens"
     after = f"rank {rejected}" if rejected else "rejected"
-    videos = (
-        ((wrong, "rank 1"), (one.gt_video, f"rank {one.rank_orig}")),
-        ((one.gt_video, "rank 1"), (wrong, after)),
-    )
-    shown = []
-    for n, (turn, head) in enumerate(zip(one.turns, heads, strict=True)):
-        x = MARGIN + n * (HALF + GAP)
+    first = (wrong, "rank 1"), (one.gt_video, f"rank {one.rank_orig}")
+    then, shown = ((one.gt_video, "rank 1"), (wrong, after)), []
+    for x, turn, head, videos in zip(COLUMNS, one.turns, heads, (first, then), strict=True):
         y = sheet.words(x, top, HALF, [(f"Turn {turn.t}: {head}", BOLD)], 11) + 0.05
-        shown += [(x, *videos[n][0]), (x + half + 0.08, *videos[n][1])]
+        shown += [(x, *videos[0]), (x + half + 0.08, *videos[1])]
     y = _strips(sheet, y, films, one, shown, half - 0.1, 0.95, 2) + 0.05
-    for n, turn in enumerate(one.turns):
-        ends.append(_reply(sheet, MARGIN + n * (HALF + GAP), y, films, one, turn))
-    return sheet.cut(max(ends))
+    return sheet.cut(
+        max(_reply(sheet, x, y, films, one, turn) for x, turn in zip(COLUMNS, one.turns, strict=True))
+    )
 
 
 LINES = ((RED, "D"), (ORANGE, "^"), (BLUE, "*"))  # of the video found first, of the next, of the right one
