@@ -3,6 +3,7 @@
 Coordinates are inches. Boxes, arrows and texts are marked as such (gid), so that a test can hold them apart.
 """
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectang
 from matplotlib.path import Path as Line
 from matplotlib.textpath import text_to_path
 
-from vsr1 import cards, corpus, episode, frames, gallery, plates, policy, refine
+from vsr1 import cards, corpus, episode, frames, gallery, plates, policy, refine, results
 from vsr1.episode import REFINE, Episode
 from vsr1.gallery import BLACK, BLUE, GREY, ORANGE, RED, SKY
 from vsr1.params import Profile
@@ -22,43 +23,29 @@ TINT = {GREY: "#f4f4f4", BLUE: "#e6f1f8", ORANGE: "#fdf4e0", RED: "#fceae0", BLA
 CHIPS = (ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, GREY)
 SIZE, STEP = 7.5, 0.15  # of the text in boxes, points; from line to line
 NOT = "<answer>not_matched</answer>"
-TWO = (
-    "Hard (a) and soft (b) query refinement after the same wrong video. HQR is this project's variant `reasoned`, its "
-    "update in place of the query, by the prompted base model; SQR is trained in two stages. Prompts and "
-    "replies are shortened."
-)
-LOOP = (
-    "The loop as it is run here. Ours, beyond the paper's figure: a reply without a readable verdict goes on as not "
-    f"matched; one without {REFINE} ends the search; after look T = {{}} the refined query is searched with and its "
-    "ranking recorded, but nobody looks (budget)."
-)
-THREE = (
-    "Three ways of rewriting a query in words, `ours`: what the paper's three HQR methods are given is not known to "
-    "us. Prompts are shortened."
-)
 
 
 def publish(profile: Profile) -> list[Path]:
     """F2, F3 and A1 in results/<profile>/figures/."""
     pair, folder = example(profile), profile.results() / "figures"
     rendered = bool(pair and profile.world)  # frames of real video stay out of results/
-    words = {"F2": _told(pair, rendered), "F3": LOOP.format(profile.max_turns), "A1": THREE}
+    words = {name: results.items()[name]["caption"] for name in ("F2", "F3", "A1")}
+    words["F2"] += _example(pair, rendered)
+    words["F3"] = words["F3"].format(turns=profile.max_turns)
     drawn = {"F2": hard_and_soft(profile, pair, films(profile, *pair) if rendered else {})}
     drawn |= {"F3": pipeline(profile), "A1": rewriters()}
     return [gallery.save(drawn[key], folder, key, f"{words[key]} Profile {profile.name}.") for key in drawn]
 
 
-def _told(pair, rendered):
-    """The caption of F2."""
+def _example(pair, rendered):
+    """What the caption of F2 says of its example."""
     if pair is None:
-        return f"{TWO} Drawn without an example: no two searches satisfy the rule of F7 here."
+        return " Drawn without an example: no two searches satisfy the rule of F7 here."
     dataset, soft, hard = pair
     ranks = ", ".join(str(turn.rank_out or turn.rank_in) for turn in hard.turns)
-    kind = " (rendered video)" if rendered else ""
-    return (
-        f"{TWO} Example: query {soft.desc_id} of {dataset}{kind}, the first that satisfies the rule of F7. HQR left "
-        f"the right video on rank {ranks}, turn by turn."
-    )
+    where = f"query {soft.desc_id} of {dataset}" + " (rendered video)" * rendered
+    picked = f" Example: {where}, the first that satisfies the rule of F7."
+    return f"{picked} HQR left the right video on rank {ranks}, turn by turn."
 
 
 # --- F3
@@ -144,7 +131,8 @@ def hard_and_soft(profile: Profile, pair: tuple | None, shown: dict) -> Figure:
         _box(axes, (left, 0.05, 4.4, 5.4), BLACK, edge="#cccccc")
         _say(axes, left + 0.1, 5.35, title, size=9.5, weight="bold")
         _search(axes, left, one, shown)
-        _card(axes, (left + 0.1, 2.2, 4.0, 0.8), BLUE, f"policy, {who}", _wrap(_shortened(prompt), 3.8, 3))
+        told = f"{prompt.partition('.')[0]}. … {_on_wrong_video(prompt)}"
+        _card(axes, (left + 0.1, 2.2, 4.0, 0.8), BLUE, f"policy, {who}", _wrap(told, 3.8, 3))
         _card(axes, (left + 0.1, 0.15, 4.0, 1.8), GREY, "reply", _said(one))
         _arrow(axes, [(left + 0.72, 3.25 if one else 3.4), (left + 0.72, 3.0)])
         _arrow(axes, [(left + 2.1, 2.2), (left + 2.1, 1.95)])
@@ -163,9 +151,8 @@ def hard_and_soft(profile: Profile, pair: tuple | None, shown: dict) -> Figure:
 
 def _said(one):
     """The first reply of a search, shortened: reasoning and verdict."""
-    thought, _, rest = (one.turns[0].reply.text if one else f"<think> … </think> {NOT}").rpartition(
-        "</think>"
-    )
+    text = one.turns[0].reply.text if one else f"<think> … </think> {NOT}"
+    thought, _, rest = text.rpartition("</think>")
     verdict = episode.inside("answer", rest)
     answer = "no readable verdict" if verdict is None else f"<answer>{verdict}</answer>"
     return [*_wrap(f"{thought}</think>", 3.8, 3), *((line, PINK) for line in _wrap(answer, 3.8, 1))]
@@ -291,9 +278,8 @@ def _chips(axes, x, y, n, width):
 def _film(axes, place, count=3, pictures=None, edge=BLACK):
     """A strip of film; where there are no pictures, a sign in place of each."""
     x, y, width, height = place
-    axes.add_patch(
-        Rectangle((x, y), width, height, facecolor="#333333", edgecolor=edge, linewidth=1.6, gid="box")
-    )
+    look = {"facecolor": "#333333", "edgecolor": edge, "linewidth": 1.6, "gid": "box"}
+    axes.add_patch(Rectangle((x, y), width, height, **look))
     rim, pitch = 0.09 * height, width / count
     for number in range(count):
         left, right = x + pitch * (number + 0.06), x + pitch * (number + 0.94)
@@ -320,36 +306,17 @@ def _timeline(axes, x, y, width, span):
         _say(axes, place, y - 0.08, word, ha="center")
 
 
-def _shortened(prompt):
-    """The first sentence of a judge's prompt, and what it says on a wrong video."""
-    return f"{prompt.partition('.')[0]}. … {_on_wrong_video(prompt)}"
-
-
 def _on_wrong_video(prompt):
     """What a judge's prompt says on a wrong video."""
     return prompt[prompt.rindex("If no scene") :]
 
 
 def _wrap(words, width, most):
-    """Plain words as at most `most` lines of at most `width` inches; an ellipsis for what is left out."""
-    lines = [""]
-    for word in words.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if _inches(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        elif len(lines) < most:
-            lines.append(word)
-        else:
-            lines[-1] += " …"
-            break
-    return [_cut(line, width).replace("$", r"\$") for line in lines]
-
-
-def _cut(line, width):
-    """A line without what does not fit."""
-    while _inches(line) > width:
-        line = f"{line.removesuffix('…')[:-1]}…"
-    return line
+    """Words as at most `most` lines of at most `width` inches; an ellipsis for what is left out."""
+    for letters in range(int(30 * width), 2, -1):
+        lines = textwrap.wrap(words, letters, max_lines=most, placeholder=" …")
+        if all(_inches(line) <= width for line in lines):
+            return [line.replace("$", r"\$") for line in lines]
 
 
 def _inches(words):

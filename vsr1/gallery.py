@@ -59,9 +59,7 @@ class Strip:
     frames: np.ndarray  # (T, H, W, 3) uint8
     seen_at: np.ndarray  # (T,) seconds
     caption: str
-    span: tuple[float, float] | None = (
-        None  # seconds; frames inside are underlined and their times printed bold
-    )
+    span: tuple[float, float] | None = None  # seconds; frames inside are marked
 
 
 def save_sheet(strips: list[Strip], folder: Path, name: str, caption: str) -> Path:
@@ -100,20 +98,13 @@ def _frame(axes, strip, index):
     inside = strip.span is not None and strip.span[0] <= seconds <= strip.span[1]
     axes.imshow(strip.frames[index], interpolation="nearest", aspect="equal")
     axes.set_axis_off()
-    weight = "bold" if inside else "normal"
-    axes.text(
-        0.5, -0.03, f"{seconds:.1f} s", transform=axes.transAxes, ha="center", va="top", size=8, weight=weight
-    )
+    look = {"ha": "center", "va": "top", "size": 8, "weight": "bold" if inside else "normal"}
+    axes.text(0.5, -0.03, f"{seconds:.1f} s", transform=axes.transAxes, **look)
     if inside:
         axes.plot((0, 1), (-0.01, -0.01), transform=axes.transAxes, color=RED, linewidth=3, clip_on=False)
 
 
 # --- Figures of numbers.json
-
-UNTRAINED = (
-    "Untrained heads show what neutral tokens do, not what SQR learns. HQR is the prompted base model, in three "
-    "variants of this project's definition."
-)
 
 
 def sheets(profile: Profile, dataset: str) -> Path:
@@ -136,13 +127,13 @@ def figures(profile: Profile, numbers: dict) -> list[Path]:
     series = json.loads((profile.results() / "series.json").read_text(encoding="utf-8"))
     known = {name for name in numbers if _value(numbers, name) is not None} | series.keys()
     label = f"Profile {profile.name}{', rendered corpora and mini models' if profile.world else ''}."
-    written = []
-    for figure, (needed, draw, words) in FIGURES.items():
+    folder, written = profile.results() / "figures", []
+    for figure, (needed, draw) in FIGURES.items():
         if datasets := [dataset for dataset in profile.datasets if needed.format(dataset) in known]:
-            drawn = draw(numbers, series, datasets)
-            written.append(save(drawn, profile.results() / "figures", figure, f"{words} {label}"))
+            words = f"{results.items()[figure]['caption']} {label}"
+            written.append(save(draw(numbers, series, datasets), folder, figure, words))
         else:
-            for old in (profile.results() / "figures").glob(f"{figure}.*"):
+            for old in folder.glob(f"{figure}.*"):
                 print(
                     f"left out: figure {figure}, of which this run has no data ({needed.format('<data set>')})"
                 )
@@ -165,9 +156,8 @@ def headroom(numbers: dict, datasets: list[str]) -> Figure:
     again = {"walkdown/vr@1_failed": ("rank 2", SKY, "///"), "probe/vr@1_failed": ceiling}
     _bars(everyone, numbers, datasets, "H1", plain)
     _bars(failures, numbers, datasets, "H1", again)
-    everyone.set_title("all queries")
+    everyone.set(title="all queries", ylabel="right video, %")
     failures.set_title("queries whose first search failed")
-    everyone.set_ylabel("right video, %")
     return figure
 
 
@@ -175,17 +165,16 @@ def _bars(axes, numbers, datasets, table, bars):
     """A group of bars per data set, one per `<system>/<metric>`, its value on top; a missing number leaves a gap."""
     width = 0.72 / len(bars)
     for number, (key, (label, colour, hatch)) in enumerate(bars.items()):
-        names = [f"{table}/{dataset}/{key}" for dataset in datasets]
-        shown = [(x, name) for x, name in enumerate(names) if _value(numbers, name) is not None]
-        places = [x + width * (number - (len(bars) - 1) / 2) for x, _ in shown]
-        heights = [_value(numbers, name) for _, name in shown]
+        entries = [numbers.get(f"{table}/{dataset}/{key}") for dataset in datasets]
+        shown = {x: entry for x, entry in enumerate(entries) if entry and entry["measured"]}
+        places = [x + width * (number - (len(bars) - 1) / 2) for x in shown]
+        heights = [entry["value"] for entry in shown.values()]
         axes.bar(places, heights, 0.94 * width, label=label, color=colour, hatch=hatch, edgecolor="white")
-        for place, height, (_, name) in zip(places, heights, shown, strict=True):
-            low, high = numbers[name]["ci"] or (height, height)
+        for place, height, entry in zip(places, heights, shown.values(), strict=True):
+            low, high = entry["ci"] or (height, height)
             axes.plot((place, place), (low, high), color=BLACK, linewidth=1.2)
-            axes.annotate(
-                results.digits(height), (place, high), (0, 3), textcoords="offset points", ha="center", size=7
-            )
+            look = {"textcoords": "offset points", "ha": "center", "size": 7}
+            axes.annotate(results.digits(height), (place, high), (0, 3), **look)
     axes.set_xticks(range(len(datasets)), datasets)
     axes.set_xlim(-0.55, max(1, len(datasets) - 0.45))
     axes.grid(axis="x", visible=False)
@@ -202,15 +191,11 @@ def retrieval_curves(numbers: dict, series: dict, datasets: list[str]) -> Figure
         axes.plot(ks, recall, color=BLUE, label="measured")
         axes.plot(ks, np.minimum(100, 100 * ks / videos), color=GREY, linestyle=":", label="chance")
         points = {k: results.published().get(f"T1/{dataset}/zs/vr@{k}") for k in (1, 5, 10, 100)}
-        axes.plot(
-            *zip(*points.items(), strict=True), "o", color=RED, fillstyle="none", label="paper, real video"
-        )
+        hollow = {"color": RED, "fillstyle": "none", "label": "paper, real video"}
+        axes.plot(list(points), list(points.values()), "o", **hollow)
         axes.set(xscale="log", xlabel="k", ylim=(0, 102), title=f"{dataset}, {videos} videos")
         axes.set_xticks([1, 10, 100], ["1", "10", "100"])
-    figure.axes[0].set_ylabel("R@k, %")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    return figure
+    return _labelled(figure, panels, "R@k, %", 3)
 
 
 @style()
@@ -218,17 +203,13 @@ def known_video(numbers: dict, datasets: list[str]) -> Figure:
     """Two panels of bars: verdicts by what was shown, beside chance; spans in the right video, beside two floors."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     verdicts, spans = figure.subplots(1, 2)
-    judged = {
-        "zs/verdict_right": ("right video shown", BLUE, ""),
-        "zs/verdict_wrong": ("wrong video", ORANGE, ".."),
-    }
+    judged = {"right": ("right video shown", BLUE, ""), "wrong": ("wrong video", ORANGE, "..")}
+    judged = {f"zs/verdict_{shown}": look for shown, look in judged.items()}
     _bars(verdicts, numbers, datasets, "V1", judged | {"zs/verdict": ("both", SKY, "///")})
     verdicts.axhline(50, color=GREY, linestyle=":")
-    named = {
-        "zs/grounding@0.5": ("base model", BLUE, ""),
-        "wholevideo/grounding@0.5": ("whole video", GREY, ".."),
-    }
-    _bars(spans, numbers, datasets, "V1", named | {"random/grounding@0.5": ("random span", "#cccccc", "///")})
+    named = {"zs": ("base model", BLUE, ""), "wholevideo": ("whole video", GREY, "..")}
+    named |= {"random": ("random span", "#cccccc", "///")}
+    _bars(spans, numbers, datasets, "V1", {f"{who}/grounding@0.5": look for who, look in named.items()})
     verdicts.set(title="verdicts; dotted: always the same verdict", ylabel="right verdict, %", ylim=(0, 108))
     spans.set(title="spans named for the right video", ylabel="R@1 at IoU 0.5, %")
     return figure
@@ -246,9 +227,7 @@ def overlaps(series: dict, datasets: list[str]) -> Figure:
         axes.step([*left, 1.0], [*whole, whole[-1]], where="post", color=RED, label="whole video")
         axes.set(title=dataset, xlabel="IoU (grey: exactly 0)")
         axes.set_xticks([-0.05, 0.3, 0.5, 0.7, 1], ["0", ".3", ".5", ".7", "1"])
-    panels[0].set_ylabel("queries, %")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return figure
+    return _labelled(figure, panels, "queries, %", 2)
 
 
 def _panels(datasets, rows=1, height=3.3, **options):
@@ -256,6 +235,20 @@ def _panels(datasets, rows=1, height=3.3, **options):
     figure = Figure(figsize=(max(4.5, 3.1 * len(datasets)), height), layout="constrained")
     panels = figure.subplots(rows, len(datasets), squeeze=False, **{"sharey": "row"} | options)
     return figure, list(panels) if rows > 1 else list(panels[0])
+
+
+def _labelled(figure, panels, ylabel, columns):
+    """The figure with the label of its first panel, and that panel's legend below all."""
+    panels[0].set_ylabel(ylabel)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+    return figure
+
+
+def _rows(axes, labels):
+    """Rows with their labels, the first on top."""
+    labels = list(labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_yticks(range(len(labels)), labels)
 
 
 REFINEMENTS = {
@@ -279,8 +272,8 @@ def refinements(numbers: dict, datasets: list[str]) -> Figure:
                 axes.plot((before, after), (row, row), color=BLUE, linewidth=3, alpha=0.4)
                 axes.plot(before, row, "o", color=BLUE, fillstyle="none", label="before")
                 axes.plot(after, row, "o", color=BLUE, label="after")
-        axes.set(title=dataset, xlabel="right video on rank 1, %", ylim=(len(REFINEMENTS) - 0.5, -0.5))
-        axes.set_yticks(range(len(REFINEMENTS)), REFINEMENTS.values())
+        axes.set(title=dataset, xlabel="right video on rank 1, %")
+        _rows(axes, REFINEMENTS.values())
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles[:2], labels[:2], loc="outside lower center", ncols=2)
     return figure
@@ -297,10 +290,10 @@ def sweep(series: dict, datasets: list[str]) -> Figure:
     figure, panels = _panels(datasets, rows=2, height=5.2, sharex=True, sharey=False)
     for ranks, cosines, dataset in zip(*panels, datasets, strict=True):
         for init, (_, line) in HEADS.items():
-            ranks.plot(*_xy(series, dataset, init, "rank"), line, marker="o", color=BLUE, markersize=4)
+            own = {what: np.array(series[f"S2/{dataset}/{init}/{what}"]).T for what in ("rank", *SWEPT)}
+            ranks.plot(*own["rank"], line, marker="o", color=BLUE, markersize=4)
             for what, (_, colour, mark) in SWEPT.items():
-                points = _xy(series, dataset, init, what)
-                cosines.plot(*points, line, marker=mark, color=colour, markersize=4)
+                cosines.plot(*own[what], line, marker=mark, color=colour, markersize=4)
         ranks.set_title(f"{dataset}: one query")
         ranks.yaxis.set_major_locator(MaxNLocator(integer=True))
         ranks.set_ylim(ranks.get_ylim()[1] + 1, 0.5)  # best on top, and there is no rank 0
@@ -308,15 +301,11 @@ def sweep(series: dict, datasets: list[str]) -> Figure:
     panels[0][0].set_ylabel("rank of right video")
     panels[1][0].set_ylabel("cosine with the query")
     kinds = [Line2D([], [], color=BLACK, linestyle=line, label=label) for label, line in HEADS.values()]
-    videos = [
+    kinds += [
         Line2D([], [], color=colour, marker=mark, label=label) for label, colour, mark in SWEPT.values()
     ]
-    figure.legend(handles=kinds + videos, loc="outside lower center", ncols=min(3, len(datasets) + 1))
+    figure.legend(handles=kinds, loc="outside lower center", ncols=min(3, len(datasets) + 1))
     return figure
-
-
-def _xy(series, dataset, init, what):
-    return np.array(series[f"S2/{dataset}/{init}/{what}"]).T
 
 
 # Per figure of training: rows of panels, each {y label: {system/metric: (label, colour, line)}}
@@ -328,8 +317,7 @@ STAGE_2 = {
     "reward": {"vsr1/reward": ("sampled", BLUE, "-"), "vsr1/held": ("held out", BLACK, "o--")},
     "parts of it": {
         "vsr1/verify": ("verdict (-1 to 1)", ORANGE, "-"),
-        "vsr1/time": ("overlap", RED, "--"),
-        "vsr1/retrieve": ("search", SKY, ":"),
+        **{"vsr1/time": ("overlap", RED, "--"), "vsr1/retrieve": ("search", SKY, ":")},
     },
     "KL to stage 1": {"vsr1/kl": ("KL", GREY, "-")},
 }
@@ -392,9 +380,8 @@ COURSE = re.compile(r"held-(?P<init>[a-z]+)-n(?P<n>\d+)-r(?P<rows>\d+)(?P<more>(
 def ladder(numbers: dict, series: dict, datasets: list[str]) -> Figure:
     """Per data set free latents by step above; below heads alone on held-out queries, a row per course."""
     figure, panels = _panels(datasets, rows=2, height=6.4)
-    courses = sorted(
-        {name.split("/")[2] for name in numbers if COURSE.fullmatch(name.split("/")[2])}, key=_course
-    )
+    systems = {name.split("/")[2] for name in numbers}
+    courses = sorted(filter(COURSE.fullmatch, systems), key=_course)
     for free, held, dataset in zip(*panels, datasets, strict=True):
         for layout, (_, colour) in LAYOUTS.items():
             for start, (_, line) in STARTS.items():
@@ -407,10 +394,8 @@ def ladder(numbers: dict, series: dict, datasets: list[str]) -> Figure:
                 held.plot(numbers[f"L1/{dataset}/{course}/vr@1"]["ci"], (row, row), color=BLACK, linewidth=1)
                 held.plot(value, row, "o", color=BLUE)
         held.axvline(numbers[f"L1/{dataset}/held-plain/vr@1"]["value"], color=GREY, linewidth=1)
-        held.set(
-            title="heads alone, held out", xlabel="right video on rank 1, %", ylim=(len(courses) - 0.5, -0.5)
-        )
-        held.set_yticks(range(len(courses)), map(_course_label, courses))
+        held.set(title="heads alone, held out", xlabel="right video on rank 1, %")
+        _rows(held, map(_course_label, courses))
     panels[0][0].set_ylabel("right video on rank 1, %")
     lines = [Line2D([], [], color=colour, label=label) for label, colour in LAYOUTS.values()]
     lines += [Line2D([], [], color=BLACK, linestyle=line, label=label) for label, line in STARTS.values()]
@@ -443,26 +428,25 @@ def _curve(axes, numbers, place, keys, paper=False, **look):
     axes.plot(list(shown), [entry[kind] for entry in shown.values()], markersize=5, **look)
     bands = [entry["ci"] for entry in shown.values()]
     if not paper and bands and all(bands):
-        axes.fill_between(
-            list(shown), *zip(*bands, strict=True), color=look["color"], alpha=0.12, linewidth=0
-        )
+        faint = {"color": look["color"], "alpha": 0.12, "linewidth": 0}
+        axes.fill_between(list(shown), *zip(*bands, strict=True), **faint)
 
 
 def _and_the_paper(datasets):
-    """A panel per data set, each with its place in numbers.json, and a last one for the paper's figure."""
+    """A panel per data set, and a last one for the paper's figure, whose place in numbers.json is "mean"."""
     figure, panels = _panels([*datasets, "mean"])
     for axes, title in zip(panels, [*datasets, "paper (real video)"], strict=True):
         axes.set_title(title)
-    return figure, list(zip(panels, [*datasets, "mean"], strict=True))
+    return figure, panels, [*datasets, "mean"]
 
 
 @style()
 def soft_tokens(numbers: dict, datasets: list[str]) -> Figure:
     """R@1 against the number of soft tokens, a panel per data set, the paper's last."""
-    figure, panels = _and_the_paper(datasets)
+    figure, panels, places = _and_the_paper(datasets)
     last = max(int(name.split("/d")[-1]) for name in numbers if name.startswith(f"F4/{datasets[0]}/vsr1/"))
     keys = {depth: f"d{depth}" for depth in range(last + 1)}
-    for axes, dataset in panels:
+    for axes, dataset in zip(panels, places, strict=True):
         paper = dataset == "mean"
         look = {"marker": "o", "color": BLUE, "label": "queries that refined at turn 1"}
         _curve(axes, numbers, f"F4/{dataset}/vsr1", keys, paper, **look)
@@ -470,20 +454,17 @@ def soft_tokens(numbers: dict, datasets: list[str]) -> Figure:
         _curve(axes, numbers, f"F4/{dataset}/vsr1-failed", keys, paper, **look)
         axes.axvspan(last - 0.5, last + 0.5, color=GREY, alpha=0.15, linewidth=0)
         axes.set(xlabel="soft tokens in the query", xticks=list(keys), ylim=(0, 102))
-    panels[0][0].set_ylabel("right video on rank 1, %")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return figure
+    return _labelled(figure, panels, "right video on rank 1, %", 2)
 
 
 @style()
 def turn_counts(numbers: dict, datasets: list[str]) -> Figure:
     """VCMR against the most turns, a panel per data set, the paper's last; dashed: rejected videos are not shown."""
-    figure, panels = _and_the_paper(datasets)
+    figure, panels, places = _and_the_paper(datasets)
     colours = {"0.3": (BLUE, "o"), "0.5": (RED, "s"), "0.7": (ORANGE, "^")}
-    turns = sorted(
-        {int(name[-1]) for name in numbers if name.startswith(f"F5/{datasets[0]}/vsr1/vcmr@0.5_t")}
-    )
-    for axes, dataset in panels:
+    own = f"F5/{datasets[0]}/vsr1/vcmr@0.5_t"
+    turns = sorted(int(name.removeprefix(own)) for name in numbers if name.startswith(own))
+    for axes, dataset in zip(panels, places, strict=True):
         for m, (colour, marker) in colours.items():
             keys = {turn: f"vcmr@{m}_t{turn}" for turn in turns}
             look = {"marker": marker, "color": colour, "label": f"IoU {m}", "fillstyle": "none"}
@@ -491,9 +472,7 @@ def turn_counts(numbers: dict, datasets: list[str]) -> Figure:
             look |= {"linestyle": "--", "label": f"{m}, no video twice"}
             _curve(axes, numbers, f"F5/{dataset}/skip", keys, dataset == "mean", **look)
         axes.set(xlabel="turns at most", xticks=turns, ylim=(0, None))
-    panels[0][0].set_ylabel("VCMR R@1, %")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure
+    return _labelled(figure, panels, "VCMR R@1, %", 3)
 
 
 @style()
@@ -503,11 +482,9 @@ def engines(numbers: dict, datasets: list[str]) -> Figure:
     systems = {"sqr": "SQR"}
     for way in ("blind", "seen", "reasoned"):
         systems |= {f"hqr-{way}": f"HQR {way}", f"hqr-{way}-append": f"HQR {way}, behind"}
+    sizes = ("small", -0.2, BLUE, ""), ("large", 0.2, ORANGE, "///")
     for axes, dataset in zip(panels, datasets, strict=True):
-        for shift, (size, colour, hatch) in {
-            -0.2: ("small", BLUE, ""),
-            0.2: ("large", ORANGE, "///"),
-        }.items():
+        for size, shift, colour, hatch in sizes:
             for row, system in enumerate(systems):
                 name = f"A2/{dataset}/{system}/vr@1_{size}"
                 if (value := _value(numbers, name)) is not None:
@@ -516,93 +493,24 @@ def engines(numbers: dict, datasets: list[str]) -> Figure:
                     axes.barh(row + shift, value, 0.38, **look)
                     axes.plot(numbers[name]["ci"], (row + shift,) * 2, color=BLACK, linewidth=1)
         axes.text(1, 0.2, "not trained for it", va="center", size=7, color=GREY)
-        axes.set(title=dataset, xlabel="R@1 after, %", ylim=(len(systems) - 0.5, -0.5))
-        axes.set_yticks(range(len(systems)), systems.values())
+        axes.set(title=dataset, xlabel="R@1 after, %")
+        _rows(axes, systems.values())
         axes.grid(axis="y", visible=False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
-FIGURES = {  # figure: (its number or series, without which a data set is left out; how it is drawn; caption)
-    "F4": (
-        "F4/{}/vsr1/d0",
-        lambda numbers, series, datasets: soft_tokens(numbers, datasets),
-        "R@1 with the first d of the N soft tokens of the first refinement (the prefix of one model, not a model per "
-        "d), over the queries that refined at turn 1. Bands: 95 % intervals; grey: all N. Last panel: the paper's "
-        "curve, read off its figure (0.2 points), which names no data set.",
-    ),
-    "F5": (
-        "F5/{}/vsr1/vcmr@0.5_t1",
-        lambda numbers, series, datasets: turn_counts(numbers, datasets),
-        "VCMR by the most turns an episode may have, each cut from the same run. Dashed: a video that was rejected is "
-        "not shown again (ours). Bands: 95 % intervals. Last panel: the paper's curves, read off its figure (0.1 "
-        "points), which names no data set.",
-    ),
-    "A2": (
-        "A2/{}/sqr/vr@1_small",
-        lambda numbers, series, datasets: engines(numbers, datasets),
-        "One refinement of queries whose first search failed (R@1 before: 0), right after a look at the wrong video, "
-        "no verdict asked. Each engine has its own failed queries. HQR is the prompted base model, in three variants "
-        "of this project's definition, its update for the query or behind it. SQR is trained for the small engine "
-        "only. Lines: 95 % intervals. The paper's values are not known to us.",
-    ),
-    "H1": (
-        "H1/{}/zs/vr@1",
-        lambda numbers, series, datasets: headroom(numbers, datasets),
-        "Headroom of the first search. Left: R@1 of the query as it is (line: 95 % interval) and of a "
-        "linear attribute probe, the ceiling for a refiner that only understands the query. Right: among "
-        "queries whose first search failed, what rank 2 would answer and what the probe answers.",
-    ),
-    "H2": (
-        "H2/{}/zs/vr@k",
-        retrieval_curves,
-        "R@k of the first search; dotted: chance for a gallery of that size. Hollow markers are the "
-        "paper's values for its engine on real video.",
-    ),
-    "V1": (
-        "V1/{}/zs/verdict",
-        lambda numbers, series, datasets: known_video(numbers, datasets),
-        "The base model on videos that are given away: each test query with its right video and with the engine's "
-        "best wrong one. Left: right verdicts. Right: the span named for the right video, whatever the verdict, "
-        "beside answering the whole video or a random span. Lines: 95 % intervals.",
-    ),
-    "V2": (
-        "V2/{}/zs/iou",
-        lambda numbers, series, datasets: overlaps(series, datasets),
-        "Overlap of the span that the base model names for the right video with the right moment. Grey: no overlap, "
-        "or no span named. Red: what answering the whole video would overlap.",
-    ),
-    "E1": (
-        "E1/{}/sft/info_nce",
-        lambda numbers, series, datasets: courses("E1", STAGE_1, series, datasets),
-        "Stage 1, step by step (means of nine steps). Above: the loss that is minimised; FT learns the same replies "
-        "without a search. Below: InfoNCE of the refined query over the train gallery. It falls in one go once the "
-        "soft tokens have found the words of the reply; in the first part of the run videos are told in words.",
-    ),
-    "E2": (
-        "E2/{}/vsr1/reward",
-        lambda numbers, series, datasets: courses("E2", STAGE_2, series, datasets),
-        "Stage 2, step by step (means of nine steps): the weighted reward of sampled turns, and that on starts of "
-        "videos that are held out; three of its parts; and the KL to the policy that stage 1 left.",
-    ),
-    "S1": (
-        "S1/{}/sqr-untrained/vr@1",
-        lambda numbers, series, datasets: refinements(numbers, datasets),
-        "R@1 before (hollow) and after (filled, with 95 % interval) refinement, on a sample of test queries. SQR is "
-        f"trained by both stages. {UNTRAINED}",
-    ),
-    "L1": (
-        "L1/{}/free-plain/vr@1",
-        ladder,
-        "The ladder. Above: latents of a few test queries, optimised freely against the frozen engine, by what they "
-        "pass on their way into the query and by their start. Below: heads trained on train queries with the policy "
-        "frozen and without the video, asked about train videos held out; initialisation, number of soft tokens, train "
-        "queries; hard: hard negatives only, not the whole gallery; long: more steps. Lines: 95 % intervals.",
-    ),
-    "S2": (
-        "S2/{}/trained/rank",
-        lambda numbers, series, datasets: sweep(series, datasets),
-        "One query per data set, picked by rule, as latents are added after a look at a rejected video: rank of the "
-        "right video, and cosines of the query vector. Solid: after both stages; dashed: heads that learned nothing.",
-    ),
+FIGURES = {  # figure: (number or series without which a data set is left out, how it is drawn); captions: items.yaml
+    "F4": ("F4/{}/vsr1/d0", lambda numbers, series, datasets: soft_tokens(numbers, datasets)),
+    "F5": ("F5/{}/vsr1/vcmr@0.5_t1", lambda numbers, series, datasets: turn_counts(numbers, datasets)),
+    "A2": ("A2/{}/sqr/vr@1_small", lambda numbers, series, datasets: engines(numbers, datasets)),
+    "H1": ("H1/{}/zs/vr@1", lambda numbers, series, datasets: headroom(numbers, datasets)),
+    "H2": ("H2/{}/zs/vr@k", retrieval_curves),
+    "V1": ("V1/{}/zs/verdict", lambda numbers, series, datasets: known_video(numbers, datasets)),
+    "V2": ("V2/{}/zs/iou", lambda numbers, series, datasets: overlaps(series, datasets)),
+    "E1": ("E1/{}/sft/info_nce", lambda numbers, series, datasets: courses("E1", STAGE_1, series, datasets)),
+    "E2": ("E2/{}/vsr1/reward", lambda numbers, series, datasets: courses("E2", STAGE_2, series, datasets)),
+    "S1": ("S1/{}/sqr-untrained/vr@1", lambda numbers, series, datasets: refinements(numbers, datasets)),
+    "L1": ("L1/{}/free-plain/vr@1", ladder),
+    "S2": ("S2/{}/trained/rank", lambda numbers, series, datasets: sweep(series, datasets)),
 }
