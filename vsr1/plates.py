@@ -164,10 +164,8 @@ def pairs(profile: Profile, walks: dict, films: Callable[[str], Films]) -> dict[
             f"more, and {loser} does not have it on rank 1 at last: {counts(walks, number[winner])}. The same with "
             f"{winner} and {loser} exchanged: {counts(walks, number[loser])}."
         )
-        made[name] = (
-            sheet.pair(soft, hard, films(dataset)),
-            _caption(profile, name, title, dataset, soft, rule),
-        )
+        figure = sheet.pair(soft, hard, films(dataset))
+        made[name] = figure, _caption(profile, name, title, dataset, soft, rule)
     return made
 
 
@@ -191,9 +189,8 @@ def singles(profile: Profile, walked: dict, films: Callable[[str], Films]) -> di
             rule = f"{_first(TEASER)}, a wrong one is rejected, and the right one accepted next with IoU {IOU} or more"
             figure = sheet.teaser(one, films(dataset), after)
         elif by_depth is None:
-            _left_out(
-                [name], f"the trained policy of {dataset} is gone, or gives other ranks than were recorded"
-            )
+            why = f"the trained policy of {dataset} is gone, or gives other ranks than were recorded"
+            _left_out([name], why)
             continue
         else:
             shown = ", ".join(map(str, by_depth[one.gt_video]))
@@ -232,12 +229,8 @@ def _first(ranks):
 def _caption(profile, name, title, dataset, one, rule):
     """What a plate shows, the rule that found it, the paper's quantities where its figure is known."""
     world = "rendered videos and mini models" if profile.world else "real videos"
-    paper = (
-        f"Paper, read off its figure: {PAPER[name]}."
-        if name in PAPER
-        else "Paper: a further example, not known to us."
-    )
-    paper = "Not in the paper." if name == "Q2" else paper
+    paper = "Not in the paper." if name == "Q2" else "Paper: a further example, not known to us."
+    paper = f"Paper, read off its figure: {PAPER[name]}." if name in PAPER else paper
     marks = f"{RENDERED} {LEGEND}" if profile.world else LEGEND
     picked = f"{dataset}, query {one.desc_id}. Rule (smallest ids first, data sets in turn): {rule}"
     return f"{title} {picked} {paper} {marks} Profile {profile.name}, {world}."

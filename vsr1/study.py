@@ -212,9 +212,8 @@ def budgets(walked: list[Episode]) -> pd.DataFrame:
 def pick(walked: list[Episode]) -> tuple[Episode, str]:
     """A query to look at closely, and the rule that found it: the smallest id, of the first rule that finds any."""
     rejected = [one for one in walked if one.problem is None and metrics.verdict(one, 0) is not True]
-    rejected = [
-        one for one in rejected if one.turns[0].rank_by_depth
-    ] or rejected  # those that searched again, if any
+    # Those that searched again, if any.
+    rejected = [one for one in rejected if one.turns[0].rank_by_depth] or rejected
     rules = {
         "right video on rank 5 to 40, first look rejected": [o for o in rejected if 5 <= o.rank_orig <= 40],
         "first search failed, first look rejected": [o for o in rejected if o.rank_orig > 1],
@@ -231,9 +230,7 @@ class Sweep:
 
     vecs: np.ndarray  # (N + 1, D)
     ranks: np.ndarray  # (N + 1,) of the right video
-    cosines: dict[
-        str, np.ndarray
-    ]  # (N + 1,) with the right, the shown, the best video, and the query as typed
+    cosines: dict[str, np.ndarray]  # (N + 1,) with the right, the shown, the best video, the query as typed
     lengths: np.ndarray  # (N,) of the latents
     appended: np.ndarray  # (N,) of what stands in the query for them
     words: np.ndarray  # (L,) of the engine's embeddings of the query's own tokens
@@ -355,9 +352,8 @@ def against(profile: Profile, dataset: str, runs: dict[str, list[Episode]]) -> d
         }
         groups = {"": walked, "_refined": metrics.refined(walked), "_failed": metrics.failed(walked)}
         for suffix, chosen in groups.items():
-            gained = (
-                metrics.vr_hits(chosen, 1).astype(int) - metrics.vr_hits(chosen, 1, "orig") if chosen else []
-            )
+            before, after = (metrics.vr_hits(chosen, 1, which).astype(int) for which in ("orig", "final"))
+            gained = after - before
             row[f"gain{suffix}"] = replace(share(profile, chosen, gained), unit="points")
         numbers |= {f"T3/{dataset}/{system}/{name}": number for name, number in row.items()}
     return numbers

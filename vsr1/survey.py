@@ -49,9 +49,8 @@ def first_search(queries: list[Query], vectors) -> FirstSearch:
     right = np.array([column.get(query.video, 0) for query in queries])
     scores = vectors.query_vecs[[row[query.id] for query in queries]] @ vectors.video_vecs.T  # (Q, V)
     ranks, pessimistic = metrics.ranks(scores, right), metrics.ranks_pessimistic(scores, right)
-    shown = [
-        vectors.video_ids[best] for best in scores.argmax(axis=1)
-    ]  # the first of equals, as the index does
+    # Of equals the first, as the index does.
+    shown = [vectors.video_ids[best] for best in scores.argmax(axis=1)]
     never = metrics.NEVER
     return FirstSearch(
         queries,

@@ -44,8 +44,9 @@ def rows(numbers: dict, table: str) -> list:
     found = []
     for dataset, system in dict.fromkeys(pairs):  # each once, in order
         names = [f"{table}/{dataset}/{system}/{metric}" for metric in layout["metrics"]]
+        shown = [numbers.get(name) for name in names]
         entries = [
-            numbers[name] | {"mark": marks.get(name, "")} if name in numbers else None for name in names
+            one and one | {"mark": marks.get(name, "")} for name, one in zip(names, shown, strict=True)
         ]
         if any(cell(entry) != "—" for entry in entries):
             found.append((dataset, system, layout["systems"].get(system, system), entries))
@@ -61,25 +62,21 @@ def caption(profile: Profile, numbers: dict, table: str) -> str:
 def basis(profile: Profile, numbers: dict, table: str) -> str:
     """What a table rests on: profile, queries, videos, unreadable videos, seeds; and how to read a cell."""
     layout, facts = results.layouts()[table], []
+    own = {name: entry for name, entry in numbers.items() if name.startswith(f"{table}/")}
     for dataset in profile.datasets:
-        sizes = {entry["n"] for name, entry in numbers.items() if name.startswith(f"{table}/{dataset}/")} - {
-            None
-        }
+        sizes = {entry["n"] for name, entry in own.items() if name.split("/")[1] == dataset} - {None}
         if sizes:
             span = " to ".join(results.digits(size) for size in sorted({min(sizes), max(sizes)}))
             facts.append(f"{dataset} {span} {layout.get('counts', 'queries')}")
-            found = [
-                numbers.get(f"D1/{dataset}/test/{key}", {}).get("value") for key in ("videos", "skipped")
-            ]
+            corpus = [f"D1/{dataset}/test/{key}" for key in ("videos", "skipped")]
+            found = [numbers.get(name, {}).get("value") for name in corpus]
             if layout.get("split", "test") == "test" and None not in found:
                 facts[-1] += ", {} videos ({} unreadable)".format(*map(results.digits, found))
-    seeds = sorted(
-        {seed for name in numbers if name.startswith(f"{table}/") for seed in numbers[name]["seeds"]}
-    )
+    seeds = sorted({seed for entry in own.values() for seed in entry["seeds"]})
     legend = "± is half the 95 % interval; in parentheses the published value; — is missing."
     parts = [f"Profile {profile.name}: {'; '.join(facts) or 'nothing measured yet'}."]
     parts += [f"Seeds {', '.join(map(str, seeds))}."] if seeds else []
-    notes = {numbers[name]["note"] for name in numbers if name.startswith(f"{table}/")} - {""}
+    notes = {entry["note"] for entry in own.values()} - {""}
     parts += [f"All of it {notes.pop()}."] if len(notes) == 1 and layout.get("committed") else []
     return " ".join([*parts, legend])
 
@@ -140,28 +137,15 @@ def to_latex(profile: Profile, numbers: dict, table: str) -> str:
     for dataset, system, label, entries in rows(numbers, table):
         lines += [r"\midrule"] if dataset != last else []
         label = rf"\textbf{{{_tex(label)}}}" if system in layout.get("highlight", ()) else _tex(label)
-        lines += [
-            " & ".join(["" if dataset == last else dataset, label, *(_tex(cell(e)) for e in entries)])
-            + r" \\"
-        ]
+        cells = ["" if dataset == last else dataset, label, *(_tex(cell(entry)) for entry in entries)]
+        lines += [" & ".join(cells) + r" \\"]
         last = dataset
-    lines += [
-        r"\bottomrule",
-        r"\end{tabular}",
-        *(rf"\par {_tex(note)}" for note in footnotes(numbers, table)),
-    ]
-    return "\n".join([*lines, r"\end{table}"]) + "\n"
+    notes = [rf"\par {_tex(note)}" for note in footnotes(numbers, table)]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *notes, r"\end{table}"]) + "\n"
 
 
 def _tex(text):
     """`text` with LaTeX's own characters made harmless."""
-    marks = {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "±": r"$\pm$",
-        "—": "---",
-        "†": r"$\dagger$",
-        "‡": r"$\ddagger$",
-    }
+    marks = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    marks |= {"±": r"$\pm$", "—": "---", "†": r"$\dagger$", "‡": r"$\ddagger$"}
     return "".join(marks.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)

@@ -45,9 +45,8 @@ def counts(rows: list[traces.Row]) -> pd.DataFrame:
 
 def example(rows: list[traces.Row], matched: bool) -> traces.Row:
     """The row with the smallest query id that sees a video, of those to be accepted or of those to be rejected."""
-    return min(
-        (r for r in rows if r.told is None and (r.shown == r.right) == matched), key=lambda row: row.desc_id
-    )
+    seen = [row for row in rows if row.told is None and (row.shown == row.right) == matched]
+    return min(seen, key=lambda row: row.desc_id)
 
 
 def row_text(row: traces.Row) -> str:
@@ -58,9 +57,7 @@ def row_text(row: traces.Row) -> str:
     return f"query {row.desc_id}: {row.query}\n{shown}\nreply: {reply}"
 
 
-def wrong_strips(
-    profile: Profile, dataset: str, vectors: engine.Vectors, row: traces.Row
-) -> list[gallery.Strip]:
+def wrong_strips(profile: Profile, dataset: str, vectors, row: traces.Row) -> list[gallery.Strip]:
     """The right video of a row, and the three wrong ones that rank highest: what InfoNCE holds apart."""
     query = vectors.query_vecs[vectors.query_ids.index(row.desc_id)]
     order = [vectors.video_ids[at] for at in np.argsort(-vectors.video_vecs @ query, kind="stable")]
@@ -156,20 +153,14 @@ def gains(profile: Profile, pairs: dict[str, tuple[list[Episode], list[Episode],
 
 def start_counts(starts: list[grpo.Start]) -> pd.Series:
     """What a first look of stage 2 is at."""
-    return pd.Series(
-        {
-            "right video": sum(start.first == start.video for start in starts),
-            "wrong video": sum(start.first != start.video for start in starts),
-        },
-        name="starts",
-    )
+    right = sum(start.first == start.video for start in starts)
+    return pd.Series({"right video": right, "wrong video": len(starts) - right}, name="starts")
 
 
 def test_rows(profile: Profile, dataset: str, system: str, walked: list[Episode]) -> dict[str, Number]:
     """T1 of one system: moments, verdicts, and its rankings."""
-    return study.loop_numbers(
-        profile, dataset, system, walked, [*MOMENTS, *(f"vr@{k}" for k in profile.vr_ks)]
-    )
+    names = [*MOMENTS, *(f"vr@{k}" for k in profile.vr_ks)]
+    return study.loop_numbers(profile, dataset, system, walked, names)
 
 
 HELD = ("ver", "ver_turn1", "vcmr@0.5", "vr@1_orig", "vr@1", "vr@1_failed")

@@ -23,9 +23,7 @@ from vsr1.evaluate import sample
 from vsr1.params import InputError
 from vsr1.results import Number
 
-WINDOW = (
-    4  # ours, frames: two of the model's pairs; at most 64 frames are read, so a video has at most 16 windows
-)
+WINDOW = 4  # ours, frames: two of the model's pairs; of 64 frames at most, so a video has at most 16 windows
 BATCH = 64  # ours, queries of a training step
 HELD = 4  # ours: one held-out video for so many that are learned from
 
