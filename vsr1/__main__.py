@@ -15,7 +15,7 @@ from vsr1 import params, stages
 from vsr1.params import ROOT, InputError
 
 # Command: the module whose main reads its own arguments.
-OTHERS = {"search": "yours"} | {name: name for name in ("score", "foundation", "bench")}
+OTHERS = {"search": "yours", "fetch": "release"} | {name: name for name in ("score", "foundation", "bench")}
 SHARED = ("corpus", "embed", "train", "evaluate")  # what a launcher may start in several processes
 MOMENT = 10  # seconds in which a launcher ends the other processes when one has ended
 
@@ -156,12 +156,11 @@ def _parser():
 
 def corpus(profile, datasets):
     """Every corpus under runs/: rendered where the profile has a world, else brought in from the real files."""
-    from vsr1 import corpus as annotations
-    from vsr1 import miniworld
+    from vsr1 import miniworld, real
 
     for dataset in datasets:
         started = time.time()
-        (miniworld.render if profile.world else annotations.bring)(profile, dataset)
+        (miniworld.render if profile.world else real.bring)(profile, dataset)
         _say(f"corpus {dataset}", started)
 
 

@@ -19,8 +19,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from vsr1 import stages
-from vsr1.params import ROOT, InputError
+from vsr1.params import InputError
 
 # (train, test) of the benchmark; val_1 of ActivityNet annotates the test videos a second time and is not used.
 FILES = {
@@ -312,40 +311,3 @@ def find_videos(folder, ids):
     ids = list(ids)
     _tell(folder, {"ids with several files, first taken": sum(len(found.get(id, [])) > 1 for id in set(ids))})
     return [Video(id, found.get(id, [None])[0], None) for id in ids]
-
-
-# --- Real files into runs/
-
-
-def bring(profile, dataset):
-    """The real data set under runs/<profile>/<dataset>/: `corpus/{train,test}.jsonl`, and `videos/` full of links.
-
-    The videos count by name and size: reading them all to notice a changed byte would take longer than it is worth.
-    """
-    source = ROOT / profile.data / dataset
-    files = [source / "annotations" / name for name in FILES[dataset]]
-    for file in files:
-        if not file.exists():
-            raise InputError(f'{file}: not there; README, "Real data", says what goes where')
-
-    def annotate(folder):
-        for split, file in zip(("train", "test"), files, strict=True):
-            write_fig(folder / f"{split}.jsonl", read_fig(file))
-
-    home = profile.runs(dataset)
-    inputs = {"files": [stages.digest(file) for file in files], "code": stages.code("corpus")}
-    stages.run(home / "corpus", inputs, annotate)
-    try:
-        videos = sorted(path for path in (source / "videos").iterdir() if path.is_file())
-    except OSError as error:
-        raise InputError(
-            f"{source}/videos: cannot be listed ({error.strerror}); put the videos there"
-        ) from error
-
-    def link(folder):
-        for path in videos:
-            (folder / path.name).unlink(missing_ok=True)
-            (folder / path.name).symlink_to(path.resolve())
-
-    listing = [[str(path.resolve()), path.stat().st_size] for path in videos]
-    return stages.run(home / "videos", {"videos": listing}, link)
