@@ -76,7 +76,7 @@ def _reading(path):
         EntryNotFoundError,
         HfUriError,
     ) as error:  # the hub's library has tried five times
-        what, remedy = "not readable now", "run the same command again, what was fetched stays"
+        what, remedy = "not readable now", "run the same command again, it goes on; or --source FOLDER"
         absent = isinstance(error, (FileNotFoundError, NotADirectoryError, EntryNotFoundError, HfUriError))
         status = getattr(getattr(error, "response", None), "status_code", None)
         if absent or status in (401, 403, 404):  # the hub does not say which of them are private
