@@ -10,6 +10,7 @@ import sys
 
 import nbformat
 import pytest
+import torch
 
 from vsr1 import __main__ as cli
 from vsr1 import params, stages
@@ -62,6 +63,20 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "corpus", lambda *_: {}["absent"])
     with pytest.raises(KeyError):
         cli.main(["corpus", "--jobs", "1"])
+
+
+def test_too_little_memory_and_a_launcher_that_splits_models_are_one_line_each(monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(cli, "corpus", full)
+    status, _, err = run(capsys, "corpus")
+    assert status == 2 and re.fullmatch(
+        r"error: not enough memory \(CUDA .*\); lower batch_tokens, .*\n", err
+    )
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    status, _, err = run(capsys, "corpus")
+    assert status == 2 and re.fullmatch(r"error: accelerate: FSDP and DeepSpeed .* `--multi_gpu`.*\n", err)
 
 
 def test_a_full_disk_is_one_line_and_an_interrupt_another(monkeypatch, capsys):

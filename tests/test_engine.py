@@ -47,6 +47,24 @@ def test_a_query_vector_is_the_normalised_state_of_the_end_of_text_token(made):
     )
 
 
+def test_videos_that_do_not_fit_together_are_embedded_in_halves_with_a_warning(made, monkeypatch):
+    clips, pool, sizes = [clip(4, seed) for seed in range(4)], made.pool, []
+    whole = made.embed_clips(clips)
+
+    def full(batch):
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pool(batch)
+
+    small = engine.Engine(params.load("smoke"), made.model, made.tokenizer, "small")
+    monkeypatch.setattr(small, "pool", full)
+    with pytest.warns(UserWarning, match="4 at once do not fit in memory: half of batch_tokens from now on"):
+        np.testing.assert_allclose(small.embed_clips(clips), whole, atol=1e-5)
+    np.testing.assert_allclose(small.embed_clips(clips), whole, atol=1e-5)
+    assert sizes == [4, 2, 2, 2, 2] and made.portions.parts == 1
+
+
 def test_texts_and_videos_give_the_same_vectors_in_a_batch_alone_and_in_another_order(made):
     together = made.embed_texts(TEXTS)
     for text, vec in zip(TEXTS, together, strict=True):

@@ -380,6 +380,25 @@ def test_a_span_beside_a_wrong_verdict_is_grounding_but_no_match(agent, run, que
     assert numbers["matched@0.3"] == 0 and numbers["grounding@0.7"] == 100 and numbers["verdict_right"] == 0
 
 
+def test_queries_that_do_not_fit_together_walk_in_halves_to_the_same_episodes(agent, run, monkeypatch):
+    """The policy runs out of memory with more than three queries at once; what words were cut is counted once."""
+    agent.script = lambda *_: "<query_update>a red dog</query_update>"
+    whole, say, sizes = run(agent, "hqr-blind", "fits"), evaluate.Wiring._say, []
+
+    def full(self, prompts):
+        sizes.append(len(prompts))
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return say(self, prompts)
+
+    monkeypatch.setattr(evaluate.Wiring, "_say", full)
+    with pytest.warns(UserWarning, match="6 at once do not fit in memory: half of eval_batch from now on"):
+        halves = run(agent, "hqr-blind", "halved")
+    untimed = lambda one: [(turn.shown_id, turn.rank_in, turn.rank_out, turn.reply) for turn in one.turns]  # noqa: E731
+    assert [untimed(one) for one in halves] == [untimed(one) for one in whole]
+    assert sizes[0] == 6 and max(sizes[1:]) == 3
+
+
 def test_an_unknown_system_is_one_line(world):
     with pytest.raises(InputError, match="hqr-unseen: no such system; there are zs, walkdown, sqr"):
         evaluate.run_system(world, "charades", "hqr-unseen")

@@ -249,7 +249,7 @@ def other_weights(folder):
         (lambda folder: (folder / "vsr1.json").write_text("{"), "vsr1.json: not readable"),
         (
             lambda folder: (folder / "vsr1.json").unlink(),
-            "soft-query heads but no vsr1.json; see policy.convert_released",
+            "soft-query heads but no vsr1.json; see policy.at",
         ),
         (other_weights, "model.safetensors: not the file that vsr1.json was written for"),
         (lambda folder: (folder / "refine.safetensors").unlink(), "refine.safetensors: not the file"),
@@ -330,6 +330,10 @@ def plain_tokenizer(folder):
     [
         (retensor(lambda t: t.pop("refine_projector.1.bias")), "refine_projector.1.bias is missing"),
         (retensor(lambda t: t.pop("refine_gate.weight")), "refine_gate.weight is missing"),
+        (
+            retensor(lambda t: t.update({"refine_extra.bias": torch.zeros(2)})),
+            "unknown tensor refine_extra.bias",
+        ),
         (
             retensor(lambda t: t.update({"refine_latent_input_projector.1.weight": torch.zeros(64, 192)})),
             "refine_latent_input_projector.1.weight is [64, 192], but a policy of width 192 needs [192, 192]",

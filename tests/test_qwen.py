@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 from vsr1 import lessons, qwen
 
@@ -124,3 +124,58 @@ def test_batches_cover_every_row_once_and_respect_the_limit():
     assert sorted(row for group in groups for row in group) == list(range(500))
     assert all(len(group) * max(lengths[row] for row in group) <= 256 for group in groups)
     assert lengths[groups[0][0]] == max(lengths)
+
+
+@pytest.mark.parametrize(
+    ("installed", "dtype", "device", "found"),
+    [
+        (True, "bfloat16", "cuda", "flash_attention_2"),
+        (False, "bfloat16", "cuda", None),
+        (True, "float32", "cuda", None),
+        (True, "bfloat16", "cpu", None),
+    ],
+)
+def test_attention_is_chosen_by_what_is_there(monkeypatch, installed, dtype, device, found):
+    """All of an engine, but only the eyes of what reads on from a cache."""
+    monkeypatch.setattr(qwen, "is_flash_attn_2_available", lambda: installed)
+    whole = qwen.attention(Qwen3VLModel, dtype, device)
+    part = qwen.attention(Qwen3VLForConditionalGeneration, dtype, device)
+    assert whole == ({"attn_implementation": found} if found else {})
+    assert part == ({"attn_implementation": {"text_config": "sdpa", "vision_config": found}} if found else {})
+
+
+def test_a_choice_by_side_reaches_both_sides_and_the_record(tiny, tmp_path, monkeypatch):
+    """In the form that a GPU would get it, with the two kinds of attention that run anywhere: the same states."""
+    model, tokenizer = tiny
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plain = qwen.load(Qwen3VLForConditionalGeneration, str(tmp_path))[0]
+    assert qwen.facts(plain) == {"device": "cpu", "attention": ["sdpa", "sdpa"], "commit": None}
+    sides = {"text_config": "sdpa", "vision_config": "eager"}
+    monkeypatch.setattr(qwen, "attention", lambda *_: {"attn_implementation": sides})
+    other = qwen.load(Qwen3VLForConditionalGeneration, str(tmp_path))[0]
+    assert qwen.facts(other)["attention"] == ["sdpa", "eager"]
+    row = video_row(tiny, noise(4))
+    (context, now), (_, then) = (qwen.prefill(one, [row], tokenizer.pad_token_id) for one in (plain, other))
+    torch.testing.assert_close(then, now, atol=1e-5, rtol=0)
+    assert qwen.read(other, context, now[:, None])[0].seen.shape[1] == len(row.ids) + 1
+
+
+def test_work_that_does_not_fit_is_done_in_halves_from_then_on_once_and_loudly():
+    portions, sizes, fits = qwen.Portions("eval_batch"), [], 4
+
+    def work(some):
+        sizes.append(len(some))
+        if len(some) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return some
+
+    assert portions.run(work, [1, 2, 3, 4]) == [[1, 2, 3, 4]]
+    with pytest.warns(UserWarning, match="7 at once do not fit in memory: half of eval_batch from now on"):
+        assert portions.run(work, [1, 2, 3, 4, 5, 6, 7]) == [[1, 2, 3, 4], [5, 6, 7]]
+    assert portions.run(work, [1, 2, 3]) == [[1, 2], [3]] and sizes == [4, 7, 4, 3, 2, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        portions.run(work, list(range(9)))
+    fits = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        qwen.Portions("eval_batch").run(work, [1])

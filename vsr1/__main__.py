@@ -17,6 +17,7 @@ from vsr1.params import ROOT, InputError
 # Command: the module whose main reads its own arguments.
 OTHERS = {"search": "yours", "fetch": "release"} | {name: name for name in ("score", "foundation", "bench")}
 SHARED = ("corpus", "embed", "train", "evaluate")  # what a launcher may start in several processes
+SPLITTING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by a launcher that would split a model
 MOMENT = 10  # seconds in which a launcher ends the other processes when one has ended
 
 
@@ -34,9 +35,15 @@ def main(argv=None) -> int:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if "closed by peer" not in str(error):
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            knobs = "batch_tokens, eval_batch, sft_batch, grpo_batch, grpo_replies or frame_pixels"
+            message = (
+                f"not enough memory ({str(error)[:90]}); lower {knobs} in the profile, then run it again"
+            )
+        elif "closed by peer" not in str(error):
             raise
-        return 1  # another process ended, and has said why
+        else:
+            return 1  # another process ended, and has said why
     if int(os.environ.get("RANK", 0)):
         time.sleep(MOMENT)  # the first process may be about to say the same: one line is enough
     print(f"error: {message}", file=sys.stderr)
@@ -52,6 +59,11 @@ def _command(argv):
     profile = params.load(args.profile, args.seed)
     # torch and OpenMP read it when they are first imported, in this process and in the kernels of notebooks.
     os.environ["OMP_NUM_THREADS"] = str(profile.threads)
+    if any(os.environ.get(name) == "true" for name in SPLITTING):
+        raise InputError(
+            "accelerate: FSDP and DeepSpeed split a model, which rollouts and soft tokens cannot read; "
+            "launch with `--multi_gpu`: each process holds all of it"
+        )
     mates = stages.team(profile.device)
     if mates.num_processes > 1 and args.command not in SHARED:
         raise InputError(f"{args.command}: works in one process; several can share {', '.join(SHARED)}")
@@ -135,7 +147,9 @@ def _parser():
     told.add_argument("--stage", required=True, choices=("sft", "ft", "grpo"))
     told.add_argument("--recipe", default="vsr1", help="of grpo.RECIPES, for --stage grpo")
     told = commands.add_parser("evaluate", parents=[one], help="the episodes of systems on the test queries")
-    told.add_argument("systems", nargs="+", metavar="SYSTEM", help="sft, a recipe, or of evaluate.SYSTEMS")
+    told.add_argument(
+        "systems", nargs="+", metavar="SYSTEM", help="sft, a recipe, of evaluate.SYSTEMS, or vsr1-released"
+    )
     told = commands.add_parser("notebook", parents=[sets], help="run notebooks headless")
     told.add_argument("names", nargs="+", metavar="NAME", help="file names in notebooks/, without .ipynb")
     told = commands.add_parser(
@@ -191,17 +205,35 @@ def train(profile, dataset, stage, recipe):
 def evaluate(profile, dataset, systems):
     """The test episodes of systems, each with the weights that training left for it, if any."""
     from vsr1 import evaluate as loop
-    from vsr1 import grpo
+    from vsr1 import grpo, policy
 
     home = profile.runs(dataset)
     trained = {"sft": ("sqr", home / "sft"), "walkdown-ft": ("walkdown", home / "ft")}
     trained |= {recipe: ("sqr", home / "grpo" / recipe) for recipe in grpo.RECIPES}
+    released = {
+        "sft-released": policy.released_name(dataset, 1),
+        "vsr1-released": policy.released_name(dataset, 2),
+    }
     for name in systems:
         started, (like, weights) = time.time(), trained.get(name, (name, None))
         if weights and not stages.stamp(weights):
             raise InputError(f"{weights}: not trained yet; `python -m vsr1 train --help` says how")
-        loop.run_system(profile, dataset, name, like=like, weights=weights and str(weights))
+        if name in released:
+            like, weights = "sqr", released[name]
+        path = loop.run_system(profile, dataset, name, like=like, weights=weights and str(weights))
+        if name in released:
+            record(profile, dataset, name, path)
         _say(f"evaluate {name} {dataset}", started)
+
+
+def record(profile, dataset, name, path):
+    """Puts a row of T1 that no notebook makes among the numbers of the report, and prints it."""
+    from vsr1 import episode, results, study, training
+
+    if stages.team().is_main_process:
+        numbers = training.test_rows(profile, dataset, name, episode.read_episodes(path))
+        results.record(profile, dataset, name, numbers)
+        print(study.table(numbers).to_string())
 
 
 def seeds(profile, datasets, numbers):

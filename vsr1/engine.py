@@ -29,6 +29,7 @@ class Engine:
         self.max_pixels, self.batch_tokens = profile.frame_pixels, profile.batch_tokens
         self.width = self.model.config.text_config.hidden_size
         self.cut = 0  # query texts shortened to the limit so far
+        self.portions = qwen.Portions("batch_tokens")
 
     def query_prompt(self, text: str) -> tuple[qwen.Prompt, int]:
         """The prompt of a query and the position right after its last word, where soft tokens go.
@@ -103,9 +104,13 @@ class Engine:
         """(V, D) vectors of videos."""
         prompts = [self.video_prompt(clip) for clip in clips]
         vecs = np.zeros((len(clips), self.width), np.float32)
-        for rows in qwen.batches([len(prompt.ids) for prompt in prompts], self.batch_tokens):
+
+        def embed(rows):
             batch = qwen.collate([prompts[row] for row in rows], self.model, self.tokenizer.pad_token_id)
             vecs[rows] = self.pool(batch).cpu().numpy()
+
+        for rows in qwen.batches([len(prompt.ids) for prompt in prompts], self.batch_tokens):
+            self.portions.run(embed, rows)
         return vecs
 
 
@@ -237,10 +242,10 @@ def _embed(profile, dataset, split, which, folder):
     stages.write_json(folder / "ids.json", {"videos": video_ids, "queries": [query.id for query in queries]})
     notes = {
         "videos_per_second": round(len(paths) / spent, 2) if paths else None,
-        "device": str(engine.model.device),
     }
     stages.write_json(
-        folder / "notes.json", notes | {"texts_cut": engine.cut, "skipped": len(videos) - len(video_ids)}
+        folder / "notes.json",
+        notes | qwen.facts(engine.model) | {"texts_cut": engine.cut, "skipped": len(videos) - len(video_ids)},
     )
     for part in folder.glob("shard-*"):
         part.unlink()

@@ -4,6 +4,7 @@ runs/<profile>/<dataset>/episodes/<system>.jsonl      read it with `episode.read
 """
 
 import time
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from vsr1 import corpus, engine, episode, frames, metrics, policy, qwen, refine,
 from vsr1.episode import AS_TYPED, Cost, Episode, Look, Ranking, Refinement, read_reply
 from vsr1.params import InputError
 
+ALIKE, ALIKE_QUERIES = 0.999, 8  # METHOD.md 8: lowest cosine; of so many queries (ours)
 CLIP_BYTES = 512 * 2**20  # ours: decoded frames that are kept; the mini test videos of one data set fit
 
 
@@ -232,7 +234,7 @@ def run_system(
     split    "held": the train queries that nothing is learned from, in the train gallery
     """
     system, home = _system(like or name), profile.runs(dataset)
-    weights = weights or profile.policy
+    weights = policy.at(weights or profile.policy, profile)
     place = Path(qwen.place(weights))
     used = ("episode", "evaluate", "refine", "policy", "engine", "qwen", "frames", "metrics")
     sight = [profile.video_fps, profile.max_frames, profile.frame_pixels, profile.max_new, profile.dtype]
@@ -280,6 +282,8 @@ def _walk(profile, dataset, name, system, weights, count, split, folder):
     queries = sample(corpus.hold_out(queries, profile.held_out)[1] if split == "held" else queries, count)
     vectors = engine.load_vectors(home / "embed" / "engine" / SPLITS[split])
     made, agent = load_pair(profile, system, weights)
+    if agent.embedder:
+        check_same(made, vectors, queries)
     with frames.readers(frames.Reader(profile.video_fps, profile.max_frames), profile.decoders) as read:
         wired = Wiring(profile, system, made, agent, vectors, Clips(home / "videos", vectors.video_ids, read))
         shown, turns = system.next_shown or profile.next_shown, profile.max_turns if system.refine else 1
@@ -287,17 +291,26 @@ def _walk(profile, dataset, name, system, weights, count, split, folder):
         batches = [queries[i : i + profile.eval_batch] for i in range(0, len(queries), profile.eval_batch)]
         parts = [folder / f"part-{number:05}.jsonl" for number in range(len(batches))]
         own = list(zip(parts, batches, strict=True))[mates.process_index :: mates.num_processes]
+        portions, cut = qwen.Portions("eval_batch"), []
+
+        def walk(some):
+            before = wired.long.cut
+            walked = episode.run_episodes(some, wired.search, wired.ask, wired.refine, run)
+            cut.append(wired.long.cut - before)
+            return walked
+
         for part, batch in stages.progress(own, f"{name} {dataset}"):
             if not part.exists():
-                walked = episode.run_episodes(batch, wired.search, wired.ask, wired.refine, run)
-                episode.write_episodes(part, run, walked)
-    cut = [wired.long.cut] if mates is stages.ALONE else gather_object([wired.long.cut])
+                episode.write_episodes(
+                    part, run, [one for walked in portions.run(walk, batch) for one in walked]
+                )
+    cut = [sum(cut)] if mates is stages.ALONE else gather_object([sum(cut)])
     if not mates.is_main_process:
         return
     episodes = [one for part in parts for one in episode.read_episodes(part)]
     episode.write_episodes(folder / "episodes.jsonl", run, episodes)
     problems = sorted({one.problem for one in episodes if one.problem is not None})
-    notes = {"device": str(agent.model.device), "updates_cut": sum(cut), "problems": problems}
+    notes = qwen.facts(agent.model) | {"updates_cut": sum(cut), "problems": problems}
     stages.write_json(folder / "notes.json", notes)
     for part in parts:
         part.unlink()
@@ -314,14 +327,28 @@ def sample(queries: list, count: int | None) -> list:
 
 
 def load_pair(profile, system: System, weights: str):
-    """(engine, policy) that fit each other; a policy without heads gets new, untrained ones where SQR needs them."""
-    made, agent = engine.load(profile), policy.load(weights, profile)
+    """(engine, policy) that fit each other: the profile's engine, or the one that came with the policy.
+
+    A policy without heads gets new, untrained ones where SQR needs them.
+    """
+    agent = policy.load(weights, profile)
+    made = engine.load(replace(profile, engine=agent.embedder) if agent.embedder else profile)
     if system.refine == "sqr":
         if agent.heads is None:
             settings = policy.new_settings(profile, made.instruction)
             agent = policy.new_heads(agent, settings, profile.seed, made)
         refine.check_fit(agent, made)
     return made, agent
+
+
+def check_same(made, vectors, queries) -> None:
+    """Says so where an engine that came with a policy is not the one that embedded the corpus (METHOD.md 8)."""
+    typed = dict(zip(vectors.query_ids, vectors.query_vecs, strict=True))
+    some = sample(queries, ALIKE_QUERIES)
+    cosines = (made.embed_texts([q.text for q in some]) * np.stack([typed[q.id] for q in some])).sum(axis=1)
+    if cosines.min() < ALIKE:
+        far = f"a query's vector has cosine {cosines.min():.4f} with that beside the index"
+        warnings.warn(f"{made.name}: {far}; is the profile's engine the same?", stacklevel=2)
 
 
 # --- A video that is given away: verification and grounding alone

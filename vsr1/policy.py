@@ -9,6 +9,8 @@ import contextlib
 import copy
 import hashlib
 import json
+import re
+import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -24,6 +26,8 @@ from vsr1 import frames, params, qwen, stages
 from vsr1.params import InputError
 
 REFINE = "<REFINE>"
+AUTHORS = "VideoSearchR1/"  # whose checkpoints need their own prompt and times (METHOD.md 8)
+EMBEDDER = "query_embedder"  # folder that may lie in such a checkpoint: the engine's query side
 
 # --- what the policy is told (METHOD.md 4: the sentences; the wording is ours) ---------------------------------------
 
@@ -155,6 +159,7 @@ class Policy:
         self.model, self.tokenizer, self.heads, self.settings = model, tokenizer, heads, settings
         self.frame_pixels, self.name = pixels, tokenizer.name_or_path or "policy"
         self.adapters = None  # of LoRA, while it learns (`sft.adapt`)
+        self.embedder = None  # folder of the engine that came with it, if one did
         self.stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.mark = None if heads is None else refine_id(tokenizer, model)  # the id of <REFINE>
         config, rows = model.config, model.get_input_embeddings().num_embeddings
@@ -312,16 +317,19 @@ def new_settings(profile, instruction: str) -> Settings:
 
 
 def load(name: str, profile) -> Policy:
-    """The policy in a folder or on the hub; with heads where the folder has a `vsr1.json`."""
+    """The policy in a folder or on the hub (see `at`); with heads where the folder has a `vsr1.json`."""
     torch.set_num_threads(profile.threads)
+    name = at(name, profile)
     folder = Path(qwen.place(name))
     record, held = folder / "vsr1.json", _tensors(folder)
     own = _read_settings(record, folder) if record.exists() else None
     if own is None and any(key.startswith("refine_") for key in held):
-        raise InputError(f"{folder}: soft-query heads but no vsr1.json; see policy.convert_released")
+        raise InputError(f"{folder}: soft-query heads but no vsr1.json; see policy.at")
     model, tokenizer = _model(name, profile)
     heads = None if own is None else _read_heads(folder, held, model)
-    return Policy(model, tokenizer, heads, own, profile.frame_pixels)
+    policy = Policy(model, tokenizer, heads, own, profile.frame_pixels)
+    policy.embedder = str(folder / EMBEDDER) if (folder / EMBEDDER).is_dir() else None
+    return policy
 
 
 def save(policy: Policy, folder: Path) -> None:
@@ -344,6 +352,41 @@ def save(policy: Policy, folder: Path) -> None:
     files = {path.name: stages.digest(path) for path in sorted(folder.glob("*.safetensors"))}
     record = {"settings": settings, "system_sha256": _sha256(policy.settings.system), "files": files}
     stages.write_json(folder / "vsr1.json", record)
+
+
+def released_name(dataset: str, stage: int) -> str:
+    """What the authors call their checkpoint of a stage: a hub name, or a folder of that name in the clone."""
+    return f"{AUTHORS}{dataset}-stage{stage}"
+
+
+def at(name: str, profile) -> str:
+    """Where `load` finds the policy called `name`: a released one is converted first, once.
+
+    Then it lies in runs/<profile>/<dataset>/released/, with the engine of the checkpoint if one came along.
+    """
+    if not name.startswith(AUTHORS):
+        return name
+    found = re.fullmatch(f"{AUTHORS}({'|'.join(params.DATASETS)})-(stage[12])(@.+)?", name)
+    if not found:
+        known = ", ".join(released_name(dataset, stage) for dataset in params.DATASETS for stage in (1, 2))
+        raise InputError(f"{name}: no released checkpoint; there are {known}")
+    if profile.sft_data is None:
+        raise InputError(
+            f"{name}: its system prompt stands in the released sft_data/train_oneturn.json; name that file as "
+            f"`sft_data` in the profile {profile.name}"
+        )
+    messages = params.ROOT / profile.sft_data.replace("{dataset}", found[1])
+    prompt, source = _sha256(_released_system(messages)), qwen.fetch(name)
+    hub = source.parent.name == "snapshots"  # a folder named by the commit
+    inputs = {"checkpoint": source.name if hub else stages.digest(source), "prompt": prompt}
+    inputs |= {"dtype": profile.dtype, "code": stages.code("policy", "qwen")}
+
+    def convert(folder):
+        save(convert_released(source, messages, profile), folder)
+        if (source / EMBEDDER).is_dir():
+            shutil.copytree(source / EMBEDDER, folder / EMBEDDER, dirs_exist_ok=True)
+
+    return str(stages.run(profile.runs(found[1]) / "released" / found[2], inputs, convert))
 
 
 def convert_released(folder: Path, messages: Path, profile) -> Policy:

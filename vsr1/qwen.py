@@ -7,6 +7,7 @@ the released weights were trained with; a golden test pins it.
 """
 
 import json
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer, DynamicCache, Qwen3VLModel
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
 from vsr1.params import ROOT, InputError
 
 hf_logging.disable_progress_bar()
+
+FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # all that is fetched: no pickle, no code
 
 
 @dataclass(frozen=True)
@@ -37,17 +43,30 @@ def place(name: str) -> str:
     return str(ROOT / name) if (ROOT / name).is_dir() else name
 
 
+def fetch(name: str) -> Path:
+    """The folder of a model: `place`, or what of it the hub has; `name@revision` asks for one commit, tag or branch."""
+    if Path(place(name)).is_dir():
+        return Path(place(name))
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=FILES))
+    except (OSError, HFValidationError) as error:
+        raise InputError(f"{name}: cannot fetch this model: {' '.join(str(error).split())[:300]}") from error
+
+
 def load(kind, name: str, dtype: str = "float32", device: str = "cpu"):
     """(model, tokenizer) of class `kind`, in eval mode; safetensors only, no code from the checkpoint."""
     if name.startswith("vsr1/") and not Path(place(name)).is_dir():
         raise InputError(
             f"{name}: the mini model is missing; restore it with `git checkout {name}` or `make foundation`"
         )
-    _check_shards(Path(place(name)))
+    folder = fetch(name)
+    _check_shards(folder)
     options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "ignore_mismatched_sizes": True}
+    options |= attention(kind, dtype, device)
     try:
-        model, report = kind.from_pretrained(place(name), output_loading_info=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(place(name))
+        model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{name}: cannot load this model: {' '.join(str(error).split())[:300]}") from error
     if report["mismatched_keys"]:  # the library would fill both kinds with random numbers and go on
@@ -67,6 +86,27 @@ def _check_shards(folder):
             raise InputError(f"{index}: not readable ({error!r}); fetch it again") from error
         if odd := sorted(str(name) for name in listed if not str(name).endswith(".safetensors")):
             raise InputError(f"{index}: lists {odd[0]}, which is no safetensors file; convert it first")
+
+
+def attention(kind, dtype: str, device: str) -> dict:
+    """The option that makes a model of class `kind` use flash-attention: where its package, a GPU, 16 bits are there.
+
+    Else none: torch's own (sdpa). What speaks reads on from a cache under a mask of four dimensions (`read`), which
+    flash-attention does not take: only its eyes get it, the search engine all of it.
+    """
+    if not (is_flash_attn_2_available() and device == "cuda" and dtype in ("bfloat16", "float16")):
+        return {}
+    flash = "flash_attention_2"
+    chosen = flash if kind is Qwen3VLModel else {"text_config": "sdpa", "vision_config": flash}
+    return {"attn_implementation": chosen}
+
+
+def facts(model) -> dict:
+    """What a record of work says of a model: device, attention of language side and eyes, commit if the hub had it."""
+    folder, config = Path(model.name_or_path), model.config
+    kinds = [part._attn_implementation for part in (config.text_config, config.vision_config)]
+    commit = folder.name if folder.parent.name == "snapshots" else None
+    return {"device": str(model.device), "attention": kinds, "commit": commit}
 
 
 def pick_device(wish: str) -> str:
@@ -176,6 +216,27 @@ def batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
             group = []
         group.append(row)
     return [*groups, group] if group else groups
+
+
+class Portions:
+    """Work on rows all at once; where memory does not suffice, in halves from then on. It is said, and happens once."""
+
+    def __init__(self, knob: str):
+        self.knob, self.parts = knob, 1
+
+    def run(self, work, rows: list) -> list:
+        """[work(some of the rows)], in their order; what had been done when memory ran out is done again."""
+        size = -(-len(rows) // self.parts)
+        try:
+            return [work(rows[at : at + size]) for at in range(0, len(rows), size)]
+        except torch.OutOfMemoryError:
+            if self.parts > 1 or len(rows) < 2:
+                raise
+        self.parts = 2
+        warnings.warn(
+            f"{len(rows)} at once do not fit in memory: half of {self.knob} from now on", stacklevel=2
+        )
+        return self.run(work, rows)
 
 
 # --- reading on ------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ LIBRARIES = (
     "faiss-gpu",
     "decord",
     "matplotlib",
+    "flash-attn",
 )
 
 
@@ -319,7 +320,7 @@ def provenance(profile: Profile) -> dict:
                     path.parent
                 )
     changed = _say("git", "status", "--porcelain", *CODE)
-    installed = {name: _version(name) for name in LIBRARIES}
+    installed = {name: version(name) for name in LIBRARIES}
     kept = {
         "commit": commit(),
         "tree": "unknown" if changed is None else "changed" if changed else "clean",
@@ -329,7 +330,7 @@ def provenance(profile: Profile) -> dict:
         "date": max((stamp.get("made", "") for stamp in stages_made.values()), default="") or None,
         "device": device(),
         "python": platform.python_version(),
-        "libraries": {name: version for name, version in installed.items() if version},
+        "libraries": {name: found for name, found in installed.items() if found},
         "stages": {
             name: {"minutes": round(stamp["seconds"] / 60, 2), "peak_mb": stamp.get("peak_mb")}
             for name, stamp in stages_made.items()
@@ -340,7 +341,7 @@ def provenance(profile: Profile) -> dict:
     return kept
 
 
-def _version(library):
+def version(library):
     """The installed version of a library, None without it."""
     try:
         return metadata.version(library)

@@ -27,7 +27,7 @@ import av
 import numpy as np
 from transformers import Qwen3VLForConditionalGeneration
 
-from vsr1 import cards, corpus, engine, episode, evaluate, frames, params, qwen, stages
+from vsr1 import cards, corpus, engine, episode, evaluate, frames, params, policy, qwen, stages
 from vsr1.episode import AS_TYPED, Episode, Ranking
 from vsr1.params import ROOT, InputError
 
@@ -214,8 +214,9 @@ def pick(profile, dataset=None, weights=None, system=None) -> tuple[str, str]:
         raise InputError(f"{homes[0]}: not trained yet; train it, or leave --dataset out")
     if not weights:
         weights = trained[0] if trained and (dataset or system in (None, "sqr")) else profile.policy
-    elif Path(weights).exists() or weights[0] in "./~":  # else a name on the hub
-        weights = str(_policy_folder(Path(weights).absolute()))
+    elif not weights.startswith(policy.AUTHORS) and (Path(weights).exists() or weights[0] in "./~"):
+        weights = str(_policy_folder(Path(weights).absolute()))  # else a name on the hub
+    weights = policy.at(weights, profile)
     soft = (Path(qwen.place(weights)) / "vsr1.json").exists()
     if system == "sqr" and not soft:
         raise InputError(f"{weights}: no soft-query heads in it; train it, or choose --system walkdown")
