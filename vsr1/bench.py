@@ -14,12 +14,11 @@ import resource
 import time
 import types
 from collections import Counter
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 from vsr1 import corpus, engine, frames, grpo, lessons, params, policy, qwen, refine, results, stages
@@ -311,17 +310,17 @@ def _summary(plain, ours):
     return [round(float(value), 4) for value in values]
 
 
-def write(rows: list[Row], folder: Path, **facts) -> None:
-    """agent.json with the rows, the machine and the versions; agent.csv with the rows alone."""
+def write(rows: list, folder: Path, name="agent", **facts) -> None:
+    """`name`.json with the rows, the machine and the versions; `name`.csv with the rows alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    facts |= {"seconds": "of the processor", "device": "CPU only", "machine": results.device()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    facts = {"seconds": "of the processor", "device": "CPU only", "machine": results.device()} | facts
     facts |= {"threads": torch.get_num_threads(), "commit": results.commit()}
-    facts |= {"versions": versions | {"transformers": transformers.__version__}}
+    facts |= {"versions": versions | {name: results.version(name) for name in ("transformers", "flash-attn")}}
     facts |= {"peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
-    stages.write_json(folder / "agent.json", facts | {"rows": [asdict(row) for row in rows]})
-    with open(folder / "agent.csv", "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, [field.name for field in fields(Row)])
+    stages.write_json(folder / f"{name}.json", facts | {"rows": [asdict(row) for row in rows]})
+    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(asdict(rows[0])))
         table.writeheader()
         table.writerows(asdict(row) for row in rows)
 
