@@ -1,4 +1,4 @@
-"""The parts of README.md that come from a run, between html comments: made of results/<profile>/ and nothing else."""
+"""The part of README.md that comes from a run, between html comments: made of results/<profile>/ and nothing else."""
 
 import re
 
@@ -12,32 +12,21 @@ SYSTEMS = {
     "sft": "stage 1 only",
     "vsr1": "VideoSearch-R1",
 }
-STAGES = {  # of provenance.json, by the first part of their names
-    "videos, vectors, index": ("corpus", "videos", "embed"),
-    "stage 1 and FT": ("sft", "ft"),
-    "stage 2": ("grpo",),
-    "episodes": ("episodes",),
-    "two-stage baseline, ladder (L1), cards": ("twostage", "ladder", "qualitative"),
-}
 
 
 def write(profile: Profile) -> None:
-    """README.md with its generated parts made from results/<profile>/."""
+    """README.md with its generated part made from results/<profile>/."""
     path = params.ROOT / "README.md"
     path.write_text(fill(path.read_text(encoding="utf-8"), profile), encoding="utf-8")
 
 
 def fill(text: str, profile: Profile) -> str:
-    """The README with its generated parts made anew."""
-    numbers, origin = results.load(profile), results.load(profile, "provenance")
-    parts = {"results": _results(profile, numbers), "stages": _stages(profile, origin)}
-    for name, lines in parts.items():
-        slot = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
-        if len(slot.findall(text)) != 1:
-            raise InputError(f"README.md: expected one <!-- {name} --> and one <!-- /{name} --> behind it")
-        told = "\n".join(lines)
-        text = slot.sub(lambda found, told=told: f"{found[1]}\n{told}\n{found[2]}", text)
-    return text
+    """The README with its generated part made anew."""
+    slot = re.compile(r"(<!-- results -->\n).*?(\n<!-- /results -->)", re.S)
+    if len(slot.findall(text)) != 1:
+        raise InputError("README.md: expected one <!-- results --> and one <!-- /results --> behind it")
+    told = "\n".join(_results(profile, results.load(profile)))
+    return slot.sub(lambda found: f"{found[1]}\n{told}\n{found[2]}", text)
 
 
 def _table(heads, rows):
@@ -95,20 +84,3 @@ def _told(profile, numbers):
         marked = f"**{verdict}**" if verdict == "holds" else verdict
         rows.setdefault(one.claim, {})[one.dataset] = f"{value} {marked}"
     return [[claim, *(cells.get(name, "—") for name in profile.datasets)] for claim, cells in rows.items()]
-
-
-def _stages(profile, origin):
-    """Minutes and peak memory of the stages, all data sets together."""
-    rows = []
-    for words, names in STAGES.items():
-        own = [one for name, one in origin["stages"].items() if name.partition("/")[2].split("/")[0] in names]
-        if own:
-            peaks = [one["peak_mb"] for one in own if one["peak_mb"] is not None]
-            peak = f"{max(peaks) / 1024:.1f} GB" if peaks else "—"
-            rows.append([words, f"{sum(one['minutes'] for one in own):.1f}", peak])
-    total = sum(one["minutes"] for one in origin["stages"].values())
-    rows.append(["all stages", f"{total:.1f}", ""])
-    device, jobs = origin["device"], profile.jobs
-    where = f"{device['cores']} cores, {device['gpu'] or 'no GPU'}"
-    heads = [f"stage, all data sets ({where}; {jobs} at once)", "minutes of computing", "peak of a process"]
-    return _table(heads, rows)
