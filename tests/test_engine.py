@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3VLModel
 
-from vsr1 import corpus, engine, frames, lessons, metrics, miniworld, params, qwen, stages
+from vsr1 import corpus, engine, frames, large, lessons, metrics, miniworld, params, qwen, stages
 
 TEXTS = [
     "With a red ball, someone in white trousers and a pink shirt sits on a stool in the kitchen at night.",
@@ -175,6 +175,21 @@ def test_embedding_a_corpus_names_the_broken_video_and_resumes_to_the_same_files
     assert len(calls) == 2 + 2, "the finished shard must not be embedded again"
     assert {path.name: path.read_bytes() for path in again.iterdir() if path.name in before} == before
     assert json.loads((again / "notes.json").read_text())["skipped"] == 2
+
+    monkeypatch.setattr(large, "FROM", 3)  # the same gallery as a large one
+    stages.write_json(folder / ".stage.json", {"key": "of another engine"})
+    mapped = engine.load_vectors(engine.embed_corpus(profile, "charades", "test"))
+    assert isinstance(mapped.video_vecs, np.memmap)
+    assert (folder / "video_vecs.npy").read_bytes() == before["video_vecs.npy"]
+    told = json.loads((folder / "notes.json").read_text())["index"]
+    assert (told["vectors"], told["k"], told["recall"]) == (3, 3, 1.0)
+    index = large.open_index(folder / "index.faiss")
+    assert isinstance(index, faiss.IndexIVF)
+    flat = engine.build_index(vectors.video_vecs)
+    for mine, plain in zip(
+        *(engine.search(one, vectors.query_vecs, 3) for one in (index, flat)), strict=True
+    ):
+        np.testing.assert_allclose(mine, plain, atol=1e-3)
 
 
 def test_an_engine_that_is_not_there_is_one_clear_line():

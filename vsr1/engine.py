@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import Qwen3VLModel
 
-from vsr1 import corpus, frames, qwen, stages
+from vsr1 import corpus, frames, large, qwen, stages
 from vsr1.params import InputError
 
 
@@ -141,7 +141,7 @@ class Vectors:
 
 
 def build_index(video_vecs: np.ndarray) -> faiss.Index:
-    """An exact inner-product index over (V, D) unit vectors, on the CPU: the form that is saved."""
+    """An exact inner-product index over (V, D) unit vectors, on the CPU: the form that is saved (else `large`)."""
     index = faiss.IndexFlatIP(video_vecs.shape[1])
     index.add(np.ascontiguousarray(video_vecs, np.float32))
     return index
@@ -162,11 +162,11 @@ def search(index: faiss.Index, query_vecs: np.ndarray, k: int) -> tuple[np.ndarr
 
 
 def load_vectors(folder: Path) -> Vectors:
-    """The vectors that `embed_corpus` left in a folder."""
+    """The vectors that `embed_corpus` left in a folder; those of a large gallery's videos are mapped."""
     ids = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
-    return Vectors(
-        ids["videos"], np.load(folder / "video_vecs.npy"), ids["queries"], np.load(folder / "query_vecs.npy")
-    )
+    mode = None if len(ids["videos"]) < large.FROM else "r"
+    video_vecs = np.load(folder / "video_vecs.npy", mmap_mode=mode)
+    return Vectors(ids["videos"], video_vecs, ids["queries"], np.load(folder / "query_vecs.npy"))
 
 
 # --- stages --------------------------------------------------------------------------------------------------------
@@ -178,7 +178,8 @@ def embed_corpus(profile, dataset: str, split: str, which: str = "engine") -> Pa
     """Vectors and index of one split, in runs/<profile>/<dataset>/embed/<which>/<split>/.
 
     Videos that cannot be read are named with the reason in `skipped.csv` there; they have no vector, and their queries
-    stay in every denominator as failures.
+    stay in every denominator as failures. From `large.FROM` videos on the index is that of `large`, and `notes.json`
+    says what it finds of an exact search; ranks in evaluation are exact at any size.
     """
     home = profile.runs(dataset)
     annotations = home / "corpus" / f"{split}.jsonl"
@@ -228,24 +229,42 @@ def _embed(profile, dataset, split, which, folder):
     if not mates.is_main_process:
         return
     spent = time.time() - started
-    parts = [np.load(folder / f"shard-{shard:05}.npz") for shard in range(len(shards))]
-    video_ids = [str(name) for part in parts for name in part["ids"]]
+    made = [folder / f"shard-{shard:05}.npz" for shard in range(len(shards))]
+    video_ids = [str(name) for part in _each(made, "ids") for name in part]
     if not video_ids:
         raise InputError(f"{home / 'videos'}: not one of {len(videos)} videos could be read; see {folder}")
-    video_vecs = np.concatenate([part["vecs"] for part in parts])
-    np.save(folder / "video_vecs.npy", video_vecs)
-    np.save(folder / "query_vecs.npy", engine.embed_texts([query.text for query in queries]))
-    faiss.write_index(build_index(video_vecs), str(folder / "index.faiss"))
+    shape, at = (len(video_ids), engine.width), 0
+    video_vecs = np.lib.format.open_memmap(folder / "video_vecs.npy", "w+", np.float32, shape)
+    for vecs in _each(made, "vecs"):
+        video_vecs[at : at + len(vecs)] = vecs
+        at += len(vecs)
+    query_vecs = engine.embed_texts([query.text for query in queries])
+    np.save(folder / "query_vecs.npy", query_vecs)
+    if len(video_ids) < large.FROM:
+        faiss.write_index(build_index(video_vecs), str(folder / "index.faiss"))
+        found = {}
+    else:
+        found = {"index": large.build(folder / "index.faiss", lambda: [video_vecs], query_vecs)}
     with open(folder / "skipped.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("video", "split", "problem")])
-        csv.writer(file).writerows((name, split, why) for part in parts for name, why in part["bad"])
+        csv.writer(file).writerows((name, split, why) for bad in _each(made, "bad") for name, why in bad)
     stages.write_json(folder / "ids.json", {"videos": video_ids, "queries": [query.id for query in queries]})
     notes = {
         "videos_per_second": round(len(paths) / spent, 2) if paths else None,
     }
     stages.write_json(
         folder / "notes.json",
-        notes | qwen.facts(engine.model) | {"texts_cut": engine.cut, "skipped": len(videos) - len(video_ids)},
+        notes
+        | qwen.facts(engine.model)
+        | {"texts_cut": engine.cut, "skipped": len(videos) - len(video_ids)}
+        | found,
     )
     for part in folder.glob("shard-*"):
         part.unlink()
+
+
+def _each(paths, name):
+    """The array `name` of each .npz, one file after the other: thousands may not be open at once."""
+    for path in paths:
+        with np.load(path) as part:
+            yield part[name]
