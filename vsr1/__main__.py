@@ -14,9 +14,15 @@ from pathlib import Path
 from vsr1 import params, stages
 from vsr1.params import ROOT, InputError
 
-# Command: the module whose main reads its own arguments.
-OTHERS = {"search": "yours", "fetch": "release"}
-OTHERS |= {name: name for name in ("score", "foundation", "bench", "gpu")}
+# Command, of one word or two: the module whose main reads its own arguments.
+OTHERS = {
+    "score": "score",
+    "search": "yours",
+    "fetch": "release",
+    "foundation": "foundation",
+    "bench": "bench",
+}
+OTHERS |= {"bench gpu": "gpu", "bench large": "million"}
 SHARED = ("corpus", "embed", "train", "evaluate")  # what a launcher may start in several processes
 SPLITTING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by a launcher that would split a model
 MOMENT = 10  # seconds in which a launcher ends the other processes when one has ended
@@ -52,10 +58,9 @@ def main(argv=None) -> int:
 
 
 def _command(argv):
-    if argv[:2] == ["bench", "gpu"]:
-        argv = argv[1:]
-    if argv and argv[0] in OTHERS:
-        return __import__(f"vsr1.{OTHERS[argv[0]]}", fromlist=["main"]).main(argv[1:])
+    for words in (2, 1):
+        if (name := " ".join(argv[:words])) in OTHERS:
+            return __import__(f"vsr1.{OTHERS[name]}", fromlist=["main"]).main(argv[words:])
     args = _parser().parse_args(argv)
     if args.command == "lab":
         return lab(args.port)

@@ -50,15 +50,14 @@ def read_shard(path: Path) -> np.ndarray:
 def open_index(path: Path) -> faiss.Index:
     """The index in a file, mapped: lists are read from disk as searches ask for them, for `engine.search`.
 
-    Where the lists it looks at hold fewer than k vectors, its last rows are -1. All OpenMP threads share one query.
+    Where the lists it looks at hold fewer than k vectors, its last rows are -1. One query has one thread: two that
+    share its lists (`parallel_mode` 1) wait for each other where a machine has other work.
     """
     try:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
     except RuntimeError as error:
         why = str(error).splitlines()[0].rpartition("Error: ")[2]
         raise InputError(f"{path}: a broken index ({why}); delete it and make it again") from error
-    index.parallel_mode = 1
-    return index
 
 
 def exact(stream: Stream, queries: np.ndarray, k: int) -> np.ndarray:
