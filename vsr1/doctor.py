@@ -162,7 +162,10 @@ def weights(engine) -> Row:
     if not engine.startswith("vsr1/") and not folder.exists():
         import huggingface_hub
 
-        if isinstance(huggingface_hub.try_to_load_from_cache(engine, "config.json"), str):
+        name, _, revision = engine.partition("@")
+        if isinstance(
+            huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision or None), str
+        ):
             return Row(what, "ok", "in the local hub cache")
         return Row(what, "limited", "not on this machine", "downloaded at first use; needs network")
     files = sorted(folder.glob("*.safetensors"))
