@@ -67,14 +67,19 @@ def test_the_recall_that_is_told_is_that_against_a_matrix_product_and_a_sort(bui
     np.testing.assert_array_equal(large.exact(lambda: shards, queries, 10), best)
     index = large.open_index(path)
     scores, rows = index.search(queries, 10)
-    share = [np.isin(one, other).mean() for one, other in zip(rows, best, strict=True)]
+    share = np.array([np.isin(one, other).mean() for one, other in zip(rows, best, strict=True)])
+    surely = lambda part: part.mean() - 2 * part.std() / 50**0.5  # noqa: E731
     assert index.nprobe == told["nprobe"] and told["k"] == 10 and told["queries"] == 50
-    assert told["recall"] == pytest.approx(np.mean(share[1::2])) and np.mean(share[::2]) >= 0.95
+    assert told["recall"] == pytest.approx(np.mean(share[1::2])) and surely(share[::2]) >= 0.95
     np.testing.assert_allclose(scores, np.take_along_axis(product, rows, 1), atol=2e-3)  # 16 bits
-    index.nprobe //= 2
-    assert large.recall(index.search(queries[::2], 10)[1], best[::2]) < 0.95, "fewer lists would have done"
+    steps = [1]
+    while steps[-1] < told["nprobe"]:
+        steps.append(-(-steps[-1] * 5 // 4))
+    assert steps[-1] == told["nprobe"]
+    index.nprobe = steps[-2]
+    assert surely(large.recalls(index.search(queries[::2], 10)[1], best[::2])) < 0.95, "fewer would have done"
     index.nprobe = index.nlist
-    assert large.recall(index.search(queries, 10)[1], best) > 0.99
+    assert large.recalls(index.search(queries, 10)[1], best).mean() > 0.99
 
 
 def test_a_killed_build_goes_on_to_the_same_file(built, tmp_path, monkeypatch):
