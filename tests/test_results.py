@@ -10,6 +10,7 @@ from fake import profile as fake_profile
 from fake import record
 from markupsafe import escape
 
+from vsr1 import __main__ as cli
 from vsr1 import page, readme, results, tables
 from vsr1.params import ROOT, InputError, load
 from vsr1.results import Number
@@ -335,6 +336,15 @@ def test_a_figure_without_data_is_named_and_no_old_one_is_shown(run, capsys):
         (run.results() / "figures").glob("H2.*")
     )
     assert "MISSING" in text.partition('<section id="H2">')[2].partition("</section>")[0]
+
+
+@pytest.mark.parametrize("command", ["check", "report"])
+def test_a_clone_without_a_run_keeps_its_committed_numbers(tmp_path, monkeypatch, capsys, command):
+    path = fake_profile(tmp_path, monkeypatch).results() / "numbers.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    assert cli.main([command]) == 2
+    assert path.read_text() == "{}" and "run `make paper` first" in capsys.readouterr().err
 
 
 # --- The README

@@ -80,8 +80,9 @@ def _command(argv):
     if args.command == "evaluate":
         return evaluate(profile, params.check_dataset(args.dataset), args.systems)
     if args.command in ("report", "check"):
-        from vsr1 import page
+        from vsr1 import page, results
 
+        results.need_run(profile)
         return page.check(profile) if args.command == "check" else page.publish(profile) and None
     if args.command == "readme":
         from vsr1 import readme

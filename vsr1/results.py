@@ -168,6 +168,15 @@ def collect(profile: Profile) -> dict:
     return numbers
 
 
+def need_run(profile: Profile) -> None:
+    """Refuses where nothing was run: what is collected would replace the committed numbers by nothing."""
+    home = profile.runs("any").parent
+    if not any(home.glob("*/numbers/*.json")):
+        raise InputError(
+            f"{home}: no notebook has left numbers; run `make paper` first; results/ stay as they are"
+        )
+
+
 def load(profile: Profile, name="numbers") -> dict:
     """What results/<profile>/<name>.json says."""
     path = profile.results() / f"{name}.json"
