@@ -213,18 +213,7 @@ def _embed(profile, dataset, split, which, folder):
     clips = iter(stages.progress(clips, f"embed {dataset} {split}", len(paths)))
     for shard in todo:
         read = [(video, next(clips)) for video in shards[shard]]
-        good = [(video, clip) for video, clip in read if clip.problem is None]
-        bad = [(video.id, clip.problem) for video, clip in read if clip.problem is not None]
-        vecs = engine.embed_clips([clip for _, clip in good])
-        scratch = folder / f"shard-{shard:05}.tmp"
-        with open(scratch, "wb") as file:
-            np.savez(
-                file,
-                ids=[video.id for video, _ in good],
-                vecs=vecs,
-                bad=np.array(bad, dtype=str).reshape(-1, 2),
-            )
-        scratch.rename(scratch.with_suffix(".npz"))
+        _embed_shard(engine, read, folder / f"shard-{shard:05}.npz")
     mates.wait_for_everyone()
     if not mates.is_main_process:
         return
@@ -249,18 +238,23 @@ def _embed(profile, dataset, split, which, folder):
         csv.writer(file).writerows([("video", "split", "problem")])
         csv.writer(file).writerows((name, split, why) for bad in _each(made, "bad") for name, why in bad)
     stages.write_json(folder / "ids.json", {"videos": video_ids, "queries": [query.id for query in queries]})
-    notes = {
-        "videos_per_second": round(len(paths) / spent, 2) if paths else None,
-    }
-    stages.write_json(
-        folder / "notes.json",
-        notes
-        | qwen.facts(engine.model)
-        | {"texts_cut": engine.cut, "skipped": len(videos) - len(video_ids)}
-        | found,
-    )
+    notes = {"videos_per_second": round(len(paths) / spent, 2) if paths else None}
+    notes |= {"texts_cut": engine.cut, "skipped": len(videos) - len(video_ids)}
+    stages.write_json(folder / "notes.json", notes | qwen.facts(engine.model) | found)
     for part in folder.glob("shard-*"):
         part.unlink()
+
+
+def _embed_shard(engine, read, path):
+    """The file of a shard: ids and vectors of its readable videos, and what is wrong with the others."""
+    good = [(video, clip) for video, clip in read if clip.problem is None]
+    bad = [(video.id, clip.problem) for video, clip in read if clip.problem is not None]
+    vecs = engine.embed_clips([clip for _, clip in good])
+    parts = {"ids": [video.id for video, _ in good], "vecs": vecs}
+    parts["bad"] = np.array(bad, dtype=str).reshape(-1, 2)
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        np.savez(file, **parts)
+    path.with_suffix(".tmp").rename(path)
 
 
 def _each(paths, name):
