@@ -219,6 +219,25 @@ def test_a_film_is_small_h264_and_shows_the_same_at_the_same_second(run, made):
     assert np.diag(over).max() < 0.5 and np.diag(over, 1).max() > 3  # a second off would be noticed
 
 
+def test_a_film_whose_clock_begins_late_is_the_same(run, made, tmp_path):
+    source = next((run.runs("charades") / "videos").glob("*.mp4"))
+    with av.open(str(source)) as box, av.open(str(tmp_path / "late.mkv"), "w") as late:
+        copy = late.add_stream_from_template(box.streams.video[0])
+        for packet in box.demux(video=0):
+            if packet.dts is not None:
+                packet.pts, packet.dts = (
+                    stamp + int(5 / packet.time_base) for stamp in (packet.pts, packet.dts)
+                )
+                packet.stream = copy
+                late.mux(packet)
+    cards.film(tmp_path / "late.mkv", tmp_path / "late.mp4")
+    with av.open(str(tmp_path / "late.mkv")) as box:
+        assert next(box.decode(video=0)).time >= 5
+    films = made / "charades" / source.name, tmp_path / "late.mp4"
+    seen = [frames.read_frames(path, np.arange(10.0)) for path in films]
+    np.testing.assert_array_equal(*(clip.frames for clip in seen))
+
+
 def test_a_strip_shows_the_frame_of_each_time_it_names(run, made):
     films = json.loads((made / "films.json").read_text())
     source = next((run.runs("charades") / "videos").glob("*.mp4"))

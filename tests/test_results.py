@@ -206,13 +206,15 @@ def test_the_report_says_that_mini_is_no_evidence_and_paper_does_not(run, tmp_pa
 def test_provenance_names_commit_device_libraries_and_what_stages_cost(run):
     from vsr1 import stages
 
-    stages.run(run.runs("didemo") / "embed" / "engine", {"a": 1}, lambda folder: (folder / "x").touch())
+    own = run.runs("didemo") / "embed" / "engine", run.beside("no-ret").runs("didemo") / "grpo"
+    for folder in (*own, run.runs("elsewhere") / "sft"):
+        stages.run(folder, {"a": 1}, lambda folder: (folder / "x").touch())
     origin = results.provenance(run)
     assert re.fullmatch("[0-9a-f]{40}|unknown", origin["commit"])
     assert (
         origin["libraries"]["numpy"] and origin["device"]["cores"] >= 1 and origin["digest"] == run.digest()
     )
-    assert list(origin["stages"]) == ["didemo/embed/engine"]
+    assert list(origin["stages"]) == ["didemo/embed/engine", "variants/no-ret/didemo/grpo"]
 
 
 # --- Every item of the paper, there or missing by name
@@ -277,8 +279,9 @@ def test_minutes_are_those_of_the_stages_that_an_item_names(run):
     origin["stages"] = {
         f"didemo/{name}": {"minutes": m} for name, m in (("sft", 2.0), ("ft", 3.0), ("ladder", 9.0))
     }
-    (item,) = (item for item in page.items(run, results.collect(run)) if item.id == "T1")
-    assert "took 5.0 minutes" in page._minutes(item, origin)
+    origin["stages"] |= {"variants/no-ret/didemo/grpo": {"minutes": 7.0}}
+    shown = {item.id: page._minutes(item, origin) for item in page.items(run, results.collect(run))}
+    assert "took 5.0 minutes" in shown["T1"] and "took 9.0 minutes" in shown["T2"]  # sft 2.0, the variant 7.0
 
 
 def test_verdicts_of_an_item_are_counted_and_on_mini_never_against_the_paper(run):

@@ -376,7 +376,8 @@ def _papermill(source, copy, given):
     from nbclient.exceptions import DeadKernelError
 
     running, failed = (copy.with_name(f"{source.stem}.{state}.ipynb") for state in ("running", "failed"))
-    quiet = ["--IPKernelApp.log_level=ERROR"]  # else every kernel warns that it talks over TCP (on loopback)
+    # Else every kernel warns that it talks over TCP (on loopback), and some that they were interrupted at their end.
+    quiet = ["--IPKernelApp.log_level=CRITICAL"]
     options = {
         "kernel_name": "python3",
         "language": "python",

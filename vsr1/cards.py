@@ -170,14 +170,16 @@ def film(source: Path, target: Path) -> None:
     """A small copy of a video that browsers play, H.264, without sound."""
     with av.open(str(source)) as box, av.open(str(target), "w", format="mp4") as small:
         stream = box.streams.best("video")
-        seconds = float(stream.duration * stream.time_base if stream.duration else box.duration / 1e6)
+        begin = (stream.start_time or 0) * stream.time_base  # clocks of cut or recorded films begin anywhere
+        seconds = float(stream.duration * stream.time_base if stream.duration else box.duration / 1e6 - begin)
         rate = Fraction(min(FPS, FRAMES / seconds)).limit_denominator(100)
         out = small.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
         out.height = min(PIXELS, stream.height) // 2 * 2
         out.width = round(out.height * stream.width / stream.height / 2) * 2
-        out.pix_fmt, out.thread_count, number = "yuv420p", 1, 0  # several threads would make the bytes differ
+        out.pix_fmt, out.thread_count = "yuv420p", 1  # several threads would make the bytes differ
+        number = 0
         for frame in box.decode(stream):
-            if frame.time * rate >= number:
+            if (frame.time - begin) * rate >= number:
                 copy = frame.reformat(out.width, out.height, "yuv420p")
                 copy.pts, copy.time_base, copy.pict_type = number, 1 / rate, 0
                 small.mux(out.encode(copy))

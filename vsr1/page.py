@@ -180,8 +180,9 @@ def details(entry: dict | None) -> str:
 
 def picture(path: Path) -> tuple[str, tuple[int, int], str]:
     """(caption, size, address that holds all of it): as webp, a drawing bit by bit, frames of video nearly so."""
-    how = {"lossless": True, "quality": 40} if path.with_suffix(".svg").exists() else {"quality": 80}
     with Image.open(path) as opened:
+        drawn = path.with_suffix(".svg").exists() and opened.mode != "P"  # a plate is half frames
+        how = {"lossless": True, "quality": 40} if drawn else {"quality": 80}
         opened.convert("RGB").save(data := io.BytesIO(), "webp", method=4, **how)
         source = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
         return words_of(path), opened.size, source
@@ -199,9 +200,8 @@ def departures() -> dict[str, list[str]]:
 def _minutes(item, origin):
     """What the stages of an item took, over all data sets."""
     names = tuple(item.about.get("stages", ()))
-    own = [
-        one["minutes"] for name, one in origin["stages"].items() if name.partition("/")[2].startswith(names)
-    ]
+    bare = lambda name: "/".join(part for part in name.split("/") if part not in params.DATASETS)  # noqa: E731
+    own = [one["minutes"] for name, one in origin["stages"].items() if bare(name).startswith(names)]
     return f"Its stages ({', '.join(names)}) took {sum(own):.1f} minutes." if own else ""
 
 

@@ -242,8 +242,8 @@ def _left_out(names, why):
 
 
 def _save(figure, folder, name, words):
-    """A picture with 256 colours: a third of the bytes, and drawings keep their edges."""
-    path = gallery.save(figure, folder, name, words, kinds=("png",))
+    """The png with 256 colours: a third of the bytes, and drawings keep their edges."""
+    path = gallery.save(figure, folder, name, words)
     info = PngInfo()
     info.add_text("Description", words)  # as `gallery.save` does
     with Image.open(path) as picture:
@@ -256,7 +256,8 @@ def publish(profile: Profile) -> list[Path]:
     """Each plate whose rule finds a search among the episodes that are there; a line for the others."""
     folder = profile.results() / "figures" if profile.world else profile.runs("figures")
     for name in (*PAIRS, "Q2", "F1", "F6"):
-        (folder / f"{name}.png").unlink(missing_ok=True)
+        for kind in ("png", "svg"):
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
     with frames.Reader() as reader:
         films = functools.cache(lambda dataset: Films(profile, dataset, reader))
         plates = pairs(profile, compared(profile), films) | singles(profile, searches(profile), films)

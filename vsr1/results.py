@@ -321,13 +321,11 @@ def provenance(profile: Profile) -> dict:
     Commit and tree are those of all but results/: committing results must not change what they say.
     A rerun with nothing changed writes the same bytes; the date is that of the youngest stage.
     """
-    stages_made = {}
-    for dataset in profile.datasets:
-        for path in sorted(profile.runs(dataset).rglob(".stage.json")):
-            if not any(part.endswith(".partial") for part in path.parts):
-                stages_made[path.parent.relative_to(profile.runs(dataset).parent).as_posix()] = stages.stamp(
-                    path.parent
-                )
+    home, stages_made = profile.runs("any").parent, {}
+    for folder in sorted(path.parent for path in home.rglob(".stage.json")):
+        parts = folder.relative_to(home).parts  # <data set>/.., or variants/<name>/<data set>/..
+        if set(parts) & set(profile.datasets) and not any(part.endswith(".partial") for part in parts):
+            stages_made["/".join(parts)] = stages.stamp(folder)
     changed = _say("git", "status", "--porcelain", *CODE)
     installed = {name: version(name) for name in LIBRARIES}
     kept = {

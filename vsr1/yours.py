@@ -1,7 +1,8 @@
 """Your own videos: a folder, indexed once and kept up to date, searched by the loop that is evaluated.
 
 Nobody knows the right video here. So every `Ranking` says rank 0, which no ranking has, and no number of `metrics` is
-made of these episodes. What is searched is a FAISS index over all readable videos of the folder and those below it.
+made of these episodes. A video that was rejected is not shown again (`episode.choose`: skip_rejected). What is searched
+is a FAISS index over all readable videos of the folder and those below it.
 
 runs/<profile>/yours/<hash of the folder's path>/    index.npz, and a page for each query in pages/
 """
@@ -297,8 +298,9 @@ def _walk(profile, made, agent, folder, kept: Index, asked, system):
         clips = evaluate.Clips(folder, (), read)
         clips.paths = {name: folder / name for name in names}
         wired = evaluate.Wiring(profile, kind, made, agent, vectors, clips)
-        shown, turns = kind.next_shown or profile.next_shown, profile.max_turns if kind.refine else 1
-        run = episode.Run("yours", "all", system, turns, wired.carry, profile.seed, shown, wired.carry == 1)
+        turns = profile.max_turns if kind.refine else 1
+        # A greedy agent says the same of the same video: nobody waits for that. What it is worth stands in R1.
+        run = episode.Run("yours", "all", system, turns, wired.carry, profile.seed, "skip_rejected", False)
         (walked,) = episode.run_episodes([asked], look_up, wired.ask, wired.refine, run)
         seen = {name for turn in walked.turns for name in (turn.shown_id, turn.top1_out) if name}
         return walked, look_up([(asked, AS_TYPED)])[0].top, {name: clips.get([name])[0] for name in seen}
@@ -329,7 +331,6 @@ def _look(turn, rank):
     return {
         "video": turn.shown_id,
         "rank": rank,
-        "again": turn.reused,  # it was shown before, and what was said then holds
         "accepted": turn.reply and turn.reply.matched,  # None: no readable verdict
         "reasoning": text.rpartition("</think>")[0].replace("<think>", "").strip(),
         "reply": text,
@@ -377,7 +378,7 @@ def end(told: dict) -> str:
 
 def said(look: dict) -> tuple[str, str]:
     """(the reasoning of a look, its verdict and what followed it)."""
-    reasoning = "(the same again)" if look["again"] else look["reasoning"] or "(no reasoning)"
+    reasoning = look["reasoning"] or "(no reasoning)"
     verdict = {True: "accepted", False: "rejected", None: "no readable verdict"}[look["accepted"]]
     if (follow := look["next"]) is None:
         return plain(reasoning), verdict
@@ -429,7 +430,7 @@ def html_page(told: dict, clips: dict[str, frames.Clip], tape: bytes, about: str
     """One file that loads nothing and runs nothing: the film, and each look with its frames; every text is escaped."""
     facts = {name: _near(told[name]) for name in ("folder", "videos", "profile", "weights", "system")}
     facts |= {f"cannot be read: {name}": problem for name, problem in told["unreadable"].items()}
-    looks = [(look, *said(look), None if look["again"] else clips[look["video"]]) for look in told["looks"]]
+    looks = [(look, *said(look), clips[look["video"]]) for look in told["looks"]]
     given = {
         "told": told,
         "looks": looks,
