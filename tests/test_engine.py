@@ -65,6 +65,16 @@ def test_videos_that_do_not_fit_together_are_embedded_in_halves_with_a_warning(m
     assert sizes == [4, 2, 2, 2, 2] and made.portions.parts == 1
 
 
+def test_a_stream_of_videos_is_embedded_while_it_is_read(made, monkeypatch):
+    clips, pool, said = [clip(4, seed) for seed in range(3)], made.pool, []
+    whole = made.embed_clips(clips)
+    monkeypatch.setattr(engine, "HELD", 2 * clips[0].frames.nbytes)
+    monkeypatch.setattr(made, "pool", lambda batch: said.append("embedded") or pool(batch))
+    stream = (said.append("read") or one for one in clips)
+    np.testing.assert_allclose(made.embed_clips(stream), whole, atol=1e-5)
+    assert said == ["read", "read", "embedded", "read", "embedded"]
+
+
 def test_texts_and_videos_give_the_same_vectors_in_a_batch_alone_and_in_another_order(made):
     together = made.embed_texts(TEXTS)
     for text, vec in zip(TEXTS, together, strict=True):
@@ -162,7 +172,7 @@ def test_embedding_a_corpus_names_the_broken_video_and_resumes_to_the_same_files
     embed, calls = made.embed_clips, []
 
     def killed(clips):
-        calls.append(len(clips))
+        calls.append(clips)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return embed(clips)
@@ -170,7 +180,7 @@ def test_embedding_a_corpus_names_the_broken_video_and_resumes_to_the_same_files
     monkeypatch.setattr(made, "embed_clips", killed)
     with pytest.raises(KeyboardInterrupt):
         engine.embed_corpus(profile, "charades", "test")
-    monkeypatch.setattr(made, "embed_clips", lambda clips: calls.append(len(clips)) or embed(clips))
+    monkeypatch.setattr(made, "embed_clips", lambda clips: calls.append(clips) or embed(clips))
     again = engine.embed_corpus(profile, "charades", "test")
     assert len(calls) == 2 + 2, "the finished shard must not be embedded again"
     assert {path.name: path.read_bytes() for path in again.iterdir() if path.name in before} == before

@@ -186,6 +186,7 @@ def test_broken_files_are_named_with_a_reason_and_the_run_goes_on(clips, tmp_pat
     wrecked(mkv, tmp_path / "half.mkv", keep=0.5)
     wrecked(good, tmp_path / "hole.mp4", hole=(0.5, 0.6))
     wrecked(mkv, tmp_path / "hole.mkv", hole=(0.4, 0.6))
+    wrecked(good, tmp_path / os.fsdecode(b"\xff.mp4"))
     reasons = {
         "missing.mp4": "No such file",
         "empty.mp4": "the file is empty",
@@ -196,6 +197,7 @@ def test_broken_files_are_named_with_a_reason_and_the_run_goes_on(clips, tmp_pat
         "half.mkv": "cut short: ... s are in the file",
         "hole.mp4": "the decoder gave up on damaged data",
         "hole.mkv": "pictures are missing around second",
+        os.fsdecode(b"\xff.mp4"): "its name is not UTF-8",
     }
     paths = [path for name in reasons for path in (tmp_path / name, good)]
     read = list(read_many(paths, workers=2))

@@ -8,6 +8,7 @@ import csv
 import json
 import time
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from transformers import Qwen3VLModel
 
 from vsr1 import corpus, frames, large, qwen, stages
 from vsr1.params import InputError
+
+
+HELD = 512 * 2**20  # ours: a shard of the mini world, six films of 64 frames in 480p
 
 
 class Engine:
@@ -99,9 +103,19 @@ class Engine:
             vecs[rows] = self.pool(batch).cpu().numpy()
         return vecs
 
+    def embed_clips(self, clips: Iterable[frames.Clip]) -> np.ndarray:
+        """(V, D) vectors of videos. Of a stream about `HELD` bytes of frames are taken at once: decoders read on while
+        the engine is at them."""
+        vecs, held = [], []
+        for clip in clips:
+            held.append(clip)
+            if sum(one.frames.nbytes for one in held) >= HELD:
+                vecs.append(self._embed_held(held))
+                held = []
+        return np.concatenate([*vecs, self._embed_held(held)])
+
     @torch.no_grad()
-    def embed_clips(self, clips: list[frames.Clip]) -> np.ndarray:
-        """(V, D) vectors of videos."""
+    def _embed_held(self, clips):
         prompts = [self.video_prompt(clip) for clip in clips]
         vecs = np.zeros((len(clips), self.width), np.float32)
 
@@ -212,8 +226,7 @@ def _embed(profile, dataset, split, which, folder):
     clips = frames.read_many(paths, frames.Reader(profile.video_fps, profile.max_frames), profile.decoders)
     clips = iter(stages.progress(clips, f"embed {dataset} {split}", len(paths)))
     for shard in todo:
-        read = [(video, next(clips)) for video in shards[shard]]
-        _embed_shard(engine, read, folder / f"shard-{shard:05}.npz")
+        _embed_shard(engine, shards[shard], clips, folder / f"shard-{shard:05}.npz")
     mates.wait_for_everyone()
     if not mates.is_main_process:
         return
@@ -245,13 +258,23 @@ def _embed(profile, dataset, split, which, folder):
         part.unlink()
 
 
-def _embed_shard(engine, read, path):
-    """The file of a shard: ids and vectors of its readable videos, and what is wrong with the others."""
-    good = [(video, clip) for video, clip in read if clip.problem is None]
-    bad = [(video.id, clip.problem) for video, clip in read if clip.problem is not None]
-    vecs = engine.embed_clips([clip for _, clip in good])
-    parts = {"ids": [video.id for video, _ in good], "vecs": vecs}
-    parts["bad"] = np.array(bad, dtype=str).reshape(-1, 2)
+def _embed_shard(engine, videos, clips, path):
+    """The file of a shard: ids and vectors of its readable videos, and what is wrong with the others.
+
+    clips  an iterator of which these videos are next
+    """
+    good, bad = [], []
+
+    def readable():
+        for video, clip in zip(videos, clips, strict=False):
+            if clip.problem is None:
+                good.append(video.id)
+                yield clip
+            else:
+                bad.append((video.id, clip.problem))
+
+    vecs = engine.embed_clips(readable())
+    parts = {"ids": good, "vecs": vecs, "bad": np.array(bad, dtype=str).reshape(-1, 2)}
     with open(path.with_suffix(".tmp"), "wb") as file:
         np.savez(file, **parts)
     path.with_suffix(".tmp").rename(path)

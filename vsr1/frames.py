@@ -268,6 +268,8 @@ def _answer(path, *how):
         return _decode(path, *how)
     except Unreadable as reason:
         problem = str(reason)
+    except UnicodeEncodeError:  # by decord
+        problem = "its name is not UTF-8; rename it"
     except av.error.FFmpegError as error:
         problem = f"no readable video: {error.strerror}"
     except (decord.DECORDError, RuntimeError):  # decord's own messages are C++ source lines

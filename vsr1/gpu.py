@@ -12,6 +12,7 @@ import tempfile
 import time
 import types
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -165,7 +166,7 @@ def embed(bed: Bed, rounds: int):
     def both():
         clips = frames.read_many(paths, reader, profile.decoders)
         for _ in range(0, len(paths), size):
-            made.embed_clips([next(clips) for _ in range(size)])
+            made.embed_clips(islice(clips, size))
 
     alone = timed(lambda: made.embed_clips([bed.clip] * size), rounds)
     found = [

@@ -172,7 +172,6 @@ def _compare(found, old, unreadable):
     known, files, new = {file.digest: file.vec for file in old.values()}, {}, {}
     for name, path in found.items():
         try:
-            str(path).encode()
             facts = path.stat().st_size, path.stat().st_mtime_ns
             if name in old and (old[name].size, old[name].changed) == facts:
                 files[name] = old[name]
@@ -180,9 +179,6 @@ def _compare(found, old, unreadable):
             digest = stages.digest(path)
         except OSError as error:
             unreadable[name] = error.strerror
-            continue
-        except UnicodeEncodeError:  # the reader of frames would stop at it
-            unreadable[name] = "its name is not UTF-8; rename it"
             continue
         if digest in known:
             files[name] = File(*facts, digest, known[digest])
