@@ -10,10 +10,10 @@ import test_grpo
 import test_sft
 import torch
 from safetensors.torch import save_file
-from tiny import random_engine, random_policy
+from tiny import moments, random_engine, random_policy
 
 from vsr1 import __main__ as cli
-from vsr1 import engine, params, sft, stages
+from vsr1 import engine, params, sft, split, stages
 
 
 def grpo_loop(folder, prompts):
@@ -34,6 +34,15 @@ def sft_loop(folder):
     keep(trainer.accelerator, trainer.model, folder)
 
 
+def in_shares(folder, stage, rank):
+    """A stage to its checkpoint, killed on its way and gone on with; and how much of its optimizer is here."""
+    stage = {"sft": test_sft.checkpointed, "grpo": test_grpo.checkpointed}[stage]
+    run = stage(folder, int(rank), killed=True)
+    (folder / f"held-{run.accelerator.process_index}").write_text(str(moments(run.optimizer)))
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+
+
 def keep(accelerator, model, folder):
     """The weights of a model that accelerate may have wrapped, as end.safetensors."""
     if accelerator.is_main_process:
@@ -49,6 +58,15 @@ def commands(folder, *words):
     for command in " ".join(words).split(" then "):
         if status := cli.main(command.split()):
             return status
+
+
+def sharing(folder, *words):
+    """The same, after which both stages have dealt out their model."""
+    dealt, deal = [], split.fully_shard
+    split.fully_shard = lambda *args, **options: dealt.append(args) or deal(*args, **options)
+    status = commands(folder, *words)
+    assert len(dealt) == 2
+    return status
 
 
 def dying(folder, *words):
@@ -78,5 +96,5 @@ def refused(folder, process):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    jobs = {job.__name__: job for job in (grpo_loop, sft_loop, commands, dying, refused)}
+    jobs = {job.__name__: job for job in (grpo_loop, sft_loop, in_shares, commands, sharing, dying, refused)}
     sys.exit(jobs[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:]))

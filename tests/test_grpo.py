@@ -1,5 +1,6 @@
 """Stage 2: rewards by hand, the objective against TRL's, replay against rollout, sharing, a run that is killed."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -13,9 +14,19 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny import QUERIES, changed, clip, fake_tensorboard, random_engine, random_policy, two_processes
+from tiny import (
+    QUERIES,
+    changed,
+    clip,
+    fake_tensorboard,
+    moments,
+    random_engine,
+    random_policy,
+    same_end,
+    two_processes,
+)
 
-from vsr1 import corpus, engine, grpo, params, sft
+from vsr1 import corpus, engine, grpo, params, sft, split
 
 VIDEOS = [f"v{n}" for n in range(6)]
 
@@ -740,6 +751,44 @@ def test_two_processes_are_one(tmp_path, profile, search, vectors, starts, promp
     # The norm, as Adam blows rounding up where a gradient is next to nothing.
     for name, weight in course.learner.state_dict().items():
         assert (theirs[name] - weight).norm() <= 0.02 * (weight - began[name]).norm(), name
+
+
+def checkpointed(folder, rank, killed=False):
+    """Stage 2 to its checkpoint in `folder`; killed: it ends in its third step, and goes on where it was."""
+    profile, vectors = knobs(), made_vectors()
+    profile = dataclasses.replace(profile, lora_rank=rank, grpo_replies=3)  # several forwards for a step
+    starts = made_starts(vectors)
+
+    def fatal(number, *_):
+        if number == 3:
+            raise Killed
+
+    for last in (False, True) if killed else (True,):
+        course = begin(profile, random_engine(), vectors)
+        with contextlib.suppress(Killed):
+            course._check_skipped = course._check_skipped if last else fatal
+            course.run(starts, starts[:2], folder, "stage 2")
+    split.gather(course.learner)
+    if course.accelerator.is_main_process:
+        grpo.policy.save(course.sampler.agent, folder)
+    return course
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_two_processes_that_hold_a_share_each_end_where_one_does(tmp_path, rank):
+    """FSDP, killed on its way: the same log and checkpoint, and half of the optimizer in each process."""
+    one, two, before = (tmp_path / name for name in ("one", "two", "before"))
+    one.mkdir(), two.mkdir()
+    done = two_processes("in_shares", two, "grpo", rank, FSDP_VERSION="2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    course = checkpointed(one, rank)
+    for ours, theirs in zip(lines(one), lines(two), strict=True):
+        for key in ours.keys() - {"seconds", "turns"}:
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-4, rel=1e-4), (ours["step"], key)
+    grpo.policy.save(few_words(random_policy()), before)
+    same_end(one, two, before)
+    held = [int((two / f"held-{process}").read_text()) for process in (0, 1)]
+    assert sum(held) == moments(course.optimizer) and max(held) < 0.55 * sum(held)
 
 
 @pytest.mark.parametrize(("schedule", "left"), [("constant", 1.0), ("linear", 0.25)])

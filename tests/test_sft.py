@@ -1,5 +1,6 @@
 """Stage 1: its two losses computed a second way, adapters against the model they stand beside, a run that is killed."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -7,9 +8,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import QUERIES, clip, fake_tensorboard, random_engine, random_policy, two_processes
+from tiny import (
+    QUERIES,
+    clip,
+    fake_tensorboard,
+    moments,
+    random_engine,
+    random_policy,
+    same_end,
+    two_processes,
+)
 
-from vsr1 import engine, params, policy, refine, sft, traces
+from vsr1 import engine, params, policy, refine, sft, split, traces
 
 REPLY = "<think> does jumps - waves no. </think> <answer>not_matched</answer>"
 
@@ -218,6 +228,18 @@ def test_what_learns_is_float32_beside_bfloat16_weights_that_do_not(
     assert json.loads((tmp_path / "log.jsonl").read_text())["norm"] > 0
 
 
+class Killed(Exception):
+    """Somebody pulled the plug."""
+
+
+class Kill(sft.TrainerCallback):
+    """Pulls it behind the second checkpoint."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2:
+            raise Killed
+
+
 @pytest.mark.parametrize("begun", [random_policy, adapted])
 def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors, rows, begun):
     """Four steps in one go, and four with a kill after the second checkpoint; of all weights, and of adapters."""
@@ -231,14 +253,6 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors
 
     whole, parts = begin("whole"), begin("parts")
     whole.train()
-
-    class Killed(Exception):
-        pass
-
-    class Kill(sft.TrainerCallback):
-        def on_step_begin(self, args, state, control, **_):
-            if state.global_step == 2:
-                raise Killed
 
     parts.add_callback(Kill())
     with pytest.raises(Killed):
@@ -355,9 +369,9 @@ def test_the_baseline_learns_the_same_replies_without_the_token_and_without_a_se
     assert [row["step"] for row in log] == [1] and log[0]["info_nce"] is None
 
 
-def short_course(folder, agent, search):
+def short_course(folder, agent, search, batch=2):
     """A trainer of three steps of up to four rows: all told in words, one of them, and no more than two rows."""
-    profile = dataclasses.replace(params.load("smoke"), sft_batch=2, sft_accumulate=2)
+    profile = dataclasses.replace(params.load("smoke"), sft_batch=batch, sft_accumulate=4 // batch)
     rows = (made_rows() * 4)[:10]
     rows[:5] = [dataclasses.replace(row, told="0.0 to 2.0: A person waves.") for row in rows[:5]]
     trainer = sft.make_trainer(profile, agent, rows, Shelf(), folder, "short")
@@ -385,6 +399,41 @@ def test_two_processes_learn_what_one_learns(tmp_path, search):
     }
     for name, weight in trainer.model.state_dict().items():
         assert (theirs[name] - weight).norm() <= 0.02 * (weight - began[name]).norm(), name
+
+
+def checkpointed(folder, rank, killed=False):
+    """Stage 1 to its checkpoint in `folder`; killed: behind its second step, and gone on with."""
+    for last in (False, True) if killed else (True,):
+        agent = adapted() if rank else random_policy()
+        trainer = short_course(folder, agent, random_engine(), batch=1)  # several forwards for a step
+        if not last:
+            trainer.add_callback(Kill())
+        with contextlib.suppress(Killed):
+            trainer.train(resume_from_checkpoint=sft.checkpoint(folder))
+    split.gather(agent.model)
+    for head, _ in agent.heads.named_children():
+        delattr(agent.model, head)
+    if trainer.is_world_process_zero():
+        policy.save(agent, folder)
+    return trainer
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_two_processes_that_hold_a_share_each_end_where_one_does(tmp_path, rank):
+    """FSDP, killed on its way: the same log and checkpoint, and half of the optimizer in each process."""
+    one, two, before = (tmp_path / name for name in ("one", "two", "before"))
+    one.mkdir(), two.mkdir()
+    done = two_processes("in_shares", two, "sft", rank, FSDP_VERSION="2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    trainer = checkpointed(one, rank)
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").open()] for folder in (one, two)]
+    for ours, theirs in zip(*logs, strict=True):
+        for key in ours.keys() - {"accuracy"}:
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-4, rel=1e-4), (ours["step"], key)
+    policy.save(random_policy(), before)
+    same_end(one, two, before)
+    held = [int((two / f"held-{process}").read_text()) for process in (0, 1)]
+    assert sum(held) == moments(trainer.optimizer) and max(held) < 0.55 * sum(held)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8])

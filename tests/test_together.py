@@ -1,6 +1,7 @@
 """Commands that two processes share: what they leave is what one leaves, and neither waits for a lost one."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -89,6 +90,29 @@ def test_two_processes_embed_and_evaluate_as_one_does(clone, tmp_path, monkeypat
         assert sorted(path.name for path in (theirs / "episodes" / system).iterdir()) == sorted(
             path.name for path in (home / "episodes" / system).iterdir()
         )
+
+
+def test_accelerate_s_own_file_asks_for_shares(clone, tmp_path):
+    """FSDP as README has it: both stages say what those said that plain data parallelism trained."""
+    skipped = shutil.ignore_patterns("sft", "grpo", "episodes")
+    shutil.copytree(clone / "runs", tmp_path / "runs", symlinks=True, ignore=skipped)
+    shutil.copy(clone / "small.yaml", tmp_path)
+    told = re.search(
+        r"```\n(distributed_type: FSDP\n.*?)```", (params.ROOT / "README.md").read_text(), re.DOTALL
+    )
+    file = tmp_path / "fsdp.yaml"
+    file.write_text(told[1].replace("num_processes: 8", "num_processes: 2") + "main_process_port: 0\n")
+    launch = ["accelerate.commands.launch", "--config_file", str(file)]
+    done = two_processes("sharing", tmp_path, *words(tmp_path, "train", "--stage", "grpo"), launch=launch)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage, skip in (("sft", 1), ("grpo/vsr1", 0)):  # the first line was marked
+        one, two = (folder / "runs" / "small" / "charades" / stage for folder in (clone, tmp_path))
+        logs = [[json.loads(line) for line in (folder / "log.jsonl").open()][skip:] for folder in (one, two)]
+        for ours, theirs in zip(*logs, strict=True):
+            assert [ours[key] for key in ("loss", "info_nce", "norm")] == pytest.approx(
+                [theirs[key] for key in ("loss", "info_nce", "norm")], abs=1e-4, rel=1e-3
+            )
+        assert policy.load(str(two), params.load("smoke")).heads
 
 
 def untimed(folder):

@@ -1,5 +1,6 @@
 """A policy of the mini shape with random weights, and things to show it: nothing depends on what training taught."""
 
+import os
 import subprocess
 import sys
 import types
@@ -7,6 +8,8 @@ from importlib.machinery import ModuleSpec
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 from vsr1 import engine, frames, lessons, params, policy
@@ -98,8 +101,25 @@ def fake_tensorboard(monkeypatch) -> list[Writer]:
     return writers
 
 
-def two_processes(*words):
-    """tests/one_of_two.py with these words, in two processes on the CPU."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def two_processes(*words, launch=None, **variables):
+    """tests/one_of_two.py with these words, in two processes on the CPU, by torchrun or another module."""
+    launch = launch or ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = [str(params.ROOT / "tests" / "one_of_two.py"), *map(str, words)]
-    return subprocess.run(launch + script, cwd=params.ROOT, capture_output=True, text=True, timeout=300)
+    command, options = [sys.executable, "-m", *launch, *script], {"capture_output": True, "text": True}
+    return subprocess.run(command, cwd=params.ROOT, env=os.environ | variables, timeout=300, **options)
+
+
+def same_end(one, two, before):
+    """Two folders hold the same checkpoint, as measured by how far its weights have come since `before`."""
+    for name in ("model.safetensors", "refine.safetensors"):
+        ours, theirs, began = (load_file(folder / name) for folder in (one, two, before))
+        assert ours.keys() == theirs.keys() == began.keys()
+        # The norm, as Adam blows rounding up where a gradient is next to nothing.
+        for key, weight in ours.items():
+            assert (theirs[key] - weight).norm() <= 0.02 * (weight - began[key]).norm(), key
+
+
+def moments(optimizer):
+    """How many numbers this process holds of the means that Adam keeps."""
+    kept = [own["exp_avg"] for own in optimizer.state.values()]
+    return sum((one.to_local() if isinstance(one, DTensor) else one).numel() for one in kept)

@@ -24,7 +24,6 @@ OTHERS = {
 }
 OTHERS |= {"bench gpu": "gpu", "bench large": "million"}
 SHARED = ("corpus", "embed", "train", "evaluate")  # what a launcher may start in several processes
-SPLITTING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by a launcher that would split a model
 MOMENT = 10  # seconds in which a launcher ends the other processes when one has ended
 
 
@@ -67,11 +66,7 @@ def _command(argv):
     profile = params.load(args.profile, args.seed)
     # torch and OpenMP read it when they are first imported, in this process and in the kernels of notebooks.
     os.environ["OMP_NUM_THREADS"] = str(profile.threads)
-    if any(os.environ.get(name) == "true" for name in SPLITTING):
-        raise InputError(
-            "accelerate: FSDP and DeepSpeed split a model, which rollouts and soft tokens cannot read; "
-            "launch with `--multi_gpu`: each process holds all of it"
-        )
+    _check_launcher()
     mates = stages.team(profile.device)
     if mates.num_processes > 1 and args.command not in SHARED:
         raise InputError(f"{args.command}: works in one process; several can share {', '.join(SHARED)}")
@@ -107,6 +102,21 @@ def _command(argv):
     if args.command == "seeds":
         return seeds(profile, datasets, args.seeds)
     return {"corpus": corpus, "embed": embed, "ablations": ablations}[args.command](profile, datasets)
+
+
+def _check_launcher():
+    """Takes FSDP over from accelerate and transformers, which would do it another way than `split`, or refuses."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise InputError(
+            "accelerate: DeepSpeed is not supported; launch with `--multi_gpu`, or FSDP with `fsdp_version: 2`"
+        )
+    if os.environ.pop("ACCELERATE_USE_FSDP", None) == "true":
+        kinds = ("VERSION", "1", "2"), ("OFFLOAD_PARAMS", "false", "false")
+        for name, unsaid, wanted in (*kinds, ("ACTIVATION_CHECKPOINTING", "false", "false")):
+            if (told := os.environ.get(f"FSDP_{name}", unsaid)) != wanted:
+                raise InputError(
+                    f"accelerate: fsdp_{name.lower()}: {told} is not supported; set it to {wanted}"
+                )
 
 
 def side_by_side(args, datasets, jobs):

@@ -30,7 +30,7 @@ from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import nn
 
-from vsr1 import corpus, engine, episode, evaluate, frames, policy, qwen, refine, stages
+from vsr1 import corpus, engine, episode, evaluate, frames, policy, qwen, refine, split, stages
 from vsr1.episode import AS_TYPED, Look, Refinement
 from vsr1.params import InputError
 from vsr1.sft import adapt, info_nce, masters, need_tensorboard
@@ -443,6 +443,7 @@ class Course:
             anchor.model = copy.deepcopy(agent.model).requires_grad_(False)
         learner = Learner(sampler, anchor)
         optimizer = torch.optim.AdamW(_groups(self.knobs, sampler.recipe, agent))
+        split.deal(learner, optimizer, self.accelerator)
         self.learner, self.optimizer = self.accelerator.prepare(learner, optimizer)
         self.counts = (
             Counter()
@@ -485,11 +486,13 @@ class Course:
     def step(self, number: int, starts: list[Start]) -> tuple[dict, list[dict]]:
         """One rollout and one step of the optimizer: (the line of the log, all rows in short)."""
         began = time.perf_counter()
-        rows, by = self.walk(starts, self.knobs.grpo_group, [self.knobs.seed, 7, number]), self.knobs.group_by
-        found = advantages([row.reward for row in rows], [peers(_short(row), by) for row in rows])
-        for row, advantage in zip(rows, found, strict=True):
-            row.advantage = advantage
-        sums, norm = self._descend([row for row in rows if row.advantage is not None])
+        by = self.knobs.group_by
+        with split.whole(self.learner):
+            rows = self.walk(starts, self.knobs.grpo_group, [self.knobs.seed, 7, number])
+            found = advantages([row.reward for row in rows], [peers(_short(row), by) for row in rows])
+            for row, advantage in zip(rows, found, strict=True):
+                row.advantage = advantage
+            sums, norm = self._descend([row for row in rows if row.advantage is not None])
         short = gather_object([_short(row) for row in rows])
         told = tally(short, by)
         self.counts.update(groups=told["groups"], flat=told["flat_groups"])
@@ -608,7 +611,9 @@ class Course:
 
     def _look(self, held, number, folder):
         """Writes what the policy earns on starts that it never learns from, with the same random numbers every time."""
-        short = gather_object([_short(row) for row in self.walk(held, 2, [self.knobs.seed, 9])])
+        with split.whole(self.learner):
+            rows = self.walk(held, 2, [self.knobs.seed, 9])
+        short = gather_object([_short(row) for row in rows])
         told = tally(short, self.knobs.group_by)
         if self.accelerator.is_main_process:
             _append(folder / "held.jsonl", {"step": number} | told)
@@ -774,6 +779,7 @@ def _train(profile, dataset, name, folder, watch=None):
         clips = evaluate.Clips(home / "videos", vectors.video_ids, read)
         course = Course(Sampler(profile, dataset, recipe, made, agent, vectors, clips))
         course.run(starts, held, folder, f"grpo {name} {dataset}", watch)
+    split.gather(course.learner)
     if course.accelerator.is_main_process:
         policy.save(agent, folder)
         shutil.rmtree(folder / "steps")

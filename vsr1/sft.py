@@ -24,7 +24,7 @@ from transformers.integrations import TensorBoardCallback, is_tensorboard_availa
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from vsr1 import engine, evaluate, frames, policy, qwen, refine, stages, traces
+from vsr1 import engine, evaluate, frames, policy, qwen, refine, split, stages, traces
 from vsr1.params import InputError
 
 IGNORED = -100  # the library's label of a token that is not learned
@@ -165,11 +165,17 @@ class Trainer(SFTTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """A checkpoint on the way: what learns, and no more. The library's own refuses the tied row of <REFINE>."""
-        learned = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_file(
-            {key: weight.detach().contiguous() for key, weight in learned.items()}, _learned(output_dir)
-        )
+        learned = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
+        state = self.model.state_dict()  # all processes put it together (`split`), the first writes
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file({name: state[name].contiguous() for name in learned}, _learned(output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """The library asks only the first process for the state of the optimizer, which all put together (`split`)."""
+        if not self.args.should_save:
+            self.optimizer.state_dict()
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """The other way round; what does not learn is as the run began with it."""
@@ -280,6 +286,7 @@ def _train(profile, dataset, name, folder, watch):
         trainer = make_trainer(profile, agent, rows, clips, folder, f"{name} {dataset}", watch)
         trainer.teach(agent, made, vectors, profile)
         trainer.train(resume_from_checkpoint=checkpoint(folder))
+    split.gather(agent.model)
     if agent.heads is not None:
         for head, _ in agent.heads.named_children():
             delattr(agent.model, head)
@@ -380,6 +387,7 @@ def make_trainer(profile, agent, rows, clips, folder, what, watch=None):
         optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
         callbacks=[Diary(folder / "log.jsonl", what, watch)],
     )
+    split.deal(trainer.model, trainer.optimizer, trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     if profile.tensorboard:  # what `report_to` adds; its own folder is one that goes away at the end
         need_tensorboard()
