@@ -20,7 +20,6 @@ from transformers import Qwen3VLModel
 from vsr1 import corpus, frames, large, qwen, stages
 from vsr1.params import InputError
 
-
 HELD = 512 * 2**20  # ours: a shard of the mini world, six films of 64 frames in 480p
 
 

@@ -25,7 +25,7 @@ from transformers.utils import logging as hf_logging
 from vsr1.params import ROOT, InputError
 
 hf_logging.disable_progress_bar()
-hf_logging.set_verbosity_error()  # tensors that are missing are refused here; soft-query heads beside a model are not its own
+hf_logging.set_verbosity_error()  # of tensors: a missing one is refused here, and soft-query heads belong to no model
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # all that is fetched: no pickle, no code
 
