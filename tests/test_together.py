@@ -6,8 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
+import test_grpo
+import test_sft
 import yaml
-from tiny import two_processes
+from tiny import moments, random_policy, same_end, two_processes
 
 from vsr1 import __main__ as cli
 from vsr1 import engine, grpo, params, policy, sft, stages
@@ -90,6 +92,32 @@ def test_two_processes_embed_and_evaluate_as_one_does(clone, tmp_path, monkeypat
         assert sorted(path.name for path in (theirs / "episodes" / system).iterdir()) == sorted(
             path.name for path in (home / "episodes" / system).iterdir()
         )
+
+
+def grpo_before():
+    """What stage 2 of the test below begins with."""
+    return test_grpo.few_words(random_policy())
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(
+    ("stage", "module", "begun"), [("sft", test_sft, random_policy), ("grpo", test_grpo, grpo_before)]
+)
+def test_two_processes_that_hold_a_share_each_end_where_one_does(tmp_path, stage, module, begun, rank):
+    """FSDP, killed on its way: the same log and checkpoint, and half of the optimizer in each process."""
+    one, two, before = (tmp_path / name for name in ("one", "two", "before"))
+    one.mkdir(), two.mkdir()
+    done = two_processes("in_shares", two, stage, rank, FSDP_VERSION="2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = module.checkpointed(one, rank)
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").open()] for folder in (one, two)]
+    for ours, theirs in zip(*logs, strict=True):
+        for key in ours.keys() - {"accuracy", "seconds", "turns"}:
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-4, rel=1e-4), (ours["step"], key)
+    policy.save(begun(), before)
+    same_end(one, two, before)
+    held = [int((two / f"held-{process}").read_text()) for process in (0, 1)]
+    assert sum(held) == moments(run.optimizer) and max(held) < 0.55 * sum(held)
 
 
 def test_accelerate_s_own_file_asks_for_shares(clone, tmp_path):

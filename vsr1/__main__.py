@@ -24,6 +24,7 @@ OTHERS = {
 }
 OTHERS |= {"bench gpu": "gpu", "bench large": "million"}
 SHARED = ("corpus", "embed", "train", "evaluate")  # what a launcher may start in several processes
+FSDP = {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
 MOMENT = 10  # seconds in which a launcher ends the other processes when one has ended
 
 
@@ -111,12 +112,10 @@ def _check_launcher():
             "accelerate: DeepSpeed is not supported; launch with `--multi_gpu`, or FSDP with `fsdp_version: 2`"
         )
     if os.environ.pop("ACCELERATE_USE_FSDP", None) == "true":
-        kinds = ("VERSION", "1", "2"), ("OFFLOAD_PARAMS", "false", "false")
-        for name, unsaid, wanted in (*kinds, ("ACTIVATION_CHECKPOINTING", "false", "false")):
-            if (told := os.environ.get(f"FSDP_{name}", unsaid)) != wanted:
-                raise InputError(
-                    f"accelerate: fsdp_{name.lower()}: {told} is not supported; set it to {wanted}"
-                )
+        os.environ.setdefault("FSDP_VERSION", "1")  # as accelerate reads it
+        for name, wanted in FSDP.items():
+            if (told := os.environ.get(name, wanted)) != wanted:
+                raise InputError(f"accelerate: {name.lower()}: {told} is not supported; set it to {wanted}")
 
 
 def side_by_side(args, datasets, jobs):
