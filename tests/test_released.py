@@ -15,7 +15,7 @@ from tiny import QUERIES, clip, random_engine, random_policy
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 from vsr1 import __main__ as cli
-from vsr1 import corpus, engine, episode, evaluate, params, policy, refine, results, yours
+from vsr1 import corpus, engine, episode, evaluate, params, policy, qwen, refine, results, stages, yours
 
 NAME, COMMIT = "VideoSearchR1/charades-stage2", "0123456789abcdef0123456789abcdef01234567"
 QUERY = QUERIES[1]
@@ -126,6 +126,21 @@ def test_it_is_converted_once_and_again_for_another_prompt(hub, profile, monkeyp
     rows = params.ROOT / "data/charades/rows.json"
     rows.write_text(rows.read_text().replace("exact", "other"))
     assert policy.load(NAME, profile).settings.system == "The other prompt <REFINE>." and made == [1, 1]
+
+
+def test_a_name_stays_at_the_commit_of_its_first_use(hub, profile):
+    """The hub moves `main` on; this clone does not, and knows what it used even where the files are gone."""
+    assert qwen.version(NAME) == COMMIT and qwen.fetch(NAME) == hub
+    branch = hub.parents[1] / "refs" / "main"
+    branch.write_text("f" * 40)
+    try:
+        assert qwen.version(NAME) == COMMIT and qwen.fetch(NAME) == hub
+        with pytest.raises(params.InputError, match=f"{NAME}@main: cannot fetch"):  # another name, asked anew
+            qwen.version(f"{NAME}@main")
+    finally:
+        branch.write_text(COMMIT)
+    assert json.loads((params.ROOT / qwen.PINS).read_text()) == {NAME: COMMIT}
+    assert qwen.version(str(hub)) == stages.digest(hub)
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,8 @@ def clone(tmp_path, monkeypatch, vectors, queries):
     monkeypatch.setattr(traces, "LIMIT", 24)
     monkeypatch.setattr(evaluate, "Clips", Shelf)
     monkeypatch.setattr(frames, "readers", lambda *_: contextlib.nullcontext())
+    (tmp_path / "runs").mkdir()
+    (tmp_path / qwen.PINS).write_text('{"some/teacher": "c0ffee"}')  # known once, it need not be at hand
 
     def make(name):
         knobs = {"world": None, "teacher": "some/teacher", "sft_rows": 5, "sft_negatives": 5, "eval_batch": 4}

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -188,11 +187,10 @@ class Retry(evaluate.Wiring):
 def retry(profile: Profile, dataset: str, system: str, weights: str | None = None) -> list[Episode]:
     """One refinement of queries whose first search failed, at most `sample_queries` of them, right after the look."""
     home, weights = profile.runs(dataset), weights or profile.policy
-    place = Path(qwen.place(weights))
     vectors = engine.load_vectors(home / "embed" / "engine" / "test")
     inputs = {
         "vectors": stages.stamp(home / "embed" / "engine" / "test").get("key"),
-        "policy": stages.digest(place) if place.is_dir() else weights,
+        "policy": qwen.version(weights),
         "system": [system, *vars(evaluate.SYSTEMS[system]).values(), profile.sample_queries, profile.seed],
         "sight": [
             profile.video_fps,

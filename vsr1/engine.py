@@ -197,11 +197,10 @@ def embed_corpus(profile, dataset: str, split: str, which: str = "engine") -> Pa
     home = profile.runs(dataset)
     annotations = home / "corpus" / f"{split}.jsonl"
     name = getattr(profile, which)
-    weights = Path(qwen.place(name))
     inputs = {
         "annotations": stages.digest(annotations),
         "videos": stages.stamp(home / "videos").get("key"),
-        "model": stages.digest(weights) if weights.is_dir() else name,
+        "model": qwen.version(name),
         "code": stages.code("engine", "qwen", "frames"),
         "knobs": [profile.video_fps, profile.max_frames, profile.frame_pixels, profile.instruction],
         "limits": [profile.query_tokens, profile.dtype],

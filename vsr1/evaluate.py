@@ -235,14 +235,13 @@ def run_system(
     """
     system, home = _system(like or name), profile.runs(dataset)
     weights = policy.at(weights or profile.policy, profile)
-    place = Path(qwen.place(weights))
     used = ("episode", "evaluate", "refine", "policy", "engine", "qwen", "frames", "metrics")
     sight = [profile.video_fps, profile.max_frames, profile.frame_pixels, profile.max_new, profile.dtype]
     loop = [profile.max_turns, profile.next_shown, profile.eval_batch, profile.seed]
     inputs = {
         # engine, videos, annotations
         "vectors": stages.stamp(home / "embed" / "engine" / SPLITS[split]).get("key"),
-        "policy": stages.digest(place) if place.is_dir() else weights,
+        "policy": qwen.version(weights),
         "system": [name, *vars(system).values()],
         "count": [count, split, profile.held_out if split == "held" else None],
         "knobs": [

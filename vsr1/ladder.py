@@ -14,7 +14,6 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -184,14 +183,14 @@ def scored(vecs, gallery, right, tau) -> dict:
 
 def ladder(profile, dataset: str) -> dict[str, dict]:
     """{system: ranks, InfoNCE and right videos of its queries, curve over its steps}, a stage: see `numbers`."""
-    home, place = profile.runs(dataset), qwen.place(profile.policy)
+    home = profile.runs(dataset)
     knobs = {name: value for name, value in asdict(profile).items() if name.startswith("ladder_")}
     shared = ("tau", "n_soft", "seed_norm", "held_out", "grpo_negatives", "seed", "dtype", "instruction")
     inputs = {
         "vectors": [
             stages.stamp(home / "embed" / "engine" / split).get("key") for split in ("train", "test")
         ],
-        "policy": stages.digest(place) if Path(place).is_dir() else place,
+        "policy": qwen.version(profile.policy),
         "knobs": knobs | {name: getattr(profile, name) for name in shared},
         "code": stages.code(
             "ladder", "sft", "traces", "policy", "refine", "engine", "qwen", "teacher", "metrics"

@@ -377,8 +377,7 @@ def at(name: str, profile) -> str:
         )
     messages = params.ROOT / profile.sft_data.replace("{dataset}", found[1])
     prompt, source = _sha256(_released_system(messages)), qwen.fetch(name)
-    hub = source.parent.name == "snapshots"  # a folder named by the commit
-    inputs = {"checkpoint": source.name if hub else stages.digest(source), "prompt": prompt}
+    inputs = {"checkpoint": qwen.version(name), "prompt": prompt}
     inputs |= {"dtype": profile.dtype, "code": stages.code("policy", "qwen")}
 
     def convert(folder):

@@ -22,12 +22,14 @@ from transformers import AutoTokenizer, DynamicCache, Qwen3VLModel
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
+from vsr1 import params, stages
 from vsr1.params import ROOT, InputError
 
 hf_logging.disable_progress_bar()
 hf_logging.set_verbosity_error()  # of tensors: a missing one is refused here, and soft-query heads belong to no model
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # all that is fetched: no pickle, no code
+PINS = "runs/revisions.json"  # the commits of hub names
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,35 @@ def place(name: str) -> str:
 
 
 def fetch(name: str) -> Path:
-    """The folder of a model: `place`, or what of it the hub has; `name@revision` asks for one commit, tag or branch."""
+    """The folder of a model: `place`, or what of it the hub has; `name@revision` asks for one commit, tag or branch.
+
+    The commit of its first use is kept (`PINS`) and asked for from then on: the hub may move a name, a run stays.
+    """
     if Path(place(name)).is_dir():
         return Path(place(name))
     repository, _, revision = name.partition("@")
+    known, file = pins(), params.ROOT / PINS
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=FILES))
+        wanted = known.get(name) or revision or None
+        folder = Path(snapshot_download(repository, revision=wanted, allow_patterns=FILES))
     except (OSError, HFValidationError) as error:
         raise InputError(f"{name}: cannot fetch this model: {' '.join(str(error).split())[:300]}") from error
+    if name not in known:
+        file.parent.mkdir(exist_ok=True)
+        stages.write_json(file, known | {name: folder.name})  # a snapshot is called after its commit
+    return folder
+
+
+def pins() -> dict[str, str]:
+    """{hub name: the commit that it stands for in this clone}; empty before the first was fetched."""
+    file = params.ROOT / PINS
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def version(name: str) -> str:
+    """What tells a model from any other: the digest of its files; of a hub name, its commit, once that is known."""
+    folder = Path(place(name))
+    return stages.digest(folder) if folder.is_dir() else pins().get(name) or fetch(name).name
 
 
 def load(kind, name: str, dtype: str = "float32", device: str = "cpu"):

@@ -252,7 +252,7 @@ def train(profile, dataset: str, name: str = "sft", watch=None) -> Path:
     name   "sft"; or "ft", the baseline of T1: the same rows, no <REFINE>, no soft tokens, no InfoNCE
     watch  is called after each step with the lines of the log so far, for curves that redraw
     """
-    home, place = profile.runs(dataset), Path(qwen.place(profile.policy))
+    home = profile.runs(dataset)
     profile = profile if name == "sft" else dataclasses.replace(profile, sft_told=0)
     knobs = {key: value for key, value in dataclasses.asdict(profile).items() if key.startswith("sft_")}
     del knobs["sft_data"]  # where it lies does not matter, what it says does
@@ -262,7 +262,7 @@ def train(profile, dataset: str, name: str = "sft", watch=None) -> Path:
     inputs = {
         "vectors": stages.stamp(home / "embed" / "engine" / "train").get("key"),
         "traces": None if told is None else stages.digest(told),
-        "policy": stages.digest(place) if place.is_dir() else profile.policy,
+        "policy": qwen.version(profile.policy),
         "knobs": [name, knobs, profile.lora_rank, profile.held_out, *retrieval],
         "sight": [profile.video_fps, profile.max_frames, profile.frame_pixels, profile.dtype, profile.seed],
         "code": stages.code("sft", "policy", "refine", "engine", "qwen", "frames", "teacher", "traces"),

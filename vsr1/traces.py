@@ -387,11 +387,11 @@ def write(profile, dataset: str) -> Path:
 
     rows.jsonl  every row asked, also those without a usable reply     notes.json  how many of those there are, and why
     """
-    home, place = profile.runs(dataset), Path(qwen.place(profile.teacher))
+    home = profile.runs(dataset)
     sight = [profile.video_fps, profile.max_frames, profile.frame_pixels, profile.dtype]
     inputs = {
         "vectors": stages.stamp(home / "embed" / "engine" / "train").get("key"),
-        "teacher": stages.digest(place) if place.is_dir() else profile.teacher,
+        "teacher": qwen.version(profile.teacher),
         "knobs": [profile.sft_rows, profile.eval_batch, profile.seed, *sight],
         "code": stages.code("traces", "policy", "qwen", "frames", "teacher"),
     }
