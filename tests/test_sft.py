@@ -265,6 +265,63 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors
     assert np.allclose([row["loss"] for row in logs[0]], [row["loss"] for row in logs[1]], atol=1e-5)
 
 
+class Full(sft.TrainerCallback):
+    """A card on which no step of more than one row fits, from the third step on."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2 and args.per_device_train_batch_size > 1:
+            raise torch.OutOfMemoryError("a step of stage 1")
+
+
+def test_out_of_memory_halves_what_is_read_at_once_and_ends_the_same(
+    tmp_path, profile, search, vectors, rows
+):
+    """Four steps of two rows; and with memory for two only until the second checkpoint, said in one line."""
+    profile, ends = dataclasses.replace(profile, sft_batch=2), {}
+    for name in ("whole", "short"):
+        (tmp_path / name).mkdir()
+
+        def begin(knobs, name=name):
+            agent = adapted()
+            made = sft.make_trainer(knobs, agent, (rows * 3)[:8], Shelf(), tmp_path / name, name)
+            if name == "short":
+                made.add_callback(Full())
+            return made.teach(agent, search, vectors, knobs)
+
+        saying = (
+            pytest.warns(UserWarning, match="sft_batch: 2 rows at once do not fit")
+            if name == "short"
+            else None
+        )
+        with saying or contextlib.nullcontext():
+            ends[name] = sft.finish(begin, profile, tmp_path / name)
+    assert (
+        ends["short"].args.per_device_train_batch_size,
+        ends["short"].args.gradient_accumulation_steps,
+    ) == (1, 2)
+    for name, weight in ends["whole"].model.state_dict().items():
+        torch.testing.assert_close(
+            ends["short"].model.state_dict()[name], weight, atol=1e-6, rtol=1e-5, msg=name
+        )
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").open()] for n in ("whole", "short")]
+    assert [row["step"] for row in logs[1]] == [1, 2, 3, 4]
+    assert np.allclose([row["loss"] for row in logs[0]], [row["loss"] for row in logs[1]], atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_out_of_memory_ends_a_run_that_has_nothing_to_halve(tmp_path, profile, search, vectors, rows, batch):
+    def begin(knobs):
+        agent = random_policy()
+        made = sft.make_trainer(knobs, agent, rows * 2, Shelf(), tmp_path, "short").teach(
+            agent, search, vectors, knobs
+        )
+        made.train = lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("a step of stage 1"))
+        return made
+
+    with pytest.raises(torch.OutOfMemoryError):
+        sft.finish(begin, dataclasses.replace(profile, sft_batch=batch), tmp_path)
+
+
 def test_tensorboard_draws_what_the_log_says(tmp_path, monkeypatch, profile, search, vectors, rows):
     """Beside the log: the library's own folder is one that goes away when training is done."""
     writers = fake_tensorboard(monkeypatch)

@@ -7,9 +7,11 @@ gradient runs through the engine's text side into the heads and the language mod
 """
 
 import dataclasses
+import gc
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 
 import datasets
@@ -280,12 +282,15 @@ def _train(profile, dataset, name, folder, watch):
         with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
     made = engine.load(profile)
-    agent = beginner(profile, made, heads=name == "sft")
     with frames.readers(frames.Reader(profile.video_fps, profile.max_frames), profile.decoders) as read:
         clips = evaluate.Clips(home / "videos", vectors.video_ids, read)
-        trainer = make_trainer(profile, agent, rows, clips, folder, f"{name} {dataset}", watch)
-        trainer.teach(agent, made, vectors, profile)
-        trainer.train(resume_from_checkpoint=checkpoint(folder))
+
+        def begin(knobs):
+            agent = beginner(knobs, made, heads=name == "sft")
+            trainer = make_trainer(knobs, agent, rows, clips, folder, f"{name} {dataset}", watch)
+            return trainer.teach(agent, made, vectors, knobs)
+
+        agent = finish(begin, profile, folder).agent
     split.gather(agent.model)
     if agent.heads is not None:
         for head, _ in agent.heads.named_children():
@@ -294,6 +299,33 @@ def _train(profile, dataset, name, folder, watch):
     if mates.is_main_process:
         policy.save(agent, folder)
         shutil.rmtree(folder / "steps")
+
+
+def finish(begin, profile, folder: Path) -> Trainer:
+    """The trainer that `begin(profile)` makes, at the end of its run; an interrupted one goes on.
+
+    Where memory does not suffice, it goes on with half of `sft_batch` at once, the step as large as before. It is said,
+    and happens once.
+    """
+    trainer = begin(profile)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint(folder))
+        return trainer
+    except torch.OutOfMemoryError:
+        # Of several processes the others would wait for this one's gradients.
+        if profile.sft_batch % 2 or stages.team().num_processes > 1:
+            raise
+    warnings.warn(
+        f"sft_batch: {profile.sft_batch} rows at once do not fit in memory: half of them from now on",
+        stacklevel=2,
+    )
+    del trainer
+    gc.collect()  # its parts know each other
+    torch.cuda.empty_cache()
+    half = {"sft_batch": profile.sft_batch // 2, "sft_accumulate": 2 * profile.sft_accumulate}
+    trainer = begin(dataclasses.replace(profile, **half))
+    trainer.train(resume_from_checkpoint=checkpoint(folder))
+    return trainer
 
 
 def checkpoint(folder: Path) -> str | None:
