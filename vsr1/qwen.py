@@ -54,12 +54,12 @@ def fetch(name: str) -> Path:
     if Path(place(name)).is_dir():
         return Path(place(name))
     repository, _, revision = name.partition("@")
-    known, file = pins(), params.ROOT / PINS
+    wanted, file = pins().get(name) or revision or None, params.ROOT / PINS
     try:
-        wanted = known.get(name) or revision or None
         folder = Path(snapshot_download(repository, revision=wanted, allow_patterns=FILES))
     except (OSError, HFValidationError) as error:
         raise InputError(f"{name}: cannot fetch this model: {' '.join(str(error).split())[:300]}") from error
+    known = pins()  # read again: another process may have written while this one downloaded
     if name not in known:
         file.parent.mkdir(exist_ok=True)
         stages.write_json(file, known | {name: folder.name})  # a snapshot is called after its commit
