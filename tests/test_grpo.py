@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import types
 from collections import Counter
 from pathlib import Path
@@ -24,7 +25,7 @@ from tiny import (
     two_processes,
 )
 
-from vsr1 import corpus, engine, grpo, params, sft, split
+from vsr1 import corpus, engine, grpo, params, qwen, sft, split
 
 VIDEOS = [f"v{n}" for n in range(6)]
 
@@ -401,11 +402,13 @@ def test_another_video_gives_another_loss(walked):
     """A trainer that drops the video would not notice (STACK.md 5.1)."""
     made, rows = walked
     before = learned(made, rows)[0]
-    for row in rows:
-        row.prompt = dataclasses.replace(row.prompt, patches=torch.zeros_like(row.prompt.patches))
-    prompts = {}
+    black = {}
     for row in rows:  # the group still shares one
-        row.prompt = prompts.setdefault((row.start.group, row.shown), row.prompt)
+        grid = row.prompt.video.grid
+        video = qwen.Video(torch.zeros(math.prod(grid), 3 * 2 * 16 * 16), grid)
+        row.prompt = black.setdefault(
+            (row.start.group, row.shown), dataclasses.replace(row.prompt, video=video)
+        )
     assert abs(learned(made, rows)[0] - before) > 1e-3
 
 
@@ -424,7 +427,8 @@ def test_the_heads_learn_unless_they_are_frozen(profile, search, vectors, starts
 def test_without_its_adapters_the_policy_is_the_anchor_that_a_copy_would_be(walked):
     made, rows = walked
     copied = copy.copy(made.agent)
-    copied.model, prompts, replies = copy.deepcopy(made.agent.model), rows[0].prompt, rows[0].ids
+    copied.model = copy.deepcopy(made.agent.model).requires_grad_(False)
+    prompts, replies = rows[0].prompt, rows[0].ids
     made.knobs = dataclasses.replace(made.knobs, lora_rank=4)
     learner = grpo.Course(made).learner
     weights = {name: weight for name, weight in learner.named_parameters() if weight.requires_grad}
@@ -612,7 +616,7 @@ def test_a_rollout_out_of_memory_goes_on_with_half_the_starts_and_gives_the_same
     monkeypatch, profile, search, vectors, starts
 ):
     """Four starts at once do not fit, then two do; when two do not fit either, the error stands."""
-    course = begin(dataclasses.replace(profile, grpo_batch=4), search, vectors)
+    course = begin(dataclasses.replace(profile, grpo_batch=4, grpo_group=2), search, vectors)
     whole, walk, fits, sizes = course.walk(starts[:4], 2, [1]), course.sampler.walk, 4, []
 
     def full(some, seed):

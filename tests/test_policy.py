@@ -1,7 +1,9 @@
 """The agent's decoding and its checkpoints, each against a second way of doing it or a file made wrong on purpose."""
 
+import copy
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from tiny import COLD, QUERIES, changed, clip, coming_to_an_end, random_policy, 
 from transformers import Qwen3VLModel
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from vsr1 import engine, lessons, params, policy, qwen, refine
+from vsr1 import engine, lessons, params, policy, qwen, refine, sft
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +176,76 @@ def test_a_video_is_read_once_for_all_replies_to_it(made, prompts, monkeypatch):
     counted = lambda pixels, **grid: shapes.append(len(pixels)) or see(pixels, **grid)  # noqa: E731
     monkeypatch.setattr(made.model.model.visual, "forward", counted)
     sampled(made, prompts, 4, limit=3)
-    assert shapes == [sum(len(prompt.patches) for prompt in prompts)]
+    assert shapes == [sum(math.prod(prompt.video.grid) for prompt in prompts)]
+
+
+def test_what_is_kept_of_a_video_is_what_the_eyes_see_again(made, prompts, monkeypatch):
+    """Eyes that learn look each time; others once at a clip, however many prompts, replies and readings it has."""
+    looks, see = [], qwen._features
+    monkeypatch.setattr(
+        qwen, "_features", lambda model, videos: looks.append(len(videos)) or see(model, videos)
+    )
+    film, other = clip(6, 1), clip(6, 2)
+    asked = lambda one, *clips: [one.prompt(policy.SYSTEM, "Who?", shown) for shown in clips]  # noqa: E731
+    replies = [[5, 6, made.stop], [6, 5, made.stop]]
+    learning = [made.replay(asked(made, film, other), replies).logps for _ in range(2)]
+    assert looks == [2, 2]
+    fixed = copy.deepcopy(made.model).requires_grad_(False)
+    still = policy.Policy(fixed, made.tokenizer, made.heads, made.settings, made.frame_pixels)
+    for _ in range(2):
+        again = still.replay([*asked(still, film, film), *asked(still, other)], [replies[0], *replies]).logps
+        torch.testing.assert_close(again[1:], learning[0], atol=1e-5, rtol=0)
+    assert looks == [2, 2, 2]
+    assert not torch.allclose(again[0, 0], still.replay(asked(still, clip(6, 3)), replies[:1]).logps[0, 0])
+    assert looks == [2, 2, 2, 1]
+
+
+def test_words_that_all_begin_with_are_read_once_with_the_same_states_and_gradients(made, prompts):
+    """By prompts of different lengths, two with a video; read row by row they give the same."""
+    asked = [*prompts[:2], made.prompt(policy.SYSTEM, "Who?")]
+    found, grads = [], []
+    for share in (True, False):
+        context, now = made.begin(asked, share=share)
+        context, _, post = qwen.read(
+            made.model, context.rows(torch.tensor([2, 0, 1, 1])), now[[2, 0, 1, 1], None]
+        )
+        parts = [qwen.stack([context.cut(row, context.seen.shape[1])]) for row in range(4)]
+        found.append(
+            [now, post, torch.cat([qwen.read(made.model, part, now[:1, None])[1] for part in parts])]
+        )
+        weights = made.model.model.parameters()
+        grads.append(
+            torch.autograd.grad(sum(one.square().sum() for one in found[-1]), weights, allow_unused=True)
+        )
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    for one, other in zip(*grads, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-4 * float(other.abs().max() + 1), rtol=0)
+
+
+def test_merged_adapters_speak_alike_and_leave_the_weights_as_they_were(prompts):
+    made = random_policy()
+    sft.adapt(made, 4, seed=0)
+    with torch.no_grad():
+        for name, weight in made.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+    before = {name: weight.clone() for name, weight in made.model.named_parameters()}
+    with made.bare():
+        bare = sampled(made, prompts, 2)
+    apart = sampled(made, prompts, 2)
+    with made.merged():
+        merged = sampled(made, prompts, 2)
+        read = made.replay(prompts, [reply.ids for reply in merged], group=2, temperature=1.0).logps
+    for one, other, logps in zip(apart, merged, read.detach(), strict=True):
+        assert one.ids == other.ids
+        np.testing.assert_allclose(one.logps, other.logps, atol=1e-4)
+        np.testing.assert_allclose(logps[: len(one.ids)], one.logps, atol=1e-4)
+    assert [one.ids for one in bare] != [one.ids for one in apart]
+    assert all((weight == before[name]).all() for name, weight in made.model.named_parameters())
+    assert [one.logps for one in sampled(made, prompts, 2)] == [one.logps for one in apart]
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

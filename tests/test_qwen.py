@@ -22,7 +22,7 @@ def video_row(tiny, frames, seconds=None, question="Describe what happens when."
     text = qwen.chat(
         tokenizer, "Watch.", qwen.video_text(np.asarray(seen_at, float), grid[1] * grid[2] // 4) + question
     )
-    return qwen.Prompt(tokenizer(text)["input_ids"], patches, grid)
+    return qwen.Prompt(tokenizer(text)["input_ids"], qwen.Video(patches, grid))
 
 
 def noise(count, height=64, width=64, seed=0):

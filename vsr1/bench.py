@@ -96,9 +96,7 @@ def by_full_forwards(made: policy.Policy, prompt: qwen.Prompt, reply: list[int],
     """(n, D) soft tokens by n forwards over prompt, video, reply and latents: no cache, as in the official code."""
     core, heads = made.model.model, made.heads
     ids = prompt.ids + reply[: len(reply) - reply[::-1].index(made.mark)]
-    batch = qwen.collate(
-        [qwen.Prompt(ids, prompt.patches, prompt.grid)], made.model, made.tokenizer.pad_token_id
-    )
+    batch = qwen.collate([qwen.Prompt(ids, prompt.video)], made.model, made.tokenizer.pad_token_id)
     words, where = core.get_input_embeddings()(batch["input_ids"]), batch["position_ids"]
     video = {name: batch[name] for name in ("pixel_values_videos", "video_grid_thw")}
     layer_out, tokens = [], []
@@ -125,9 +123,8 @@ class Speaker(policy.Policy):
         if Speaker.sharing:
             return super().begin(prompts, group)
         counts = group if isinstance(group, list) else [group] * len(prompts)
-        return super().begin(
-            [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
-        )
+        each = [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
+        return super().begin([replace(prompt, video=replace(prompt.video)) for prompt in each], share=False)
 
     def _completion(self, said, columns):
         said.ids[-1] = self.mark  # weights that are random would not say it

@@ -57,10 +57,10 @@ class Engine:
     def video_prompt(self, clip: frames.Clip) -> qwen.Prompt:
         """The prompt of a video: the same instruction, the frames with the seconds they were seen at."""
         config = self.model.config.vision_config
-        patches, grid = qwen.patchify(clip.frames, config, self.max_pixels)
-        per_pair = grid[1] * grid[2] // config.spatial_merge_size**2
+        video = qwen.Video(*qwen.patchify(clip.frames, config, self.max_pixels))
+        per_pair = video.grid[1] * video.grid[2] // config.spatial_merge_size**2
         text = qwen.chat(self.tokenizer, self.instruction, qwen.video_text(clip.seen_at, per_pair))
-        return qwen.Prompt(self._ids(text), patches, grid)
+        return qwen.Prompt(self._ids(text), video)
 
     def _ids(self, text):
         """Token ids of a rendered prompt, with the end-of-text token whose state is the vector."""

@@ -174,10 +174,12 @@ class Wiring:
         vecs = refine.soft_query(self.engine, self.agent.heads, texts, carried).cpu().numpy()
         seconds = (time.perf_counter() - started) / len(rows)
         kept = carried[:, : carried.shape[1] - n]  # of earlier turns
-        sweep = refine.by_depth(self.engine, self.agent.heads, texts, latents, kept).cpu().numpy()
+        sweep = (
+            refine.by_depth(self.engine, self.agent.heads, texts, latents, kept, range(1, n)).cpu().numpy()
+        )
         for i, row in enumerate(rows):
             state = Asked((*earlier[i], latents[i])[-self.carry :], vecs[i])
-            depths = (*(Asked((), vec) for vec in sweep[i, 1:-1]), state)
+            depths = (*(Asked((), vec) for vec in sweep[i]), state)
             cost = Cost(seconds, n, n, 1)  # <REFINE> is read once more, the last latent is not
             steps[row] = Refinement("sqr", state, n, n + 1, cost=cost, by_depth=depths)
         return steps
@@ -331,6 +333,7 @@ def load_pair(profile, system: System, weights: str):
     A policy without heads gets new, untrained ones where SQR needs them.
     """
     agent = policy.load(weights, profile)
+    agent.model.requires_grad_(False)  # a video is looked at once, then (`qwen.prefill`)
     made = engine.load(replace(profile, engine=agent.embedder) if agent.embedder else profile)
     if system.refine == "sqr":
         if agent.heads is None:

@@ -27,7 +27,7 @@ WHOLE = 0.95  # share of the claimed length that must be there; sound may outlas
 PROVEN = {"mov", "mp4", "matroska", "webm", "mpegts"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one is like no other
 class Clip:
     frames: np.ndarray | None  # (T, H, W, 3) uint8; None: unreadable
     seen_at: np.ndarray | None  # (T,) seconds after the first frame, true timestamps, not the requested ones

@@ -455,9 +455,9 @@ class Course:
         If they do not fit in memory, half as many are walked at once from then on: the same rows. That happens once.
         """
         share = list(enumerate(starts))[self.accelerator.process_index :: self.accelerator.num_processes]
-        rows = []
+        rows, most = [], self.knobs.grpo_batch * self.knobs.grpo_group  # episodes at once
         while share:
-            size = max(1, self.knobs.grpo_batch >> self.counts["halved"])
+            size = max(1, (most // members) >> self.counts["halved"])
             walked = self._walk(share[:size], members, seed)
             if walked is not None:
                 rows, share = rows + walked, share[size:]
@@ -471,7 +471,7 @@ class Course:
             for member in range(members)
         ]
         try:
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), self.sampler.agent.merged():
                 return [row for walked in self.sampler.walk(some, seed) for row in walked]
         except torch.OutOfMemoryError:
             if self.counts["halved"] or len(share) < 2:

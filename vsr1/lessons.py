@@ -325,20 +325,20 @@ class Lesson:
                     f"{start}: trained with another vocabulary; run `make foundation` from its start"
                 )
 
-    def video(self, clip: frames.Clip) -> tuple[str, torch.Tensor, tuple]:
-        """A film's place in a prompt: its text, patches and grid."""
+    def video(self, clip: frames.Clip) -> tuple[str, qwen.Video]:
+        """A film's place in a prompt: its text and itself."""
         config = self.model.config.vision_config
-        patches, grid = qwen.patchify(clip.frames, config, self.profile.frame_pixels)
-        per_pair = grid[1] * grid[2] // config.spatial_merge_size**2
-        return qwen.video_text(clip.seen_at, per_pair), patches, grid
+        film = qwen.Video(*qwen.patchify(clip.frames, config, self.profile.frame_pixels))
+        per_pair = film.grid[1] * film.grid[2] // config.spatial_merge_size**2
+        return qwen.video_text(clip.seen_at, per_pair), film
 
     def row(self, system: str, user: tuple, answer: str, looks=(), asked=None) -> "Row":
         """A prompt and its answer; `user` mixes texts and at most one `video`."""
         text = "".join(part if isinstance(part, str) else part[0] for part in user)
-        film = next((part[1:] for part in user if not isinstance(part, str)), (None, None))
+        film = next((part[1] for part in user if not isinstance(part, str)), None)
         told = self.tokenizer(f"{answer}<|im_end|>")["input_ids"]
         ids = self.tokenizer(qwen.chat(self.tokenizer, system, text))["input_ids"] + told
-        return Row(qwen.Prompt(ids, *film), len(told), looks, asked)
+        return Row(qwen.Prompt(ids, film), len(told), looks, asked)
 
     def engine(self, recipe: Recipe) -> engine.Engine:
         """A search engine from the model's body, with as many text layers as the recipe says."""

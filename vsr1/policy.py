@@ -11,12 +11,14 @@ import hashlib
 import json
 import re
 import shutil
+import weakref
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -159,6 +161,7 @@ class Policy:
         self.model, self.tokenizer, self.heads, self.settings = model, tokenizer, heads, settings
         self.frame_pixels, self.name = pixels, tokenizer.name_or_path or "policy"
         self.adapters = None  # of LoRA, while it learns (`sft.adapt`)
+        self.seen = weakref.WeakKeyDictionary()  # {clip: its `qwen.Video`}, as long as the clip is kept
         self.embedder = None  # folder of the engine that came with it, if one did
         self.stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.mark = None if heads is None else refine_id(tokenizer, model)  # the id of <REFINE>
@@ -181,16 +184,40 @@ class Policy:
         finally:
             self.adapters.enable_adapter_layers()
 
+    @contextlib.contextmanager
+    def merged(self):
+        """Inside, the weights hold what adapters add to them: to speak takes a third of the products then.
+
+        Not weights in 16 bits: in the sum most of what was learned would be lost.
+        """
+        if self.adapters is None or self.model.dtype != torch.float32:
+            yield
+            return
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        weights = [layer.get_base_layer().weight for layer in layers]
+        own = [weight.data for weight in weights]
+        with torch.no_grad():
+            for layer in layers:
+                layer.merge(safe_merge=True)  # into a copy
+        try:
+            yield
+        finally:
+            for layer, weight, data in zip(layers, weights, own, strict=True):
+                layer.unmerge()
+                weight.data = data  # a difference would not be what it was
+
     def prompt(self, system: str, query: str, clip: frames.Clip | str | None = None) -> qwen.Prompt:
         """One user turn: the query, and the retrieved video where there is one, or words for it (METHOD.md 4)."""
         if clip is None or isinstance(clip, str):
             return qwen.Prompt(self._ids(system, f'Query: "{query}"' if clip is None else told(query, clip)))
         config = self.model.config.vision_config
-        patches, grid = qwen.patchify(clip.frames, config, self.frame_pixels)
-        per_pair = grid[1] * grid[2] // config.spatial_merge_size**2
+        if clip not in self.seen:
+            self.seen[clip] = qwen.Video(*qwen.patchify(clip.frames, config, self.frame_pixels))
+        video = self.seen[clip]
+        per_pair = video.grid[1] * video.grid[2] // config.spatial_merge_size**2
         by_number = self.settings is not None and self.settings.time_axis == "frame_index"
         seen_at = np.arange(len(clip.frames), dtype=float) if by_number else clip.seen_at
-        return qwen.Prompt(self._ids(system, told(query, qwen.video_text(seen_at, per_pair))), patches, grid)
+        return qwen.Prompt(self._ids(system, told(query, qwen.video_text(seen_at, per_pair))), video)
 
     def _ids(self, system, user):
         return self.tokenizer(qwen.chat(self.tokenizer, system, user), add_special_tokens=False)["input_ids"]
@@ -243,9 +270,9 @@ class Policy:
         asked = [[*(token for token in ids if token != self.stop), self.mark, self.stop] for ids in replies]
         return list(zip(asked, self.replay(prompts, asked).branches, strict=True))
 
-    def begin(self, prompts: list[qwen.Prompt], group=1) -> tuple[qwen.Context, torch.Tensor]:
+    def begin(self, prompts: list[qwen.Prompt], group=1, share=True) -> tuple[qwen.Context, torch.Tensor]:
         """What the policy has read when it starts on `group` replies to each prompt, and its states (B, H) there."""
-        context, now = qwen.prefill(self.model, prompts, self.tokenizer.pad_token_id)
+        context, now = qwen.prefill(self.model, prompts, self.tokenizer.pad_token_id, share)
         counts = torch.tensor(group if isinstance(group, list) else [group] * len(prompts), device=now.device)
         rows = torch.arange(len(prompts), device=now.device).repeat_interleave(counts)
         return context.rows(rows), now[rows]

@@ -7,6 +7,7 @@ the released weights were trained with; a golden test pins it.
 """
 
 import json
+import os
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +20,16 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, DynamicCache, Qwen3VLModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
 from vsr1 import params, stages
 from vsr1.params import ROOT, InputError
 
+if not torch.cuda.is_available():
+    # Else the library copies keys and values for each head that shares them: a quarter of attention's time here.
+    os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
 hf_logging.disable_progress_bar()
 hf_logging.set_verbosity_error()  # of tensors: a missing one is refused here, and soft-query heads belong to no model
 
@@ -32,13 +37,23 @@ FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # all that is fetched: 
 PINS = "runs/revisions.json"  # the commits of hub names
 
 
+@dataclass(eq=False)
+class Video:
+    """A video as the model takes it in: patches, until its eyes have made features of them (`_see`)."""
+
+    patches: torch.Tensor | None  # (P, 3 * 2 * patch * patch) float32
+    grid: tuple[int, int, int]  # pairs of frames, patch rows, patch columns; P is their product
+    features: list[torch.Tensor] | None = (
+        None  # (P / merge^2, H) each: for the input, and for the first layers
+    )
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """One row before batching: token ids, and the patches of its video if there is one."""
+    """One row before batching: token ids, and its video if there is one."""
 
     ids: list[int]  # (L,)
-    patches: torch.Tensor | None = None  # (P, 3 * 2 * patch * patch) float32
-    grid: tuple[int, int, int] | None = None  # pairs of frames, patch rows, patch columns; P is their product
+    video: Video | None = None
 
 
 def place(name: str) -> str:
@@ -199,29 +214,37 @@ def patchify(frames: np.ndarray, config, max_pixels: int) -> tuple[torch.Tensor,
     return blocks.reshape(grid[0] * rows * columns, -1), grid
 
 
-def collate(prompts: list[Prompt], model, pad: int) -> dict[str, torch.Tensor]:
+def collate(prompts: list[Prompt], model, pad: int, known: int = 0, pixels=True) -> dict[str, torch.Tensor]:
     """A left-padded batch, with every position spelled out, since the model guesses them wrongly (STACK.md 2.2, 2.3).
 
-    input_ids, attention_mask (B, L); position_ids (3, B, L); with videos also pixel_values_videos, video_grid_thw and
-    mm_token_type_ids.
+    input_ids (B, L), attention_mask (B, known + L); position_ids (3, B, L); with videos also pixel_values_videos,
+    video_grid_thw and mm_token_type_ids.
+
+    known   how many tokens all begin with that a cache holds (`opening`): they are left out, the padding follows them
+    pixels  False leaves pixel_values_videos out
     """
-    length = max(len(prompt.ids) for prompt in prompts)
+    length = max(len(prompt.ids) for prompt in prompts) - known
     ids = torch.full((len(prompts), length), pad)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt.ids) :] = torch.tensor(prompt.ids)
-        mask[row, length - len(prompt.ids) :] = 1
-    videos = [prompt for prompt in prompts if prompt.grid is not None]
+        own = prompt.ids[known:]
+        ids[row, length - len(own) :] = torch.tensor(own)
+        mask[row, length - len(own) :] = 1
+    videos = [prompt.video for prompt in prompts if prompt.video is not None]
     if not videos:
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
         batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions.expand(3, -1, -1)}
     else:
         kinds = (ids == model.config.video_token_id).int() * 2
-        grids = torch.tensor([prompt.grid for prompt in videos])
+        grids = torch.tensor([video.grid for video in videos])
         core = getattr(model, "model", model)
         positions, _ = core.get_rope_index(ids, kinds, video_grid_thw=grids, attention_mask=mask)
         batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "video_grid_thw": grids}
-        batch |= {"mm_token_type_ids": kinds, "pixel_values_videos": torch.cat([p.patches for p in videos])}
+        batch |= {"mm_token_type_ids": kinds}
+        if pixels:
+            batch["pixel_values_videos"] = torch.cat([video.patches for video in videos])
+    batch["position_ids"] = batch["position_ids"] + known
+    batch["attention_mask"] = F.pad(mask, (known, 0), value=1)
     return {name: value.to(model.device) for name, value in batch.items()}
 
 
@@ -284,9 +307,11 @@ class Context:
         return Context(memory, self.seen[some], self.last[some])
 
     def cut(self, row: int, length: int) -> "Context":
-        """One row alone, without padding, as it was when `length` columns had been read. The tensors are views."""
+        """One row alone, as it was when `length` columns had been read, without padding before it. All are views.
+
+        Padding behind an `opening` stays, and is not seen.
+        """
         start = int(self.seen[row].int().argmax())
-        assert self.seen[row, start:length].all(), "padding between the tokens of a row"
         one, columns = slice(row, row + 1), slice(start, length)
         memory = tuple((keys[one, :, columns], values[one, :, columns]) for keys, values in self.memory)
         unread = self.seen.shape[1] - length  # all of it text, one position each
@@ -317,6 +342,32 @@ class _Memory:
         return self.layers[layer]
 
 
+class _Room(_Memory):
+    """The same, but it appends in place, to columns made `ROOM` at a time: for rows that no other row branches off."""
+
+    ROOM = 32
+
+    def __init__(self, layers):
+        super().__init__(layers)
+        self.used, self.rooms = [layer[0].shape[2] for layer in layers], list(layers)
+
+    def update(self, keys, values, layer, *_):
+        used, end = self.used[layer], self.used[layer] + keys.shape[2]
+        if end > self.rooms[layer][0].shape[2]:
+            more = max(self.ROOM, keys.shape[2])
+            self.rooms[layer] = tuple(F.pad(part[:, :, :used], (0, 0, 0, more)) for part in self.rooms[layer])
+        for room, new in zip(self.rooms[layer], (keys, values), strict=True):
+            room[:, :, used:end] = new
+        self.used[layer] = end
+        self.layers[layer] = tuple(room[:, :, :end] for room in self.rooms[layer])
+        return self.layers[layer]
+
+
+def room(context: Context) -> _Memory:
+    """The memory of a context that is read on in place, for `read`; where there are gradients, in copies."""
+    return (_Memory if torch.is_grad_enabled() else _Room)(context.memory)
+
+
 @contextmanager
 def _final_norm(core):
     """A list that gets what goes into the final norm; `hidden_states[-1]` is that or its result (STACK.md 2.7)."""
@@ -329,23 +380,87 @@ def _final_norm(core):
         hook.remove()
 
 
-def prefill(model, prompts: list[Prompt], pad: int) -> tuple[Context, torch.Tensor]:
-    """What the model has read after prompts and their videos, and its states (B, H) at their ends, after the norm."""
-    batch, cache = collate(prompts, model, pad), DynamicCache()
+def common(prompts: list[Prompt], video: int) -> list[int]:
+    """The ids that all prompts begin with, up to `video`, where a video begins; at least one of each is left.
+
+    Of a single prompt none: nobody shares them.
+
+    >>> common([Prompt([1, 2, 3, 9]), Prompt([1, 2, 3])], 9), common([Prompt([1, 9, 3, 4]), Prompt([1, 9, 3, 5])], 9)
+    ([1, 2], [1])
+    """
+    if len(prompts) == 1:
+        return []
+    shortest = min((prompt.ids for prompt in prompts), key=len)
+    same = lambda at: shortest[at] != video and all(p.ids[at] == shortest[at] for p in prompts)  # noqa: E731
+    return shortest[: next((at for at in range(len(shortest) - 1) if not same(at)), len(shortest) - 1)]
+
+
+def opening(model, ids: list[int], rows: int) -> DynamicCache:
+    """A cache in which `rows` rows have read `ids`, words alone; they are read once, forward and backward.
+
+    The system prompt is a third of what the mini models read.
+    """
+    cache = DynamicCache()
+    if ids:
+        tokens = torch.tensor([ids], device=model.device)
+        model.model.language_model(input_ids=tokens, past_key_values=cache)
+        for layer in cache.layers:
+            layer.keys, layer.values = (part.expand(rows, -1, -1, -1) for part in (layer.keys, layer.values))
+    return cache
+
+
+def _see(model, videos: list[Video]):
+    """What the eyes make of videos, as the library puts it; None without any.
+
+    As long as the eyes do not learn, it takes the place of the patches: a video is looked at once.
+    """
+    if not videos:
+        return None
+    if any(weight.requires_grad for weight in model.model.visual.parameters()):
+        return _features(model, videos)
+    if fresh := list(dict.fromkeys(video for video in videos if video.features is None)):
+        found = _features(model, fresh)
+        layers = zip(found.pooler_output, *found.deepstack_features, strict=True)
+        for video, parts in zip(fresh, layers, strict=True):
+            video.features, video.patches = (
+                [part.clone() for part in parts],
+                None,
+            )  # not a view of all of them
+    first, *deep = zip(*(video.features for video in videos), strict=True)
+    return BaseModelOutputWithDeepstackFeatures(pooler_output=first, deepstack_features=deep)
+
+
+def _features(model, videos):
+    patches = torch.cat([video.patches for video in videos]).to(model.device)
+    grids = torch.tensor([video.grid for video in videos], device=model.device)
+    return model.model.get_video_features(patches, grids, return_dict=True)
+
+
+def prefill(model, prompts: list[Prompt], pad: int, share=True) -> tuple[Context, torch.Tensor]:
+    """What the model has read after prompts and their videos, and its states (B, H) at their ends, after the norm.
+
+    share  read what all of them begin with once; False, for comparison: row by row
+    """
+    words = common(prompts, model.config.vision_start_token_id) if share else []
+    cache, batch = opening(model, words, len(prompts)), collate(prompts, model, pad, len(words), pixels=False)
+    seen = {"video": _see(model, [prompt.video for prompt in prompts if prompt.video is not None])}
     with _final_norm(model.model.language_model):
-        post = model.model(**batch, past_key_values=cache).last_hidden_state
+        post = model.model(**batch, past_key_values=cache, mm_encoder_outputs=seen).last_hidden_state
     last = batch["position_ids"][:, :, -1]  # (3, B)
     assert (last == last[0]).all(), "a prompt has to end in text"
     memory = tuple((layer.keys, layer.values) for layer in cache.layers)
     return Context(memory, batch["attention_mask"].bool(), last[0]), post[:, -1]
 
 
-def read(model, context: Context, embeds: torch.Tensor) -> tuple[Context, torch.Tensor, torch.Tensor]:
+def read(
+    model, context: Context, embeds: torch.Tensor, memory: _Memory | None = None
+) -> tuple[Context, torch.Tensor, torch.Tensor]:
     """What the model has read after embeddings (B, L, H) more, and its states there before and after the final norm.
 
-    Words and soft tokens are read alike: one position each.
+    Words and soft tokens are read alike: one position each. `memory` is that of the context, unless it is handed over.
     """
-    core, memory, (rows, count) = model.model.language_model, _Memory(context.memory), embeds.shape[:2]
+    core, (rows, count) = model.model.language_model, embeds.shape[:2]
+    memory = memory or _Memory(context.memory)
     new = context.seen.new_ones(rows, count, count).tril()  # each sees itself and those before it
     sight = torch.cat([context.seen[:, None].expand(-1, count, -1), new], dim=2)[:, None]
     positions = context.last[:, None] + torch.arange(1, count + 1, device=embeds.device)  # (B, L)
@@ -419,7 +534,7 @@ def decode(model, context: Context, now: torch.Tensor, rules: Rules, draws=None)
     rows = torch.arange(len(now), device=now.device)  # which reply each row of the batch is
     ids = rows.new_full((len(rows), rules.limit), rules.stop)
     logps, homes = torch.zeros(ids.shape, device=ids.device), {}
-    ended = torch.zeros_like(rows, dtype=torch.bool)
+    ended, memory = torch.zeros_like(rows, dtype=torch.bool), room(context)
     for step in range(rules.limit):
         logp = log_probs(model.lm_head(now), rules)  # (B, vocabulary)
         token = choose(logp, None if draws is None else draws[rows, step]).masked_fill(ended, rules.stop)
@@ -430,7 +545,8 @@ def decode(model, context: Context, now: torch.Tensor, rules: Rules, draws=None)
         if 2 * ended.sum() > len(rows):
             homes |= {row: (context, at) for at, row in enumerate(rows.tolist()) if ended[at]}
             rows, token, context, ended = rows[~ended], token[~ended], context.rows(~ended), ended[~ended]
-        context, _, post = read(model, context, model.get_input_embeddings()(token)[:, None])
+            memory = room(context)
+        context, _, post = read(model, context, model.get_input_embeddings()(token)[:, None], memory)
         now = post[:, -1]
     homes |= {row: (context, at) for at, row in enumerate(rows.tolist())}
     said = []

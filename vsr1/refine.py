@@ -44,10 +44,11 @@ def soft_tokens(
     official, and released weights need it. The last one is not read by the policy any more.
     """
     model, heads, context = policy.model, policy.heads, qwen.stack(branches)
+    memory = qwen.room(context)
     embeds = model.get_input_embeddings()(torch.full_like(context.last, policy.mark))[:, None]  # (B, 1, H)
     tokens = [torch.zeros(len(branches), 0, heads.width, device=embeds.device)]
     for step in range(n):
-        context, pre, post = qwen.read(model, context, embeds)
+        context, pre, post = qwen.read(model, context, embeds, memory)
         state = pre if step == 0 and policy.settings.seed_norm == "pre" else post
         tokens.append(
             heads.P(state) if noise is None else heads.P(state) + noise[:, step : step + 1]
@@ -66,10 +67,16 @@ def carry(blocks: list[torch.Tensor], count: int) -> torch.Tensor:
     return torch.cat(blocks[-count:], dim=1)
 
 
-def by_depth(engine, heads, texts: list[str], latents: torch.Tensor, carried=None) -> torch.Tensor:
-    """(B, N + 1, D): query vectors with the first 0, 1, .. N soft tokens of one turn, after those `carried` to it."""
+def by_depth(
+    engine, heads, texts: list[str], latents: torch.Tensor, carried=None, depths=None
+) -> torch.Tensor:
+    """(B, N + 1, D): query vectors with the first 0, 1, .. N soft tokens of one turn, after those `carried` to it.
+
+    depths  only these numbers of soft tokens
+    """
     before = latents[:, :0] if carried is None else carried
-    prefixes = [carry([before, latents[:, :depth]], 2) for depth in range(latents.shape[1] + 1)]
+    depths = range(latents.shape[1] + 1) if depths is None else depths
+    prefixes = [carry([before, latents[:, :depth]], 2) for depth in depths]
     return torch.stack([soft_query(engine, heads, texts, prefix) for prefix in prefixes], dim=1)
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, LoraModel
 from safetensors.torch import load_file, save_file
 from torch.utils.data import SequentialSampler
-from transformers import DynamicCache, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
@@ -55,7 +55,7 @@ class Collator:
         self.agent, self.clips = agent, clips
 
     def __call__(self, rows: list[dict]) -> dict:
-        agent, prompts, lengths = self.agent, [], []
+        agent, asked, prompts, lengths = self.agent, [], [], []
         seeing = [row["shown"] for row in rows if row["told"] is None]
         clips = dict(zip(seeing, self.clips.get(seeing), strict=True))
         system = policy.SYSTEM_ZS if agent.heads is None else agent.settings.system
@@ -66,14 +66,16 @@ class Collator:
             )
             said = agent.tokenizer(f"{row['reply'] or ''}{ending}", add_special_tokens=False)["input_ids"]
             assert agent.heads is None or said[-1] == agent.mark
+            asked.append(prompt)
             prompts.append(dataclasses.replace(prompt, ids=[*prompt.ids, *said, agent.stop]))
             lengths.append(0 if row["reply"] is None else len(said) + 1)
-        batch = qwen.collate(prompts, agent.model, agent.tokenizer.pad_token_id)
+        words = qwen.common(asked, agent.model.config.vision_start_token_id)
+        batch = qwen.collate(prompts, agent.model, agent.tokenizer.pad_token_id, len(words))
         # The last columns, from the one before the longest reply: it predicts that reply's first token.
         columns, lengths = torch.arange(-max(lengths) - 1, 0), torch.tensor(lengths)[:, None]
         ids = batch["input_ids"][:, columns[0] :]
         batch["labels"] = ids.masked_fill((columns < -lengths).to(ids.device), IGNORED)
-        return batch | {"rows": rows}
+        return batch | {"rows": rows, "words": words}
 
 
 class Trainer(SFTTrainer):
@@ -88,6 +90,7 @@ class Trainer(SFTTrainer):
         self.typed = dict(zip(vectors.query_ids, typed, strict=True))
         self.seen = []  # since the last log, sums over rows: InfoNCE, probability over one half, rows
         self.scored = 0  # columns of a batch that have labels; 0: all
+        self.model.register_forward_pre_hook(self.open, with_kwargs=True)
         self.model.model.register_forward_hook(self.cut)
         if agent.heads is not None:
             self.model.register_forward_hook(self.soften, with_kwargs=True)
@@ -96,12 +99,19 @@ class Trainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The language-model loss, plus lam_ret times the mean InfoNCE of a step's rows where there are heads."""
         self.rows, self.scored = inputs.pop("rows"), inputs["labels"].shape[1]
-        if self.agent.heads is None:
-            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        inputs["past_key_values"] = DynamicCache()  # the forward fills it, and gradients flow back through it
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if self.agent.heads is None:
+            return loss
         mates = self.accelerator.num_processes  # their gradients are averaged
         return loss + self.knobs.lam_ret * self.nce * mates / self.rows_of_step()
+
+    def open(self, model, positional, inputs):
+        """Forward pre-hook: a cache in which all rows have read the words that they begin with.
+
+        The forward fills it, and gradients flow back through it.
+        """
+        words = inputs.pop("words")
+        return positional, inputs | {"past_key_values": qwen.opening(self.agent.model, words, len(self.rows))}
 
     def cut(self, model, _, outputs):
         """Forward hook: only columns with labels go on to the head; off a GPU, the library would score all."""
@@ -116,7 +126,7 @@ class Trainer(SFTTrainer):
         cache = inputs["past_key_values"]
         memory = tuple((layer.keys, layer.values) for layer in cache.layers)
         context = qwen.Context(memory, inputs["attention_mask"].bool(), inputs["position_ids"][0, :, -1])
-        columns = inputs["input_ids"].shape[1]  # <REFINE> stands last but one
+        columns = inputs["attention_mask"].shape[1]  # <REFINE> stands last but one
         branches = [context.cut(row, columns - 2) for row in range(len(self.rows))]
         latents = refine.soft_tokens(self.agent, branches, self.agent.settings.n_soft)
         texts = [row["query"] for row in self.rows]
