@@ -225,8 +225,11 @@ def test_words_that_all_begin_with_are_read_once_with_the_same_states_and_gradie
             torch.testing.assert_close(one, other, atol=1e-4 * float(other.abs().max() + 1), rtol=0)
 
 
-def test_merged_adapters_speak_alike_and_leave_the_weights_as_they_were(prompts):
+def test_merged_adapters_speak_alike_and_leave_the_weights_as_they_were():
     made = random_policy()
+    prompts = [
+        made.prompt(policy.SYSTEM, query, clip(4, n)) for n, query in enumerate(QUERIES)
+    ]  # its eyes are fixed
     sft.adapt(made, 4, seed=0)
     with torch.no_grad():
         for name, weight in made.model.named_parameters():
