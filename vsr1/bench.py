@@ -118,6 +118,12 @@ class Speaker(policy.Policy):
 
     sharing = True  # False, for a policy and its anchor: a prompt is read once for each reply to it
 
+    def prompt(self, *what):
+        """As every policy does; or, the plain way, of a video that nobody has looked at."""
+        if not Speaker.sharing:
+            self.seen.clear()
+        return super().prompt(*what)
+
     def begin(self, prompts, group=1):
         """As every policy does; or, the plain way, with each prompt in the batch as often as it is replied to."""
         if Speaker.sharing:
