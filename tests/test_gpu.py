@@ -87,3 +87,18 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys):
 
     assert cli.main(["bench", "gpu"]) == 2
     assert capsys.readouterr().err.startswith("error: bench gpu: torch sees no GPU;")
+
+
+def test_on_a_cpu_the_memory_of_few_rows_a_step_is_measured(tmp_path, monkeypatch):
+    from vsr1 import __main__ as cli
+
+    monkeypatch.setattr(gpu, "SHAPES", {})
+    monkeypatch.setattr(gpu, "SIZE", (64, 96))
+    monkeypatch.setattr(params, "ROOT", tmp_path)
+    how = ["--cpu", "--profiles", "smoke", "--parts", "stage 1", "--said", "6", "--rounds", "1"]
+    assert cli.main(["bench", "gpu", *how]) == 0
+    told = json.loads((tmp_path / "results" / "bench" / "cpu.json").read_text())
+    (row,) = told["rows"]
+    assert row["count"] == params.load("smoke").sft_batch * gpu.LESS["sft_accumulate"]
+    assert told["rows_a_step"] == gpu.LESS and told["device"] == "CPU only" and row["peak_gb"] > 0.1
+    assert not list((tmp_path / "runs").iterdir()), "models and film are scratch"

@@ -1,5 +1,7 @@
 """What a 2B policy and a 2B engine cost on one GPU: `python -m vsr1 bench gpu`, into results/bench/gpu.{json,csv}.
 
+With `--cpu` the same on a CPU, for the memory: into results/bench/cpu.{json,csv}, steps of few rows (`LESS`).
+
 Random weights in the published shapes, on which neither time nor memory depends, saved once and then loaded as real
 ones are. Each part runs in a process of its own, by the code that does it in earnest, with the knobs of a profile. The
 film is as long as a model sees frames; replies are `--said` tokens long and end in <REFINE>: every search goes on.
@@ -8,6 +10,7 @@ film is as long as a model sees frames; replies are `--said` tokens long and end
 import argparse
 import concurrent.futures
 import multiprocessing
+import os
 import tempfile
 import time
 import types
@@ -52,6 +55,8 @@ SHAPES = {  # of Qwen3-VL-2B-Instruct and Qwen3-VL-Embedding-2B, as their config
     },
 }  # fmt: skip
 SIZE, RATE = (480, 854), 24  # ours: pixels and frames a second of the film
+# `paper-24gb` works on the rows of a step one by one: with fewer of them its memory is the same, and a CPU is in time.
+LESS = {"sft_accumulate": 1, "grpo_prompts": 1, "grpo_group": 2}
 VIDEOS = 64  # ours: size of the gallery; searching it is no part of what is measured
 REPLY = "<think> the query asks for a blue box, the video shows none </think> <answer>not_matched</answer>"
 
@@ -266,29 +271,33 @@ def main(argv: list[str]) -> int:
     """Seconds and memory of 2B models on this GPU: minutes of work, 9 GB of scratch files in runs/."""
     parser = argparse.ArgumentParser(prog="python -m vsr1 bench gpu", description=main.__doc__)
     parser.add_argument("--profiles", nargs="+", default=["paper", "paper-24gb"], metavar="NAME")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART")
+    parser.add_argument("--cpu", action="store_true", help="on the CPU, with few rows a step: for the memory")
     parser.add_argument("--said", type=int, default=128, help="tokens of a reply")
     parser.add_argument("--rounds", type=int, default=3, help="measured ones, after one to warm up")
     args = parser.parse_args(argv)
     profiles = [params.load(name) for name in args.profiles]
-    if not torch.cuda.is_available():
-        raise InputError("bench gpu: torch sees no GPU; it measures models of 2B parameters, which need one")
+    if not torch.cuda.is_available() and not args.cpu:
+        raise InputError(
+            "bench gpu: torch sees no GPU; with --cpu the models of 2B parameters are measured here"
+        )
+    if args.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the processes that measure
+        profiles = [replace(one, threads=len(os.sched_getaffinity(0)), **LESS) for one in profiles]
     started, rows, runs = time.time(), [], params.ROOT / "runs"
     runs.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs) as scratch:
         folder = Path(scratch)
         make_film(folder / "film.mp4", max(one.max_frames / one.video_fps for one in profiles), SIZE)
-        jobs = [(measure, part, one, folder, args.said, args.rounds) for one in profiles for part in PARTS]
-        for job in [(make_models, folder, SHAPES, "bfloat16", "cuda"), *jobs]:
+        jobs = [
+            (measure, part, one, folder, args.said, args.rounds) for one in profiles for part in args.parts
+        ]
+        for job in [(make_models, folder, SHAPES, "bfloat16", "cpu" if args.cpu else "cuda"), *jobs]:
             with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
                 rows += (found := alone.submit(*job).result() or [])
             for row in found:
                 print(f"{row.profile}  {row.what}: {row.seconds} s a round, {row.peak_gb} GB", flush=True)
-    facts = {"seconds": "of the clock", "device": results.device()["gpu"]}
-    bench.write(
-        rows,
-        params.ROOT / "results" / "bench",
-        "gpu",
-        minutes=round((time.time() - started) / 60, 1),
-        **facts,
-    )
+    facts = {"seconds": "of the clock", "minutes": round((time.time() - started) / 60, 1)}
+    facts |= {"rows_a_step": LESS} if args.cpu else {"device": results.device()["gpu"]}
+    bench.write(rows, params.ROOT / "results" / "bench", "cpu" if args.cpu else "gpu", **facts)
     return 0
