@@ -15,7 +15,20 @@ from tiny import QUERIES, clip, random_engine, random_policy
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 from vsr1 import __main__ as cli
-from vsr1 import corpus, engine, episode, evaluate, params, policy, qwen, refine, results, stages, yours
+from vsr1 import (
+    corpus,
+    doctor,
+    engine,
+    episode,
+    evaluate,
+    params,
+    policy,
+    qwen,
+    refine,
+    results,
+    stages,
+    yours,
+)
 
 NAME, COMMIT = "VideoSearchR1/charades-stage2", "0123456789abcdef0123456789abcdef01234567"
 QUERY = QUERIES[1]
@@ -189,3 +202,17 @@ def test_the_command_leaves_episodes_and_the_row_of_t1(hub, profile, tmp_path, m
     told = r"a query's vector has cosine 0\.\d+ with .*; is the profile's engine the same"
     with pytest.warns(UserWarning, match=told):
         evaluate.check_same(engine.load(params.load("smoke")), vectors, queries)
+
+
+def test_doctor_finds_weights_in_the_cache_only_at_the_commit_that_a_run_asks_for_and_only_whole(
+    profile, hub
+):
+    assert doctor.weights(NAME).found == "in the local hub cache"
+    assert doctor.weights(f"{NAME}@{COMMIT}").status == "ok"
+    index = hub / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
+    assert doctor.weights(NAME).status == "limited", "one of its files has not come yet"
+    index.unlink()
+    (params.ROOT / "runs").mkdir(exist_ok=True)
+    (params.ROOT / qwen.PINS).write_text(json.dumps({NAME: COMMIT[::-1]}))
+    assert doctor.weights(NAME).found == "not on this machine", "what is called main now is another commit"

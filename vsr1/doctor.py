@@ -3,7 +3,6 @@
 A row is ok, limited (it works, with less) or missing (the profile cannot run), with what was found and a remedy.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -134,7 +133,8 @@ def needs(profile) -> list[Row]:
     rows = [_amount("memory", memory(), MEMORY_GB[kind], "close other programs, or take a larger machine")]
     free = shutil.disk_usage(ROOT).free
     rows.append(_amount("free disk", free, DISK_GB[kind], f"free some space on the disk of {ROOT.name}/"))
-    rows += [weights(engine) for engine in dict.fromkeys((profile.engine, profile.engine_large))]
+    models = dict.fromkeys((profile.engine, profile.engine_large, profile.policy))
+    rows += [weights(model) for model in models]
     if profile.world is None:
         rows += [large_gpu(), *(row for dataset in profile.datasets for row in real_data(profile, dataset))]
     return rows
@@ -156,33 +156,41 @@ def _amount(what, amount, wanted, remedy):
     return Row(what, status, f"{amount / GB:.1f} GB of {wanted}", remedy)
 
 
-def weights(engine) -> Row:
-    """The engine's safetensors: in the clone, whole and unchanged; or from the hub, in the local cache or not yet."""
-    folder, what = ROOT / engine, f"weights {Path(engine).name}"
-    if not engine.startswith("vsr1/") and not folder.exists():
-        import huggingface_hub
-
-        name, _, revision = engine.partition("@")
-        if isinstance(
-            huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision or None), str
-        ):
+def weights(model: str) -> Row:
+    """A model's safetensors: in the clone, and whole; or from the hub, in the local cache or not yet."""
+    folder, what = ROOT / model, f"weights {Path(model).name}"
+    if not model.startswith("vsr1/") and not folder.exists():
+        if _cached(model):
             return Row(what, "ok", "in the local hub cache")
         return Row(what, "limited", "not on this machine", "downloaded at first use; needs network")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         return Row(
-            what, "missing", f"no *.safetensors in {engine}", "git checkout vsr1/models, or make foundation"
+            what, "missing", f"no *.safetensors in {model}", "git checkout vsr1/models, or make foundation"
         )
-    sums = folder.parent / "SHA256SUMS"  # in sha256sum's own format
-    known = dict(reversed(line.split()) for line in sums.read_text().splitlines()) if sums.exists() else {}
     for file in files:
         if not _whole(file):
             return Row(what, "missing", f"{file.name} is cut short", "git checkout vsr1/models")
-        wanted = known.get(file.relative_to(folder.parent).as_posix())
-        if wanted and hashlib.sha256(file.read_bytes()).hexdigest() != wanted:
-            return Row(what, "limited", f"{file.name} is not the one that ships", "git checkout vsr1/models")
     size = sum(file.stat().st_size for file in files) / 1e6
-    return Row(what, "ok", f"{size:.1f} MB" + ("" if known else ", no checksum to compare"))
+    return Row(what, "ok", f"{size:.1f} MB")
+
+
+def _cached(name):
+    """True where the hub's cache has all files of the commit that `qwen.fetch` would ask for."""
+    import huggingface_hub
+
+    from vsr1 import qwen
+
+    repository, _, revision = name.partition("@")
+    revision = qwen.pins().get(name) or revision or None
+    found = huggingface_hub.try_to_load_from_cache(repository, "config.json", revision=revision)
+    if not isinstance(found, str):
+        return False
+    folder = Path(found).parent
+    wanted = {"model.safetensors"}
+    for index in folder.glob("*.safetensors.index.json"):
+        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return all((folder / file).exists() for file in wanted)
 
 
 def _whole(file):
