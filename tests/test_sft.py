@@ -106,19 +106,33 @@ def by_replay(trainer, rows, tau, lam):
     agent.banned = torch.zeros_like(agent.banned)  # TRL's loss is over the whole vocabulary
     seen = agent.replay(prompts, [told] * len(rows))
     latents = refine.soft_tokens(agent, seen.branches, agent.settings.n_soft)
-    vecs = refine.soft_query(trainer.engine, agent.heads, [row.query for row in rows], latents)
     losses = []
-    for row, vec in zip(rows, vecs, strict=True):
-        against = trainer.column if trainer.knobs.sft_negatives is None else (row.right, *row.negatives)
-        scores = {v: trainer.gallery[trainer.column[v]] @ vec / tau for v in against}
-        losses.append(torch.logsumexp(torch.stack(list(scores.values())), 0) - scores[row.right])
+    for depth in {*trainer.knobs.sft_depths, latents.shape[1]}:
+        few = latents[:, :depth]
+        vecs = refine.soft_query(trainer.engine, agent.heads, [row.query for row in rows], few)
+        for row, vec in zip(rows, vecs, strict=True):
+            against = trainer.column if trainer.knobs.sft_negatives is None else (row.right, *row.negatives)
+            scores = {v: trainer.gallery[trainer.column[v]] @ vec / tau for v in against}
+            loss = torch.logsumexp(torch.stack(list(scores.values())), 0) - scores[row.right]
+            counts = trainer.knobs.sft_contrast == "all" or row.shown != row.right
+            losses.append(loss if counts else 0 * loss)
     return -seen.logps.sum() / seen.said.sum() + lam * torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize(("negatives", "told"), [(3, ()), (None, (1,)), (None, (0, 1, 2))])
-def test_the_loss_and_its_gradients_equal_those_of_a_replay(trainer, rows, profile, negatives, told):
-    """Also where rows told in words share a batch with others, and against the whole gallery."""
-    trainer.knobs = profile = dataclasses.replace(profile, sft_negatives=negatives)
+@pytest.mark.parametrize(
+    ("negatives", "told", "knobs"),
+    [
+        (3, (), {}),
+        (None, (1,), {}),
+        (None, (0, 1, 2), {}),
+        (3, (1,), {"sft_depths": (1, 2)}),
+        (None, (), {"sft_depths": (1, 8), "sft_contrast": "rejected"}),
+    ],
+)
+def test_the_loss_and_its_gradients_equal_those_of_a_replay(trainer, rows, profile, negatives, told, knobs):
+    """Also of rows told in words beside others, against the whole gallery, nested, or of rejections only."""
+    trainer.knobs = profile = dataclasses.replace(profile, sft_negatives=negatives, **knobs)
+    assert [row.shown == row.right for row in rows] == [True, False, False]
     words = "0.0 to 2.0: A person waves."
     rows = [dataclasses.replace(row, told=words if at in told else None) for at, row in enumerate(rows)]
     agent, grads = trainer.agent, []
@@ -224,6 +238,15 @@ def test_what_learns_is_float32_beside_bfloat16_weights_that_do_not(
         if not weight.requires_grad:
             assert (weight == before[name]).all(), name
     assert json.loads((tmp_path / "log.jsonl").read_text())["norm"] > 0
+
+
+def test_both_rates_rise_to_their_height_and_fall_to_zero(tmp_path, profile, search, vectors, rows):
+    profile = dataclasses.replace(profile, sft_batch=1, sft_warmup=0.25)
+    made = sft.make_trainer(profile, random_policy(), (rows * 3)[:8], Shelf(), tmp_path, "warm")
+    made.teach(made.data_collator.agent, search, vectors, profile).train()
+    rates = [json.loads(line)["rate"] for line in (tmp_path / "log.jsonl").open()]
+    wanted = [0, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]  # of the eight steps, two are a quarter
+    assert np.allclose(rates, profile.sft_lr * np.array(wanted))
 
 
 class Killed(Exception):

@@ -35,6 +35,10 @@ class World:
     seed: int = 2607  # of the world, not of the experiment: every seed searches the same corpora
 
 
+# Knobs that came when results had been committed, and their values that leave everything as it was before them.
+LATER = {"sft_warmup": 0.0, "sft_depths": (), "sft_contrast": "all"}
+
+
 @dataclass(frozen=True)
 class Profile:
     """One way to run everything. A knob without a default must stand in the yaml file."""
@@ -83,6 +87,13 @@ class Profile:
     sft_accumulate: int = 4
     sft_lr: float = 2e-5  # official, of the language model
     sft_head_lr: float = 5e-5  # official, of the soft-query heads
+    sft_warmup: float = (
+        0.0  # official; share of the steps of stage 1 in which both rates rise to their full height
+    )
+    # Ours: InfoNCE is the mean over queries with the first so many soft tokens, and with all; (): with all (official).
+    sft_depths: tuple[int, ...] = ()
+    # Ours: "rejected" lets soft tokens learn only from rows that show a wrong video, where alone they are used.
+    sft_contrast: typing.Literal["all", "rejected"] = "all"
     lora_rank: int = 0  # ours, of adapters in both stages (`sft.adapt`); 0: full fine-tuning (official)
     lam_ret: float = 0.3  # official: weight of InfoNCE beside the language-model loss
     tau: float = 0.1  # official: its temperature
@@ -153,8 +164,13 @@ class Profile:
         return dataclasses.replace(self, name=f"{self.name}/variants/{variant}", **knobs)
 
     def digest(self) -> str:
-        """Twelve hex digits that change when any knob changes."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """Twelve hex digits that change when any knob changes, but not when one is added that changes nothing."""
+        knobs = {
+            key: value
+            for key, value in dataclasses.asdict(self).items()
+            if key not in LATER or value != LATER[key]
+        }
+        text = json.dumps(knobs, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -130,14 +130,22 @@ class Trainer(SFTTrainer):
         branches = [context.cut(row, columns - 2) for row in range(len(self.rows))]
         latents = refine.soft_tokens(self.agent, branches, self.agent.settings.n_soft)
         texts = [row["query"] for row in self.rows]
-        contrast = self.contrast(refine.soft_query(self.engine, self.agent.heads, texts, latents), self.rows)
-        real = torch.tensor([row["reply"] is not None and row["search"] for row in self.rows])
-        self.nce = outputs["loss"] = (contrast * real.to(contrast.device)).sum()
-        losses = contrast.detach().cpu()[real]
+        n = latents.shape[1]
+        depths = [*(depth for depth in self.knobs.sft_depths if depth < n), n]
+        vecs = refine.by_depth(self.engine, self.agent.heads, texts, latents, depths=depths)
+        contrast = torch.stack([self.contrast(some, self.rows) for some in vecs.unbind(dim=1)])
+        real = torch.tensor([self.asks(row) for row in self.rows])
+        self.nce = outputs["loss"] = (contrast.mean(dim=0) * real.to(contrast.device)).sum()
+        losses = contrast[-1].detach().cpu()[real]
         losses = losses[losses > 0]  # 0: the filter left nothing to contrast with
         told = [losses.sum().item(), (losses < np.log(2)).sum().item(), len(losses)]
         self.seen.append(torch.tensor(told, device=contrast.device))
         return outputs
+
+    def asks(self, row) -> bool:
+        """Whether soft tokens learn from a row: no blank, no copy (`traces.make_rows`), and as `sft_contrast` says."""
+        rejected = self.knobs.sft_contrast == "all" or row["shown"] != row["right"]
+        return row["reply"] is not None and row["search"] and rejected
 
     def rows_of_step(self):
         """How many rows the current step learns from, over all batches and processes: fewer in the last."""
@@ -405,6 +413,7 @@ def make_trainer(profile, agent, rows, clips, folder, what, watch=None):
         ddp_find_unused_parameters=True,  # rows told in words leave the eyes alone
         num_train_epochs=1,  # the rows are those of all epochs
         lr_scheduler_type="linear",
+        warmup_steps=profile.sft_warmup,  # below one: a share
         max_grad_norm=1.0,
         use_cpu=agent.model.device.type == "cpu",
         bf16=profile.dtype == "bfloat16",  # autocast: the weights that learn are float32 (`masters`)
