@@ -87,9 +87,7 @@ class Profile:
     sft_accumulate: int = 4
     sft_lr: float = 2e-5  # official, of the language model
     sft_head_lr: float = 5e-5  # official, of the soft-query heads
-    sft_warmup: float = (
-        0.0  # official; share of the steps of stage 1 in which both rates rise to their full height
-    )
+    sft_warmup: float = 0.0  # official; share of stage 1's steps in which its rates rise to full height
     # Ours: InfoNCE is the mean over queries with the first so many soft tokens, and with all; (): with all (official).
     sft_depths: tuple[int, ...] = ()
     # Ours: "rejected" lets soft tokens learn only from rows that show a wrong video, where alone they are used.
