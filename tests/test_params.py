@@ -81,6 +81,14 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
     refused(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    "line", ["sft_warmup: 1.0", "sft_warmup: -0.1", "sft_depths: [0, 2]", "sft_depths: [2, -1]"]
+)
+def test_a_warm_up_or_a_depth_out_of_range_is_refused(tmp_path, line):
+    """The library takes a warm-up from one on for steps; a depth below one would be another query."""
+    assert line.split(":")[0] in refused(tmp_path, GOOD + line + "\n")
+
+
 def test_an_unknown_data_set_in_a_profile_is_refused(tmp_path):
     assert "'charade'" in refused(tmp_path, GOOD.replace("charades", "charade"))
 

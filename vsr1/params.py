@@ -194,6 +194,10 @@ def load(name: str, seed: int | None = None) -> Profile:
     profile = record(Profile, knobs, str(path))
     for dataset in profile.datasets:
         check_dataset(dataset, str(path))
+    if not 0 <= profile.sft_warmup < 1:
+        raise InputError(f"{path}: sft_warmup: {profile.sft_warmup} is no share of the steps; take 0 to 0.99")
+    if min(profile.sft_depths, default=1) < 1:
+        raise InputError(f"{path}: sft_depths: a query has at least one soft token; take numbers from 1 up")
     return profile
 
 
