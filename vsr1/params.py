@@ -35,10 +35,6 @@ class World:
     seed: int = 2607  # of the world, not of the experiment: every seed searches the same corpora
 
 
-# Knobs that came when results had been committed, and their values that leave everything as it was before them.
-LATER = {"sft_warmup": 0.0, "sft_depths": (), "sft_contrast": "all"}
-
-
 @dataclass(frozen=True)
 class Profile:
     """One way to run everything. A knob without a default must stand in the yaml file."""
@@ -162,13 +158,8 @@ class Profile:
         return dataclasses.replace(self, name=f"{self.name}/variants/{variant}", **knobs)
 
     def digest(self) -> str:
-        """Twelve hex digits that change when any knob changes, but not when one is added that changes nothing."""
-        knobs = {
-            key: value
-            for key, value in dataclasses.asdict(self).items()
-            if key not in LATER or value != LATER[key]
-        }
-        text = json.dumps(knobs, sort_keys=True)
+        """Twelve hex digits that change when any knob changes."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
