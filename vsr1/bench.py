@@ -24,9 +24,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VL
 from vsr1 import corpus, engine, frames, grpo, lessons, params, policy, qwen, refine, results, stages
 
 LATENTS = GROUP = 8
-PLAIN_AT_ONCE = (
-    2  # replies that the plain way learns from at once on the larger model; eight took more than 19 GB
-)
+FEW = 2  # replies that the plain way learns from at once on the larger model; eight took more than 19 GB
 QUERY = "A person in a red shirt opens a blue box in the kitchen."
 SQR_TARGET, GROUP_TARGET = 5.0, 2.5  # lowest median ratios on the larger model
 
@@ -161,7 +159,7 @@ class Step:
         self.starts = grpo.make_starts([query], vectors, negatives=profile.grpo_negatives, seed=0)
         recipe = replace(grpo.RECIPES["vsr1"], turns=1)
         self.course = grpo.Course(grpo.Sampler(profile, "charades", recipe, search, made, vectors, shelf))
-        self.spent, self.at_once = Counter(), PLAIN_AT_ONCE if large else None
+        self.spent = Counter()
         self.prompt = made.prompt(policy.SYSTEM, QUERY, clip)
         self._watch("rollout", self.course, "walk")
         self._watch("learning", self.course, "_descend")
@@ -180,15 +178,15 @@ class Step:
 
         setattr(home, name, watched)
 
-    def run(self, sharing: bool) -> tuple[list[str], float, torch.Tensor]:
-        """What was said, the loss, and the gradient, of one step.
+    def run(self, sharing: bool, at_once: int | None = None) -> tuple[list[str], float, torch.Tensor]:
+        """What was said, the loss, and the gradient, of one step that learns from `at_once` replies at a time, or all.
 
         Each gradient (R, C) as its product with a random vector: matrices that agree there are equal (Freivalds), and
         to keep them all would show in the memory.
         """
         Speaker.sharing = sharing
         self.spent.clear()
-        self.course.knobs = replace(self.course.knobs, grpo_replies=None if sharing else self.at_once)
+        self.course.knobs = replace(self.course.knobs, grpo_replies=at_once)
         line, rows = self.course.step(1, self.starts)
         rng, sums = torch.manual_seed(0), []
         for group in self.course.optimizer.param_groups:
@@ -206,32 +204,35 @@ def same_step(first, other) -> None:
     assert (first[2] - other[2]).norm() < 1e-3 * first[2].norm(), "another gradient"
 
 
-def steps(large: bool, read: int, said: int, rounds: int):
-    """({part: (2, rounds) seconds}, (GB, GB), prompt tokens) of whole steps, shared and plain, in an own process."""
+def steps(large: bool, read: int, said: int, rounds: int, at_once: int | None = None):
+    """({way: {part: (rounds,) seconds}}, {way: GB}, prompt tokens) of whole steps, in an own process.
+
+    A way is what `Step.run` is given: shared with all replies at once, and with `at_once` shared and plain.
+    """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_steps, large, read, said, rounds).result()
+        return pool.submit(_steps, large, read, said, rounds, at_once).result()
 
 
-def _steps(large, read, said, rounds):
+def _steps(large, read, said, rounds, at_once):
     torch.set_num_threads(1)
-    step, spent, highest = Step(large, read, said), {True: [], False: []}, {}
+    step, spent, highest = Step(large, read, said), {}, {}
+    # What takes less memory first, or it could not be seen.
+    ways = dict.fromkeys([(True, at_once), (False, at_once), (True, None)])
 
-    def way(sharing):
-        result = step.run(sharing)
-        spent[sharing].append(dict(step.spent))
-        highest.setdefault(sharing, peak_gb())
+    def run(way):
+        result = step.run(*way)
+        spent.setdefault(way, []).append(dict(step.spent))
+        highest.setdefault(way, peak_gb())
         return result
 
-    order = [False, True] if large else [True, False]  # what takes less memory first, or it could not be seen
-    whole = in_turn([lambda one=one: way(one) for one in order], rounds, same_step, warm=False)
-    whole = dict(zip(order, whole, strict=True))
-    whole = np.stack([whole[True], whole[False]])
-    one = {part: np.array([[own[part] for own in spent[way]] for way in spent]) for part in spent[True][0]}
-    parts = {"rollout": one["rollout"], "reading of the anchor": one["anchor"]}
-    parts |= {"forward and backward": one["learning"] - one["anchor"] - one["update"]}
-    rest = whole - sum(parts.values())
-    return {"": whole} | parts | {"rest": rest}, (highest[True], highest[False]), len(step.prompt.ids)
+    whole = in_turn([lambda way=way: run(way) for way in ways], rounds, same_step, warm=False)
+    for way, seconds in zip(ways, whole, strict=True):
+        one = {part: np.array([own[part] for own in spent[way]]) for part in spent[way][0]}
+        parts = {"rollout": one["rollout"], "reading of the anchor": one["anchor"]}
+        parts |= {"forward and backward": one["learning"] - one["anchor"] - one["update"]}
+        ways[way] = {"": seconds} | parts | {"rest": seconds - sum(parts.values())}
+    return ways, highest, len(step.prompt.ids)
 
 
 def peak_gb() -> float:
@@ -292,17 +293,25 @@ def measure_latents(large: bool, model: str, read: int, said: int, rounds: int, 
     ]
 
 
-def measure_steps(large: bool, model: str, read: int, said: int, rounds: int) -> list[Row]:
-    """A whole GRPO step and its parts: a prompt of at least `read` tokens, replies of `said` tokens."""
+def measure_steps(large: bool, model: str, read: int, said: int, rounds: int, at_once=None) -> list[Row]:
+    """A whole GRPO step and its parts: a prompt of at least `read` tokens, replies of `said` tokens.
+
+    Where the plain way cannot learn from all replies at once, it does from `at_once`; a last row has both ways do so.
+    """
     size = sum(weight.numel() for weight in random_policy(large).model.parameters()) / 1e6
-    parts, memory, tokens = steps(large, read, said, rounds)
-    rows = []
-    for part, (ours, plain) in parts.items():
-        claim = (
-            f"of it: {part}" if part else f"a whole GRPO step, G = {GROUP}, prompt read once: once a reply"
-        )
-        aims = () if part else (GROUP_TARGET, *memory)
-        rows.append(Row(claim, model, round(size, 1), tokens, said, *_summary(plain, ours), *aims))
+    took, highest, tokens = steps(large, read, said, rounds, at_once)
+    plain = False, at_once
+
+    def row(claim, ours, part="", target=None):
+        memory = () if part else (target, highest[ours], highest[plain])
+        seconds = _summary(took[plain][part], took[ours][part])
+        return Row(claim, model, round(size, 1), tokens, said, *seconds, *memory)
+
+    claim = f"a whole GRPO step, G = {GROUP}, prompt read once: once a reply"
+    rows = [row(claim, (True, None), target=GROUP_TARGET)]
+    rows += [row(f"of it: {part}", (True, None), part) for part in took[plain] if part]
+    if at_once:
+        rows.append(row(f"the same, learning from {at_once} replies at once both ways", (True, at_once)))
     return rows
 
 
@@ -329,14 +338,14 @@ def write(rows: list, folder: Path, name="agent", **facts) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`make bench`: one thread, about eight minutes; status 1 where a target is missed."""
+    """`make bench`: one thread, about nine minutes; status 1 where a target is missed."""
     argparse.ArgumentParser(prog="python -m vsr1 bench", description=main.__doc__).parse_args(argv)
     torch.set_num_threads(1)
     started, load = time.time(), os.getloadavg()[0]
     rows = measure_latents(False, "mini", 512, 32, rounds=5, targets=False)
     rows += measure_latents(True, "large", 512, 32, rounds=2, targets=True)
     rows += measure_steps(False, "mini", 512, 75, rounds=5)
-    rows += measure_steps(True, "large", 512, 75, rounds=1)
+    rows += measure_steps(True, "large", 512, 75, rounds=1, at_once=FEW)
     for row in rows:
         aim = f", at least {row.target:g} wanted" if row.target else ""
         print(
