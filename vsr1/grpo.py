@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import logging
 import math
 import shutil
 import time
@@ -623,6 +624,8 @@ class Course:
         """The state after a step, complete or not at all; the one before goes away."""
         target = folder / "steps" / f"{number:06}"
         partial = target.with_suffix(".partial")
+        # It would say at every state that tied embeddings are kept once; they are tied again when it is loaded.
+        logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
         self.accelerator.save_state(partial)
         self.accelerator.wait_for_everyone()  # each writes its random numbers
         if self.accelerator.is_main_process:
