@@ -174,14 +174,13 @@ class Wiring:
         vecs = refine.soft_query(self.engine, self.agent.heads, texts, carried).cpu().numpy()
         seconds = (time.perf_counter() - started) / len(rows)
         kept = carried[:, : carried.shape[1] - n]  # of earlier turns
-        sweep = (
-            refine.by_depth(self.engine, self.agent.heads, texts, latents, kept, range(1, n)).cpu().numpy()
-        )
+        depths = range(1, n + 1)  # with the last, which is known, for one soft token has no other
+        sweep = refine.by_depth(self.engine, self.agent.heads, texts, latents, kept, depths).cpu().numpy()
         for i, row in enumerate(rows):
             state = Asked((*earlier[i], latents[i])[-self.carry :], vecs[i])
-            depths = (*(Asked((), vec) for vec in sweep[i]), state)
+            by_depth = (*(Asked((), vec) for vec in sweep[i, :-1]), state)
             cost = Cost(seconds, n, n, 1)  # <REFINE> is read once more, the last latent is not
-            steps[row] = Refinement("sqr", state, n, n + 1, cost=cost, by_depth=depths)
+            steps[row] = Refinement("sqr", state, n, n + 1, cost=cost, by_depth=by_depth)
         return steps
 
     def hard(self, rejected) -> list[Refinement]:
