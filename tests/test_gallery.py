@@ -7,7 +7,7 @@ from fake import profile as fake_profile
 from fake import record
 from PIL import Image
 
-from vsr1 import gallery, results
+from vsr1 import gallery, params, results
 
 
 def strip(colours, caption="a clip", span=None):
@@ -168,3 +168,14 @@ def test_the_sweep_puts_rank_one_on_top(agent_run):
     series = json.loads((agent_run.results() / "series.json").read_text())
     ranks = gallery.sweep(series, ["didemo"]).axes[0]
     assert ranks.get_ylim()[0] > ranks.get_ylim()[1] and len(ranks.lines) == len(gallery.HEADS)
+
+
+def test_no_curve_leaves_its_panel():
+    """On the committed numbers: data sets whose values are higher than those of the first one."""
+    mini = params.load("mini")
+    numbers = results.load(mini)
+    for draw in (gallery.soft_tokens, gallery.turn_counts):
+        for axes in draw(numbers, mini.datasets).axes:
+            low, high = axes.get_ylim()
+            values = np.concatenate([line.get_ydata() for line in axes.lines])
+            assert low <= values.min() and values.max() <= high, axes.get_title()

@@ -471,7 +471,8 @@ def turn_counts(numbers: dict, datasets: list[str]) -> Figure:
             _curve(axes, numbers, f"F5/{dataset}/vsr1", keys, dataset == "mean", **look)
             look |= {"linestyle": "--", "label": f"{m}, no video twice"}
             _curve(axes, numbers, f"F5/{dataset}/skip", keys, dataset == "mean", **look)
-        axes.set(xlabel="turns at most", xticks=turns, ylim=(0, None))
+        axes.set(xlabel="turns at most", xticks=turns)
+    panels[0].set_ylim(bottom=0)  # of all panels; before all are drawn it would end where the first does
     return _labelled(figure, panels, "VCMR R@1, %", 3)
 
 
