@@ -137,9 +137,9 @@ def test_accelerate_s_own_file_asks_for_shares(clone, tmp_path):
         one, two = (folder / "runs" / "small" / "charades" / stage for folder in (clone, tmp_path))
         logs = [[json.loads(line) for line in (folder / "log.jsonl").open()][skip:] for folder in (one, two)]
         for ours, theirs in zip(*logs, strict=True):
-            assert [ours[key] for key in ("loss", "info_nce", "norm")] == pytest.approx(
-                [theirs[key] for key in ("loss", "info_nce", "norm")], abs=1e-4, rel=1e-3
-            )
+            for key in ("loss", "info_nce", "norm"):  # no InfoNCE where a step has no rejection
+                near = theirs[key] if theirs[key] is None else pytest.approx(theirs[key], abs=1e-4, rel=1e-3)
+                assert ours[key] == near, key
         assert policy.load(str(two), params.load("smoke")).heads
 
 
