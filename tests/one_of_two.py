@@ -18,7 +18,7 @@ from vsr1 import engine, params, sft, split, stages
 
 def grpo_loop(folder, prompts):
     """Stage 2 with so many starts a step, and the weights that it ends with."""
-    knobs = dataclasses.replace(test_grpo.knobs(), grpo_prompts=int(prompts))
+    knobs = dataclasses.replace(test_grpo.knobs(), grpo_prompts=int(prompts), grpo_scale="batch")
     course = test_grpo.steadily(test_grpo.begin(knobs, random_engine(), test_grpo.made_vectors()))
     starts = test_grpo.made_starts(test_grpo.made_vectors())
     course.run(starts, starts[:2], folder, "two")

@@ -190,13 +190,15 @@ def test_rows_are_compared_by_prompt_or_by_turn(group_by, gains, told):
     assert tuple(line[key] for key in keys) == pytest.approx(told)
 
 
+@pytest.mark.parametrize("scale", ["group", "batch"])
 @pytest.mark.parametrize(
     ("group_by", "shared"), [("prompt", ("group", "t", "shown")), ("query_turn", ("group", "t"))]
 )
 def test_a_step_learns_from_the_comparison_that_the_profile_names(
-    profile, search, vectors, starts, group_by, shared
+    profile, search, vectors, starts, group_by, shared, scale
 ):
-    course = begin(dataclasses.replace(profile, group_by=group_by, grpo_group=8), search, vectors)
+    profile = dataclasses.replace(profile, group_by=group_by, grpo_scale=scale, grpo_group=8)
+    course = begin(profile, search, vectors)
     line, rows = course.step(1, starts[3:])
     prompts = {(row["group"], row["t"], row["shown"]) for row in rows}
     assert len(prompts) > len({prompt[:2] for prompt in prompts}), "some second looks are at different videos"
@@ -205,7 +207,8 @@ def test_a_step_learns_from_the_comparison_that_the_profile_names(
         if len(own) == 1:
             assert row["advantage"] is None
         else:
-            gain = (row["reward"] - np.mean(own)) / (np.std(own, ddof=1) + 1e-4)
+            over = own if scale == "group" else [other["reward"] for other in rows]
+            gain = (row["reward"] - np.mean(own)) / (np.std(over, ddof=1) + 1e-4)
             assert row["advantage"] == pytest.approx(gain)
     sizes = list(Counter(tuple(row[key] for key in shared) for row in rows).values())
     assert (line["groups"], line["alone"]) == (sum(size > 1 for size in sizes), sizes.count(1))
@@ -214,19 +217,22 @@ def test_a_step_learns_from_the_comparison_that_the_profile_names(
 def test_what_changes_the_outcome_is_in_the_key_of_the_stage(monkeypatch, profile):
     key = lambda made: grpo.stages.fingerprint(grpo.train(made, "charades"))  # noqa: E731
     monkeypatch.setattr(grpo.stages, "run", lambda target, inputs, build, together: inputs)
-    for change in ({"time_reward": "half_on_reject"}, {"group_by": "query_turn"}, {"ret_reward": "delta"}):
+    changes = {"time_reward": "half_on_reject", "group_by": "query_turn", "ret_reward": "delta"}
+    changes |= {"grpo_scale": "batch", "grpo_fresh": True}
+    for change in ({name: value} for name, value in changes.items()):
         assert key(dataclasses.replace(profile, **change)) != key(profile), change
     for change in ({"tensorboard": True}, {"max_flat": 0.5}, {"max_skipped": 0.5}):  # a stopped run may go on
         assert key(dataclasses.replace(profile, **change)) == key(profile), change
 
 
-def test_advantages_are_trl_s():
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_advantages_are_trl_s(scale):
+    """Its scale_rewards."""
     rewards = torch.tensor([0.3, 1.2, 1.2, -0.4, 0.5, 0.5, 0.5, 0.5])
     groups = rewards.view(2, 4)
-    theirs = (groups - groups.mean(1, keepdim=True)) / (
-        groups.std(1, keepdim=True) + 1e-4
-    )  # its scale_rewards="group"
-    ours = grpo.advantages(rewards.tolist(), list("aaaabbbb"))
+    spread = {"group": groups.std(1, keepdim=True), "batch": rewards.std()}[scale]
+    theirs = (groups - groups.mean(1, keepdim=True)) / (spread + 1e-4)
+    ours = grpo.advantages(rewards.tolist(), list("aaaabbbb"), None if scale == "group" else float(spread))
     np.testing.assert_allclose(ours, theirs.flatten().tolist(), atol=1e-4)
 
 
@@ -734,6 +740,28 @@ def test_every_epoch_draws_every_start_once(starts):
     assert epoch[: len(starts)] != epoch[len(starts) :]
 
 
+def test_fresh_starts_are_queries_that_stage_1_did_not_learn_from(tmp_path, monkeypatch, profile, vectors):
+    monkeypatch.setattr(params, "ROOT", tmp_path)
+    profile = dataclasses.replace(profile, held_out=1 / 3)
+    home = profile.runs("charades")
+    prepared(home, random_policy(), vectors)
+    every, held = grpo.choose_starts(profile, "charades", vectors)
+    first, second = sorted({start.id for start in every})
+
+    def fresh(*told):
+        rows = home / "sft" / "rows.jsonl"
+        rows.write_text("".join(json.dumps({"desc_id": number}) + "\n" for number in told))
+        return grpo.choose_starts(dataclasses.replace(profile, grpo_fresh=True), "charades", vectors)
+
+    assert fresh() == (every, held), "nothing was told"
+    starts, watched = fresh(first, 999)
+    assert {start.id for start in starts} == {second} and watched == held
+    with pytest.raises(
+        params.InputError, match=r"rows\.jsonl: stage 1 learned from every query; set grpo_fresh"
+    ):
+        fresh(first, second)
+
+
 def test_queries_held_out_share_no_video_with_the_others():
     queries = [corpus.Query(n, "q", f"v{n % 40:02}", (0.0, 1.0), "", 2.0) for n in range(100)]
     learn, held = corpus.hold_out(queries, 0.1)
@@ -743,12 +771,15 @@ def test_queries_held_out_share_no_video_with_the_others():
 
 @pytest.mark.parametrize("prompts", [2, 1])
 def test_two_processes_are_one(tmp_path, profile, search, vectors, starts, prompts):
-    """Each walks one of the two starts of a step, or one has nothing to do; gradients are averaged by gloo."""
+    """Each walks one of the two starts of a step, or one has nothing to do; gradients are averaged by gloo.
+
+    What all rewards of a step spread is the same to both.
+    """
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     done = two_processes("grpo_loop", tmp_path / "two", prompts)
     assert done.returncode == 0, done.stderr[-3000:]
-    profile = dataclasses.replace(profile, grpo_prompts=prompts)
+    profile = dataclasses.replace(profile, grpo_prompts=prompts, grpo_scale="batch")
     before, course = begin(profile, search, vectors), steadily(begin(profile, search, vectors))
     course.run(starts, starts[:2], tmp_path / "one", "one")
     logs = [lines(tmp_path / name) for name in ("one", "two")]

@@ -88,6 +88,27 @@ def make_starts(queries, vectors: engine.Vectors, *, negatives: int, seed: int) 
     return starts + [dataclasses.replace(start, first=start.video) for start in order[:short]]
 
 
+def choose_starts(profile, dataset: str, vectors: engine.Vectors) -> tuple[list[Start], list[Start]]:
+    """(starts to learn from, starts that are only watched) of a data set whose stage 1 is done.
+
+    Raises InputError where `grpo_fresh` asks for queries that stage 1 did not learn from and there are none.
+    """
+    home = profile.runs(dataset)
+    learn, held = corpus.hold_out(corpus.read_fig(home / "corpus" / "train.jsonl"), profile.held_out)
+    if profile.grpo_fresh:
+        with open(home / "sft" / "rows.jsonl", encoding="utf-8") as file:
+            told = {json.loads(line)["desc_id"] for line in file}
+        learn = [query for query in learn if query.id not in told]
+        if not learn:
+            raise InputError(
+                f"{home / 'sft' / 'rows.jsonl'}: stage 1 learned from every query; set grpo_fresh: false in the "
+                "profile, or fewer sft_rows"
+            )
+    options = {"negatives": profile.grpo_negatives, "seed": profile.seed}
+    starts, held = (make_starts(queries, vectors, **options) for queries in (learn, held))
+    return starts, evaluate.sample(held, profile.held_starts)
+
+
 # --- rollouts --------------------------------------------------------------------------------------------------------
 
 
@@ -315,8 +336,11 @@ def peers(row: dict, group_by: str) -> tuple:
     return (row["group"], row["t"]) + (row["shown"],) * (group_by == "prompt")
 
 
-def advantages(rewards, groups) -> list[float | None]:
+def advantages(rewards, groups, spread: float | None = None) -> list[float | None]:
     """(reward - mean) / (spread + 1e-4) within each group; None for a group of one, which has nothing to compare with.
+
+    spread  the same for all groups; None: the standard deviation of each. Over its own, a group whose members differ
+            by the noise of a search alone counts as much as one in which half are right.
 
     >>> [a and round(a, 2) for a in advantages([1.0, 3.0, 2.0, 5.0], ["a", "a", "b", "c"])]
     [-0.71, 0.71, None, None]
@@ -325,7 +349,11 @@ def advantages(rewards, groups) -> list[float | None]:
     found = []
     for reward, group in zip(rewards, groups, strict=True):
         own = np.array([r for r, g in zip(rewards, groups, strict=True) if g == group])
-        found.append(float((reward - own.mean()) / (own.std(ddof=1) + 1e-4)) if count[group] > 1 else None)
+        if count[group] > 1:
+            over = own.std(ddof=1) if spread is None else spread
+            found.append(float((reward - own.mean()) / (over + 1e-4)))
+        else:
+            found.append(None)
     return found
 
 
@@ -490,7 +518,10 @@ class Course:
         by = self.knobs.group_by
         with split.whole(self.learner):
             rows = self.walk(starts, self.knobs.grpo_group, [self.knobs.seed, 7, number])
-            found = advantages([row.reward for row in rows], [peers(_short(row), by) for row in rows])
+            rewards = [row.reward for row in rows]
+            spread = float(np.std(gather_object(rewards), ddof=1))
+            scale = spread if self.knobs.grpo_scale == "batch" else None
+            found = advantages(rewards, [peers(_short(row), by) for row in rows], scale)
             for row, advantage in zip(rows, found, strict=True):
                 row.advantage = advantage
             sums, norm = self._descend([row for row in rows if row.advantage is not None])
@@ -501,7 +532,8 @@ class Course:
         means |= {"clipped": sums["clipped"] / sums["rows"]}
         means |= {"info_nce": sums["info_nce"] / max(1, sums["soft"])}
         line = {"step": number} | {key: mean if math.isfinite(mean) else None for key, mean in means.items()}
-        line |= {"norm": norm} | {key: self.counts[key] for key in ("skipped", "no_memory", "halved")}
+        line |= {"norm": norm, "step_spread": spread}
+        line |= {key: self.counts[key] for key in ("skipped", "no_memory", "halved")}
         return line | {"seconds": time.perf_counter() - began} | told, short
 
     def _descend(self, kept):
@@ -770,14 +802,9 @@ def train(profile, dataset: str, name: str = "vsr1", watch=None) -> Path:
 def _train(profile, dataset, name, folder, watch=None):
     home, recipe = profile.runs(dataset), RECIPES[name]
     vectors = engine.load_vectors(home / "embed" / "engine" / "train")
-    queries = corpus.read_fig(home / "corpus" / "train.jsonl")
+    starts, held = choose_starts(profile, dataset, vectors)
     made, agent = engine.load(profile), policy.load(str(home / "sft"), profile)
     agent.settings = dataclasses.replace(agent.settings, carry_blocks=recipe.carry, turns=recipe.turns)
-    options = {"negatives": profile.grpo_negatives, "seed": profile.seed}
-    starts, held = (
-        make_starts(part, vectors, **options) for part in corpus.hold_out(queries, profile.held_out)
-    )
-    held = evaluate.sample(held, profile.held_starts)
     with frames.readers(frames.Reader(profile.video_fps, profile.max_frames), profile.decoders) as read:
         clips = evaluate.Clips(home / "videos", vectors.video_ids, read)
         course = Course(Sampler(profile, dataset, recipe, made, agent, vectors, clips))

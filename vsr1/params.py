@@ -101,6 +101,10 @@ class Profile:
     grpo_batch: int = 4  # ours: starts walked, and learned from, at once; lower it where memory is short
     grpo_replies: int | None = None  # ours: replies that one forward learns from; None: all
     grpo_steps: int | None = None  # None: one epoch (official)
+    # Ours: starts are only queries that stage 1 did not learn from: on others its soft tokens find what they know.
+    grpo_fresh: bool = False
+    # An advantage is over the rewards' spread in its group (official), or in all of the step: TRL's scale_rewards.
+    grpo_scale: typing.Literal["group", "batch"] = "group"
     grpo_lr: float = 5e-7  # official, of the language model
     grpo_head_lr: float = 5e-5  # official for stage 1, of the soft-query heads; frozen heads have none
     grpo_schedule: typing.Literal["constant", "linear"] = "constant"  # official; "linear" falls to zero
