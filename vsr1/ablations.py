@@ -57,7 +57,7 @@ LONGER = {  # B1
     "single": Variant(recipe="vsr1-single"),
     "m1": Variant(recipe="m1"),
     "m3": Variant(recipe="m3"),
-    "gauss": Variant(recipe="gauss"),
+    "gauss": Variant({"soft_weight": 1.0}, "gauss"),  # its soft tokens learn from rewards, not beside them
     "filter": Variant({"ambiguity_filter": 0.0005}, "sft"),
     **{f"n{n}": Variant({"n_soft": n}, "sft") for n in (1, 2, 4)},
 }

@@ -120,7 +120,7 @@ class Profile:
     reward_off: tuple[str, ...] = ()
     # Ours: compared are replies to one prompt (query, turn, video shown), or all of a start's at one turn.
     group_by: typing.Literal["prompt", "query_turn"] = "prompt"
-    soft_weight: float = 1.0  # official for its (optional) InfoNCE term in stage 2
+    soft_weight: float = 1.0  # official, of InfoNCE in stage 2, or of what `gauss` has instead
     sigma: float = 0.05  # official: noise on soft tokens, for recipes that sample them
     max_skipped: float = 0.05  # ours: share of steps, and always two, that may end without an update
     max_flat: float = 0.9  # ours: share of groups whose members may all earn the same; looked at each quarter
