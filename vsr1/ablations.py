@@ -52,6 +52,7 @@ REWARDS = {  # T2
 }
 LONGER = {  # B1
     "no-time": Variant({"reward_off": ("time",)}),
+    "no-right": Variant({"reward_off": ("verify", "time")}),  # each of them pays right verdicts only
     "no-form": Variant({"reward_off": ("form", "refine")}),
     "delta": Variant({"ret_reward": "delta"}),
     "single": Variant(recipe="vsr1-single"),
