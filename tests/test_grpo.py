@@ -57,7 +57,8 @@ def made_starts(vectors):
 
 def knobs():
     small = {"max_new": 16, "grpo_group": 4, "grpo_prompts": 2, "grpo_steps": 4, "grpo_lr": 1e-3}
-    return dataclasses.replace(params.load("smoke"), **small, grpo_head_lr=1e-3)
+    official = {"grpo_fresh": False, "grpo_scale": "group"}
+    return dataclasses.replace(params.load("smoke"), **small, **official, grpo_head_lr=1e-3)
 
 
 @pytest.fixture(scope="module")
