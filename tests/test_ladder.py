@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import QUERIES, random_engine, random_policy
 
-from vsr1 import ladder, params, policy, qwen, refine, results, sft, traces
+from vsr1 import corpus, ladder, params, policy, qwen, refine, results, sft, traces
 
 PROFILE = params.load("smoke")
 
@@ -217,3 +217,19 @@ def test_numbers_are_shares_of_the_right_queries(tmp_path, monkeypatch):
     assert value("held-scaled-n4-r8/vr@1_kept") == 0.0 and value("held-walkdown/vr@1_failed") == 50.0
     results.record(PROFILE, "charades", "06_ladder", numbers, ladder.series("charades", found))
     assert ladder.series("charades", found)["L1/charades/free-raw/vr@1"][2] == [2, 92.5]
+
+
+def test_real_queries_take_the_replies_of_stage_1(monkeypatch, tmp_path):
+    """Those about held-out videos to be asked, the others to learn from; without either it is one line."""
+    profile = replace(PROFILE, world=None, held_out=0.25)
+    queries = [corpus.Query(n, "q", f"v{n}", (0.0, 1.0), "c", 2.0) for n in range(8)]
+    learn, held = ({query.id for query in part} for part in corpus.hold_out(queries, 0.25))
+    released = [traces.Row(query.id, "q", query.video, "w", (), "reply") for query in queries]
+    file = tmp_path / traces.FILE
+    for name, given in (("source", file), ("read_released", (released, {}))):
+        monkeypatch.setattr(traces, name, lambda *_, given=given: given)
+    ours, asked = ladder.taught(profile, "charades", queries, None)
+    assert {row.desc_id for row in ours} == learn and {row.desc_id for row in asked} == held
+    released[:] = ours
+    with pytest.raises(params.InputError, match=f"{file}: no replies about held-out videos"):
+        ladder.taught(profile, "charades", queries, None)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -58,7 +59,9 @@ def test_headroom_keeps_missing_what_real_video_cannot_give(found):
 def test_families_decide_what_a_near_duplicate_is_and_which_failure_is_shown(found):
     families = {"a": 0, "b": 1, "c": 1, "gone": 2}
     assert survey.family_share(found, families) == 50.0  # "four" was shown b of its family, "three" was not
-    assert survey.a_failure(found, families) == 3 and survey.a_failure(found, {}) == 2  # else the smallest id
+    ranked = replace(found, ranks=np.array([1, 1, 3, 2]))
+    assert [survey.a_failure(ranked, some) for some in (families, {})] == [3, 2]  # else the smallest id
+    assert survey.a_failure(found, {}) == 3  # "three" has no video to be shown
 
 
 def test_corpus_numbers_count_videos_once_and_queries_all():

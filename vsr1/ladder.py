@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from vsr1 import corpus, engine, metrics, miniworld, policy, qwen, refine, sft, stages, traces
 from vsr1.evaluate import sample
+from vsr1.params import InputError
 from vsr1.results import Number
 
 INITS = ("zero", "default", "scaled")
@@ -183,13 +184,14 @@ def scored(vecs, gallery, right, tau) -> dict:
 
 def ladder(profile, dataset: str) -> dict[str, dict]:
     """{system: ranks, InfoNCE and right videos of its queries, curve over its steps}, a stage: see `numbers`."""
-    home = profile.runs(dataset)
+    home, told = profile.runs(dataset), traces.source(profile, dataset)
     knobs = {name: value for name, value in asdict(profile).items() if name.startswith("ladder_")}
     shared = ("tau", "n_soft", "seed_norm", "held_out", "grpo_negatives", "seed", "dtype", "instruction")
     inputs = {
         "vectors": [
             stages.stamp(home / "embed" / "engine" / split).get("key") for split in ("train", "test")
         ],
+        "traces": None if told is None else stages.digest(told),
         "policy": qwen.version(profile.policy),
         "knobs": knobs | {name: getattr(profile, name) for name in shared},
         "code": stages.code(
@@ -251,6 +253,21 @@ def plan(profile) -> list[Course]:
     )
 
 
+def taught(profile, dataset, queries, vectors) -> list[list[traces.Row]]:
+    """Rows of train queries to learn from, and of those held out, with what a teacher says: the replies of stage 1."""
+    parts, negatives = corpus.hold_out(queries, profile.held_out), profile.grpo_negatives
+    if (file := traces.source(profile, dataset)) is None:
+        tell = traces.teller(profile, miniworld.read_scenes(profile.runs(dataset) / "corpus"))
+        many = {"most": len(queries), "negatives": negatives, "seed": profile.seed}
+        return [traces.make_rows(part, vectors, tell, **many) for part in parts]
+    rows, _ = traces.read_released(file, queries, vectors, negatives)
+    ids = [{query.id for query in part} for part in parts]
+    parts = [[row for row in rows if row.desc_id in some] for some in ids]
+    if not all(parts):
+        raise InputError(f"{file}: no replies about held-out videos, which the ladder asks; take all rows")
+    return parts
+
+
 class Workshop:
     """Engine, base policy and train rows that the heads of a data set share; test queries do not come in."""
 
@@ -258,14 +275,7 @@ class Workshop:
         home, self.profile, self.made = profile.runs(dataset), profile, made
         vectors = engine.load_vectors(home / "embed" / "engine" / "train")
         queries = corpus.read_fig(home / "corpus" / "train.jsonl")
-        many = {"most": len(queries), "negatives": profile.grpo_negatives, "seed": profile.seed}
-        tell, rng = (
-            traces.teller(profile, miniworld.read_scenes(home / "corpus")),
-            np.random.default_rng(profile.seed),
-        )
-        parts = [
-            traces.make_rows(p, vectors, tell, **many) for p in corpus.hold_out(queries, profile.held_out)
-        ]
+        parts, rng = taught(profile, dataset, queries, vectors), np.random.default_rng(profile.seed)
         ours, held = ([rows[at] for at in rng.permutation(len(rows))] for rows in parts)
         self.column = {video: number for number, video in enumerate(vectors.video_ids)}
         self.gallery = torch.from_numpy(vectors.video_vecs).to(made.model.device)
@@ -305,11 +315,9 @@ def climb_heads(profile, dataset, made) -> dict[str, dict]:
     for init in INITS:
         found[f"range-{init}"] = ask(made, shop.fresh(init), held, n, tau)
     brief, whole = profile.ladder_policy_steps, replace(few, contexts=None)
-    for who, asked, steps in (
-        ("heads", few, profile.ladder_steps),
-        ("heads", few, brief),
-        ("policy", whole, brief),
-    ):
+    courses = [("heads", few, profile.ladder_steps)]
+    courses += [("heads", few, brief), ("policy", whole, brief)] if brief else []
+    for who, asked, steps in courses:
         agent = shop.fresh("scaled", learns=who == "policy")
         losses = learn(made, agent, asked, n, steps, profile)
         found[f"overfit-{who}-s{steps}"] = ask(made, agent, asked, n, tau) | {"curve": losses}

@@ -145,7 +145,7 @@ class Profile:
     ladder_batch: int = 32  # train queries of one step
     ladder_steps: int = 28  # of heads alone
     ladder_long: int = 72  # of those that go on for longer
-    ladder_policy_steps: int = 8  # of heads and policy together
+    ladder_policy_steps: int = 8  # of heads and policy together, and of heads; 0: left out
     ladder_rate: float = 3e-3  # of heads
     ladder_policy_rate: float = 1e-3  # of all weights of the policy
 

@@ -262,7 +262,7 @@ def sweep(made, agent, vectors: engine.Vectors, one: Episode, clip: frames.Clip,
         metrics.ranks(scores, np.full(n + 1, right)),
         cosines | {"typed": vecs @ vecs[0]},
         *(values[0].norm(dim=-1).cpu().numpy() for values in (latents, agent.heads.B(latents))),
-        words.norm(dim=-1).cpu().numpy(),
+        words.float().norm(dim=-1).cpu().numpy(),
     )
 
 

@@ -199,13 +199,17 @@ def family_of(scenes: dict, members: int = 4) -> list:
 
 
 def a_failure(found: FirstSearch, families: dict) -> int | None:
-    """Row of the failed query with the smallest id, those first whose wrong top-1 is a near-duplicate."""
+    """Row of the failed query with the smallest id, those first whose wrong top-1 is a near-duplicate.
+
+    Its right video can be seen: it has a rank.
+    """
 
     def order(row):
         query = found.queries[row]
         return not families or families[found.shown[row]] != families[query.video], query.id
 
-    return min(np.flatnonzero(~found.hits()), key=order, default=None)
+    failed = np.flatnonzero(~found.hits() & (found.ranks != metrics.NEVER))
+    return min(failed, key=order, default=None)
 
 
 def failure_strips(folder: Path, found: FirstSearch, row: int | None, scenes: dict) -> list[gallery.Strip]:

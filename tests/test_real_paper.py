@@ -1,0 +1,95 @@
+"""`make paper` on files in the layout of a real data set, by the knobs of `paper-24gb` but for models and amounts."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from vsr1 import corpus, miniworld, params, results, traces
+
+# What `paper-24gb` takes from the hub, and how much is done of everything: as in `smoke`.
+SMALL = "engine engine_large policy frame_pixels sft_negatives grpo_negatives max_flat "
+SMALL += "bootstrap sample_queries twostage_videos twostage_epochs ladder_free_queries ladder_free_steps ladder_few "
+SMALL += "ladder_rows ladder_held ladder_batch ladder_steps ladder_long"
+LESS = {"max_turns": 2, "max_new": 64, "grpo_group": 2, "grpo_prompts": 2, "grpo_steps": 1, "held_starts": 2}
+TAUGHT = {"sft_lr": 2e-3, "sft_head_lr": 2e-3}  # so that few rows teach something
+WORLD = {"train_videos": 14, "test_videos": 6, "foundation_videos": 8}
+
+
+def knobs(name):
+    return yaml.safe_load((params.HERE / "profiles" / f"{name}.yaml").read_text())
+
+
+def lay(home, drawn):
+    """Annotations, videos and replies below `home` as their owners lay them out; which test video was left out.
+
+    What the renderer knows stays in the folder `drawn`.
+    """
+    (drawn / "drawn.yaml").write_text(yaml.safe_dump(knobs("smoke") | {"world": WORLD}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(params, "ROOT", drawn)
+        profile = params.load(str(drawn / "drawn.yaml"))
+        films, told = miniworld.render(profile, "activitynet"), profile.runs("activitynet") / "corpus"
+    for place in ("annotations", "videos/from the owners", "sft_data"):
+        (home / place).mkdir(parents=True)
+    for split, name in zip(("train", "test"), corpus.FILES["activitynet"], strict=True):
+        shutil.copy(told / f"{split}.jsonl", home / "annotations" / name)
+    missing = corpus.read_fig(told / "test.jsonl")[0].video
+    for film in films.glob("*.mp4"):
+        if film.stem != missing:
+            shutil.copy(film, home / "videos" / "from the owners")
+    queries, rows = corpus.read_fig(told / "train.jsonl"), []
+    tell = traces.teller(profile, miniworld.read_scenes(told))
+    for at, query in enumerate(queries):
+        shown = queries[at - 3].video if at % 3 else query.video
+        rows.append(traces.Row(query.id, query.text, query.video, shown, (), tell(query, shown)))
+    (home / "sft_data" / traces.FILE).write_text(json.dumps([traces.entry(row) for row in rows]))
+    return missing
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(clone, missing video): `make paper` was typed in it for one real data set."""
+    clone, drawn = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("drawn")
+    for name in ("vsr1", "notebooks", "results/expected"):
+        shutil.copytree(params.ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    for name in ("Makefile", "README.md", "DEVIATIONS.md", "requirements.txt"):
+        shutil.copy(params.ROOT / name, clone)
+    missing = lay(clone / "data" / "activitynet", drawn)
+    profile = knobs("paper-24gb") | {name: knobs("smoke")[name] for name in SMALL.split()} | LESS | TAUGHT
+    (clone / "real.yaml").write_text(yaml.safe_dump(profile))
+    words = ["make", "paper", "PROFILE=real.yaml", "DATASETS=activitynet", f"PY={sys.executable}"]
+    env = os.environ | {"PYTHONPATH": str(clone)}
+    done = subprocess.run(words, cwd=clone, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    return clone, missing
+
+
+def test_all_notebooks_run_in_16_bits_without_what_the_renderer_knows(made):
+    """And what they measure stands beside the paper's numbers."""
+    clone, _ = made
+    page = (clone / "results/real/report.html").read_text(encoding="utf-8")
+    assert "judged against the published values" in page
+    numbers = json.loads((clone / "results/real/numbers.json").read_text())
+    for system in ("zs", "walkdown", "ft", "sft", "vsr1", "twostage"):
+        assert numbers[f"T1/activitynet/{system}/vcmr@0.5"]["value"] is not None, system
+    queries, published = numbers["D1/activitynet/test/queries"], results.published()
+    assert (queries["value"], queries["paper"]) == (24, published["D1/activitynet/test/queries"])
+    rungs = {name.split("/")[2] for name in numbers if name.startswith("L1/activitynet")}
+    assert "held-scaled-n4-r8" in rungs and not any(name.startswith("overfit-policy") for name in rungs)
+    assert not list(clone.rglob("scenes.jsonl")) and not list(clone.rglob("*.failed.ipynb"))
+
+
+def test_a_missing_video_is_named_and_its_queries_are_failures(made):
+    clone, missing = made
+    told = (clone / "runs/real/activitynet/videos/missing.csv").read_text().splitlines()
+    assert told[1:] == [f"{missing},test,4"]
+    numbers = json.loads((clone / "results/real/numbers.json").read_text())
+    _, *lines = (clone / "runs/real/activitynet/episodes/vsr1/episodes.jsonl").read_text().splitlines()
+    assert len(lines) == numbers["T1/activitynet/vsr1/vr@1"]["n"] == 24
+    for one in map(json.loads, lines):
+        assert (one["turns"] == []) == (one["problem"] is not None) == (one["gt_video"] == missing), one
