@@ -343,6 +343,7 @@ def growth(profile: Profile, dataset: str) -> dict[str, Number]:
     vectors = engine.load_vectors(profile.runs(dataset) / "embed" / "engine" / "test")
     weights = str(grpo.train(profile, dataset))
     hard = study.sampled(profile, dataset, "hqr-seen")
+    hard = [one for one in hard if one.problem is None]  # a missing video stands in no gallery
     ids = [one.desc_id for one in hard]
     soft = study.only(study.episodes(profile, dataset, "vsr1", like="sqr", weights=weights), ids)
     typed = vectors.query_vecs[[vectors.query_ids.index(key) for key in ids]]
