@@ -75,7 +75,13 @@ def items(profile: Profile, numbers: dict) -> list[Item]:
 
 
 def remedy(profile: Profile, item: Item) -> str:
-    """What would make a missing item."""
+    """What would make a missing item; or where it is, since frames of real video stay out of results/."""
+    sheets = [
+        path for name in profile.datasets for path in gallery.sheets(profile, name).glob(f"{item.id}-*.png")
+    ]
+    if sheets and not profile.world:
+        told = ", ".join(f"`{path.relative_to(params.ROOT)}`" for path in sheets)
+        return f"Drawn, and left out of results/ for its frames of real video: {told}."
     again = f"make paper PROFILE={profile.name}"
     made = item.about.get("made")
     if made:
