@@ -75,7 +75,8 @@ def test_all_notebooks_run_in_16_bits_without_what_the_renderer_knows(made):
     page = (clone / "results/real/report.html").read_text(encoding="utf-8")
     assert "judged against the published values" in page
     sheet = "runs/real/activitynet/figures/E3-activitynet.png"  # its frames stay out of results/
-    assert sheet in page and (clone / sheet).exists() and not list((clone / "results").rglob("E3-*.png"))
+    assert f'href="../../{sheet}"' in page and (clone / sheet).exists()
+    assert not list((clone / "results").rglob("E3-*.png"))
     numbers = json.loads((clone / "results/real/numbers.json").read_text())
     for system in ("zs", "walkdown", "ft", "sft", "vsr1", "twostage"):
         assert numbers[f"T1/activitynet/{system}/vcmr@0.5"]["value"] is not None, system

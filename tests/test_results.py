@@ -1,7 +1,9 @@
 import csv
 import html
 import json
+import os
 import re
+from dataclasses import replace
 
 import browser
 import pytest
@@ -9,9 +11,10 @@ import yaml
 from fake import profile as fake_profile
 from fake import record
 from markupsafe import escape
+from PIL import Image
 
 from vsr1 import __main__ as cli
-from vsr1 import page, readme, results, tables
+from vsr1 import gallery, page, readme, results, tables
 from vsr1.params import ROOT, InputError, load
 from vsr1.results import Number
 
@@ -260,6 +263,21 @@ def test_links_and_anchors_of_the_report_resolve(run, tmp_path):
     files = [(run.results() / link).resolve() for link in links if link[0] != "#"]
     assert {path.name for path in files} == {"05_evaluation.ipynb", "09_paper.ipynb"}
     assert len(set(files)) == 4 and all(path.is_file() for path in files)
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_pictures_of_real_frames_are_linked_to_and_not_missing(run, real):
+    page.publish(run)
+    if real:
+        run = replace(run, world=None)
+    drawn = [run.runs("figures") / "F1.png", gallery.sheets(run, "didemo") / "E3-didemo.png"]
+    for path in drawn:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+    text, missing = page.report(run).read_text(), page.missing(run, results.load(run))
+    for path in drawn:
+        assert (f'href="{os.path.relpath(path, run.results())}"' in text) == real
+    assert any(line.startswith("F1 ") for line in missing) != real
 
 
 def test_what_an_item_departs_in_stands_in_the_list_of_deviations():

@@ -62,8 +62,12 @@ class Item:
 
 def items(profile: Profile, numbers: dict) -> list[Item]:
     """Everything that the report shows or misses, in the order of items.yaml; what it does not list comes last."""
-    pictures, listed = {}, results.items()
-    for path in sorted((profile.results() / "figures").glob("*.png")):
+    paths, pictures, listed = [*(profile.results() / "figures").glob("*.png")], {}, results.items()
+    if not profile.world:  # frames of real video stay out of results/
+        paths += profile.runs("figures").glob("*.png")
+        for dataset in profile.datasets:
+            paths += gallery.sheets(profile, dataset).glob(f"*-{dataset}.png")
+    for path in sorted(paths):
         pictures.setdefault(path.stem.partition("-")[0], []).append(path)
     ids = [*listed, *sorted((results.layouts().keys() | pictures.keys()) - listed.keys())]
     found = []
@@ -75,13 +79,7 @@ def items(profile: Profile, numbers: dict) -> list[Item]:
 
 
 def remedy(profile: Profile, item: Item) -> str:
-    """What would make a missing item; or where it is, since frames of real video stay out of results/."""
-    sheets = [
-        path for name in profile.datasets for path in gallery.sheets(profile, name).glob(f"{item.id}-*.png")
-    ]
-    if sheets and not profile.world:
-        told = ", ".join(f"`{path.relative_to(params.ROOT)}`" for path in sheets)
-        return f"Drawn, and left out of results/ for its frames of real video: {told}."
+    """What would make a missing item."""
     again = f"make paper PROFILE={profile.name}"
     made = item.about.get("made")
     if made:
@@ -166,6 +164,7 @@ def report(profile: Profile, searches: list[Path] = ()) -> Path:
         layouts=results.layouts(),
         details=details,
         picture=picture,
+        inside=lambda path: path.is_relative_to(folder),
         remedy=lambda item: remedy(profile, item),
         minutes=lambda item: _minutes(item, origin),
         copies=lambda name: _copies(profile, name),
