@@ -129,7 +129,11 @@ def test_a_gallery_grows_by_what_is_real_first(tmp_path, monkeypatch):
     )
     test = some(3)
     grown = dict(ablations.galleries(run, "didemo", test))
-    assert {factor: len(vecs) for factor, vecs in grown.items()} == {1: 3, 5: 15, 15: 45, 100: 300}
+    sizes = {name: len(vecs) for name, vecs in grown.items()}
+    assert sizes == {"own": 3, "train": 15, "all": 45, "made": 300}
+    assert {f"vr@{k}_{name}" for k in (1, 10) for name in sizes} == results.layouts()["B3"]["metrics"].keys()
+    alone = dict(ablations.galleries(dataclasses.replace(run, datasets=("didemo",)), "didemo", test))
+    assert {name: len(vecs) for name, vecs in alone.items()} == {"own": 3, "train": 15, "made": 300}
     for vecs in grown.values():
         assert np.array_equal(vecs[:3], test.video_vecs)
         assert np.allclose(np.linalg.norm(vecs, axis=1), 1)

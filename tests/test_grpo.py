@@ -226,6 +226,12 @@ def test_what_changes_the_outcome_is_in_the_key_of_the_stage(monkeypatch, profil
         assert key(dataclasses.replace(profile, **change)) == key(profile), change
 
 
+def test_stage_2_asks_for_stage_1(monkeypatch, tmp_path, profile):
+    monkeypatch.setattr(params, "ROOT", tmp_path)
+    with pytest.raises(params.InputError, match="charades/sft: not there; stage 1 comes first: vsr1 train"):
+        grpo.train(profile, "charades")
+
+
 @pytest.mark.parametrize("scale", ["group", "batch"])
 def test_advantages_are_trl_s(scale):
     """Its scale_rewards."""

@@ -173,6 +173,7 @@ def test_a_name_stays_at_the_commit_of_its_first_use(hub, profile):
         ("VideoSearchR1/didemo-stage2", {}, "didemo/rows.json: no rows with messages"),
         (NAME, {"sft_data": None}, "its system prompt stands in .* as `sft_data` in the profile smoke"),
         ("Qwen/no such name", {}, "Qwen/no such name: cannot fetch this model: "),
+        ("/no/such/folder", {}, "^/no/such/folder: no such folder$"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_one_line(profile, name, knobs, words):

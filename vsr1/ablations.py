@@ -280,6 +280,7 @@ def retried(profile: Profile, dataset: str, found: dict[str, list[Episode]]) -> 
 
 def run(profile: Profile, dataset: str) -> Iterator[str]:
     """The longer studies of one data set, one after the other; what is there so far is in its part after each."""
+    sft.train(profile, dataset)
     for study_of in (longer_turns, growth):
         keep(profile, dataset, study_of(profile, dataset))
         yield study_of.__name__
@@ -335,11 +336,7 @@ FULL = 100  # times as many videos as the corpus has, at most
 
 
 def growth(profile: Profile, dataset: str) -> dict[str, Number]:
-    """B3: R@1 before and after the first refinement as the gallery grows; the first look stays that of the small one.
-
-    x5     with the train videos; x15 with all rendered videos of all data sets
-    x100   with synthetic ones as well: a video of this data set, moved by the difference of two that are most alike
-    """
+    """B3: R@1 before and after the first refinement as the gallery grows; the first look is that of the small one."""
     vectors = engine.load_vectors(profile.runs(dataset) / "embed" / "engine" / "test")
     weights = str(grpo.train(profile, dataset))
     hard = study.sampled(profile, dataset, "hqr-seen")
@@ -354,32 +351,35 @@ def growth(profile: Profile, dataset: str) -> dict[str, Number]:
     }
     right = np.array([vectors.video_ids.index(one.gt_video) for one in soft])
     numbers = {}
-    for factor, gallery in galleries(profile, dataset, vectors):
+    for size, gallery in galleries(profile, dataset, vectors):
         for system, vecs in sides.items():
             ranks = metrics.ranks(vecs @ gallery.T, right)
             for k in (1, 10):
-                numbers[f"B3/{dataset}/{system}/vr@{k}_x{factor}"] = study.share(profile, soft, ranks <= k)
+                numbers[f"B3/{dataset}/{system}/vr@{k}_{size}"] = study.share(profile, soft, ranks <= k)
     return numbers
 
 
-def galleries(profile: Profile, dataset: str, vectors: engine.Vectors) -> Iterator[tuple[int, np.ndarray]]:
-    """(times as large, (V, D) vectors): galleries that grow, the test videos always first."""
-    real = [vectors.video_vecs]
-    yield 1, real[0]
-    stored = [(dataset, "train")]
-    stored += [
-        (other, split) for other in profile.datasets if other != dataset for split in ("train", "test")
-    ]
-    for number, (other, split) in enumerate(stored, 1):
-        real.append(engine.load_vectors(profile.runs(other) / "embed" / "engine" / split).video_vecs)
-        if number in (1, len(stored)):
-            grown = np.concatenate(real)
-            yield round(len(grown) / len(real[0])), grown
+def galleries(profile: Profile, dataset: str, vectors: engine.Vectors) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, (V, D) vectors): galleries that grow, the test videos always first.
+
+    own    the test videos; `train` with the train videos; `all` with the videos of the other data sets
+    made   with synthetic ones as well, FULL times as many as the first: a video of this data set, moved by the
+           difference of two that are most alike
+    """
+    others = [name for name in profile.datasets if name != dataset]
+    load = lambda name, split: engine.load_vectors(profile.runs(name) / "embed" / "engine" / split)  # noqa: E731
+    real = [vectors.video_vecs, load(dataset, "train").video_vecs]
+    yield "own", real[0]
+    yield "train", np.concatenate(real)
+    real += [load(name, split).video_vecs for name in others for split in ("train", "test")]
+    grown = np.concatenate(real)
+    if others:
+        yield "all", grown
     rng, own = np.random.default_rng(profile.seed), np.concatenate(real[:2])
     near = (own @ own.T - 2 * np.eye(len(own))).argmax(axis=1)  # of each video the one most like it
     moved, pair = rng.integers(0, len(own), (2, FULL * len(real[0]) - len(grown)))
     made = own[moved] + own[pair] - own[near[pair]]
-    yield FULL, np.concatenate([grown, made / np.linalg.norm(made, axis=1, keepdims=True)])
+    yield "made", np.concatenate([grown, made / np.linalg.norm(made, axis=1, keepdims=True)])
 
 
 @torch.no_grad()

@@ -801,6 +801,8 @@ def train(profile, dataset: str, name: str = "vsr1", watch=None) -> Path:
 
 def _train(profile, dataset, name, folder, watch=None):
     home, recipe = profile.runs(dataset), RECIPES[name]
+    if not (home / "sft").exists():
+        raise InputError(f"{home / 'sft'}: not there; stage 1 comes first: vsr1 train --stage sft")
     vectors = engine.load_vectors(home / "embed" / "engine" / "train")
     starts, held = choose_starts(profile, dataset, vectors)
     made, agent = engine.load(profile), policy.load(str(home / "sft"), profile)

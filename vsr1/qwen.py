@@ -68,6 +68,8 @@ def fetch(name: str) -> Path:
     """
     if Path(place(name)).is_dir():
         return Path(place(name))
+    if Path(name).is_absolute():
+        raise InputError(f"{name}: no such folder")
     repository, _, revision = name.partition("@")
     wanted, file = pins().get(name) or revision or None, params.ROOT / PINS
     try:
