@@ -112,6 +112,14 @@ def test_a_rewrite_behind_the_query_is_what_the_loop_would_have_asked(world, mad
     assert ranks[0] == ranks[1] != ranks[2] and None not in ranks[0]
 
 
+def test_the_longer_studies_train_stage_1_where_it_is_not_there(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(ablations.sft, "train", lambda *_: done.append("stage 1"))
+    monkeypatch.setattr(ablations, "longer_turns", lambda *_: done.append("turns") or {})
+    next(ablations.run(fake_profile(tmp_path, monkeypatch), "charades"))
+    assert done == ["stage 1", "turns"]
+
+
 def test_a_gallery_grows_by_what_is_real_first(tmp_path, monkeypatch):
     run, rng = fake_profile(tmp_path, monkeypatch), np.random.default_rng(0)
 
