@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 from tiny import moments, random_engine, random_policy
 
 from vsr1 import __main__ as cli
-from vsr1 import engine, params, sft, split, stages
+from vsr1 import cache, config
+from vsr1.models import embedding
+from vsr1.training import fsdp, sft
 
 
 def grpo_loop(folder, prompts):
     """Stage 2 with so many starts a step, and the weights that it ends with."""
-    knobs = dataclasses.replace(test_grpo.knobs(), grpo_prompts=int(prompts), grpo_scale="batch")
+    knobs = dataclasses.replace(test_grpo.knobs(), grpo_prompts_per_step=int(prompts), scale_rewards="batch")
     course = test_grpo.steadily(test_grpo.begin(knobs, random_engine(), test_grpo.made_vectors()))
     starts = test_grpo.made_starts(test_grpo.made_vectors())
     course.run(starts, starts[:2], folder, "two")
@@ -28,7 +30,7 @@ def grpo_loop(folder, prompts):
 
 def sft_loop(folder):
     """Stage 1, and the weights that it ends with."""
-    assert stages.team().num_processes == 2
+    assert cache.dist_state().num_processes == 2
     trainer = test_sft.short_course(folder, random_policy(), random_engine())
     trainer.train()
     keep(trainer.accelerator, trainer.model, folder)
@@ -54,7 +56,7 @@ def keep(accelerator, model, folder):
 
 def commands(folder, *words):
     """Commands of the package, split by "then", in a clone of their own."""
-    params.ROOT, engine.SHARD = folder, 3
+    config.ROOT, embedding.SHARD_SIZE = folder, 3
     for command in " ".join(words).split(" then "):
         if status := cli.main(command.split()):
             return status
@@ -62,8 +64,8 @@ def commands(folder, *words):
 
 def sharing(folder, *words):
     """The same, after which both stages have dealt out their model."""
-    dealt, deal = [], split.fully_shard
-    split.fully_shard = lambda *args, **options: dealt.append(args) or deal(*args, **options)
+    dealt, deal = [], fsdp.fully_shard
+    fsdp.fully_shard = lambda *args, **options: dealt.append(args) or deal(*args, **options)
     status = commands(folder, *words)
     assert len(dealt) == 2
     return status
@@ -86,11 +88,11 @@ def refused(folder, process):
     """A stage that one process cannot build, while the other works."""
 
     def build(partial):
-        if stages.team().process_index == int(process):
-            raise params.InputError("this one has no videos; bring some")
-        stages.team().wait_for_everyone()
+        if cache.dist_state().process_index == int(process):
+            raise config.InputError("this one has no videos; bring some")
+        cache.dist_state().wait_for_everyone()
 
-    cli.corpus = lambda *_: stages.run(folder / "out", {}, build, together=True)
+    cli.corpus = lambda *_: cache.build(folder / "out", {}, build, together=True)
     return cli.main(["corpus", "--profile", "smoke"])
 
 

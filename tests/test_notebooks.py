@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from vsr1 import __main__ as cli
-from vsr1.params import ROOT
+from vsr1.config import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 DATASETS = ("charades", "didemo")  # activitynet: in the layout of the real data, test_real_paper

@@ -9,19 +9,30 @@ import sys
 import pytest
 import yaml
 
-from vsr1 import corpus, miniworld, params, results, traces
+from vsr1 import config
+from vsr1.data import annotations
+from vsr1.mini import renderer
+from vsr1.report import results
+from vsr1.training import sft_data
 
 # What `paper-24gb` takes from the hub, and how much is done of everything: as in `smoke`.
-SMALL = "engine engine_large policy frame_pixels sft_negatives grpo_negatives max_flat "
-SMALL += "bootstrap sample_queries twostage_videos twostage_epochs ladder_free_queries ladder_free_steps ladder_few "
+SMALL = "engine engine_large policy max_frame_pixels sft_negatives grpo_negatives max_zero_std "
+SMALL += "bootstrap_samples sample_queries twostage_videos twostage_epochs ladder_free_queries ladder_free_steps ladder_few "
 SMALL += "ladder_rows ladder_held ladder_batch ladder_steps ladder_long"
-LESS = {"max_turns": 2, "max_new": 64, "grpo_group": 2, "grpo_prompts": 2, "grpo_steps": 1, "held_starts": 2}
+LESS = {
+    "max_turns": 2,
+    "max_new_tokens": 64,
+    "grpo_group": 2,
+    "grpo_prompts_per_step": 2,
+    "grpo_steps": 1,
+    "num_val_prompts": 2,
+}
 TAUGHT = {"sft_lr": 2e-3, "sft_head_lr": 2e-3}  # so that few rows teach something
 WORLD = {"train_videos": 14, "test_videos": 6, "foundation_videos": 8}
 
 
 def knobs(name):
-    return yaml.safe_load((params.HERE / "profiles" / f"{name}.yaml").read_text())
+    return yaml.safe_load((config.PACKAGE / "profiles" / f"{name}.yaml").read_text())
 
 
 def lay(home, drawn):
@@ -31,23 +42,23 @@ def lay(home, drawn):
     """
     (drawn / "drawn.yaml").write_text(yaml.safe_dump(knobs("smoke") | {"world": WORLD}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(params, "ROOT", drawn)
-        profile = params.load(str(drawn / "drawn.yaml"))
-        films, told = miniworld.render(profile, "activitynet"), profile.runs("activitynet") / "corpus"
+        patch.setattr(config, "ROOT", drawn)
+        profile = config.load(str(drawn / "drawn.yaml"))
+        films, told = renderer.render(profile, "activitynet"), profile.data_dir("activitynet") / "corpus"
     for place in ("annotations", "videos/from the owners", "sft_data"):
         (home / place).mkdir(parents=True)
-    for split, name in zip(("train", "test"), corpus.FILES["activitynet"], strict=True):
+    for split, name in zip(("train", "test"), annotations.FILES["activitynet"], strict=True):
         shutil.copy(told / f"{split}.jsonl", home / "annotations" / name)
-    missing = corpus.read_fig(told / "test.jsonl")[0].video
+    missing = annotations.read_fig(told / "test.jsonl")[0].video
     for film in films.glob("*.mp4"):
         if film.stem != missing:
-            shutil.copy(film, home / "videos" / "from the owners")
-    queries, rows = corpus.read_fig(told / "train.jsonl"), []
-    tell = traces.teller(profile, miniworld.read_scenes(told))
+            shutil.copy(film, profile.data_dir(dataset) / "videos" / "from the owners")
+    queries, rows = annotations.read_fig(told / "train.jsonl"), []
+    tell = sft_data.teller(profile, renderer.read_scenes(told))
     for at, query in enumerate(queries):
         shown = queries[at - 3].video if at % 3 else query.video
-        rows.append(traces.Row(query.id, query.text, query.video, shown, (), tell(query, shown)))
-    (home / "sft_data" / traces.FILE).write_text(json.dumps([traces.entry(row) for row in rows]))
+        rows.append(sft_data.SFTExample(query.id, query.text, query.video, shown, (), tell(query, shown)))
+    (home / "sft_data" / sft_data.FILE).write_text(json.dumps([sft_data.to_released(row) for row in rows]))
     return missing
 
 
@@ -56,9 +67,9 @@ def made(tmp_path_factory):
     """(clone, missing video): `make paper` was typed in it for one real data set."""
     clone, drawn = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("drawn")
     for name in ("vsr1", "notebooks", "results/expected"):
-        shutil.copytree(params.ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        shutil.copytree(config.ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     for name in ("Makefile", "README.md", "DEVIATIONS.md", "requirements.txt"):
-        shutil.copy(params.ROOT / name, clone)
+        shutil.copy(config.ROOT / name, clone)
     missing = lay(clone / "data" / "activitynet", drawn)
     profile = knobs("paper-24gb") | {name: knobs("smoke")[name] for name in SMALL.split()} | LESS | TAUGHT
     (clone / "real.yaml").write_text(yaml.safe_dump(profile))

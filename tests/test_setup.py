@@ -10,7 +10,7 @@ import tomllib
 import pytest
 import yaml
 
-from vsr1.params import ROOT
+from vsr1.config import ROOT
 
 MODULES = sorted(path.stem for path in (ROOT / "vsr1").glob("*.py") if path.stem != "__init__")
 

@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
-from vsr1 import engine, frames, lessons, params, policy
+from vsr1 import config
+from vsr1.data import video_reader
+from vsr1.mini import pretraining_tasks
+from vsr1.models import engine, policy, soft_heads
 
 COLD = 0.1  # a temperature at which a random policy repeats itself
 QUERIES = ["A person waves.", "Someone jumps up and down by the lake with a blue dog.", "Who sits?"]
@@ -21,8 +24,8 @@ QUERIES = ["A person waves.", "Someone jumps up and down by the lake with a blue
 def random_policy(spare=8, init="default", seed=0):
     """With fresh heads, and `spare` embedding rows above the tokenizer, one of which <REFINE> takes."""
     torch.manual_seed(seed)
-    tokenizer = lessons.make_tokenizer(lessons.vocabulary())
-    config = lessons.make_config(tokenizer)
+    tokenizer = pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary())
+    config = pretraining_tasks.make_config(tokenizer)
     config.text_config.vocab_size = len(tokenizer) + spare
     model = Qwen3VLForConditionalGeneration(config).eval()
     for name, weight in model.named_parameters():  # freshly drawn weights hardly look at anything: let them
@@ -33,32 +36,32 @@ def random_policy(spare=8, init="default", seed=0):
         ):  # else before and after a norm would be nearly the same to a head
             weight.data.uniform_(0.5, 1.5)
     base = policy.Policy(model, tokenizer, None, None, 4096)
-    return policy.new_heads(base, policy.Settings(refine_init=init), seed)
+    return policy.new_heads(base, soft_heads.Settings(refine_init=init), seed)
 
 
 def random_engine():
     """A frozen engine of the mini shape."""
     torch.manual_seed(1)
-    tokenizer = lessons.make_tokenizer(lessons.vocabulary())
-    model = Qwen3VLModel(lessons.make_config(tokenizer)).eval().requires_grad_(False)
-    return engine.Engine(params.load("smoke"), model, tokenizer, "random")
+    tokenizer = pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary())
+    model = Qwen3VLModel(pretraining_tasks.make_config(tokenizer)).eval().requires_grad_(False)
+    return engine.Engine(config.load("smoke"), model, tokenizer, "random")
 
 
 def clip(count, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
-    return frames.Clip(pixels, np.arange(count) * 2.0 + 0.25, 2.0 * count, None)
+    return video_reader.Clip(pixels, np.arange(count) * 2.0 + 0.25, 2.0 * count, None)
 
 
 def changed(made, **changes):
     """The same policy with other attributes, say another end of reply: a random one never says <|im_end|>."""
-    other = policy.Policy(made.model, made.tokenizer, made.heads, made.settings, made.frame_pixels)
+    other = policy.Policy(made.model, made.tokenizer, made.heads, made.settings, made.max_frame_pixels)
     other.__dict__ |= changes
     return other
 
 
 def sampled(made, prompts, group=1, limit=24, temperature=1.0, seed=0):
     rng = np.random.default_rng(seed)
-    return made.reply(prompts, group=group, max_new=limit, temperature=temperature, rng=rng)
+    return made.reply(prompts, group=group, max_new_tokens=limit, temperature=temperature, rng=rng)
 
 
 def coming_to_an_end(made, prompts):
@@ -104,9 +107,9 @@ def fake_tensorboard(monkeypatch) -> list[Writer]:
 def two_processes(*words, launch=None, **variables):
     """tests/one_of_two.py with these words, in two processes on the CPU, by torchrun or another module."""
     launch = launch or ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(params.ROOT / "tests" / "one_of_two.py"), *map(str, words)]
+    script = [str(config.ROOT / "tests" / "one_of_two.py"), *map(str, words)]
     command, options = [sys.executable, "-m", *launch, *script], {"capture_output": True, "text": True}
-    return subprocess.run(command, cwd=params.ROOT, env=os.environ | variables, timeout=300, **options)
+    return subprocess.run(command, cwd=config.ROOT, env=os.environ | variables, timeout=300, **options)
 
 
 def same_end(one, two, before):

@@ -11,18 +11,16 @@ import sys
 import time
 from pathlib import Path
 
-from vsr1 import params, stages
-from vsr1.params import ROOT, InputError
+from vsr1 import cache, config
+from vsr1.config import ROOT, InputError
 
 # Command, of one word or two: the module whose main reads its own arguments.
 OTHERS = {
-    "score": "score",
-    "search": "yours",
-    "fetch": "release",
-    "foundation": "foundation",
-    "bench": "bench",
+    "score": "evaluation.fig_scorer",
+    "search": "apps.search_folder",
+    "fetch": "data.official_release",
+    "foundation": "mini.pretraining",
 }
-OTHERS |= {"bench gpu": "gpu", "bench large": "million"}
 SHARED = ("corpus", "embed", "train", "evaluate")  # what a launcher may start in several processes
 FSDP = {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
 MOMENT = 10  # seconds in which a launcher ends the other processes when one has ended
@@ -43,7 +41,7 @@ def main(argv=None) -> int:
         return 130
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-            knobs = "batch_tokens, eval_batch, sft_batch, grpo_batch, grpo_replies or frame_pixels"
+            knobs = "batch_tokens, eval_batch, sft_batch, grpo_rollout_batch, grpo_micro_batch or max_frame_pixels"
             message = (
                 f"not enough memory ({str(error)[:90]}); lower {knobs} in the profile, then run it again"
             )
@@ -64,34 +62,35 @@ def _command(argv):
     args = _parser().parse_args(argv)
     if args.command == "lab":
         return lab(args.port)
-    profile = params.load(args.profile, args.seed)
+    profile = config.load(args.profile, args.seed)
     # torch and OpenMP read it when they are first imported, in this process and in the kernels of notebooks.
     os.environ["OMP_NUM_THREADS"] = str(profile.threads)
     _check_launcher()
-    mates = stages.team(profile.device)
+    mates = cache.dist_state(profile.device)
     if mates.num_processes > 1 and args.command not in SHARED:
         raise InputError(f"{args.command}: works in one process; several can share {', '.join(SHARED)}")
     if args.command == "train":
-        return train(profile, params.check_dataset(args.dataset), args.stage, args.recipe)
+        return train(profile, config.check_dataset(args.dataset), args.stage, args.recipe)
     if args.command == "evaluate":
-        return evaluate(profile, params.check_dataset(args.dataset), args.systems)
+        return evaluate(profile, config.check_dataset(args.dataset), args.systems)
     if args.command in ("report", "check"):
-        from vsr1 import page, results
+        from vsr1.report import html_report as page
+        from vsr1.report import results
 
         results.need_run(profile)
         return page.check(profile) if args.command == "check" else page.publish(profile) and None
     if args.command == "readme":
-        from vsr1 import readme
+        from vsr1.report import readme
 
         return readme.write(profile)
     if args.command == "doctor":
-        from vsr1 import doctor
+        from vsr1.apps import doctor
 
         return doctor.main(profile)
     given = " ".join(args.datasets).replace(",", " ").split()
-    datasets = tuple(params.check_dataset(name) for name in given) or profile.datasets
-    jobs = min(args.jobs or profile.jobs, len(datasets), len(os.sched_getaffinity(0)))
-    if jobs > 1 and mates is stages.ALONE:
+    datasets = tuple(config.check_dataset(name) for name in given) or profile.datasets
+    jobs = min(args.jobs or profile.parallel_datasets, len(datasets), len(os.sched_getaffinity(0)))
+    if jobs > 1 and mates is cache.SINGLE_PROCESS:
         failed = side_by_side(args, datasets, jobs)
         if failed or args.command != "notebook":
             return failed
@@ -188,28 +187,29 @@ def _parser():
 
 def corpus(profile, datasets):
     """Every corpus under runs/: rendered where the profile has a world, else brought in from the real files."""
-    from vsr1 import miniworld, real
+    from vsr1.data import real_datasets
+    from vsr1.mini import renderer
 
     for dataset in datasets:
         started = time.time()
-        (miniworld.render if profile.world else real.bring)(profile, dataset)
+        (renderer.render if profile.world else real_datasets.import_dataset)(profile, dataset)
         _say(f"corpus {dataset}", started)
 
 
 def embed(profile, datasets):
     """Vectors and index of both splits under the small engine; the large one belongs to the study that needs it."""
-    from vsr1 import engine
+    from vsr1.models import embedding
 
     for dataset in datasets:
         started = time.time()
         for split in ("train", "test"):
-            engine.embed_corpus(profile, dataset, split, "engine")
+            embedding.embed_corpus(profile, dataset, split, "engine")
         _say(f"embed {dataset}", started)
 
 
 def train(profile, dataset, stage, recipe):
     """One stage of training, with whatever it needs and is not there yet."""
-    from vsr1 import grpo, sft
+    from vsr1.training import grpo, sft
 
     corpus(profile, (dataset,))
     embed(profile, (dataset,))
@@ -222,19 +222,20 @@ def train(profile, dataset, stage, recipe):
 
 def evaluate(profile, dataset, systems):
     """The test episodes of systems, each with the weights that training left for it, if any."""
-    from vsr1 import evaluate as loop
-    from vsr1 import grpo, policy
+    from vsr1.evaluation import evaluate as loop
+    from vsr1.models import checkpoints
+    from vsr1.training import rollout
 
     home = profile.runs(dataset)
     trained = {"sft": ("sqr", home / "sft"), "walkdown-ft": ("walkdown", home / "ft")}
-    trained |= {recipe: ("sqr", home / "grpo" / recipe) for recipe in grpo.RECIPES}
+    trained |= {recipe: ("sqr", home / "grpo" / recipe) for recipe in rollout.VARIANTS}
     released = {
-        "sft-released": policy.released_name(dataset, 1),
-        "vsr1-released": policy.released_name(dataset, 2),
+        "sft-released": checkpoints.released_name(dataset, 1),
+        "vsr1-released": checkpoints.released_name(dataset, 2),
     }
     for name in systems:
         started, (like, weights) = time.time(), trained.get(name, (name, None))
-        if weights and not stages.stamp(weights):
+        if weights and not cache.metadata(weights):
             raise InputError(f"{weights}: not trained yet; `python -m vsr1 train --help` says how")
         if name in released:
             like, weights = "sqr", released[name]
@@ -246,17 +247,19 @@ def evaluate(profile, dataset, systems):
 
 def record(profile, dataset, name, path):
     """Puts a row of T1 that no notebook makes among the numbers of the report, and prints it."""
-    from vsr1 import episode, results, study, training
+    from vsr1.experiments import refinement, training_curves
+    from vsr1.loop import records
+    from vsr1.report import results
 
-    if stages.team().is_main_process:
-        numbers = training.test_rows(profile, dataset, name, episode.read_episodes(path))
+    if cache.dist_state().is_main_process:
+        numbers = training_curves.test_rows(profile, dataset, name, records.read_episodes(path))
         results.record(profile, dataset, name, numbers)
-        print(study.table(numbers).to_string())
+        print(refinement.table(numbers).to_string())
 
 
 def seeds(profile, datasets, numbers):
     """What each seed got right, and the tables R1 and R2 of all that have been run."""
-    from vsr1 import seeds as others
+    from vsr1.experiments import seeds as others
 
     for dataset in datasets:
         for seed in numbers:
@@ -268,7 +271,7 @@ def seeds(profile, datasets, numbers):
 
 def ablations(profile, datasets):
     """The longer studies, one after the other; what is found so far stands in results/ after each."""
-    from vsr1 import ablations as longer
+    from vsr1.experiments import ablations as longer
 
     for dataset in datasets:
         started = time.time()
@@ -279,7 +282,7 @@ def ablations(profile, datasets):
 
 def _say(what, started):
     """One line about what was done, from one process."""
-    if stages.team().is_main_process:
+    if cache.dist_state().is_main_process:
         print(f"{what}: {time.time() - started:.0f} s", flush=True)
 
 
@@ -294,7 +297,7 @@ def notebooks(names, profile_name, profile, datasets):
             if dataset:
                 given["dataset"] = dataset
             started = time.time()
-            folder = profile.runs(dataset) if dataset else profile.runs("any").parent
+            folder = profile.runs(dataset) if dataset else profile.run_root()
             ran = execute(source, given, folder, profile.digest(), () if dataset else shared(profile))
             took = f"{time.time() - started:.0f} s" if ran else "unchanged"
             print(f"notebook {' '.join(filter(None, (name, dataset)))}: {took}", flush=True)
@@ -355,14 +358,13 @@ def execute(source, given, folder, profile_digest, others=()):
     """
     copy = folder / "notebooks" / source.name
     record = copy.with_name(f".{source.stem}.json")
-    modules = sorted(path.stem for path in (ROOT / "vsr1").glob("[!_]*.py"))
     inputs = {
         "given": given,
         "profile": profile_digest,
-        "cells": stages.fingerprint([[c["cell_type"], "".join(c["source"])] for c in _cells(source)]),
-        "code": stages.code(*modules),
-        "packages": stages.digest(ROOT / "requirements.txt"),
-        "others": stages.digest(*(path for path in others if path.exists())),
+        "cells": cache.fingerprint([[c["cell_type"], "".join(c["source"])] for c in _cells(source)]),
+        "code": cache.fingerprint([cache.source_digest(name) for name in sorted(cache.SOURCES)]),
+        "packages": cache.file_digest(ROOT / "requirements.txt"),
+        "others": cache.file_digest(*(path for path in others if path.exists())),
     }
     if copy.exists() and record.exists():
         last, now = json.loads(record.read_text(encoding="utf-8")), stage_keys(folder)
@@ -370,14 +372,13 @@ def execute(source, given, folder, profile_digest, others=()):
             return False
     copy.parent.mkdir(parents=True, exist_ok=True)
     _papermill(source, copy, given)
-    stages.write_json(record, {"inputs": inputs, "stages": stage_keys(folder)})
+    cache.write_json(record, {"inputs": inputs, "stages": stage_keys(folder)})
     return True
 
 
 def stage_keys(folder):
     """{folder of a finished stage: its key} for everything below `folder`."""
-    done = [path.parent for path in folder.rglob(".stage.json") if ".partial" not in str(path)]
-    return {path.relative_to(folder).as_posix(): stages.stamp(path)["key"] for path in done}
+    return {path.relative_to(folder).as_posix(): cache.metadata(path)["key"] for path in cache.steps(folder)}
 
 
 def _papermill(source, copy, given):

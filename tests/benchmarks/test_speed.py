@@ -1,0 +1,89 @@
+"""The benchmark itself: that it compares like with like, and what it writes."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from benchmarks import speed
+from vsr1.models import prompt_text
+
+
+@pytest.fixture(scope="module")
+def rows():
+    torch.set_num_threads(1)
+    latents = speed.measure_latents(False, "mini", 100, 6, rounds=2, targets=True)
+    return latents + speed.measure_steps(False, "mini", 100, 6, rounds=2, at_once=2)
+
+
+def test_ratios_are_those_of_the_seconds_and_targets_stand_beside_them(rows):
+    assert [row.target for row in rows] == [5.0, None, 2.5, *[None] * 5]
+    for row in rows:
+        assert 0 < row.ratio_low <= row.ratio <= row.ratio_high
+        assert (
+            row.ratio_low * row.ours_s <= 2 * row.plain_s and row.plain_s <= 2 * row.ratio_high * row.ours_s
+        )
+
+
+def test_a_step_is_the_sum_of_its_parts_and_the_plain_way_takes_more_memory(rows):
+    """Medians of two rounds are means, so the parts add up but for rounding."""
+    whole, *parts, few = rows[2:]
+    assert sum(row.ours_s for row in parts) == pytest.approx(whole.ours_s, abs=5e-4)
+    assert sum(row.plain_s for row in parts) == pytest.approx(whole.plain_s, abs=5e-4)
+    assert all(0 < row.ours_s < row.plain_s for row in parts[:3])  # rollout, anchor, forward and backward
+    assert 0 < few.ours_gb <= few.plain_gb == whole.plain_gb  # the highest so far, in the order of the ways
+    assert few.plain_s == whole.plain_s and whole.ours_s < few.ours_s < few.plain_s
+
+
+def test_steps_that_say_or_learn_something_else_are_not_timed_as_equals():
+    step = speed.Step(False, 100, 6)
+    words, loss, gradient = step.run(True)
+    speed.same_step((words, loss, gradient), step.run(False))
+    for what, other in {
+        "other replies": (words[1:], loss, gradient),
+        "another loss": (words, loss + 0.01, gradient),
+        "another gradient": (words, loss, gradient * 1.01),
+    }.items():
+        with pytest.raises(AssertionError, match=what):
+            speed.same_step((words, loss, gradient), other)
+    step.course.learner.sampler.knobs.__dict__["grpo_infonce_weight"] = 0.5  # frozen, but this step's own
+    with pytest.raises(AssertionError):
+        speed.same_step((words, loss, gradient), step.run(True))
+
+
+def test_ways_that_disagree_are_not_timed_as_equals():
+    with pytest.raises(AssertionError):
+        speed.in_turn([lambda: torch.zeros(2), lambda: torch.ones(2)], 1, torch.testing.assert_close)
+
+
+def test_rounds_take_turns_and_the_slow_way_is_not_run_for_nothing():
+    order = []
+    ways = [lambda: order.append("plain"), lambda: order.append("ours")]
+    assert speed.in_turn(ways, 2, lambda first, other: None).shape == (2, 2)
+    assert order == ["ours", "plain", "ours", "plain", "ours"]
+
+
+def test_the_larger_model_and_the_prompts_are_as_large_as_claimed():
+    with torch.device("meta"):
+        config = speed.make_config(large=True, rows=1000)
+        size = sum(weight.numel() for weight in speed.Qwen3VLForConditionalGeneration(config).parameters())
+    assert 180e6 < size < 240e6
+    made = speed.random_policy(large=False)
+    prompt = made.prompt(prompt_text.SYSTEM, speed.QUERY, speed.long_clip(made, 512))
+    assert 512 <= len(prompt.ids) < 600
+
+
+def test_both_files_hold_every_row(rows, tmp_path):
+    speed.write(rows, tmp_path, minutes=1.0)
+    told = json.loads((tmp_path / "agent.json").read_text())
+    assert {"machine", "threads", "versions", "commit", "peak_memory_gb", "minutes"} <= set(told) and told[
+        "threads"
+    ] == 1
+    with open(tmp_path / "agent.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert (
+        [float(row["ratio"]) for row in table]
+        == [row.ratio for row in rows]
+        == [r["ratio"] for r in told["rows"]]
+    )

@@ -1,0 +1,637 @@
+"""The authors' release, in its published layout at a small size: its small parts arrive, and nothing else."""
+
+import http.server
+import io
+import json
+import os
+import re
+import tarfile
+import threading
+import time
+from urllib.parse import unquote
+
+import huggingface_hub
+import numpy as np
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from vsr1 import __main__ as cli
+from vsr1 import config
+from vsr1.apps import doctor
+from vsr1.config import InputError
+from vsr1.data import official_release, real_datasets
+from vsr1.report import results
+from vsr1.training import sft_data
+
+TRAIN, TEST, WIDTH = {1: "AAAAA", 2: "BBBBB"}, {3: "CCCCC", 4: "DDDDD", 5: "DDDDD", 6: "EEEEE"}, 8
+FRAMES = bytes(300_000)
+
+
+def unit(rows, seed):
+    vecs = np.random.default_rng(seed).standard_normal((rows, WIDTH)).astype(np.float32)
+    return vecs / np.linalg.norm(vecs, axis=1, keepdims=True)
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def fig(asked):
+    fixed = {"duration": 9.0, "cog_desc": "c", "fig_desc": "f", "fig_desc_score": 0.5}
+    return lines(
+        {"video": video, "time": [0, 4], "desc_id": number} | fixed for number, video in asked.items()
+    )
+
+
+def split(name, asked, seed):
+    videos = sorted(set(asked.values()), reverse=True)
+    meta = lines({"qid": f"{number}_fig", "query": "f"} for number in asked)
+    return {
+        f"{name}/query_embedding/query_embeddings.{name}.npy": npy(unit(len(asked), seed)),
+        f"{name}/query_embedding/query_meta.{name}.jsonl": meta,
+        f"{name}/video_embedding_1fps/segment_embeds.npy": npy(unit(len(videos), seed + 1)),
+        f"{name}/video_embedding_1fps/docid2row.json": json.dumps(
+            {v: n for n, v in enumerate(videos)}
+        ).encode(),
+        f"{name}/index/index.faiss": b"an index",
+        f"{name}/index/id_map.json": json.dumps(videos).encode(),
+    }
+
+
+TEXTS = {f"raw_annotation/{name}.jsonl": fig(asked) for name, asked in (("train", TRAIN), ("test", TEST))}
+TEXTS["sft_data/train_oneturn.json"] = b"[]"
+VECTORS = (
+    split("train", TRAIN, 0) | split("test", TEST, 2) | {"train/hard_negatives.json": b'{"1_fig": ["BBBBB"]}'}
+)
+STILLS = {f"test/video_npy_with_meta/{video}.npy": FRAMES for video in TEST.values()}
+GRPO = {"grpo_data/train.minimal_top1.jsonl": b"{}\n"}
+
+
+def header(name, size=0, **more):
+    member = tarfile.TarInfo(name)
+    member.size = size
+    for key, value in more.items():
+        setattr(member, key, value)
+    return member
+
+
+def tar(files, around=""):
+    """The bytes of a tar: {name: content}, or (TarInfo, content) pairs."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as out:
+        for name, content in files.items() if isinstance(files, dict) else files:
+            member = name if isinstance(name, tarfile.TarInfo) else header(around + name, len(content))
+            out.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def lay(folder, **shards):
+    """A release of the shards given as bytes; one as a list of bytes has as many parts."""
+    (folder / "shards").mkdir(parents=True)
+    entries = []
+    for name, content in shards.items():
+        parts = content if isinstance(content, list) else []
+        entries.append(
+            {"name": name} | ({"parts": [f"{name}.{n}" for n in range(len(parts))]} if parts else {})
+        )
+        for part, some in zip(entries[-1].get("parts", [f"{name}.tar"]), parts or [content], strict=True):
+            (folder / "shards" / part).write_bytes(some)
+    (folder / "manifest.json").write_text(json.dumps({"shards": entries}))
+    return folder
+
+
+def in_three(content):
+    return [
+        content[:700],
+        content[700:5000],
+        content[5000:],
+    ]  # the first cut is inside a file, the second too
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A release with everything, the frames in the shard where one wanted file lies behind them."""
+    shards = {
+        "frames": tar(STILLS | GRPO),
+        "texts": tar(TEXTS, "./"),
+        "vectors": in_three(tar(VECTORS, "charades-sta/")),
+    }
+    return lay(tmp_path / "copy", **shards)
+
+
+@pytest.fixture
+def profile(tmp_path, monkeypatch):
+    results.published()  # read and kept before their folder is changed
+    for module in (config, real_datasets, official_release, doctor, sft_data):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    return config.load("paper")
+
+
+@pytest.fixture
+def home(tmp_path):
+    return tmp_path / "data" / "charades"
+
+
+def there(home):
+    return {str(path.relative_to(home)): path.read_bytes() for path in home.rglob("*") if path.is_file()}
+
+
+EXPECTED = {
+    official_release.wanted("charades")[name]: content for name, content in (TEXTS | VECTORS | GRPO).items()
+}
+
+
+def test_the_wanted_files_arrive_whole_and_nothing_else_does(profile, whole, home, monkeypatch):
+    assert official_release.fetch(profile, "charades", str(whole)) == []
+    got = there(home)
+    assert json.loads(got.pop("release.json"))["source"] == str(whole)
+    assert got == EXPECTED and set(EXPECTED) == set(official_release.wanted("charades").values())
+    monkeypatch.setattr(official_release, "connect", None)  # a second call needs no source
+    assert official_release.fetch(profile, "charades") == []
+
+
+def test_what_is_fetched_is_where_others_look(profile, whole, home):
+    official_release.fetch(profile, "charades", str(whole))
+    (profile.data_dir(dataset) / "videos").mkdir()
+    (profile.data_dir(dataset) / "videos" / "CCCCC.mp4").write_bytes(b"film")
+    assert real_datasets.import_dataset(profile, "charades").name == "videos"
+    assert sft_data.source(profile, "charades").read_bytes() == b"[]"
+
+
+def test_a_file_that_was_there_before_stays_as_it_is(profile, whole, home):
+    own = home / "annotations" / "charades_fig_test.jsonl"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"mine")
+    official_release.fetch(profile, "charades", str(whole))
+    assert there(home)["annotations/charades_fig_test.jsonl"] == b"mine"
+
+
+def test_what_the_release_lacks_is_named_and_its_shards_are_read_once(profile, home, tmp_path, monkeypatch):
+    folder = lay(tmp_path / "copy", one=tar(TEXTS | STILLS))
+    absent = official_release.fetch(profile, "charades", str(folder))
+    assert absent == sorted(set(official_release.wanted("charades")) - set(TEXTS))
+    monkeypatch.setattr(official_release, "_walk", None)
+    assert official_release.fetch(profile, "charades") == absent
+
+
+def test_a_release_without_annotations_is_none(profile, tmp_path):
+    with pytest.raises(InputError, match=r"no raw_annotation/ with train\.jsonl"):
+        official_release.fetch(profile, "charades", str(lay(tmp_path / "copy", one=tar(VECTORS))))
+
+
+# --- From the hub
+
+
+class Hub:
+    """A bucket as the hub serves it, on loopback: its description, its listing, and ranges of its files."""
+
+    def __init__(self, folder):
+        self.asked, self.sent, self.marks, place = [], 0, {}, "datasets/charades-sta"
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(handler):
+                path = unquote(handler.path.partition("?")[0])
+                self.asked.append(path)
+                if path == "/api/buckets/VideoSearchR1/data":
+                    known = {"id": "VideoSearchR1/data", "private": False, "size": 1, "totalFiles": 1}
+                    return self.answer(
+                        handler, json.dumps(known | {"createdAt": "2026-07-01T00:00:00.000Z"}).encode()
+                    )
+                if path.startswith("/api/buckets/VideoSearchR1/data/tree"):
+                    below = (
+                        path.removeprefix("/api/buckets/VideoSearchR1/data/tree/")
+                        .removeprefix(place)
+                        .strip("/")
+                    )
+                    return self.answer(
+                        handler,
+                        json.dumps(
+                            [
+                                self.entry(file, f"{place}/{below}")
+                                for file in sorted((folder / below).iterdir())
+                            ]
+                        ).encode(),
+                    )
+                file = folder / path.removeprefix(f"/buckets/VideoSearchR1/data/resolve/{place}/")
+                if not file.is_file():
+                    return handler.send_error(404)
+                content, span = file.read_bytes(), handler.headers["Range"]
+                if span:
+                    first, last = map(int, span.removeprefix("bytes=").split("-"))
+                    content = content[first : last + 1]
+                self.sent += len(content)
+                return self.answer(handler, content, 206 if span else 200)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def entry(self, file, place):
+        path = f"{place.rstrip('/')}/{file.name}"
+        if file.is_dir():
+            return {"type": "directory", "path": path}
+        return {
+            "type": "file",
+            "path": path,
+            "size": file.stat().st_size,
+            "xetHash": self.marks.get(file.name, "a" * 64),
+        }
+
+    @staticmethod
+    def answer(handler, content, status=200):
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+
+@pytest.fixture
+def hub(whole, monkeypatch):
+    made = Hub(whole)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    address = f"http://127.0.0.1:{made.server.server_port}"
+    there = {"endpoint": address, "token": False, "skip_instance_cache": True}
+    monkeypatch.setattr(official_release, "connect", lambda source: huggingface_hub.HfFileSystem(**there))
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def test_the_hub_gives_the_same_and_the_frames_stay_there(profile, hub, home, whole):
+    """Through the library's own code for buckets; only its address is another."""
+    assert official_release.fetch(profile, "charades") == []
+    got = there(home)
+    record = json.loads(got.pop("release.json"))
+    assert record["source"] == "hf://buckets/VideoSearchR1/data/datasets/charades-sta"
+    assert record["files"]["texts.tar"] == [(whole / "shards" / "texts.tar").stat().st_size, "a" * 64]
+    assert got == EXPECTED
+    assert hub.sent < len(FRAMES), "frames were downloaded"
+
+
+def test_no_shard_is_opened_that_holds_nothing_wanted(profile, hub, home, whole):
+    (whole / "shards" / "frames.tar").write_bytes(tar(STILLS))
+    (whole / "shards" / "texts.tar").write_bytes(tar(TEXTS | GRPO))
+    assert official_release.fetch(profile, "charades") == []
+    assert hub.asked and not any("frames" in path for path in hub.asked)
+
+
+def test_another_revision_is_refused(profile, hub, home, monkeypatch):
+    """A bucket has none: the hash of its files tells."""
+    walk, walked = official_release._walk, []
+
+    def once(*args):
+        if walked:
+            raise RuntimeError("stopped")
+        walked.append(args)
+        walk(*args)
+
+    monkeypatch.setattr(official_release, "_walk", once)
+    with pytest.raises(RuntimeError, match="stopped"):
+        official_release.fetch(profile, "charades")
+    assert len(there(home)) > 1
+    hub.marks["vectors.1"] = "b" * 64
+    with pytest.raises(
+        InputError, match=rf"shards/vectors\.1: another revision .*b{{64}}.*delete {home}/release\.json"
+    ):
+        official_release.fetch(profile, "charades")
+
+
+@pytest.mark.parametrize(
+    "source", ["hf://buckets/VideoSearchR1/nothing/datasets", "hf://no", "hf://datasets/a/b@c"]
+)
+def test_a_place_that_is_not_on_the_hub_is_one_line(source, profile, hub):
+    with pytest.raises(InputError, match=rf"^{source}/manifest.json: not .*--source") as refused:
+        official_release.fetch(profile, "charades", source)
+    assert "\n" not in str(refused.value)
+
+
+# --- Files that are not as they should be
+
+
+class Flaky(LocalFileSystem):
+    """A line that breaks while the file at `number` of a fetch is read."""
+
+    cachable = False
+    number, opened = 0, 0
+
+    def open(self, path, mode="rb", **options):
+        file = super().open(path, mode, **options)
+        if "/shards/" in path:
+            Flaky.opened += 1
+            if Flaky.opened == Flaky.number:
+                file.f.close()
+                file.f = Broken()
+        return file
+
+
+class Broken(io.RawIOBase):
+    def seek(self, *_):
+        return 0
+
+    def read(self, *_):
+        raise ConnectionResetError("the line broke")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_after_an_interruption_the_next_call_goes_on(number, profile, whole, home, monkeypatch):
+    Flaky.number, Flaky.opened = number, 0
+    monkeypatch.setattr(official_release, "connect", lambda _: Flaky())
+    with pytest.raises(
+        InputError, match=rf"^{whole}/shards/.*the line broke.*run the same command again"
+    ) as said:
+        official_release.fetch(profile, "charades", str(whole))
+    assert "\n" not in str(said.value)
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in home.rglob("*")
+        if path.is_file() and path.name in str(EXPECTED)
+    }
+    assert len(before) >= {1: 0, 2: 3, 3: 3, 4: 6, 5: 16}[number]
+    Flaky.number = 0
+    assert official_release.fetch(profile, "charades", str(whole)) == []
+    got = there(home)
+    assert got.pop("release.json") and got == EXPECTED
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "fetched twice"
+
+
+def spoilt(content, at, by=b"\xff"):
+    return content[:at] + by + content[at + len(by) :]
+
+
+GOOD = tar(TEXTS | VECTORS)
+SECOND = GOOD.index(b"raw_annotation/test.jsonl")
+BAD = {
+    "cut in a file": GOOD[:700],
+    "cut in a header": GOOD[: SECOND + 100],
+    "cut between two files": GOOD[:SECOND],
+    "cut before the end": tar(TEXTS)[: tar(TEXTS).index(bytes(1024), SECOND) // 512 * 512],
+    "first header damaged": spoilt(GOOD, 120),
+    "later header damaged": spoilt(GOOD, SECOND + 120),
+    "no tar": b"<html>404</html>" * 200,
+    "compressed": b"\x1f\x8b" + GOOD[2:],
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_damaged_shard_is_one_line_and_what_was_fetched_stays(what, profile, home, tmp_path):
+    folder = lay(tmp_path / "copy", grpo=tar(GRPO), other=BAD[what] + b"", big=tar(STILLS))
+    if what == "empty":
+        os.truncate(folder / "shards" / "other.tar", 0)
+    with pytest.raises(
+        InputError, match=r"shards/other\.tar: cut short, damaged, or no tar \(.*again$"
+    ) as said:
+        official_release.fetch(profile, "charades", str(folder))
+    assert "\n" not in str(said.value)
+    kept = there(home)
+    kept.pop("release.json", None)
+    whole = {name: content for name, content in kept.items() if not name.endswith(".partial")}
+    assert all(EXPECTED[name] == content for name, content in whole.items()), "half a file"
+    (folder / "shards" / "other.tar").write_bytes(tar(TEXTS | VECTORS))
+    assert official_release.fetch(profile, "charades", str(folder)) == []
+    got = there(home)
+    assert got.pop("release.json") and got == EXPECTED
+
+
+def test_a_missing_part_is_named_where_it_matters(profile, whole, home):
+    (whole / "shards" / "vectors.1").unlink()
+    with pytest.raises(
+        InputError, match=r"shards/vectors\.1: not there, and still missing is .*test/.*; copy or"
+    ):
+        official_release.fetch(profile, "charades", str(whole))
+    assert "annotations/charades_fig_test.jsonl" in there(home)
+    (whole / "shards" / "vectors.1").write_bytes(in_three(tar(VECTORS, "charades-sta/"))[1])
+    assert official_release.fetch(profile, "charades") == []
+
+
+def test_a_copy_without_the_frames_will_do(profile, tmp_path):
+    folder = lay(tmp_path / "copy", frames=tar(STILLS), rest=tar(TEXTS | VECTORS | GRPO))
+    (folder / "shards" / "frames.tar").unlink()
+    assert official_release.fetch(profile, "charades", str(folder)) == []
+
+
+def test_a_file_that_changed_after_it_was_fetched_is_named(profile, whole, home):
+    official_release.fetch(profile, "charades", str(whole))
+    path = home / "test" / "video_embedding_1fps" / "segment_embeds.npy"
+    path.write_bytes(spoilt(path.read_bytes(), 200))
+    with pytest.raises(
+        InputError, match=rf"^{path}: not what was fetched, by its checksum; delete it, and fetch"
+    ):
+        official_release.fetch(profile, "charades")
+    path.unlink()
+    assert official_release.fetch(profile, "charades") == []
+    assert path.read_bytes() == EXPECTED["test/video_embedding_1fps/segment_embeds.npy"]
+
+
+def test_another_source_halfway_is_refused(profile, whole, home, tmp_path):
+    official_release.fetch(profile, "charades", str(whole))
+    with pytest.raises(InputError, match=rf"release.json: begun from {whole}; to begin anew delete it"):
+        official_release.fetch(profile, "charades", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        (
+            None,
+            r"manifest\.json: not there \(No such file or directory\); --source names a folder with manifest.json",
+        ),
+        ("{", r"manifest\.json, line 1: not JSON"),
+        ("[]", r"manifest\.json: not a JSON object"),
+        ('{"shards": {}}', r"'shards' must be a list"),
+        ('{"shards": [{"parts": []}]}', r"manifest\.json: shard 1 is not named"),
+        ('{"shards": [{"name": "a", "parts": [1]}]}', r"manifest\.json: shard 1 is not named"),
+        ('{"shards": [3]}', r"manifest\.json: shard 1 is not named"),
+        ('{"shards": [{"name": "../../secret"}]}', r"copy/shards/secret: not there"),
+    ],
+)
+def test_a_folder_that_is_no_release_is_one_line(manifest, said, profile, tmp_path):
+    (tmp_path / "copy" / "shards").mkdir(parents=True)
+    (tmp_path / "secret").write_bytes(tar(TEXTS))
+    if manifest is not None:
+        (tmp_path / "copy" / "manifest.json").write_text(manifest)
+    with pytest.raises(InputError, match=said) as refused:
+        official_release.fetch(profile, "charades", str(tmp_path / "copy"))
+    assert "\n" not in str(refused.value)
+
+
+NAME, LINK = "raw_annotation/train.jsonl", {"linkname": "/etc/passwd"}
+HOSTILE = {
+    "absolute": [(header("/etc/cron.d/evil", 4), b"evil")],
+    "upwards": [(header("../../../evil", 4), b"evil")],
+    "absolute, with a wanted name": [(header(f"/{NAME}", 4), b"evil")],
+    "upwards, with a wanted name": [(header(f"../{NAME}", 4), b"evil")],
+    "symlink": [(header(NAME, type=tarfile.SYMTYPE, **LINK), b"")],
+    "hard link": [(header(NAME, type=tarfile.LNKTYPE, **LINK), b"")],
+    "a file through a symlink": [
+        (header("raw_annotation", type=tarfile.SYMTYPE, linkname="/tmp"), b""),
+        (header("raw_annotation/evil", 4), b"evil"),
+    ],
+    "device": [(header(NAME, type=tarfile.CHRTYPE, devmajor=1, devminor=5), b"")],
+    "pipe": [(header(NAME, type=tarfile.FIFOTYPE), b"")],
+    "folder": [(header(NAME, type=tarfile.DIRTYPE), b"")],
+    "longer than the tar": [(header(NAME, 4), b"evil"), (header("a", 4), b"evil")],
+    "a negative size": [(header(name, 4), b"evil") for name in ("first", "a", "b")],
+    "a header of headers": [(header("a", 4, pax_headers={"comment": "x" * 1000}), b"evil")],
+}
+
+
+def negative(content):
+    """The size of the last member made negative: a walk that believes it never ends."""
+    at = content.rindex(b"b\0\0\0")
+    head = bytearray(content[at : at + 512])
+    head[124:136] = b"\xff" * 10 + b"\xfa\x00"  # -1536
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return content[:at] + bytes(head) + content[at + 512 :]
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_tar_writes_nothing_where_it_likes(what, profile, home, tmp_path):
+    content = tar(HOSTILE[what])
+    if what == "longer than the tar":
+        content = content[:124] + b"77777777777\0" + content[136:]
+        content = (
+            content[:148] + b"%06o\0 " % sum(content[:148] + b" " * 8 + content[156:512]) + content[156:]
+        )
+    if what == "a negative size":
+        content = negative(content)
+    if what == "a header of headers":  # each of them is read by a call inside the call before
+        content = content[: 512 * 4] * 1000
+    folder, started = lay(tmp_path / "copy", one=content), time.monotonic()
+    before = {path for path in tmp_path.rglob("*")}
+    with pytest.raises(InputError, match=r"one\.tar: cut short, damaged|no raw_annotation") as refused:
+        official_release.fetch(profile, "charades", str(folder))
+    assert "\n" not in str(refused.value) and time.monotonic() - started < 10
+    written = {path for path in tmp_path.rglob("*") if path.is_file()} - before
+    assert written <= {home / "release.json", home / "annotations" / f".{'charades_fig_train.jsonl'}.partial"}
+
+
+def test_links_and_strange_names_beside_good_files_do_no_harm(profile, home, tmp_path):
+    strange = [*HOSTILE["absolute"], *HOSTILE["upwards"], *HOSTILE["a file through a symlink"]]
+    good = [(header(name, len(content)), content) for name, content in (TEXTS | VECTORS | GRPO).items()]
+    assert (
+        official_release.fetch(profile, "charades", str(lay(tmp_path / "copy", one=tar(strange + good))))
+        == []
+    )
+    got = there(home)
+    assert got.pop("release.json") and got == EXPECTED
+    assert not any(path.is_symlink() for path in home.rglob("*"))
+
+
+# --- What the vectors are good for
+
+
+def test_the_first_search_by_released_vectors_is_that_of_a_plain_computation(profile, whole, home, capsys):
+    assert cli.main(["fetch", "--dataset", "charades", "--source", str(whole)]) == 0
+    queries, videos, order = unit(4, 2), unit(3, 3), ["EEEEE", "DDDDD", "CCCCC"]
+    places = [
+        sorted(order, key=lambda video: -float(query @ videos[order.index(video)])).index(right) + 1
+        for query, right in zip(queries, TEST.values(), strict=True)
+    ]
+    share = 100 * places.count(1) / 4
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("first search by the released vectors, 4 queries (paper): R@1 ")
+    assert f"R@1 {share:.1f} (21.6), R@5 100.0 (41.8)" in said and 0 < share < 100
+
+
+def broken_vectors(home, what):
+    texts = {"ids": "query_embedding/query_meta.test.jsonl", "rows": "video_embedding_1fps/docid2row.json"}
+    paths = {name: home / "test" / path for name, path in texts.items()}
+    vecs = home / "test" / "video_embedding_1fps" / "segment_embeds.npy"
+    if what == "no fig id":
+        paths["ids"].write_text(paths["ids"].read_text().replace("4_fig", "4"))
+    elif what == "an id twice":
+        paths["ids"].write_text(paths["ids"].read_text().replace("4_fig", "3_fig"))
+    elif what == "another video":
+        paths["rows"].write_text(paths["rows"].read_text().replace("EEEEE", "FFFFF"))
+    elif what == "a row twice":
+        paths["rows"].write_text(paths["rows"].read_text().replace("2", "1"))
+    elif what == "another width":
+        np.save(vecs, np.eye(3, dtype=np.float32))
+    elif what == "fewer rows":
+        np.save(vecs, unit(2, 3))
+    elif what == "other lengths":
+        np.save(vecs, 2 * unit(3, 3))
+    elif what == "a pickle":
+        np.save(vecs, np.array([None, 1], dtype=object), allow_pickle=True)
+    elif what == "cut short":
+        os.truncate(vecs, 150)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("no fig id", "query_meta.test.jsonl, line 2: 'qid' must be a text like '17_fig'"),
+        ("an id twice", "vectors of other annotations \\(1 queries without a vector, 0 unknown videos"),
+        ("another video", "vectors of other annotations \\(0 queries without a vector, 1 unknown videos"),
+        ("a row twice", "docid2row.json: not one row for each video"),
+        ("another width", "query_embeddings.test.npy: vectors of another width"),
+        ("fewer rows", "segment_embeds.npy: float32 \\(2, 8\\), not 3 vectors"),
+        ("other lengths", "segment_embeds.npy: not vectors of length one"),
+        ("a pickle", "segment_embeds.npy: not readable as an array"),
+        ("cut short", "segment_embeds.npy: not readable as an array"),
+    ],
+)
+def test_vectors_that_do_not_fit_are_refused(what, said, profile, whole, home):
+    official_release.fetch(profile, "charades", str(whole))
+    assert len(official_release.vectors(profile, "charades").query_ids) == 4
+    broken_vectors(home, what)
+    with pytest.raises(InputError, match=said) as refused:
+        official_release.vectors(profile, "charades")
+    assert "\n" not in str(refused.value)
+
+
+# --- What doctor says of it
+
+
+def told(profile):
+    data, table = doctor.real_data(profile, "charades")
+    return data.status, f"{data.found} -> {data.remedy}", table.found
+
+
+def test_doctor_says_step_by_step_what_is_there_and_what_it_allows(profile, whole, home):
+    status, said, rows = told(profile)
+    assert (status, rows) == ("missing", "no row")
+    assert re.search(
+        r"no charades_fig_train.jsonl -> python -m vsr1 fetch --dataset charades fetches about 0\.2 GB", said
+    )
+    for name in ("raw_annotation/train.jsonl", "raw_annotation/test.jsonl"):
+        path = home / official_release.wanted("charades")[name]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(TEXTS[name])
+    status, said, rows = told(profile)
+    assert (
+        (status, rows) == ("missing", "chance") and "videos of test 0.0%" in said and "put the videos" in said
+    )
+    official_release.fetch(profile, "charades", str(whole))
+    status, said, rows = told(profile)
+    assert (status, rows) == ("missing", "VR of ZS and FT, by the released vectors (fetch prints it)")
+    assert "released vectors" in said
+    (profile.data_dir(dataset) / "videos").mkdir()
+    for video in ("CCCCC", "DDDDD"):
+        (profile.data_dir(dataset) / "videos" / f"{video}.mp4").write_bytes(b"film")
+    status, said, rows = told(profile)
+    assert (status, rows) == ("missing", "ZS, walking down") and "videos of test 66.7%, of train 0.0%" in said
+    (profile.data_dir(dataset) / "videos" / "AAAAA.mp4").write_bytes(b"film")
+    status, said, rows = told(profile)
+    assert (status, rows) == ("limited", "all rows") and "of train 50.0%" in said and "missing.csv" in said
+    (home / official_release.REPLIES).unlink()
+    assert told(profile)[::2] == ("missing", "ZS, walking down, two-stage")
+    (home / "annotations" / "charades_fig_test.jsonl").write_text("{")
+    status, said, _ = told(profile)
+    assert status == "missing" and "line 1: not JSON" in said
+
+
+def test_the_estimate_of_bytes_is_that_of_the_published_counts(profile):
+    """Charades: counted on its files. Two releases of it, one by our formula, one by adding up vectors."""
+    queries, videos = 12408 + 3720, 5338 + 1334
+    assert official_release.size("charades") == pytest.approx(1.1 * 8192 * (queries + videos + videos))

@@ -1,0 +1,286 @@
+"""Frames are right when the number painted into them says so, and when PyAV, reading in order, agrees."""
+
+import os
+import subprocess
+import sys
+import time
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+from vsr1.data.video_reader import Reader, read_frames, read_videos, sample_times
+
+WIDTH, HEIGHT, BITS = 128, 96, 12
+STEADY = np.arange(560) * 125  # ms: 8 fps, 70 s
+JUMPY = np.append(0, np.cumsum(np.random.default_rng(0).integers(20, 230, 559)))  # ms: variable rate
+
+
+def paint(number):
+    """A picture of 4 x 3 blocks, each one bit: survives compression and scaling."""
+    bits = (number >> np.arange(BITS) & 1).reshape(3, 4, 1).astype(np.uint8)
+    return np.kron(bits * 195 + 30, np.ones((32, 32, 3), np.uint8))
+
+
+def number_in(picture):
+    blocks = picture.reshape(3, picture.shape[0] // 3, 4, picture.shape[1] // 4, 3)
+    return int(((blocks.mean(axis=(1, 3, 4)) > 128).ravel() << np.arange(BITS)).sum())
+
+
+def numbers_in(frames):
+    return np.array([number_in(picture) for picture in frames])
+
+
+def film(path, shown_at, gop=30, b_frames=0, codec="libx264", tick=Fraction(1, 1000), **muxer):
+    """A clip whose n-th frame shows the number n at shown_at[n] ticks."""
+    with av.open(str(path), "w", options=muxer) as box:
+        stream = box.add_stream(codec, rate=8, width=WIDTH, height=HEIGHT, pix_fmt="yuv420p")
+        stream.codec_context.time_base = stream.time_base = tick
+        if codec == "libx264":
+            speed = (
+                {"preset": "superfast", "b-adapt": "0", "bf": str(b_frames)}
+                if b_frames
+                else {"preset": "ultrafast"}
+            )
+            stream.options = {"g": str(gop), "sc_threshold": "0", **speed}
+        for number, ticks in enumerate(shown_at):
+            frame = av.VideoFrame.from_ndarray(paint(number), format="rgb24")
+            frame.pts, frame.time_base = int(ticks), tick
+            box.mux(stream.encode(frame))
+        box.mux(stream.encode())
+    return path
+
+
+def shift(source, path, seconds):
+    """The same packets, earlier: an edit list hides what starts before zero, as after `-c copy`."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = old.streams.video[0]
+        copy = new.add_stream_from_template(stream)
+        for packet in old.demux(stream):
+            if packet.size:
+                packet.pts -= int(seconds / stream.time_base)
+                packet.dts -= int(seconds / stream.time_base)
+                packet.stream = copy
+                new.mux(packet)
+    return path
+
+
+def in_order(path):
+    """PyAV, every frame: seconds since the first, and its number."""
+    with av.open(str(path)) as box:
+        frames = [(frame.time, number_in(frame.to_ndarray(format="rgb24"))) for frame in box.decode(video=0)]
+    seconds, numbers = np.array(frames).T
+    return seconds - seconds[0], numbers.astype(int)
+
+
+def wrecked(source, path, keep=1.0, hole=None):
+    """The first `keep` of a file's bytes, with zeros between the two shares named by `hole`."""
+    content = bytearray(source.read_bytes())
+    if hole:
+        first, last = (int(len(content) * share) for share in hole)
+        content[first:last] = bytes(last - first)
+    path.write_bytes(content[: int(len(content) * keep)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def reader():
+    with Reader(timeout=20) as reader:
+        yield reader
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Good clips by name; all but the last three have timestamps of their own."""
+    at = tmp_path_factory.mktemp("clips")
+    clips = {
+        "keyframe every 250": film(at / "k250.mp4", STEADY, gop=250),
+        "keyframe every 30": film(at / "k30.mp4", STEADY, movflags="+faststart"),
+        "variable rate": film(at / "vfr.mp4", JUMPY, gop=250),
+        "B-frames": film(at / "b.mp4", JUMPY, b_frames=3, movflags="+faststart"),
+        "late start, mp4": film(at / "late.mp4", STEADY + 5400),
+        "late start, mkv, B-frames": film(at / "late.mkv", STEADY + 5400, b_frames=2),
+        "late start, ts": film(at / "late.ts", STEADY + 540),
+        "wmv": film(at / "a.wmv", STEADY, codec="wmv2"),
+        "mpg": film(at / "a.mpg", np.arange(560), codec="mpeg2video", tick=Fraction(1, 25)),
+        "mp4 called avi": film(at / "a.mp4", JUMPY).rename(at / "mp4.avi"),
+        "avi": film(at / "h264.avi", np.arange(560), tick=Fraction(1, 8)),
+    }
+    clips["cut without recoding"] = shift(clips["B-frames"], at / "cut.mp4", 1.3)
+    return clips
+
+
+KINDS = (
+    "keyframe every 250|keyframe every 30|variable rate|B-frames|late start, mp4|late start, mkv, B-frames|"
+    "late start, ts|wmv|mpg|mp4 called avi|avi|cut without recoding"
+).split("|")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_frame_is_the_one_on_screen_by_its_number_and_by_a_second_reader(kind, clips, reader):
+    clip = reader.read(clips[kind])
+    assert clip.problem is None
+    shown_at, numbers = in_order(clips[kind])
+    wanted = sample_times(clip.seconds)
+    on_screen = np.searchsorted(shown_at, wanted + 1e-3, side="right") - 1
+    right = numbers_in(clip.frames) == numbers[on_screen]
+    assert right.all(), f"{right.sum()} of {len(right)} frames right"
+    assert np.abs(clip.timestamps - shown_at[on_screen]).max() < 1e-3
+    assert 0 < clip.seconds - shown_at[-1] < 0.24  # a frame lasts 0.02 to 0.23 s
+    if kind == "variable rate":
+        assert len(right) == 64
+
+
+def test_a_batch_equals_its_frames_one_by_one(clips, reader):
+    for kind in ("variable rate", "B-frames", "avi", "cut without recoding"):
+        times = np.array([61.2, 0.0, 17.77, 17.77, 40.0])  # any order, and one twice
+        batch = reader.read(clips[kind], times)
+        singles = [reader.read(clips[kind], times[i : i + 1]) for i in range(len(times))]
+        assert np.array_equal(batch.frames, np.concatenate([single.frames for single in singles])), kind
+        assert np.array_equal(batch.timestamps, np.concatenate([single.timestamps for single in singles]))
+
+
+def test_a_slideshow_and_a_single_picture_are_whole_videos(reader, tmp_path):
+    slides = reader.read(film(tmp_path / "slides.mp4", [0, 9000, 30000, 31000]))
+    assert slides.seconds == 31.125 and slides.timestamps.tolist() == [0] * 9 + [9] * 21 + [30, 31]
+    assert numbers_in(slides.frames).tolist() == [0] * 9 + [1] * 21 + [2, 3]
+    single = reader.read(film(tmp_path / "one.mp4", [0]))
+    assert single.seconds == 0.125 and numbers_in(single.frames).tolist() == [0, 0]
+
+
+def test_sample_times_cover_the_video_evenly():
+    for seconds in (0.04, 0.5, 1.0, 2.0, 30.0, 30.00002, 63.4, 64.0, 64.5, 1000.0):
+        times = sample_times(seconds)
+        slow = [second for second in range(64) if second < seconds - 1e-3]  # one a second, by counting
+        if seconds <= 64:
+            assert times.tolist() == slow + slow[-1:] * (len(slow) % 2)
+        else:
+            assert len(times) == 64 and np.allclose(np.diff(times), seconds / 64) and times[0] == 0
+        assert len(times) % 2 == 0 and times[-1] < seconds
+    assert sample_times(10.0, fps=2.0, max_frames=16).tolist() == (np.arange(16) * 10 / 16).tolist()
+
+
+def test_scaled_frames_show_the_same_numbers(clips):
+    with Reader(size=(64, 48), max_frames=16) as reader:
+        for kind in ("variable rate", "avi"):
+            clip = reader.read(clips[kind])
+            assert clip.frames.shape == (16, 48, 64, 3)
+            shown_at, numbers = in_order(clips[kind])
+            assert (
+                numbers_in(clip.frames) == numbers[np.abs(shown_at[:, None] - clip.timestamps).argmin(0)]
+            ).all()
+
+
+def test_broken_files_are_named_with_a_reason_and_the_run_goes_on(clips, tmp_path):
+    good, mkv = clips["keyframe every 30"], clips["late start, mkv, B-frames"]
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("not a video\n" * 100)
+    with av.open(str(tmp_path / "sound.mp4"), "w") as box:
+        stream = box.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 16000
+        box.mux([*stream.encode(frame), *stream.encode()])
+    wrecked(good, tmp_path / "half.mp4", keep=0.5)
+    wrecked(clips["variable rate"], tmp_path / "no index.mp4", keep=0.5)
+    wrecked(mkv, tmp_path / "half.mkv", keep=0.5)
+    wrecked(good, tmp_path / "hole.mp4", hole=(0.5, 0.6))
+    wrecked(mkv, tmp_path / "hole.mkv", hole=(0.4, 0.6))
+    wrecked(good, tmp_path / os.fsdecode(b"\xff.mp4"))
+    reasons = {
+        "missing.mp4": "No such file",
+        "empty.mp4": "the file is empty",
+        "text.mp4": "Invalid data",
+        "sound.mp4": "no video stream",
+        "half.mp4": "cut short: ... of 560 frames",
+        "no index.mp4": "Invalid data",
+        "half.mkv": "cut short: ... s are in the file",
+        "hole.mp4": "the decoder gave up on damaged data",
+        "hole.mkv": "pictures are missing around second",
+        os.fsdecode(b"\xff.mp4"): "its name is not UTF-8",
+    }
+    paths = [path for name in reasons for path in (tmp_path / name, good)]
+    read = list(read_videos(paths, workers=2))
+    for name, bad, after in zip(reasons, read[::2], read[1::2], strict=True):
+        assert bad.frames is None and bad.timestamps is None, name
+        assert all(part in bad.problem for part in reasons[name].split("...")), (name, bad.problem)
+        assert after.problem is None and numbers_in(after.frames)[:3].tolist() == [0, 8, 17], name
+
+
+def test_a_time_beyond_the_end_is_a_problem_and_not_the_last_frame_again(clips):
+    clip = read_frames(clips["variable rate"], [3.0, 200.0])
+    assert clip.frames is None and "asked for second 200.00, the pictures end at" in clip.problem
+
+
+def test_a_hang_is_killed_in_time_and_the_next_video_still_reads(clips, tmp_path):
+    os.mkfifo(tmp_path / "hangs.mp4")  # opening it blocks for ever, inside the library
+    with Reader(timeout=1.0) as reader:
+        reader.read(clips["keyframe every 30"])
+        began, first = time.monotonic(), reader._child.pid
+        assert reader.read(tmp_path / "hangs.mp4").problem == "no answer within 1 s, the decoder was stopped"
+        assert time.monotonic() - began < 3
+        reader.timeout = 20
+        assert reader.read(clips["keyframe every 30"]).problem is None
+        assert reader._child.pid != first
+        with pytest.raises(ProcessLookupError):
+            os.kill(first, 0)
+
+
+def test_a_crash_is_a_problem_and_the_next_video_still_reads(clips, tmp_path):
+    os.mkfifo(tmp_path / "crashes.mp4")
+    with Reader(timeout=20) as reader:
+        reader.read(clips["keyframe every 30"])
+        crash = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -SEGV {reader._child.pid}"])
+        assert reader.read(tmp_path / "crashes.mp4").problem == "the decoder died of signal 11"
+        assert crash.wait() == 0 and reader.read(clips["keyframe every 30"]).problem is None
+
+
+def test_an_interrupted_read_leaves_no_answer_for_the_next_video(clips, monkeypatch):
+    with Reader(timeout=20) as reader:
+        reader.read(clips["avi"], [0.0])
+        with monkeypatch.context() as patch:
+            patch.setattr(type(reader._pipe), "recv", lambda pipe: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                reader.read(clips["avi"], [0.0])
+        assert numbers_in(reader.read(clips["keyframe every 30"], [10.0]).frames) == [80]
+
+
+def test_one_child_reads_many_videos_without_torch_and_from_an_unguarded_script(clips, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+from vsr1.frames import Reader, read_many
+with Reader() as reader:
+    pids = set()
+    for _ in range(3):
+        assert reader.read({str(clips["keyframe every 30"])!r}).problem is None
+        pids.add(reader._child.pid)
+    assert len(pids) == 1
+    assert "torch" not in open(f"/proc/{{pids.pop()}}/maps").read()
+print(sum(clip.problem is None for clip in read_many([{str(clips["avi"])!r}] * 3, workers=2)))
+""")
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "3\n", done.stderr
+
+
+def test_decoding_ahead_is_bounded_and_stops_with_its_reader(clips):
+    asked = []
+
+    def paths():
+        for number in range(100):
+            asked.append(number)
+            yield clips["keyframe every 30"]
+
+    ahead = read_videos(paths(), Reader(max_frames=2), workers=1)
+    next(ahead), next(ahead)
+    ahead.close()
+    assert len(asked) <= 2 + 3
+
+
+def test_a_missing_decoder_is_one_clear_line(tmp_path, monkeypatch, clips):
+    (tmp_path / "decord.py").write_text("raise ModuleNotFoundError(\"No module named 'decord'\")")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ImportError, match=r"needs decord and av \(No module named 'decord'\): pip install"):
+        Reader().read(clips["avi"])

@@ -1,0 +1,116 @@
+"""The paper's claims against one run: differences by plain loops over episodes, and what is said of them."""
+
+import json
+
+import pytest
+from fake import profile as fake_profile
+from test_episode_metrics import RUN, episode, turn
+
+from vsr1.config import InputError
+from vsr1.evaluation import claims, metrics
+from vsr1.loop import records
+from vsr1.report import results
+
+
+def refined(key, first, after, depths):
+    """A first look at a wrong video, a refinement to rank `after`, and a look at what it found."""
+    rejected = turn(1, "x", "right", first, False, out=(after, "right"), rank_by_depth=depths)
+    return episode(key, "right", [rejected, turn(2, "right", "right", after, True, (2.0, 8.0))], "matched")
+
+
+def straight(key, matched=True):
+    """One look at the right video."""
+    return episode(
+        key, "right", [turn(1, "right", "right", 1, matched, (2.0, 8.0))], "matched" if matched else "budget"
+    )
+
+
+def final():
+    """Of VideoSearch-R1: two refined, one of them with success."""
+    return [refined(1, 5, 1, (5, 3, 1, 1, 1)), straight(2), refined(3, 2, 2, (2, 2, 2, 3, 2)), straight(4)]
+
+
+def down():
+    """Of a walk down: one moment."""
+    return [straight(1), straight(2, False), straight(3, False), straight(4, False)]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Both on four queries, and HQR on two of them, as files of one data set."""
+    run = fake_profile(tmp_path, monkeypatch)
+    files = {"vsr1": final(), "walkdown-ft": down(), "hqr-seen-sample": [refined(1, 5, 4, ()), straight(2)]}
+    folder = run.runs("charades") / "episodes"
+    folder.mkdir(parents=True)
+    for name, walked in files.items():
+        records.write_episodes(folder / f"{name}.jsonl", RUN, walked)
+    return run
+
+
+def test_differences_are_what_a_loop_over_queries_counts(run):
+    mine, other = final(), down()
+    numbers = claims.record(run, "charades")
+    gained = [
+        metrics.vcmr_hits([a], 0.5)[0] * 1 - metrics.vcmr_hits([b], 0.5)[0]
+        for a, b in zip(mine, other, strict=True)
+    ]
+    assert numbers["R3/charades/vsr1-walkdown/points"].value == pytest.approx(100 * sum(gained) / 4)
+    moved = [(o.turns[-1].rank_in == 1) - (o.rank_orig == 1) for o in mine]
+    assert numbers["R3/charades/refined/points"].value == pytest.approx(100 * sum(moved) / 4)
+    assert (
+        numbers["R3/charades/sqr-hqr-seen/points"].value,
+        numbers["R3/charades/sqr-hqr-seen/points"].n,
+    ) == (100, 1)
+    ranks = [o.turns[0].rank_by_depth for o in mine if o.turns[0].rank_by_depth]
+    for name, depth, before in (("latents", -1, 0), ("latents-half", 2, 0), ("latents-rest", -1, 2)):
+        points = [100 * ((r[depth] == 1) - (r[before] == 1)) for r in ranks]
+        number = numbers[f"R3/charades/{name}/points"]
+        assert (number.value, number.n) == (sum(points) / 2, 2)
+    second = [
+        metrics.vcmr_hits(metrics.within([o], 2), 0.5)[0] * 1
+        - metrics.vcmr_hits(metrics.within([o], 1), 0.5)[0]
+        for o in mine
+    ]
+    assert numbers["R3/charades/turn-2/points"].value == pytest.approx(100 * sum(second) / 4)
+
+
+def test_what_was_not_run_is_not_measured_and_never_zero(run):
+    numbers = claims.record(run, "charades")
+    assert not [name for name in numbers if "/vsr1-zs" in name or "/grpo" in name]
+    told = {one.name: one for one in claims.judged(results.collect(run), ["charades"])}
+    assert (
+        told["vsr1-zs"].verdict == told["tokens"].verdict == "not measured" and told["vsr1-zs"].value == "—"
+    )
+    assert "**not measured**" in claims.answer([told["vsr1-zs"]])
+    with pytest.raises(InputError, match="no data set has episodes"):
+        claims.places(results.dataclasses.replace(run, name="another"))
+    assert claims.places(run) == ["charades"]
+
+
+def test_a_damaged_line_of_episodes_stops_the_claims_by_name(run):
+    path = run.runs("charades") / "episodes" / "vsr1.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], lines[2][:40], *lines[3:]]))
+    with pytest.raises(InputError, match=r"vsr1.jsonl, line 3: not JSON"):
+        claims.of_run(run, "charades")
+
+
+def test_every_seed_must_agree_before_a_claim_holds_over_seeds(run):
+    entry = {"value": 4.0, "ci": [1.0, 7.0]}
+    numbers = {
+        f"R1/charades/refined/{key}": entry | {"value": value}
+        for key, value in (("points", 4.0), ("lowest", -0.1))
+    }
+    (told, *_) = claims.judged(numbers, ["charades"])
+    assert (told.verdict, told.verdict_seeds) == ("not measured", "not shown") and "lowest -0.1" in told.seeds
+    numbers["R1/charades/refined/lowest"]["value"] = 0.1
+    assert claims.judged(numbers, ["charades"])[0].verdict_seeds == "holds"
+
+
+def test_soft_tokens_are_held_against_the_shortest_rewrite():
+    values = {"sqr": 8.0, "hqr-blind": 26.0, "hqr-seen": 9.0, "hqr-reasoned": 27.0}
+    numbers = {f"S1/charades/{name}/tokens": {"value": value, "ci": None} for name, value in values.items()}
+    last = claims.judged(numbers, ["charades"])[-1]
+    assert (last.value, last.verdict) == ("8.0 against 9.0 or more", "holds")
+    numbers["S1/charades/hqr-seen/tokens"]["value"] = 7.0
+    assert claims.judged(json.loads(json.dumps(numbers)), ["charades"])[-1].verdict == "does not hold"

@@ -1,0 +1,403 @@
+"""The wiring of the loop, on five rendered films, with a random engine and a policy that says what the test wants."""
+
+import contextlib
+import dataclasses
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from tiny import random_policy
+from transformers import Qwen3VLModel
+
+from vsr1 import config
+from vsr1.config import InputError
+from vsr1.data import annotations, clip_cache, video_reader
+from vsr1.data.annotations import Query
+from vsr1.evaluation import evaluate, metrics
+from vsr1.loop import episode, replies, runner, sqr
+from vsr1.loop.records import read_episodes
+from vsr1.mini import pretraining_tasks, renderer
+from vsr1.models import embedding, engine, policy, prompt_text, search_index
+
+REJECT = "<think> a dog </think> <answer>not_matched</answer> <REFINE>"
+MATCH = "<think> it is </think> <answer>matched</answer> <start>1.0</start> <end>4.0</end> <REFINE>"
+
+
+class Scripted(policy.Policy):
+    """Says what `script(system, query, clip)` returns; branches and soft tokens are those of the real, random model."""
+
+    def prompt(self, system, query, clip=None):
+        made = super().prompt(system, query, clip)
+        self.asked[id(made)] = (made, system, query, clip)  # held, so that ids stay apart
+        return made
+
+    def reply(self, prompts, *, max_new_tokens, **_):
+        told = [self.asked[id(prompt)][1:] for prompt in prompts]
+        self.told += told
+        texts = [self.script(*one) for one in told]
+        ids = [[*self.tokenizer(text)["input_ids"], self.stop] for text in texts]
+        branches = self.replay(prompts, ids).branches
+        return [
+            policy.Completion(row, [0.0] * len(row), True, text, branch)
+            for row, text, branch in zip(ids, texts, branches, strict=True)
+        ]
+
+
+@pytest.fixture(scope="module")
+def random_one():
+    return random_policy(init="default")
+
+
+@pytest.fixture
+def agent(random_one):
+    return scripted(random_one)
+
+
+def scripted(made, **changes):
+    other = Scripted(made.model, made.tokenizer, made.heads, made.settings, made.max_frame_pixels)
+    other.asked, other.told, other.script = {}, [], lambda system, query, clip: REJECT
+    other.__dict__ |= changes
+    return other
+
+
+@pytest.fixture(scope="module")
+def made():
+    torch.manual_seed(1)
+    tokenizer = pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary())
+    model = Qwen3VLModel(pretraining_tasks.make_config(tokenizer)).eval()
+    for name, weight in model.named_parameters():  # else all queries look alike to random weights
+        if weight.ndim == 2 and "embed" not in name:
+            weight.data *= 3
+    return engine.Engine(config.load("smoke"), model, tokenizer, "random")
+
+
+@pytest.fixture(scope="module")
+def read():
+    """Path to the Future of its Clip: at most eight frames, so that prompts are short."""
+    with video_reader.reader_pool(video_reader.Reader(max_frames=8)) as reader:
+        yield reader
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, made, read):
+    """A profile with five films, embedded; everything under a scratch folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "ROOT", tmp_path_factory.mktemp("clone"))
+        patch.setattr(engine, "load", lambda profile, which="engine": made)
+        patch.setattr(
+            video_reader, "reader_pool", lambda *_: contextlib.nullcontext(read)
+        )  # one child for all tests
+        profile = config.load("smoke")
+        small = dataclasses.replace(profile.world, train_videos=2, test_videos=5)
+        profile = dataclasses.replace(profile, world=small, eval_batch=6, max_new_tokens=16, max_frames=8)
+        told = renderer.render(profile, "charades").parent / "corpus" / "test.jsonl"
+        told.write_text("".join(told.read_text().splitlines(keepends=True)[:8]))
+        embedding.embed_corpus(profile, "charades", "test")
+        yield profile
+
+
+@pytest.fixture
+def queries(world):
+    return annotations.read_fig(world.data_dir("charades") / "corpus" / "test.jsonl")
+
+
+@pytest.fixture
+def run(world, made, monkeypatch):
+    """run(agent, system, **knobs) -> episodes of all queries, straight from the stage."""
+    number = iter(range(99))
+
+    def go(agent, system, name=None, **knobs):
+        monkeypatch.setattr(runner, "load_pair", lambda *_: (made, agent))
+        profile = dataclasses.replace(world, **knobs)
+        name = name or f"{system}-{next(number)}-{time.time_ns()}"
+        return read_episodes(evaluate.run_system(profile, "charades", name, like=system))
+
+    return go
+
+
+def wiring(world, made, agent, system, vectors=None, clips=None):
+    vectors = vectors or search_index.load_vectors(world.data_dir("charades") / "embed" / "engine" / "test")
+    return runner.EpisodeRunner(world, runner.SYSTEMS[system], made, agent, vectors, clips)
+
+
+def test_the_loop_and_the_policy_mean_the_same_token():
+    assert replies.REFINE == prompt_text.REFINE
+
+
+def test_search_gives_the_ranks_of_a_sort_and_nothing_for_a_video_without_vector(world, made, agent):
+    vectors = search_index.Vectors(
+        ["a", "b", "c", "d", "e"],
+        np.array([[1, 0], [0.6, 0.8], [0.6, 0.8], [0, 1], [-1, 0]], np.float32),
+        [1, 2, 3],
+        np.array([[1, 0], [0.6, 0.8], [0.6, 0.8]], np.float32),
+    )
+    asked = [Query(key, "q", video, (0.0, 1.0), "q", 5.0) for key, video in ((1, "b"), (2, "c"), (3, "gone"))]
+    first, tied, gone = wiring(world, made, agent, "zs", vectors).search([(one, ()) for one in asked])
+    assert (first.rank, first.ties, first.top) == (
+        2,
+        1,
+        ("a", "b", "c", "d"),
+    )  # one more than there are turns
+    assert (tied.rank, tied.ties, tied.top[0]) == (1, 1, "b")  # ties count for us; the first row is shown
+    assert (gone.rank, gone.ties, gone.score_gt, gone.top[0]) == (None, None, None, "b")
+    assert first.score_top1 == 1.0 and first.score_gt == pytest.approx(0.6)
+    ids, grades = [f"v{i}" for i in range(99)], np.arange(99) % 3
+    tied = search_index.Vectors(ids, grades[:, None].astype(np.float32), [1], np.ones((1, 1), np.float32))
+    (found,) = wiring(world, made, agent, "zs", tied).search(
+        [(dataclasses.replace(asked[0], video="v9"), ())]
+    )
+    assert (found.rank, found.ties, found.top) == (67, 32, ("v2", "v5", "v8", "v11"))
+
+
+@pytest.mark.parametrize(("blocks", "turns", "n"), [(1, 3, 3), (2, 3, 3), (3, 4, 3), (1, 3, 1)])
+def test_a_soft_query_of_the_loop_is_the_one_made_by_hand_for_one_row(
+    world, made, agent, run, read, queries, blocks, turns, n
+):
+    """Turn by turn, one query alone: prompt, replay, latents, engine, ranks by a sort."""
+    agent.settings = dataclasses.replace(agent.settings, carry_blocks=blocks, n_soft=n)
+    walked = run(agent, "sqr", max_turns=turns)
+    vectors = search_index.load_vectors(world.data_dir("charades") / "embed" / "engine" / "test")
+    films = world.data_dir("charades") / "videos"
+    assert len(walked) == len(queries) > 6 and {one.stop_reason for one in walked} == {"budget"}
+    for query, one in list(zip(queries, walked, strict=True))[::4]:
+        vec, carried = vectors.query_vecs[vectors.query_ids.index(query.id)], []
+        for turn in one.turns:
+            order = np.argsort(-(vectors.video_vecs @ vec), kind="stable")
+            score = (vectors.video_vecs @ vec)[vectors.video_ids.index(query.video)]
+            assert turn.shown_id == vectors.video_ids[order[0]] and turn.score_gt == pytest.approx(
+                score, abs=1e-5
+            )
+            assert turn.rank_in == list(order).index(vectors.video_ids.index(query.video)) + 1
+            clip = read(films / f"{turn.shown_id}.mp4").result()
+            prompt = policy.Policy.prompt(agent, prompt_text.SYSTEM, query.text, clip)
+            with torch.no_grad():
+                branches = agent.replay([prompt], [list(turn.reply.ids)]).branches
+                carried = [*carried, sqr.soft_tokens(agent, branches, n)][-blocks:]
+                soft = torch.cat(carried, dim=1)
+                vec = sqr.soft_query(made, agent.heads, [query.text], soft)[0].numpy()
+                shorter = sqr.soft_query(made, agent.heads, [query.text], soft[:, :-1])[0].numpy()
+            scores = vectors.video_vecs @ shorter
+            right = vectors.video_ids.index(query.video)
+            if n > 1:  # without any, the query is what it was at this turn, not as typed
+                assert turn.rank_by_depth[-2] == search_index.ranks(scores[None], np.array([right]))[0]
+            assert len(turn.rank_by_depth) == n + 1
+            assert turn.rank_by_depth[0] == turn.rank_in and turn.rank_by_depth[-1] == turn.rank_out
+            assert (
+                turn.top1_by_depth[-1]
+                == turn.top1_out
+                == vectors.video_ids[(vectors.video_vecs @ vec).argmax()]
+            )
+            assert (turn.refine_tokens, turn.refine_tokens_tagged) == (n, n + 1)
+            if not turn.reused:
+                assert turn.refine_cost.generated == n and turn.refine_cost.engine_calls == 1
+                assert turn.look_cost.forward == len(prompt.ids) + turn.look_cost.generated
+    assert any(turn.reused for one in walked for turn in one.turns) == (blocks == 1)
+
+
+def test_a_reply_without_the_token_ends_the_walk_beside_others_that_go_on(agent, run):
+    agent.script = lambda system, query, clip: REJECT if len(query) % 2 else REJECT.removesuffix(" <REFINE>")
+    walked = run(agent, "sqr")
+    for one in walked:
+        assert one.stop_reason == ("budget" if len(one.query) % 2 else "no_refine")
+        assert (one.turns[0].rank_out is None) == (one.stop_reason == "no_refine")
+    assert {one.stop_reason for one in walked} == {"budget", "no_refine"}
+
+
+def test_walking_down_equals_the_stored_ranking_and_zs_its_first_video(world, agent, run, queries):
+    vectors = search_index.load_vectors(world.data_dir("charades") / "embed" / "engine" / "test")
+    row = {key: n for n, key in enumerate(vectors.query_ids)}
+    order = np.argsort(-(vectors.query_vecs @ vectors.video_vecs.T), axis=1, kind="stable")
+    for system, looks in {"walkdown": 3, "zs": 1}.items():
+        for query, one in zip(queries, run(agent, system), strict=True):
+            shown = [turn.shown_id for turn in one.turns]
+            assert shown == [vectors.video_ids[column] for column in order[row[query.id], :looks]]
+            assert sum(turn.refine_cost.engine_calls for turn in one.turns) == 0
+
+
+@pytest.mark.parametrize("variant", ["blind", "seen", "reasoned"])
+@pytest.mark.parametrize("append", ["", "-append"])
+def test_a_query_in_other_words_is_the_engine_s_vector_of_those_words(
+    world, made, agent, run, queries, variant, append
+):
+    update, shown = "someone in a red shirt", {}
+
+    def script(system, query, clip):
+        tag = f"<query_update> {update} </query_update>"
+        if system == prompt_text.REWRITE:
+            assert clip is (None if variant == "blind" else shown[query])
+            return tag
+        shown[query] = clip
+        assert clip is not None and system == (
+            prompt_text.SYSTEM_HQR if variant == "reasoned" else prompt_text.SYSTEM_ZS
+        )
+        return f"<think> no </think> <answer>not_matched</answer>{f' {tag}' if variant == 'reasoned' else ''}"
+
+    agent = scripted(policy.Policy(agent.model, agent.tokenizer, None, None, 4096), script=script)
+    walked = run(agent, f"hqr-{variant}{append}", max_turns=1)
+    vectors = search_index.load_vectors(world.data_dir("charades") / "embed" / "engine" / "test")
+    texts = [f"{query.text} {update}" if append else update for query in queries]
+    scores = made.embed_texts(texts) @ vectors.video_vecs.T
+    right = np.array([vectors.video_ids.index(query.video) for query in queries])
+    assert [one.turns[0].rank_out for one in walked] == search_index.ranks(scores, right).tolist()
+    for one in walked:
+        (turn,) = one.turns
+        assert (turn.refine_kind, turn.update_text) == (f"hqr-{variant}{append}", update)
+        words = agent.tokenizer(update, add_special_tokens=False)["input_ids"]
+        assert (
+            turn.refine_tokens == len(words) < turn.refine_tokens_tagged
+            and turn.refine_cost.engine_calls == 1
+        )
+        assert turn.reply.strict and (turn.refine_cost.generated == 0) == (variant == "reasoned")
+
+
+def test_an_update_that_cannot_be_read_ends_the_walk_and_its_tokens_count(agent, run):
+    agent.script = lambda system, *_: "<query_update>" if system == prompt_text.REWRITE else REJECT
+    for one in run(agent, "hqr-seen"):
+        assert one.stop_reason == "no_refine" and one.turns[0].refine_cost.generated > 0
+        assert one.turns[0].refine_cost.engine_calls == 0
+
+
+def test_a_film_that_broke_after_embedding_is_a_recorded_problem_in_every_denominator(
+    world, agent, run, queries
+):
+    films = world.data_dir("charades") / "videos"
+    victim = films / f"{annotations.gallery_ids(queries)[2]}.mp4"
+    content = victim.read_bytes()
+    try:
+        victim.write_bytes(b"not a film")
+        walked = run(agent, "known-right")
+    finally:
+        victim.write_bytes(content)
+    broken = [one for one in walked if one.problem]
+    assert {one.gt_video for one in broken} == {victim.stem} and len(walked) == len(queries)
+    assert all(one.turns[0].reply is None and one.stop_reason == "problem" for one in broken)
+    assert not metrics.ver_hits(broken).any() and len(metrics.ver_hits(walked)) == len(queries)
+
+
+def test_a_run_that_was_killed_goes_on_and_leaves_the_same_file(world, agent, run, monkeypatch):
+    whole = run(agent, "sqr", "whole")
+    walk, calls = episode.run_episodes, []
+
+    def killed(*args):
+        calls.append(len(args[0]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return walk(*args)
+
+    monkeypatch.setattr(episode, "run_episodes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(agent, "sqr", "resumed")
+    resumed = run(agent, "sqr", "resumed")
+    assert sum(calls) == len(whole) + calls[1], "the finished batch must not walk again"
+    assert [plain(one) for one in resumed] == [plain(one) for one in whole]
+    folder = world.runs("charades") / "episodes"
+    assert sorted(path.name for path in (folder / "resumed").glob("[!.]*")) == [
+        "episodes.jsonl",
+        "notes.json",
+    ]
+    assert json.loads((folder / "resumed" / "notes.json").read_text())["problems"] == []
+    monkeypatch.setattr(evaluate, "_run_episodes", lambda *_: pytest.fail("nothing changed, nothing runs"))
+    assert run(agent, "sqr", "resumed") == resumed == read_episodes(folder / "resumed.jsonl")
+
+
+def plain(one):
+    """An episode without its run, the clock, and the scores: their last bits depend on the batch."""
+    turns = [
+        dataclasses.replace(
+            turn,
+            score_gt=0.0,
+            score_top1=0.0,
+            look_cost=dataclasses.replace(turn.look_cost, seconds=0.0),
+            refine_cost=dataclasses.replace(turn.refine_cost, seconds=0.0),
+        )
+        for turn in one.turns
+    ]
+    return dataclasses.replace(one, run=None, turns=tuple(turns))
+
+
+def test_batches_of_queries_do_not_change_what_happens(agent, run):
+    agent.script = lambda system, query, clip: MATCH if sum(map(ord, query)) % 3 else REJECT
+    several, one_by_one = run(agent, "sqr"), run(agent, "sqr", eval_batch=1)
+    assert {one.stop_reason for one in several} == {"matched", "budget"}
+    assert [plain(one) for one in several] == [plain(one) for one in one_by_one]
+
+
+def test_films_are_decoded_once_and_only_as_many_are_kept_as_fit(world, read, queries, monkeypatch):
+    ids, seen = annotations.gallery_ids(queries), []
+    count = lambda path: seen.append(path.stem) or read(path)  # noqa: E731
+    clips = clip_cache.ClipCache(world.data_dir("charades") / "videos", ids, count)
+    first = clips.get([ids[0], ids[1], ids[0]])
+    assert first[0] is first[2] and seen == ids[:2]
+    assert clips.get([ids[1]])[0] is first[1] and clips.get([ids[0]])[0] is first[0] and seen == ids[:2]
+    monkeypatch.setattr(clip_cache, "CLIP_BYTES", 2 * clip_cache._bytes(first[1]))
+    clips.get([ids[2]])  # the second was shown the longest ago, and goes
+    assert clips.size == sum(clip_cache._bytes(clip) for clip in clips.kept.values()) <= clip_cache.CLIP_BYTES
+    assert list(clips.kept) == [ids[0], ids[2]]
+    again = clips.get(ids[:3])  # more than fits, and all of it is handed over
+    assert [clip.problem for clip in again] == [None] * 3 and seen == [*ids[:3], ids[1]]
+
+
+def test_known_video_shows_the_right_and_the_best_wrong_one(world, agent, made, monkeypatch, queries):
+    """A policy that knows nothing but a colour: half right by chance, and right about the moment where it matches."""
+    vectors = search_index.load_vectors(world.data_dir("charades") / "embed" / "engine" / "test")
+    monkeypatch.setattr(runner, "load_pair", lambda *_: (made, agent))
+    agent.script = lambda *_: MATCH
+    numbers = evaluate.known_video(world, "charades", name=f"known-{time.time_ns()}")
+    assert (numbers["verdict"], numbers["verdict_right"], numbers["verdict_wrong"]) == (50, 100, 0)
+    truth = np.array([query.span for query in queries])
+    told = metrics.known_video(np.tile([1.0, 4.0], (len(queries), 1)), truth)
+    assert [numbers[f"grounding@{m}"] for m in metrics.THRESHOLDS] == [
+        told[f"{m}-r1"] for m in metrics.THRESHOLDS
+    ]
+    assert numbers["grounding@0.3"] == numbers["matched@0.3"] and numbers["miou"] == pytest.approx(
+        told["miou"]
+    )
+    shown = [clip for _, _, clip in agent.told]
+    assert len(shown) == 2 * len(queries) and numbers["majority"] == 50
+    scores = vectors.query_vecs @ vectors.video_vecs.T
+    path = sorted((world.runs("charades") / "episodes").glob("known-*-wrong.jsonl"))[-1]
+    for one in read_episodes(path):
+        row = scores[vectors.query_ids.index(one.desc_id)].copy()
+        row[vectors.video_ids.index(one.gt_video)] = -9
+        assert one.turns[0].shown_id == vectors.video_ids[row.argmax()] and not one.turns[0].shown_is_gt
+
+
+def test_a_span_beside_a_wrong_verdict_is_grounding_but_no_match(agent, run, queries):
+    spans = {query.text: query.span for query in queries}
+
+    def script(system, query, clip):
+        return f"<answer>not_matched</answer> <start>{spans[query][0]}</start> <end>{spans[query][1]}</end>"
+
+    agent.script = script
+    right = run(agent, "known-right")
+    numbers = evaluate.known_numbers(right, right, [query.duration for query in queries], 0)
+    assert numbers["matched@0.3"] == 0 and numbers["grounding@0.7"] == 100 and numbers["verdict_right"] == 0
+
+
+def test_queries_that_do_not_fit_together_walk_in_halves_to_the_same_episodes(agent, run, world, monkeypatch):
+    """Out of memory at the second look of six queries; updates cut before that are not counted twice."""
+    agent.script = lambda *_: f"<query_update>{300 * 'a red dog '}</query_update>"
+    whole, say, sizes = run(agent, "hqr-blind", "fits"), runner.EpisodeRunner._say, []
+
+    def full(self, prompts):
+        sizes.append(len(prompts))
+        if len(prompts) > 3 and len(sizes) > 2:  # behind the first look and its updates
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return say(self, prompts)
+
+    monkeypatch.setattr(runner.EpisodeRunner, "_say", full)
+    with pytest.warns(UserWarning, match="6 at once do not fit in memory: half of eval_batch from now on"):
+        halves = run(agent, "hqr-blind", "halved")
+    untimed = lambda one: [(turn.shown_id, turn.rank_in, turn.rank_out, turn.reply) for turn in one.turns]  # noqa: E731
+    assert [untimed(one) for one in halves] == [untimed(one) for one in whole]
+    assert sizes[:2] == [6, 6] and sizes[2] > 3 >= max(sizes[3:])
+    homes = [world.runs("charades") / "episodes" / name for name in ("fits", "halved")]
+    whole, halves = (json.loads((home / "notes.json").read_text())["updates_cut"] for home in homes)
+    assert whole == halves > 6
+
+
+def test_an_unknown_system_is_one_line(world):
+    with pytest.raises(InputError, match="hqr-unseen: no such system; there are zs, walkdown, sqr"):
+        evaluate.run_system(world, "charades", "hqr-unseen")

@@ -1,0 +1,104 @@
+"""What is said over several seeds, against loops over queries; and which files count."""
+
+import json
+
+import numpy as np
+import pytest
+from fake import profile as fake_profile
+
+from vsr1.evaluation import claims
+from vsr1.experiments import seeds
+from vsr1.report import results, tables
+
+IDS = list(range(1, 21))
+
+
+def hits(rng, ids=IDS):
+    """Made up answers of one system; a first search is the same for everybody."""
+    columns = {name: "".join(map(str, rng.integers(0, 2, len(ids)))) for name in claims.KEPT}
+    return {"ids": list(ids)} | columns | {"vr@1_orig": "".join(str(key % 2) for key in ids)}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Files of three seeds for each data set; HQR was asked every third query only."""
+    run = fake_profile(tmp_path, monkeypatch)
+    folder = run.results() / "seeds"
+    folder.mkdir(parents=True)
+    for number, dataset in enumerate(run.datasets):
+        for seed in (1, 2, 3):
+            rng = np.random.default_rng([number, seed])
+            told = {name: hits(rng) for name in ("vsr1", "sft", "ft", "walkdown", "zs", "zs-walkdown")}
+            told |= {name: hits(rng) for name in ("skip", "twostage", "within-1", "within-2", "within-3")}
+            told |= {name: hits(rng, IDS[::3]) for name in claims.VARIANTS}
+            refined = IDS[seed:]  # not the same in every seed
+            told |= {f"latents-{part}": hits(rng, refined) for part in ("0", "half", "all")}
+            kept = {"seed": seed, "profile": run.digest(), "commit": "c", "hits": told}
+            kept["videos"] = {key: f"v{key // 2}" for key in IDS}
+            (folder / f"{dataset}-{seed}.json").write_text(json.dumps(kept))
+    return run
+
+
+def numbers(run):
+    return json.loads(seeds.summary(run).read_text())["numbers"]
+
+
+def by_loop(run, dataset, claim):
+    """Points of each seed, query by query, over those that every seed asked of both."""
+    paths = [run.results() / "seeds" / f"{dataset}-{seed}.json" for seed in (1, 2, 3)]
+    seeds_hits, points = [json.loads(path.read_text())["hits"] for path in paths], []
+    for told in seeds_hits:
+        ours, theirs, gained = told[claim.ours], told[claim.theirs], []
+        for at, key in enumerate(theirs["ids"]):
+            if not all(key in one[side]["ids"] for one in seeds_hits for side in (claim.ours, claim.theirs)):
+                continue
+            place = ours["ids"].index(key)
+            if claim.failed and ours["vr@1_orig"][place] == "1":
+                continue
+            gained.append(int(ours[claim.metric][place]) - int(theirs[claim.from_ or claim.metric][at]))
+        points.append(100 * sum(gained) / len(gained))
+    return points, len(gained)
+
+
+@pytest.mark.parametrize("name", claims.CLAIMS)
+def test_a_claim_is_the_mean_over_seeds_of_what_queries_gain(run, name):
+    found = numbers(run)
+    for dataset in run.datasets:
+        points, count = by_loop(run, dataset, claims.CLAIMS[name])
+        told = {key: found[f"R1/{dataset}/{name}/{key}"] for key in ("points", "lowest", "highest")}
+        assert [told[key]["value"] for key in told] == pytest.approx(
+            [np.mean(points), min(points), max(points)]
+        )
+        low, high = told["points"]["ci"]
+        assert low <= told["points"]["value"] <= high
+        assert (told["points"]["n"], told["points"]["seeds"]) == (count, [1, 2, 3])
+    means = [np.mean(by_loop(run, dataset, claims.CLAIMS[name])[0]) for dataset in run.datasets]
+    assert found[f"R1/mean/{name}/points"]["value"] == pytest.approx(np.mean(means))
+
+
+def test_the_numbers_reach_the_report_and_not_those_of_other_knobs(run, capsys):
+    seeds.summary(run)
+    entry = results.collect(run)["R2/charades/vsr1/ver"]
+    assert entry["measured"] and entry["seeds"] == [1, 2, 3]
+    assert "Seeds 1, 2, 3. All of it committed; made at c." in tables.basis(run, results.collect(run), "R2")
+    path = run.results() / "seeds" / "charades-2.json"
+    path.write_text(path.read_text().replace(run.digest(), "another"))
+    assert numbers(run)["R2/charades/vsr1/ver"]["seeds"] == [1, 3]
+    assert f"left out: {path}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lost", ["*", "2"])
+def test_the_mean_of_the_data_sets_waits_for_all_of_them_and_the_same_seeds(run, lost):
+    for path in (run.results() / "seeds").glob(f"{run.datasets[-1]}-{lost}.json"):
+        path.unlink()
+    assert not [name for name in numbers(run) if name.startswith("R1/mean/")]
+
+
+def test_another_seed_gets_rooms_of_its_own_and_the_same_corpora(run):
+    for part in ("corpus", "videos", "embed"):
+        (run.runs("charades") / part).mkdir(parents=True)
+    own = seeds.of_seed(run, "charades", 7)
+    assert (own.seed, own.name) == (7, f"{run.name}-seed7") and own.runs("charades") != run.runs("charades")
+    for part in ("corpus", "videos", "embed"):
+        assert (own.runs("charades") / part).samefile(run.runs("charades") / part)
+    assert seeds.of_seed(run, "charades", run.seed) is run

@@ -1,0 +1,245 @@
+"""Soft and hard query refinement, each result computed a second way."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import COLD, QUERIES, changed, clip, coming_to_an_end, random_engine, random_policy, sampled
+
+from benchmarks import speed
+from vsr1.loop import hqr, sqr
+from vsr1.models import decoding, prompt_text, soft_heads
+
+
+@pytest.fixture(scope="module")
+def made():
+    return random_policy(seed=5)
+
+
+@pytest.fixture(scope="module")
+def search():
+    return random_engine()
+
+
+@pytest.fixture(scope="module")
+def prompts(made):
+    return [made.prompt(prompt_text.SYSTEM, query, clip(4 + 2 * n, n)) for n, query in enumerate(QUERIES)]
+
+
+REPLIES = ([5, 9, "R"], [11, "R", 12, 13, "R", 40, 41], ["R", 300, 7, 8, 9, 10])
+
+
+@pytest.fixture(scope="module")
+def replies(made):
+    """Replies of different lengths with <REFINE> at the end, twice, and right at the start."""
+    return [[made.mark if token == "R" else token for token in reply] for reply in REPLIES]
+
+
+@pytest.fixture(scope="module")
+def branches(made, prompts, replies):
+    with torch.no_grad():
+        return made.replay(prompts, replies).branches
+
+
+# --- soft ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_soft_tokens_by_cache_equal_full_forwards_for_rows_of_different_lengths(
+    made, prompts, replies, branches
+):
+    tokens = sqr.soft_tokens(made, branches, 8)
+    for prompt, reply, row in zip(prompts, replies, tokens, strict=True):
+        torch.testing.assert_close(row, speed.by_full_forwards(made, prompt, reply, 8), atol=1e-5, rtol=1e-5)
+    assert (tokens[:, 1:] - tokens[:, :-1]).abs().amax(dim=2).min() > 0.05, (
+        "tokens that hardly differ test little"
+    )
+
+
+@torch.no_grad()
+def test_a_row_alone_equals_the_row_in_a_batch_and_in_another_order(made, branches):
+    together = sqr.soft_tokens(made, branches, 8)
+    for row, branch in enumerate(branches):
+        torch.testing.assert_close(sqr.soft_tokens(made, [branch], 8)[0], together[row], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        sqr.soft_tokens(made, branches[::-1], 8).flip(0), together, atol=1e-5, rtol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_any_number_of_soft_tokens_is_a_beginning_of_sixteen(made, branches):
+    sixteen = sqr.soft_tokens(made, branches, 16)
+    for n in range(17):
+        some = sqr.soft_tokens(made, branches, n)
+        assert some.shape == (3, n, made.heads.width) and some.dtype == torch.float32
+        torch.testing.assert_close(some, sixteen[:, :n], atol=1e-6, rtol=1e-6)
+
+
+def test_rollout_and_replay_give_the_same_soft_tokens(made, prompts):
+    """Sampled replies that say the token once, twice or never, and end at different steps."""
+    quick = coming_to_an_end(made, prompts)
+    rolled = sampled(quick, prompts, 4, temperature=COLD)
+    again = quick.replay(prompts, [reply.ids for reply in rolled], group=4)
+    replayed = again.branches
+    without = [branch is None for branch in replayed]
+    assert without == [reply.branch is None for reply in rolled] and set(without) == {True, False}
+    assert len({len(reply.ids) for reply in rolled}) > 2
+    pairs = [(reply.branch, branch) for reply, branch in zip(rolled, replayed, strict=True) if branch]
+    with torch.no_grad():
+        first, second = (sqr.soft_tokens(quick, list(side), 4) for side in zip(*pairs, strict=True))
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+
+
+def test_a_reply_cut_right_at_the_token_can_still_refine(made, prompts, replies):
+    """The limit may fall on <REFINE> itself, which decoding then never reads."""
+    said = sampled(made, prompts[:1], limit=3)[0].ids
+    quick = changed(made, mark=said[-1])
+    cut = sampled(quick, prompts[:1], limit=3)[0]
+    assert not cut.ended and cut.ids[-1] == quick.mark
+    tokens = sqr.soft_tokens(quick, [cut.branch], 3)[0]
+    torch.testing.assert_close(
+        tokens, speed.by_full_forwards(quick, prompts[0], cut.ids, 3), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_refinement_reads_one_token_per_latent_and_no_prompt(made, branches, monkeypatch):
+    read, run = [], made.model.model.language_model.forward
+
+    def counted(**inputs):
+        read.append(inputs["inputs_embeds"].shape[1])
+        return run(**inputs)
+
+    monkeypatch.setattr(made.model.model.language_model, "forward", counted)
+    sqr.soft_tokens(made, branches, 8)
+    assert read == [1] * 8
+
+
+@torch.no_grad()
+def test_seed_norm_chooses_the_state_the_first_soft_token_reads(made, branches):
+    post = changed(made, settings=soft_heads.Settings(first_latent_state="post"))
+    first = sqr.soft_tokens(post, branches, 1)[:, 0]
+    words = made.model.get_input_embeddings().weight[made.mark].expand(3, 1, -1)
+    states = decoding.extend(made.model, decoding.stack_contexts(branches), words)[1][:, 0]
+    normed = made.heads.P(made.model.model.language_model.norm(states))
+    torch.testing.assert_close(first, normed, atol=1e-6, rtol=1e-6)
+    assert (first - sqr.soft_tokens(made, branches, 1)[:, 0]).abs().max() > 0.01
+
+
+def loss_of(made, search, prompts, replies, target):
+    """A ranking loss as training will have it: cosine of the refined queries with given vectors."""
+    branches = made.replay(prompts, replies).branches
+    latents = sqr.soft_tokens(made, branches, 4)
+    return (sqr.soft_query(search, made.heads, QUERIES, latents) * target).sum()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "heads.refine_projector.0.weight",
+        "heads.refine_projector.3.bias",
+        "heads.refine_latent_input_projector.1.weight",
+        "heads.refine_append_input_projector.1.weight",
+        "model.model.language_model.layers.0.self_attn.q_proj.weight",
+        "model.model.language_model.layers.2.mlp.down_proj.weight",
+        "model.model.visual.blocks.0.mlp.linear_fc1.weight",
+    ],
+)
+def test_gradients_reach_heads_language_model_and_eyes(made, search, prompts, replies, name):
+    """Autograd against central differences of fourth order, along the gradient itself."""
+    weight = (made.heads if name.startswith("heads") else made.model).get_parameter(name.partition(".")[2])
+    target = torch.nn.functional.normalize(
+        torch.randn(3, search.width, generator=torch.manual_seed(0)), dim=-1
+    )
+    made.model.zero_grad(), made.heads.zero_grad()
+    loss_of(made, search, prompts, replies, target).backward()
+    slope, direction = weight.grad.norm(), weight.grad / weight.grad.norm()
+    assert slope > 1e-6
+    step, start, change = 0.003 / float(slope), weight.detach().clone(), 0.0
+    with torch.no_grad():
+        for steps, share in ((-2, 1), (-1, -8), (1, 8), (2, -1)):
+            weight.copy_(start + steps * step * direction)
+            change += share * loss_of(made, search, prompts, replies, target)
+        weight.copy_(start)
+    torch.testing.assert_close(change / (12 * step), slope, rtol=0.01, atol=0)
+
+
+def test_no_soft_tokens_are_exactly_the_plain_query(made, search, branches):
+    none = sqr.soft_tokens(made, branches, 0)
+    np.testing.assert_allclose(
+        sqr.soft_query(search, made.heads, QUERIES, none).detach(), search.embed_texts(QUERIES), atol=1e-6
+    )
+
+
+@torch.no_grad()
+def test_soft_tokens_stand_right_after_the_query_s_last_word(made, search):
+    """Latents that B turns into the embeddings of words equal those words written at the end of the text."""
+    ids = search.tokenizer(" in the kitchen")["input_ids"]
+    words = search.model.get_input_embeddings().weight[torch.tensor(ids)].expand(3, -1, -1)
+    copycat = soft_heads.SoftHeads(4, search.width)
+    copycat.refine_append_input_projector = torch.nn.Sequential(
+        torch.nn.Identity(), torch.nn.Linear(192, 192)
+    )
+    copycat.refine_append_input_projector[1].weight.copy_(torch.eye(192))
+    copycat.refine_append_input_projector[1].bias.zero_()
+    written = search.embed_texts([query + " in the kitchen" for query in QUERIES])
+    np.testing.assert_allclose(sqr.soft_query(search, copycat, QUERIES, words), written, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_sweep_over_depths_equals_one_query_each_and_keeps_what_is_carried(made, search, branches):
+    old, new = sqr.soft_tokens(made, branches, 2), sqr.soft_tokens(made, branches[::-1], 3)
+    sweep = sqr.prefix_queries(search, made.heads, QUERIES, new)
+    np.testing.assert_allclose(sweep[:, 0], search.embed_texts(QUERIES), atol=1e-6)
+    for depth in range(4):
+        one = sqr.soft_query(search, made.heads, QUERIES, sqr.soft_tokens(made, branches[::-1], depth))
+        torch.testing.assert_close(sweep[:, depth], one, atol=1e-5, rtol=0)
+    carried = sqr.prefix_queries(search, made.heads, QUERIES, new, carried=old)
+    both = sqr.soft_query(search, made.heads, QUERIES, sqr.stack_blocks([new, old, new], 2))
+    torch.testing.assert_close(carried[:, -1], both, atol=1e-5, rtol=0)
+    assert torch.equal(sqr.stack_blocks([old, new], 1), new)
+    assert torch.equal(sqr.stack_blocks([old, new], 5), torch.cat([old, new], dim=1))
+
+
+@torch.no_grad()
+def test_zero_heads_insert_the_same_soft_tokens_whatever_was_seen(search):
+    """The official start: eight zero latents. Not a no-op: B turns them into eight zero embeddings in the query."""
+    fresh = random_policy(init="zero")
+    prompts = [fresh.prompt(prompt_text.SYSTEM, QUERIES[0], clip(4, n)) for n in (0, 1)]
+    branches = fresh.replay(prompts, [[fresh.mark]] * 2).branches
+    latents = sqr.soft_tokens(fresh, branches, 8)
+    assert not latents.any()
+    query = sqr.soft_query(search, fresh.heads, QUERIES[:2], latents)
+    np.testing.assert_allclose(
+        query, search.embed_texts(QUERIES[:2], torch.zeros(2, 8, search.width)), atol=1e-6
+    )
+
+
+# --- hard ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_three_rewriters_see_what_they_should(made):
+    film = clip(4)
+    texts = []
+    for variant in ("blind", "seen", "reasoned"):
+        system, looks = hqr.rewrite_prompt(variant)
+        texts.append(made.tokenizer.decode(made.prompt(system, "a dog", film if looks else None).ids))
+    blind, seen, reasoned = texts
+    assert prompt_text.REWRITE in blind and "<|video_pad|>" not in blind
+    assert prompt_text.REWRITE in seen and "<|video_pad|>" in seen
+    assert prompt_text.SYSTEM_HQR in reasoned and "<|video_pad|>" in reasoned
+    assert all('Query: "a dog"' in text for text in texts)
+
+
+def test_updates_replace_the_query_or_follow_it():
+    updates = ["a red dog", "a red dog at night"]
+    assert hqr.compose_query("a dog", updates, "replace") == "a red dog at night"
+    assert hqr.compose_query("a dog", updates, "append") == "a dog a red dog at night"
+    assert hqr.compose_query("a dog", updates, "append", 2) == "a dog a red dog a red dog at night"
+
+
+def test_a_long_update_fits_where_a_query_would_be_cut(search):
+    text = "a red dog by the lake " * 30
+    long = hqr.with_query_limit(search)
+    long.embed_texts([text])
+    assert (long.cut, search.cut) == (0, 0)
+    search.embed_texts([text])
+    assert (long.cut, search.cut) == (0, 1)

@@ -1,0 +1,142 @@
+"""The rendered corpora: what the annotations promise is what the films show."""
+
+import dataclasses
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from vsr1 import cache, config
+from vsr1.data import annotations, video_reader
+from vsr1.mini import renderer
+from vsr1.mini.renderer import ATTRIBUTES
+
+DATASETS = config.DATASETS
+
+
+def scenes_of(dataset, split, count=160):
+    return renderer.write_scenes(dataset, split, count, config.load("mini").world.seed)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_exactly_one_video_of_the_gallery_fits_each_fine_query(dataset, split):
+    world = config.load("mini").world
+    scenes = scenes_of(dataset, split, getattr(world, f"{split}_videos"))
+    fitting = {}
+    for scene in scenes:
+        for moment in scene.moments:
+            fitting.setdefault(moment.look(), set()).add(scene.video)
+    assert all(len(videos) == 1 for videos in fitting.values())
+    queries = renderer.captions(scenes, 0, {"train": 2, "test": 1}[split], world.seed)
+    assert len(queries) >= {"train": 3000, "test": 300}[split]
+    assert len(scenes) >= {"train": 600, "test": 120}[split]
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_no_video_of_one_split_is_in_another(dataset):
+    names = [
+        {scene.video for scene in scenes_of(dataset, split, 640)} for split in ("train", "test", "foundation")
+    ]
+    assert not (names[0] & names[1] or names[0] & names[2] or names[1] & names[2])
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_members_of_a_family_differ_in_one_attribute_of_every_moment(dataset):
+    scenes = scenes_of(dataset, "test")
+    families = {}
+    for scene in scenes:
+        families.setdefault(scene.family, []).append(scene)
+    assert any(len(family) > 1 for family in families.values())
+    for first, *others in families.values():
+        for other in others:
+            for a, b in zip(first.moments, other.moments, strict=True):
+                assert sum(x != y for x, y in zip(a.look(), b.look(), strict=True)) == 1
+                assert (a.start, a.end) == (b.start, b.end)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_spans_have_the_character_of_their_data_set(dataset):
+    for scene in scenes_of(dataset, "train"):
+        spans = [(moment.start, moment.end) for moment in scene.moments]
+        assert all(0 <= start < end <= scene.seconds for start, end in spans)
+        assert all(a[1] <= b[0] for a, b in pairwise(spans)), "moments overlap"
+        if dataset == "charades":
+            assert 24 <= scene.seconds <= 37 and 2 <= len(spans) <= 3
+        elif dataset == "didemo":
+            assert 25 <= scene.seconds <= 50 and all(t % 5 == 0 for span in spans for t in span)
+        else:
+            assert 60 <= scene.seconds <= 180 and len(spans) >= 2
+
+
+def test_a_fine_caption_names_every_attribute_and_a_coarse_one_only_two():
+    scene = scenes_of("charades", "test")[0]
+    for moment in scene.moments:
+        for style in range(renderer.STYLES):
+            fine = renderer.caption(moment, style)
+            named = (moment.shirt + " shirt", moment.trousers + " trousers", moment.place, moment.object)
+            named += (moment.colour, renderer.ACTIONS[moment.action], renderer.LIGHTS[moment.light])
+            assert all(word.lower() in fine.lower() for word in named), fine
+            coarse = renderer.caption(moment, style, ("action", "object"))
+            assert not any(word in coarse for word in (moment.place, "shirt", "trousers")), coarse
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+def test_every_attribute_changes_the_picture_enough_for_the_models_to_see(attribute):
+    """Frames as the mini models get them, 64 x 64: the smallest change moves at least 20 pixels by a visible amount."""
+    scene = scenes_of("didemo", "test")[0]
+    moment = scene.moments[0]
+    look = lambda m: renderer.picture("didemo", m, True, 0.2, scene.extras, 128)[::2, ::2].astype(int)  # noqa: E731
+    pictures = {
+        value: look(dataclasses.replace(moment, **{attribute: value}))
+        for value in renderer.values(attribute, "didemo")
+    }
+    for a in pictures:
+        for b in pictures:
+            assert a == b or (np.abs(pictures[a] - pictures[b]).max(axis=2) > 20).sum() >= 20, (a, b)
+
+
+def test_the_same_seed_films_the_same_bytes_and_another_seed_other_videos(tmp_path):
+    scene = scenes_of("charades", "test")[0]
+    for name in ("a.mp4", "b.mp4"):
+        renderer.film(scene, "charades", tmp_path / name, 128, 8)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert scenes_of("charades", "test") == scenes_of("charades", "test")
+    other = renderer.write_scenes("charades", "test", 160, 1)
+    assert not {s.video for s in other} & {s.video for s in scenes_of("charades", "test")}
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_film_shows_what_the_scene_says_when_it_says(dataset, tmp_path):
+    """Decoded frames against pictures drawn for the moment on at that second; H.264 costs a few grey levels."""
+    scene = scenes_of(dataset, "test")[3]
+    renderer.film(scene, dataset, tmp_path / "film.mp4", 128, 8)
+    clip = video_reader.Reader().read(tmp_path / "film.mp4")
+    assert clip.problem is None and abs(clip.seconds - scene.seconds) < 0.13
+    busy = 0
+    for pixels, second in zip(clip.frames, clip.timestamps, strict=True):
+        on = [moment for moment in scene.moments if moment.start <= second < moment.end]
+        next_up = on or [moment for moment in scene.moments if second < moment.end] or [scene.moments[-1]]
+        phase = round(second * 8) % renderer.PHASES / renderer.PHASES
+        drawn = renderer.picture(dataset, next_up[0], bool(on), phase, scene.extras, 128)
+        assert np.abs(pixels.astype(int) - drawn.astype(int)).mean() < 8, second
+        busy += bool(on)
+    assert busy >= 2 * len(scene.moments), "every moment must be seen in at least a pair of frames"
+
+
+def test_render_writes_fig_files_and_a_killed_rendering_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    profile = config.load("smoke")
+    small = dataclasses.replace(
+        profile, world=dataclasses.replace(profile.world, train_videos=3, test_videos=2)
+    )
+    folder = renderer.render(small, "charades")
+    files = {path.name: path.read_bytes() for path in folder.glob("*.mp4")}
+    queries = annotations.read_fig(folder.parent / "corpus" / "test.jsonl")
+    assert {f"{query.video}.mp4" for query in queries} <= set(files) and len(files) == 5
+    cache.write_json(folder / ".step.json", {"key": "of another world"})
+    folder.rename(folder.with_name("videos.partial"))
+    key = cache.fingerprint({"not": "this"})
+    assert cache.metadata(folder.with_name("videos.partial"))["key"] != key
+    again = renderer.render(small, "charades")
+    assert {path.name: path.read_bytes() for path in again.glob("*.mp4")} == files

@@ -1,0 +1,225 @@
+"""The search engine, each result computed a second way."""
+
+import dataclasses
+import json
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3VLModel
+
+from vsr1 import cache, config
+from vsr1.data import annotations, video_reader
+from vsr1.mini import pretraining_tasks, renderer
+from vsr1.models import embedding, engine, ivf_index, loading, search_index
+
+TEXTS = [
+    "With a red ball, someone in white trousers and a pink shirt sits on a stool in the kitchen at night.",
+    "A person waves.",
+    "Someone jumps up and down by the lake with a blue dog.",
+]
+
+
+@pytest.fixture(scope="module")
+def made():
+    """An engine of the mini shape with random weights: nothing here depends on what training taught."""
+    torch.manual_seed(0)
+    tokenizer = pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary())
+    model = Qwen3VLModel(pretraining_tasks.make_config(tokenizer)).eval()
+    return engine.Engine(config.load("smoke"), model, tokenizer, "random")
+
+
+def clip(count, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+    return video_reader.Clip(pixels, np.arange(count, dtype=float), float(count), None)
+
+
+def test_a_query_vector_is_the_normalised_state_of_the_end_of_text_token(made):
+    """Against a plain, unpadded forward of ids written out by hand."""
+    text = (
+        "<|im_start|>system\nRepresent the user's input.<|im_end|>\n<|im_start|>user\n"
+        f"{TEXTS[1]}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+    )
+    ids = torch.tensor([made.tokenizer(text)["input_ids"]])
+    state = made.model(
+        input_ids=ids, position_ids=torch.arange(ids.shape[1]).expand(3, 1, -1)
+    ).last_hidden_state[0, -1]
+    np.testing.assert_allclose(
+        made.embed_texts([f" {TEXTS[1]}\n"])[0], (state / state.norm()).detach(), atol=1e-5
+    )
+
+
+def test_videos_that_do_not_fit_together_are_embedded_in_halves_with_a_warning(made, monkeypatch):
+    clips, pool, sizes = [clip(4, seed) for seed in range(4)], made.pool, []
+    whole = made.embed_clips(clips)
+
+    def full(batch):
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pool(batch)
+
+    small = engine.Engine(config.load("smoke"), made.model, made.tokenizer, "small")
+    monkeypatch.setattr(small, "pool", full)
+    with pytest.warns(UserWarning, match="4 at once do not fit in memory: half of batch_tokens from now on"):
+        np.testing.assert_allclose(small.embed_clips(clips), whole, atol=1e-5)
+    np.testing.assert_allclose(small.embed_clips(clips), whole, atol=1e-5)
+    assert sizes == [4, 2, 2, 2, 2] and made.portions.parts == 1
+
+
+def test_a_stream_of_videos_is_embedded_while_it_is_read(made, monkeypatch):
+    clips, pool, said = [clip(4, seed) for seed in range(3)], made.pool, []
+    whole = made.embed_clips(clips)
+    monkeypatch.setattr(engine, "MAX_BATCH_BYTES", 2 * clips[0].frames.nbytes)
+    monkeypatch.setattr(made, "pool", lambda batch: said.append("embedded") or pool(batch))
+    stream = (said.append("read") or one for one in clips)
+    np.testing.assert_allclose(made.embed_clips(stream), whole, atol=1e-5)
+    assert said == ["read", "read", "embedded", "read", "embedded"]
+
+
+def test_texts_and_videos_give_the_same_vectors_in_a_batch_alone_and_in_another_order(made):
+    together = made.embed_texts(TEXTS)
+    for text, vec in zip(TEXTS, together, strict=True):
+        np.testing.assert_allclose(made.embed_texts([text])[0], vec, atol=1e-5)
+    np.testing.assert_allclose(made.embed_texts(TEXTS[::-1])[::-1], together, atol=1e-5)
+    clips = [clip(4, 1), clip(10, 2), clip(2, 3)]
+    videos = made.embed_clips(clips)
+    for one, vec in zip(clips, videos, strict=True):
+        np.testing.assert_allclose(made.embed_clips([one])[0], vec, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(videos, axis=1), 1, atol=1e-6)
+    assert together.dtype == videos.dtype == np.float32
+
+
+def test_soft_tokens_stand_right_after_the_last_word_of_each_query(made):
+    """Soft tokens that are the embeddings of words equal those words written at the end of the text."""
+    more = " in the kitchen"
+    ids = made.tokenizer(more)["input_ids"]
+    soft = made.model.get_input_embeddings().weight[torch.tensor(ids)].detach().expand(len(TEXTS), -1, -1)
+    np.testing.assert_allclose(
+        made.embed_texts(TEXTS, soft), made.embed_texts([text + more for text in TEXTS]), atol=1e-5
+    )
+
+
+def test_no_soft_tokens_are_exactly_the_plain_query_and_gradients_reach_soft_tokens(made):
+    np.testing.assert_allclose(
+        made.embed_texts(TEXTS, torch.zeros(3, 0, made.width)), made.embed_texts(TEXTS), atol=1e-6
+    )
+    soft = torch.zeros(3, 2, made.width, requires_grad=True)
+    made.pool(made.text_batch(TEXTS, soft))[:, 0].sum().backward()
+    assert soft.grad.abs().sum() > 0
+
+
+def test_a_query_over_the_limit_loses_words_not_the_template(made):
+    small = engine.Engine(
+        dataclasses.replace(config.load("smoke"), max_query_tokens=30), made.model, made.tokenizer, "small"
+    )
+    prompt, end = small.query_prompt(TEXTS[0] * 5)
+    assert len(prompt.ids) == 30 and end == 24 and small.cut == 1
+    assert made.tokenizer.decode(prompt.ids[24:]) == "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+
+
+def test_a_template_that_ends_differently_is_refused(made):
+    tokenizer = pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary())
+    tokenizer.chat_template = pretraining_tasks.CHAT.replace(
+        "<|im_start|>assistant\n", "<|im_start|>assistant"
+    )
+    other = engine.Engine(config.load("smoke"), made.model, tokenizer, "other")
+    with pytest.raises(config.InputError, match="unexpected end of the query template"):
+        other.query_prompt("hello")
+
+
+def test_search_equals_a_matrix_product_and_a_sort_with_ties_in_row_order():
+    rng = np.random.default_rng(0)
+    videos = rng.standard_normal((50, 16)).astype(np.float32)
+    videos[30] = videos[7]  # a tie
+    videos /= np.linalg.norm(videos, axis=1, keepdims=True)
+    queries = np.concatenate([videos[[7, 3]], rng.standard_normal((20, 16))]).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    scores, rows = search_index.search(search_index.build_index(videos), queries, 10)
+    product = queries @ videos.T
+    np.testing.assert_allclose(scores, -np.sort(-product, axis=1)[:, :10], atol=1e-6)
+    assert rows[0, :2].tolist() == [7, 30]
+    column = rng.integers(0, 50, len(queries))
+    by_index = [
+        row.tolist().index(c) + 1
+        for row, c in zip(
+            search_index.search(search_index.build_index(videos), queries, 50)[1], column, strict=True
+        )
+    ]
+    np.testing.assert_array_equal(by_index, search_index.ranks(product, column))
+
+
+def test_embedding_a_corpus_names_the_broken_video_and_resumes_to_the_same_files(tmp_path, monkeypatch, made):
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setattr(engine, "load", lambda profile, which: made)
+    monkeypatch.setattr(embedding, "SHARD_SIZE", 2)
+    profile = config.load("smoke")
+    profile = dataclasses.replace(
+        profile, world=dataclasses.replace(profile.world, train_videos=2, test_videos=5)
+    )
+    videos = renderer.render(profile, "charades")
+    queries = annotations.read_fig(videos.parent / "corpus" / "test.jsonl")
+    broken = annotations.gallery_ids(queries)[1]
+    (videos / f"{broken}.mp4").write_bytes(b"not a film")
+    (videos / f"{annotations.gallery_ids(queries)[3]}.mp4").unlink()
+    folder = embedding.embed_corpus(profile, "charades", "test")
+    vectors = search_index.load_vectors(folder)
+    assert broken not in vectors.video_ids and len(vectors.video_ids) == 3
+    assert vectors.query_ids == [query.id for query in queries]
+    said = (folder / "skipped.csv").read_text().splitlines()
+    assert len(said) == 3 and said[1].startswith(f"{broken},test,") and "No such file" in said[2]
+    index = faiss.read_index(str(folder / "index.faiss"))
+    assert index.ntotal == 3
+    before = {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".npy", ".faiss", ".csv")
+    }
+    cache.write_json(folder / ".step.json", {"key": "of another engine"})
+
+    embed, calls = made.embed_clips, []
+
+    def killed(clips):
+        calls.append(clips)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return embed(clips)
+
+    monkeypatch.setattr(made, "embed_clips", killed)
+    with pytest.raises(KeyboardInterrupt):
+        embedding.embed_corpus(profile, "charades", "test")
+    monkeypatch.setattr(made, "embed_clips", lambda clips: calls.append(clips) or embed(clips))
+    again = embedding.embed_corpus(profile, "charades", "test")
+    assert len(calls) == 2 + 2, "the finished shard must not be embedded again"
+    assert {path.name: path.read_bytes() for path in again.iterdir() if path.name in before} == before
+    assert json.loads((again / "notes.json").read_text())["skipped"] == 2
+
+    monkeypatch.setattr(ivf_index, "FROM", 3)  # the same gallery as a large one
+    cache.write_json(folder / ".step.json", {"key": "of another engine"})
+    mapped = search_index.load_vectors(embedding.embed_corpus(profile, "charades", "test"))
+    assert isinstance(mapped.video_vecs, np.memmap)
+    assert (folder / "video_vecs.npy").read_bytes() == before["video_vecs.npy"]
+    told = json.loads((folder / "notes.json").read_text())["index"]
+    assert (told["vectors"], told["k"], told["recall"]) == (3, 3, 1.0)
+    index = ivf_index.open_index(folder / "index.faiss")
+    assert isinstance(index, faiss.IndexIVF)
+    flat = search_index.build_index(vectors.video_vecs)
+    for mine, plain in zip(
+        *(search_index.search(one, vectors.query_vecs, 3) for one in (index, flat)), strict=True
+    ):
+        np.testing.assert_allclose(mine, plain, atol=1e-3)
+
+
+def test_an_engine_that_is_not_there_is_one_clear_line():
+    profile = dataclasses.replace(config.load("smoke"), engine="vsr1/models/no-such-engine")
+    with pytest.raises(config.InputError, match="no-such-engine: the mini model is missing; restore it"):
+        engine.load(profile)
+
+
+def test_16_bit_weights_are_saved_and_load_as_the_same_engine(tmp_path, made):
+    made.model.half().save_pretrained(tmp_path)
+    made.model.float()
+    made.tokenizer.save_pretrained(tmp_path)
+    profile = dataclasses.replace(config.load("smoke"), engine=str(tmp_path))
+    loaded = engine.load(profile)
+    np.testing.assert_allclose(loaded.embed_texts(TEXTS), made.embed_texts(TEXTS), atol=2e-3)
+    assert loading.local_path(str(tmp_path)) == str(tmp_path)

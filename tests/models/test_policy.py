@@ -1,0 +1,505 @@
+"""The agent's decoding and its checkpoints, each against a second way of doing it or a file made wrong on purpose."""
+
+import copy
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import COLD, QUERIES, changed, clip, coming_to_an_end, random_policy, sampled
+from transformers import Qwen3VLModel
+from transformers.generation.logits_process import TopPLogitsWarper
+
+from vsr1 import config
+from vsr1.loop import sqr
+from vsr1.mini import pretraining_tasks
+from vsr1.models import checkpoints, decoding, engine, inputs, policy, prompt_text, soft_heads
+from vsr1.training import common
+
+
+@pytest.fixture(scope="module")
+def made():
+    return random_policy()
+
+
+@pytest.fixture(scope="module")
+def prompts(made):
+    return [made.prompt(prompt_text.SYSTEM, query, clip(4 + 2 * n, n)) for n, query in enumerate(QUERIES)]
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_prompts_say_what_the_method_says(made):
+    text = made.tokenizer.decode(made.prompt("S", 'a "dog"', clip(4)).ids)
+    pads = "<|vision_start|>" + 4 * "<|video_pad|>" + "<|vision_end|>"
+    assert text == (
+        '<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQuery: "a "dog""\nRetrieved video: '
+        f"<1.2 seconds>{pads}<5.2 seconds>{pads}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    blind = made.tokenizer.decode(made.prompt("S", "a dog").ids)
+    assert blind.endswith('<|im_start|>user\nQuery: "a dog"<|im_end|>\n<|im_start|>assistant\n')
+    assert prompt_text.SYSTEM == (
+        "You judge one retrieved video against a query. Inside <think> </think>, compare step by step what the "
+        "query asks with what the video shows; be short and say only what is visible. If a scene fits, answer "
+        "<answer>matched</answer> <start>SECONDS</start> <end>SECONDS</end> <REFINE>. If no scene fits, answer "
+        "<answer>not_matched</answer> <REFINE>; the token starts a refined search. Always end with <REFINE>. "
+        "Write nothing outside the tags."
+    )
+    without = prompt_text.SYSTEM.replace("; the token starts a refined search. Always end with <REFINE>", "")
+    assert prompt_text.SYSTEM_ZS == without.replace(" <REFINE>", "")
+
+
+def test_released_policies_are_shown_frame_numbers_as_times(made):
+    released = changed(made, settings=soft_heads.Settings(time_axis="frame_index"))
+    text = released.tokenizer.decode(released.prompt("S", "a", clip(4)).ids)
+    assert "<0.5 seconds>" in text and "<2.5 seconds>" in text and "<1.2 seconds>" not in text
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_replies_equal_the_library_s_own_generation(made, prompts):
+    replies = made.reply(prompts, max_new_tokens=12)
+    for prompt, reply in zip(prompts, replies, strict=True):
+        batch = inputs.collate([prompt], made.model, made.tokenizer.pad_token_id)
+        batch.pop("position_ids")  # generate makes its own
+        banned = made.banned.nonzero()[:, 0].tolist()
+        ids = made.model.generate(**batch, do_sample=False, max_new_tokens=12, suppress_tokens=banned)
+        assert reply.ids == ids[0, len(prompt.ids) :].tolist()
+
+
+def full_forward(made, prompt, ids):
+    """Log-probabilities of a reply from one forward over everything, without a cache."""
+    whole = dataclasses.replace(prompt, ids=prompt.ids + ids)
+    logits = made.model(**inputs.collate([whole], made.model, made.tokenizer.pad_token_id)).logits[0]
+    logits = logits[len(prompt.ids) - 1 : -1].masked_fill(made.banned, -torch.inf)
+    return logits.log_softmax(-1)[torch.arange(len(ids)), ids]
+
+
+@torch.no_grad()
+def test_recorded_log_probabilities_are_those_of_a_full_forward(made, prompts):
+    replies = sampled(made, prompts, 2)
+    for prompt, reply in zip([p for p in prompts for _ in "ab"], replies, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(reply.logps), full_forward(made, prompt, reply.ids), atol=1e-5, rtol=0
+        )
+
+
+def shrinks(lengths):
+    """How often a batch of replies of these lengths, sorted, goes on with less than half of its rows."""
+    middle = lengths[len(lengths) // 2]
+    rest = [length for length in lengths if length > middle]
+    return 1 + shrinks(rest) if rest else 0
+
+
+def test_rows_that_end_early_leave_the_others_as_they_are(made, prompts):
+    """Each alone against all in a batch that shrinks twice on the way."""
+    quick = coming_to_an_end(made, prompts)
+    together = sampled(quick, prompts, 4, temperature=COLD)
+    lengths = sorted(len(reply.ids) for reply in together)
+    assert shrinks(lengths) >= 2, lengths
+    draws = torch.from_numpy(np.random.default_rng(0).random((12, 24)))
+    for row, reply in enumerate(together):
+        context, now = quick.begin([prompts[row // 4]])
+        alone = decoding.decode(quick.model, context, now, quick.rules(24, COLD), draws[row : row + 1])[0]
+        assert alone.ids == reply.ids
+        np.testing.assert_allclose(alone.logps, reply.logps, atol=1e-5 / COLD)
+        assert reply.ended == (reply.ids[-1] == quick.stop) and quick.stop not in reply.ids[:-1]
+        assert reply.ended or len(reply.ids) == 24
+
+
+def test_a_replayed_reply_has_the_log_probabilities_of_the_rollout_also_in_train_mode(made, prompts):
+    quick = coming_to_an_end(made, prompts)
+    for temperature in (1.0, COLD):
+        replies = sampled(quick, prompts, 4, temperature=temperature)
+        made.model.train()
+        again = quick.replay(prompts, [reply.ids for reply in replies], group=4, temperature=temperature)
+        made.model.eval()
+        for row, reply in enumerate(replies):
+            own = again.logps[row][again.said[row]].tolist()
+            np.testing.assert_allclose(own, reply.logps, atol=1e-5 / temperature)
+            assert (again.logps[row][~again.said[row]] == 0).all()
+    made.model.zero_grad()
+    again.logps.sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in made.model.parameters() if weight.grad is not None)
+
+
+def test_sharing_a_prompt_gives_the_gradient_of_separate_prompts(made, prompts):
+    ids = [reply.ids for reply in sampled(made, prompts[:2], 3)]
+    grads = []
+    for rows, group in ((prompts[:2], 3), ([p for p in prompts[:2] for _ in range(3)], 1)):
+        made.model.zero_grad()
+        made.replay(rows, ids, group=group).logps.sum().backward()
+        grads.append([w.grad.clone() for w in made.model.parameters() if w.grad is not None])
+    for shared, separate in zip(*grads, strict=True):
+        torch.testing.assert_close(shared, separate, atol=1e-4 * float(separate.abs().max() + 1), rtol=0)
+
+
+def test_replies_follow_the_model_s_distribution():
+    """20,000 draws of one token against its probabilities; a banned token is never drawn."""
+    logp = torch.tensor([0.5, 0.2, 0.0, 0.3]).log()
+    draws = torch.from_numpy(np.random.default_rng(0).random(20_000))
+    share = decoding.sample_token(logp.expand(20_000, -1), draws).bincount(minlength=4) / 20_000
+    torch.testing.assert_close(share, logp.exp(), atol=0.015, rtol=0)
+    edges = decoding.sample_token(logp.expand(2, -1), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+    assert edges.tolist() == [0, 3] and share[2] == 0
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
+def test_top_p_keeps_the_tokens_that_the_library_keeps_and_shares_their_mass(made, prompts, top_p):
+    _, now = made.begin(prompts)
+    logits = made.model.lm_head(now).masked_fill(made.banned, -torch.inf)
+    theirs = TopPLogitsWarper(top_p)(None, logits / 0.4).log_softmax(-1)
+    ours = decoding.log_probs(made.model.lm_head(now), made.rules(1, 0.4, top_p))
+    assert 0 < (ours > -torch.inf).sum() < (~made.banned).sum() * len(prompts)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_a_reply_with_its_own_rng_does_not_depend_on_those_beside_it(made, prompts):
+    own = lambda seed: np.random.default_rng([7, seed])  # noqa: E731
+    sample = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.9}
+    together = made.reply(prompts, rng=[own(seed) for seed in range(len(prompts))], **sample)
+    for seed, (prompt, reply) in enumerate(zip(prompts, together, strict=True)):
+        assert made.reply([prompt], rng=[own(seed)], **sample)[0].ids == reply.ids
+
+
+def test_vision_ids_and_rows_without_a_token_are_never_said(made):
+    loud = torch.where(made.banned, 50.0, 0.0)
+    assert (decoding.log_probs(loud, made.rules(1, 1.0))[made.banned] == -torch.inf).all()
+    names = made.tokenizer.convert_ids_to_tokens(made.banned.nonzero()[:, 0].tolist())
+    assert names[:4] == ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    assert int(made.banned.sum()) == 4 + 7, "eight spare rows, one of them taken by <REFINE>"
+
+
+def test_a_video_is_read_once_for_all_replies_to_it(made, prompts, monkeypatch):
+    shapes, see = [], made.model.model.visual.forward
+    counted = lambda pixels, **grid: shapes.append(len(pixels)) or see(pixels, **grid)  # noqa: E731
+    monkeypatch.setattr(made.model.model.visual, "forward", counted)
+    sampled(made, prompts, 4, limit=3)
+    assert shapes == [sum(math.prod(prompt.video.grid) for prompt in prompts)]
+
+
+def test_what_is_kept_of_a_video_is_what_the_eyes_see_again(made, prompts, monkeypatch):
+    """Eyes that learn look each time; others once at a clip, however many prompts, replies and readings it has."""
+    looks, see = [], decoding._encode_videos
+    monkeypatch.setattr(
+        decoding, "_encode_videos", lambda model, videos: looks.append(len(videos)) or see(model, videos)
+    )
+    film, other = clip(6, 1), clip(6, 2)
+    asked = lambda one, *clips: [one.prompt(prompt_text.SYSTEM, "Who?", shown) for shown in clips]  # noqa: E731
+    replies = [[5, 6, made.stop], [6, 5, made.stop]]
+    learning = [made.replay(asked(made, film, other), replies).logps for _ in range(2)]
+    assert looks == [2, 2]
+    fixed = copy.deepcopy(made.model).requires_grad_(False)
+    still = policy.Policy(fixed, made.tokenizer, made.heads, made.settings, made.max_frame_pixels)
+    for _ in range(2):
+        again = still.replay([*asked(still, film, film), *asked(still, other)], [replies[0], *replies]).logps
+        torch.testing.assert_close(again[1:], learning[0], atol=1e-5, rtol=0)
+    assert looks == [2, 2, 2]
+    assert not torch.allclose(again[0, 0], still.replay(asked(still, clip(6, 3)), replies[:1]).logps[0, 0])
+    assert looks == [2, 2, 2, 1]
+
+
+def test_words_that_all_begin_with_are_read_once_with_the_same_states_and_gradients(made, prompts):
+    """By prompts of different lengths, two with a video; read row by row they give the same."""
+    asked = [*prompts[:2], made.prompt(prompt_text.SYSTEM, "Who?")]
+    found, grads = [], []
+    for share in (True, False):
+        context, now = made.begin(asked, share=share)
+        context, _, post = decoding.extend(
+            made.model, context.rows(torch.tensor([2, 0, 1, 1])), now[[2, 0, 1, 1], None]
+        )
+        parts = [decoding.stack_contexts([context.cut(row, context.seen.shape[1])]) for row in range(4)]
+        found.append(
+            [now, post, torch.cat([decoding.extend(made.model, part, now[:1, None])[1] for part in parts])]
+        )
+        weights = made.model.model.parameters()
+        grads.append(
+            torch.autograd.grad(sum(one.square().sum() for one in found[-1]), weights, allow_unused=True)
+        )
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    for one, other in zip(*grads, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-4 * float(other.abs().max() + 1), rtol=0)
+
+
+def test_merged_adapters_speak_alike_and_leave_the_weights_as_they_were():
+    made = random_policy()
+    prompts = [
+        made.prompt(prompt_text.SYSTEM, query, clip(4, n)) for n, query in enumerate(QUERIES)
+    ]  # its eyes are fixed
+    common.add_lora(made, 4, seed=0)
+    with torch.no_grad():
+        for name, weight in made.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+    before = {name: weight.clone() for name, weight in made.model.named_parameters()}
+    with made.bare():
+        bare = sampled(made, prompts, 2)
+    apart = sampled(made, prompts, 2)
+    with made.merged():
+        merged = sampled(made, prompts, 2)
+        read = made.replay(prompts, [reply.ids for reply in merged], group=2, temperature=1.0).logps
+    for one, other, logps in zip(apart, merged, read.detach(), strict=True):
+        assert one.ids == other.ids
+        np.testing.assert_allclose(one.logps, other.logps, atol=1e-4)
+        np.testing.assert_allclose(logps[: len(one.ids)], one.logps, atol=1e-4)
+    assert [one.ids for one in bare] != [one.ids for one in apart]
+    assert all((weight == before[name]).all() for name, weight in made.model.named_parameters())
+    assert [one.logps for one in sampled(made, prompts, 2)] == [one.logps for one in apart]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def profile(**changes):
+    return dataclasses.replace(config.load("smoke"), **changes)
+
+
+@pytest.fixture(scope="module")
+def saved(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    checkpoints.save(made, folder)
+    return folder
+
+
+def copy_of(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_a_saved_policy_comes_back_with_heads_settings_and_the_same_replies(made, saved, prompts):
+    loaded = checkpoints.load(str(saved), profile())
+    assert dataclasses.replace(loaded.settings, code="unknown") == made.settings
+    for key, value in made.heads.state_dict().items():
+        assert torch.equal(loaded.heads.state_dict()[key], value)
+    assert loaded.mark == made.mark
+    assert [r.ids for r in loaded.reply(prompts, max_new_tokens=5)] == [
+        r.ids for r in made.reply(prompts, max_new_tokens=5)
+    ]
+
+
+def test_a_base_model_has_no_heads_and_can_reply(made, tmp_path, prompts):
+    base = policy.Policy(
+        made.model, pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary()), None, None, 4096
+    )
+    checkpoints.save(base, tmp_path)
+    loaded = checkpoints.load(str(tmp_path), profile())
+    assert loaded.heads is loaded.settings is None
+    reply = loaded.reply([loaded.prompt(prompt_text.SYSTEM_ZS, QUERIES[0], clip(4))], max_new_tokens=3)[0]
+    assert len(reply.ids) == 3 and not reply.ended and reply.branch is None
+
+
+def break_json(key, value):
+    def edit(folder):
+        told = json.loads((folder / "vsr1.json").read_text())
+        told["settings"][key] = value
+        if value is None:
+            del told["settings"][key]
+        (folder / "vsr1.json").write_text(json.dumps(told))
+
+    return edit
+
+
+def other_weights(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {key: value + 1 for key, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            break_json("first_latent_state", "both"),
+            "vsr1.json: first_latent_state: 'both' is not supported; there are 'pre', 'post'",
+        ),
+        (break_json("n_latents", 8), "vsr1.json: no such knob 'n_latents'"),
+        (break_json("first_latent_state", None), "vsr1.json: settings.first_latent_state is missing"),
+        (break_json("n_soft", "8"), "vsr1.json: n_soft: expected int, found '8'"),
+        (break_json("system", "Judge."), "vsr1.json: settings.system was changed after training"),
+        (lambda folder: (folder / "vsr1.json").write_text("{"), "vsr1.json: not readable"),
+        (
+            lambda folder: (folder / "vsr1.json").unlink(),
+            "soft-query heads but no vsr1.json; see policy.at",
+        ),
+        (other_weights, "model.safetensors: not the file that vsr1.json was written for"),
+        (lambda folder: (folder / "refine.safetensors").unlink(), "refine.safetensors: not the file"),
+        (
+            lambda folder: (folder / "refine.safetensors").write_bytes(b"junk"),
+            "refine.safetensors: not readable",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line_that_names_file_and_key(saved, tmp_path, damage, words):
+    folder = copy_of(saved, tmp_path)
+    damage(folder)
+    with pytest.raises(config.InputError) as caught:
+        checkpoints.load(str(folder), profile())
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A checkpoint in the released layout: one row above the base tokenizer's, heads beside the model, no json."""
+    folder = tmp_path_factory.mktemp("released")
+    other = random_policy(spare=1, seed=3)
+    other.model.save_pretrained(folder)
+    other.tokenizer.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors") | dict(other.heads.state_dict())
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    rows = [
+        {"messages": [{"role": "system", "content": "The exact prompt."}, {"role": "user", "content": "x"}]}
+    ] * 2
+    (folder / "train_oneturn.json").write_text(json.dumps(rows))
+    return folder, other
+
+
+def convert(folder):
+    return checkpoints.convert_released(folder, folder / "train_oneturn.json", profile())
+
+
+def test_a_released_checkpoint_is_converted_and_then_loads_like_our_own(released, tmp_path, prompts):
+    folder, other = released
+    converted = convert(folder)
+    assert converted.settings.system == "The exact prompt." and converted.settings.time_axis == "frame_index"
+    assert (
+        converted.settings.n_soft,
+        converted.settings.first_latent_state,
+        converted.settings.carry_blocks,
+    ) == (
+        8,
+        "pre",
+        1,
+    )
+    checkpoints.save(converted, tmp_path)
+    loaded = checkpoints.load(str(tmp_path), profile())
+    assert dataclasses.replace(loaded.settings, code="unknown") == converted.settings
+    for one in (converted, loaded):
+        assert all(torch.equal(one.heads.state_dict()[k], v) for k, v in other.heads.state_dict().items())
+        assert [r.ids for r in one.reply(prompts, max_new_tokens=5)] == [
+            r.ids for r in other.reply(prompts, max_new_tokens=5)
+        ]
+
+
+def retensor(change):
+    def edit(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return edit
+
+
+def as_engine(folder):
+    torch.manual_seed(0)
+    config = pretraining_tasks.make_config(pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary()))
+    Qwen3VLModel(config).save_pretrained(folder)
+
+
+def plain_tokenizer(folder):
+    pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary()).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (retensor(lambda t: t.pop("refine_projector.1.bias")), "refine_projector.1.bias is missing"),
+        (retensor(lambda t: t.pop("refine_gate.weight")), "refine_gate.weight is missing"),
+        (
+            retensor(lambda t: t.update({"refine_extra.bias": torch.zeros(2)})),
+            "unknown tensor refine_extra.bias",
+        ),
+        (
+            retensor(lambda t: t.update({"refine_latent_input_projector.1.weight": torch.zeros(64, 192)})),
+            "refine_latent_input_projector.1.weight is [64, 192], but a policy of width 192 needs [192, 192]",
+        ),
+        (
+            retensor(lambda t: t.update({"refine_projector.0.weight": torch.zeros(192, 64)})),
+            "refine_projector.0.weight is [192, 64], but a policy of width 192 needs [192, 192]",
+        ),
+        (
+            retensor(lambda t: t["refine_projector.3.bias"].fill_(np.nan)),
+            "refine_projector.3.bias holds values",
+        ),
+        (
+            retensor(lambda t: t.pop("model.language_model.layers.1.mlp.up_proj.weight")),
+            "tensor model.language_model.layers.1.mlp.up_proj.weight is missing",
+        ),
+        (
+            retensor(lambda t: t.update({"model.language_model.norm.weight": torch.zeros(64)})),
+            "tensor model.language_model.norm.weight is [64], but config.json asks for [192]",
+        ),
+        (
+            as_engine,
+            "refine_projector.0.weight is missing from its safetensors; fetch",
+        ),
+        (plain_tokenizer, "<REFINE> encodes to ["),
+        (lambda folder: (folder / "train_oneturn.json").write_text("[]"), "0 system prompts in 0 rows"),
+        (
+            lambda folder: (folder / "train_oneturn.json").write_text('[{"query": 1}]'),
+            "no rows with messages",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64),
+            "model.safetensors: not readable",
+        ),
+    ],
+)
+def test_a_damaged_released_checkpoint_is_one_line_that_names_file_and_key(released, tmp_path, damage, words):
+    folder = copy_of(released[0], tmp_path)
+    damage(folder)
+    with pytest.raises(config.InputError) as caught:
+        convert(folder)
+    assert words in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_released_checkpoint_does_not_load_as_a_base_model(released):
+    with pytest.raises(config.InputError, match=r"soft-query heads but no vsr1\.json; see"):
+        checkpoints.load(str(released[0]), profile())
+
+
+def test_fresh_heads_take_the_mean_of_the_used_rows_and_need_a_spare_one():
+    one = random_policy(spare=2)
+    weight = one.model.get_input_embeddings().weight
+    torch.testing.assert_close(weight[one.mark], weight[: one.mark].mean(dim=0))
+    assert one.mark == len(one.tokenizer) - 1
+    before = weight.clone()
+    again = policy.new_heads(one, one.settings, seed=9)
+    assert again.mark == one.mark and torch.equal(weight, before), "a row that is in use is left alone"
+    with pytest.raises(config.InputError, match="leave none for <REFINE>"):
+        random_policy(spare=0)
+
+
+def test_fresh_heads_follow_the_method_and_the_seed():
+    heads = soft_heads.SoftHeads(6, 4)
+    assert not heads.refine_projector[3].weight.any() and heads.width == 4
+    assert torch.equal(heads.refine_latent_input_projector[1].weight, torch.eye(6, 4))
+    assert not heads.refine_gate.weight.any() and not heads.refine_gate.weight.requires_grad
+    a, b, c = (
+        random_policy(init="default", seed=seed).heads.refine_projector[3].weight for seed in (1, 1, 2)
+    )
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_an_engine_of_another_width_or_instruction_is_refused(made):
+    torch.manual_seed(0)
+    config = pretraining_tasks.make_config(made.tokenizer)
+    core = Qwen3VLModel(config)
+    sqr.check_fit(made, engine.Engine(profile(), core, made.tokenizer, "mine"))
+    other = engine.Engine(profile(instruction="Find it!"), core, made.tokenizer, "other")
+    with pytest.raises(
+        config.InputError, match=r"instruction .* but other has 'Find it!'; let the profile name"
+    ):
+        sqr.check_fit(made, other)
+    other.instruction, other.width = made.settings.instruction, 64
+    with pytest.raises(config.InputError, match="an engine of width 192, but other has 64; let"):
+        sqr.check_fit(made, other)

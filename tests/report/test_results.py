@@ -1,0 +1,419 @@
+import csv
+import html
+import json
+import os
+import re
+from dataclasses import replace
+
+import browser
+import pytest
+import yaml
+from fake import profile as fake_profile
+from fake import record
+from markupsafe import escape
+from PIL import Image
+
+from vsr1 import __main__ as cli
+from vsr1 import cache
+from vsr1.config import ROOT, InputError, load
+from vsr1.report import html_report, plots, readme, results, tables
+from vsr1.report.results import Estimate
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    return record(fake_profile(tmp_path, monkeypatch))
+
+
+def expect(run, numbers, tolerance=0.5):
+    """An expectations file for `run` with these numbers."""
+    results.EXPECTED.mkdir(exist_ok=True)
+    kept = {"reasons": {"trial": {"tolerance": tolerance, "why": "a trial"}}}
+    kept["numbers"] = {name: [value, "trial"] for name, value in numbers.items()}
+    (results.EXPECTED / f"{run.name}.yaml").write_text(yaml.safe_dump(kept))
+
+
+def measured(run):
+    return {name: entry["value"] for name, entry in results.collect(run).items() if entry["measured"]}
+
+
+def test_what_is_recorded_comes_out_of_numbers_json_unchanged(run):
+    results.collect(run)
+    entry = json.loads((run.results() / "numbers.json").read_text())["T1/charades/zs/vr@1"]
+    assert (entry["value"], entry["n"], entry["ci"], entry["seeds"]) == (24.4, 412, [20.4, 28.9], [42])
+    assert entry["measured"] and entry["paper"] == 21.6
+
+
+def test_a_missing_number_stays_missing_in_every_product(run):
+    html_report.publish(run)
+    entry = results.collect(run)["T1/charades/zs/ver"]
+    assert entry["value"] is None and entry["measured"] is False and entry["paper"] == 30.0
+    assert tables.cell(entry) == "— (30.0)"
+    rows = list(csv.DictReader(open(run.results() / "tables" / "T1.csv")))
+    row = next(r for r in rows if (r["dataset"], r["system"], r["metric"]) == ("charades", "zs", "ver"))
+    assert row["value"] == "" and row["measured"] == "False"
+    zeros = [n for n, e in results.collect(run).items() if e["value"] == 0 and n.startswith("T1/")]
+    assert zeros == [f"T1/{d}/wholevideo/vcmr@0.7" for d in run.datasets]  # measured as zero, all of them
+
+
+def test_a_value_that_is_not_a_number_is_refused(run):
+    with pytest.raises(AssertionError, match="a missing value is None"):
+        results.record(run, "charades", "x", {"T1/charades/zs/vr@1": Estimate(float("nan"))})
+    with pytest.raises(AssertionError, match="not <id>/charades"):
+        results.record(run, "charades", "x", {"T1/didemo/zs/vr@1": Estimate(1.0)})
+
+
+def test_mini_numbers_never_get_a_verdict_against_the_paper(run):
+    assert {entry["verdict"] for entry in results.collect(run).values()} == {None}
+    expect(run, measured(run))
+    judged = {name: entry for name, entry in results.collect(run).items() if entry["verdict"]}
+    assert judged.keys() == measured(run).keys()
+    assert all(
+        entry["expected"][0] == entry["value"] for entry in judged.values()
+    )  # 24.4, not the paper's 21.6
+
+
+def test_paper_numbers_are_judged_against_the_published_ones(tmp_path, monkeypatch):
+    run = fake_profile(tmp_path, monkeypatch, "paper")
+    hand_made = {
+        "vr@1": (22.1, (21.9, 22.3), "ok"),
+        "vr@5": (43.2, None, "close"),
+        "vr@10": (53.1, None, "OFF"),
+    }
+    hand_made |= {"vr@100": (87.0, (84.0, 90.0), "ok"), "ver": (30.0, None, "ok")}  # 2.8 away, half-width 3
+    numbers = {f"T1/charades/zs/{m}": Estimate(value, 3720, ci) for m, (value, ci, _) in hand_made.items()}
+    results.record(run, "charades", "part", numbers)
+    entries = results.collect(run)
+    assert {m: entries[f"T1/charades/zs/{m}"]["verdict"] for m in hand_made} == {
+        metric: verdict for metric, (_, _, verdict) in hand_made.items()
+    }
+    assert entries["T1/charades/zs/vcmr@0.3"]["verdict"] == "MISSING"
+    quoted = entries["T1/charades/conquer/vr@1"]
+    assert (quoted["value"], quoted["measured"], quoted["verdict"]) == (2.8, False, None)
+    assert results.check(run) == 1
+
+
+def test_check_fails_on_off_missing_and_unexpected_and_on_nothing_to_check(run, capsys):
+    assert results.check(run) == 1  # no file: a missing reference is no pass
+    values = measured(run)
+    expect(run, values)
+    assert results.check(run) == 0
+    expect(run, values | {"T1/charades/zs/vr@1": 25.4})
+    assert results.check(run) == 0 and "close" in capsys.readouterr().out
+    for wrong in ({"T1/charades/zs/vr@1": 29.0}, {"T1/charades/zs/vr@5": 40.0}):
+        expect(run, values | wrong)
+        assert results.check(run) == 1
+    expect(run, {name: value for name, value in values.items() if name != "T1/charades/zs/vr@1"})
+    assert results.check(run) == 1 and "nobody expected it" in capsys.readouterr().out
+
+
+def test_an_unreadable_expectation_names_its_file_and_key(run):
+    expect(run, {})
+    (results.EXPECTED / "mini.yaml").write_text("reasons: {}\nnumbers: {T1/charades/zs/vr@1: 24.4}")
+    with pytest.raises(InputError, match=r"mini.yaml: T1/charades/zs/vr@1"):
+        results.collect(run)
+
+
+def test_numbers_of_other_knobs_are_left_out_and_named(run, capsys):
+    other = results.dataclasses.replace(run, bootstrap_samples=7)
+    assert not measured(other) and "was measured with other knobs" in capsys.readouterr().out
+
+
+def test_published_values_are_the_table_of_the_paper():
+    cells = results.published()
+    assert sum(name.startswith("T1/") for name in cells) == 3 * (6 + 6 + 8 + 8 + 8)
+    assert [cells[f"T1/{d}/zs/vr@1"] for d in ("charades", "didemo", "activitynet")] == [21.6, 54.8, 55.1]
+    assert "T1/charades/conquer/vcmr@0.3" not in cells  # a dash is no zero
+
+
+def test_markdown_latex_and_html_show_the_cells_that_numbers_json_holds(run):
+    html_report.publish(run)
+    numbers = json.loads((run.results() / "numbers.json").read_text())
+    text = {kind: (run.results() / "tables" / f"T1.{kind}").read_text() for kind in ("md", "tex")}
+    shown = html.unescape(re.sub("<[^>]+>", " ", (run.results() / "report.html").read_text()))
+    for dataset, system, label, entries in tables.rows(numbers, "T1"):
+        cells = [tables.cell(entry) for entry in entries]
+        row = next(r for r in text["md"].splitlines() if r.startswith(f"| {dataset} |") and label in r)
+        assert [part.strip() for part in row.split("|")[3:-1]] == cells, (dataset, system)
+        assert " & ".join(map(tables._tex, cells)) in text["tex"]
+        assert all(part in shown for cell in cells for part in cell.split(" "))
+    lines = list(csv.DictReader(open(run.results() / "tables" / "T1.csv")))
+    for line in lines:
+        name = f"T1/{line['dataset']}/{line['system']}/{line['metric']}"
+        assert line["value"] == ("" if numbers[name]["value"] is None else str(numbers[name]["value"]))
+    assert len(lines) == sum(name.startswith("T1/") for name in numbers)
+
+
+def test_a_later_system_becomes_a_row_without_code(run):
+    results.record(
+        run,
+        "charades",
+        "later",
+        {"T1/charades/vsr1/vr@1": Estimate(30.0), "T1/charades/new/ver": Estimate(9.0)},
+    )
+    html_report.publish(run)
+    table = (run.results() / "tables" / "T1.md").read_text()
+    assert (
+        "**VideoSearch-R1** | — (16.5)" in table and "30.0 (24.6)" in table and "| charades | new |" in table
+    )
+
+
+def test_a_second_publication_writes_the_same_bytes(run):
+    def files():
+        return {p: p.read_bytes() for p in run.results().rglob("*") if p.is_file()}
+
+    html_report.publish(run)
+    first = files()
+    assert {p.suffix for p in first} == {".json", ".csv", ".md", ".tex", ".png", ".svg", ".html"}
+    html_report.publish(run)
+    assert files() == first
+
+
+def test_the_report_escapes_what_it_is_given_and_loads_nothing(run, monkeypatch):
+    hostile = '<script>alert("x")</script>'
+    layouts = json.loads(json.dumps(results.layouts()))
+    layouts["T1"]["systems"]["zs"], layouts["T1"]["title"] = hostile, hostile
+    monkeypatch.setattr(results, "layouts", lambda: layouts)
+    numbers = {"T1/charades/sft/ver": Estimate(1.0, 5, (0.0, 2.0), note=f'">{hostile}')}
+    results.record(run, "charades", "part2", numbers)
+
+    figure = plots.Figure()
+    plots.save(figure, run.results() / "figures", "D9", f'"{hostile}')
+    text = html_report.publish(run).read_text()
+    assert "<script" not in text and text.count(escape(hostile)) >= 4
+    loads = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)|@import', text)
+    kinds = {re.match(r"data:image/webp;base64,|#\w|[^:]+$", target).end() > 0 for target, _ in loads}
+    assert kinds == {True} and not any(other for _, other in loads)
+    pictures = list((run.results() / "figures").glob("*.png"))
+    assert sum(target.startswith("data:") for target, _ in loads) == len(pictures) >= 3  # H1, H2, D9
+    assert "//" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
+
+
+def test_the_report_shows_the_sheets_of_its_runs_and_no_others(run, tmp_path, monkeypatch):
+    """Results are committed: a sheet of an older corpus may lie there."""
+
+    plots.save(plots.Figure(), run.results() / "figures", "D1-charades", "of an older corpus")
+    plots.save(plots.Figure(), plots.sheets(run, "didemo"), "D1-didemo", "six queries")
+    text = html_report.publish(run).read_text()
+    assert "six queries" in text and "of an older corpus" not in text
+    assert [path.name for path in (run.results() / "figures").glob("D*.png")] == ["D1-didemo.png"]
+    real = record(fake_profile(tmp_path, monkeypatch, "paper"))
+    plots.save(plots.Figure(), plots.sheets(real, "didemo"), "D1-didemo", "a stranger's face")
+    assert "a stranger's face" not in html.unescape(html_report.publish(real).read_text())
+
+
+def test_the_report_says_that_mini_is_no_evidence_and_paper_does_not(run, tmp_path, monkeypatch):
+    assert tables.CAVEAT in html.unescape(html_report.publish(run).read_text())
+    real = fake_profile(tmp_path, monkeypatch, "paper")
+    assert tables.CAVEAT not in html.unescape(html_report.publish(real).read_text())
+
+
+def test_provenance_names_commit_device_libraries_and_what_stages_cost(run):
+
+    own = run.data_dir("didemo") / "embed" / "engine", run.with_overrides("no-ret").runs("didemo") / "grpo"
+    for folder in (*own, run.runs("elsewhere") / "sft"):
+        cache.build(folder, {"a": 1}, lambda folder: (folder / "x").touch())
+    origin = results.provenance(run)
+    assert re.fullmatch("[0-9a-f]{40}|unknown", origin["commit"])
+    assert (
+        origin["libraries"]["numpy"] and origin["device"]["cores"] >= 1 and origin["digest"] == run.digest()
+    )
+    assert list(origin["stages"]) == ["didemo/embed/engine", "variants/no-ret/didemo/grpo"]
+
+
+# --- Every item of the paper, there or missing by name
+
+
+def sections(text):
+    """The ids of the report's sections, in order."""
+    return re.findall('<section id="([^"]+)"', text)
+
+
+def test_the_report_shows_the_items_of_the_paper_in_its_order_then_ours(run):
+
+    for name in ("D2", "A3-didemo", "Z9"):  # drawn by somebody else; one that no list names
+        plots.save(plots.Figure(), run.results() / "figures", name, f"caption of {name}")
+        plots.save(plots.Figure(), plots.sheets(run, "didemo"), name, f"caption of {name}", ("png",))
+    text = html_report.publish(run).read_text()
+    ids = sections(text)
+    paper = "T1 T2 T3 F1 F2 F3 F4 F5 F6 F7 A1 A2 A3 A4 A5 A6 A7 C1".split()
+    assert [name for name in ids if name in paper] == paper
+    assert ids.index("C1") < ids.index("R1") < ids.index("D1") < ids.index("Z9")
+    shown = {name: text.partition(f'<section id="{name}">')[2].partition("</section>")[0] for name in ids}
+    assert all("caption of" in shown[name] and "MISSING" not in shown[name] for name in ("D2", "A3", "Z9"))
+    assert (
+        "<b>MISSING.</b> 08_qualitative makes it" in shown["F1"] and "make paper PROFILE=mini" in shown["F1"]
+    )
+    assert "Not attempted" in shown["C1"] and "make seeds PROFILE=mini" in shown["R1"]
+    assert "21.6" in shown["T1"] and "n = 412" in shown["T1"] and "Seeds 42" in shown["T1"]
+
+
+def test_links_and_anchors_of_the_report_resolve(run, tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    executed = [run.runs("didemo") / "notebooks", run.runs("didemo").parent / "notebooks"]
+    for folder, name in zip(executed, ("05_evaluation", "09_paper"), strict=True):
+        folder.mkdir(parents=True)
+        for path in (folder, tmp_path / "notebooks"):
+            (path / f"{name}.ipynb").write_text("{}")
+    text = html_report.publish(run).read_text()
+    links = re.findall('href="([^"]+)"', text)
+    ids = re.findall(' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert all(link[1:] in ids for link in links if link[0] == "#")
+    files = [(run.results() / link).resolve() for link in links if link[0] != "#"]
+    assert {path.name for path in files} == {"05_evaluation.ipynb", "09_paper.ipynb"}
+    assert len(set(files)) == 4 and all(path.is_file() for path in files)
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_pictures_of_real_frames_are_linked_to_and_not_missing(run, real):
+    html_report.publish(run)
+    if real:
+        run = replace(run, world=None)
+    drawn = [run.runs("figures") / "F1.png", plots.sheets(run, "didemo") / "E3-didemo.png"]
+    for path in drawn:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+    text, missing = html_report.report(run).read_text(), html_report.missing(run, results.load(run))
+    for path in drawn:
+        assert (f'href="{os.path.relpath(path, run.results())}"' in text) == real
+    assert any(line.startswith("F1 ") for line in missing) != real
+
+
+def test_what_an_item_departs_in_stands_in_the_list_of_deviations():
+    named = {name for about in results.items().values() for name in about.get("deviations", ())}
+    assert named and named <= html_report.departures().keys()
+    assert all(len(cells) == 3 for cells in html_report.departures().values())
+    known = {"title", "notebooks", "stages", "deviations", "beyond", "made", "caption"}
+    assert all(about.keys() <= known for about in results.items().values())
+
+
+def test_minutes_are_those_of_the_stages_that_an_item_names(run):
+
+    for name in ("sft", "ft", "ladder"):
+        cache.build(run.runs("didemo") / name, {"a": 1}, lambda folder: (folder / "x").touch())
+    origin = results.provenance(run)
+    origin["stages"] = {
+        f"didemo/{name}": {"minutes": m} for name, m in (("sft", 2.0), ("ft", 3.0), ("ladder", 9.0))
+    }
+    origin["stages"] |= {"variants/no-ret/didemo/grpo": {"minutes": 7.0}}
+    shown = {
+        item.id: html_report._minutes(item, origin) for item in html_report.items(run, results.collect(run))
+    }
+    assert "took 5.0 minutes" in shown["T1"] and "took 9.0 minutes" in shown["T2"]  # sft 2.0, the variant 7.0
+
+
+def test_verdicts_of_an_item_are_counted_and_on_mini_never_against_the_paper(run):
+    expect(run, measured(run) | {"T1/charades/zs/vr@1": 29.0})
+    text = html.unescape(html_report.publish(run).read_text())
+    (item,) = (item for item in html_report.items(run, results.load(run)) if item.id == "T1")
+    assert item.verdicts() == {"ok": len(measured_of(run, "T1")) - 1, "close": 0, "OFF": 1, "MISSING": 0}
+    assert "never against the paper" in text
+
+
+def measured_of(run, table):
+    return [name for name in measured(run) if name.startswith(f"{table}/")]
+
+
+# --- What is lost or damaged is named
+
+
+def test_check_names_items_that_are_missing(run, capsys):
+    expect(run, measured(run))
+    assert html_report.check(run) == 1
+    said = capsys.readouterr().out
+    assert "MISSING F1 A search in two turns: 08_qualitative makes it" in said and "MISSING T1" not in said
+
+
+def test_check_names_damaged_lines_lost_files_and_stages_that_are_gone(run, capsys):
+    home = run.runs("charades")
+    for folder in ("episodes", "sft", "notebooks"):
+        (home / folder).mkdir()
+    (home / "episodes" / "vsr1.jsonl").symlink_to("vsr1/episodes.jsonl")
+    (home / "sft" / "log.jsonl").write_text('{"step": 1}\n{"step"\n')
+    (home / "notebooks" / ".05_evaluation.json").write_text('{"stages": {"twostage": "key"}}')
+    assert html_report.check(run) == 1
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damaged")]
+    assert len(said) == 3 and all("again" in line for line in said)
+    assert "episodes/vsr1/episodes.jsonl: cannot be read" in said[0]
+    assert "sft/log.jsonl, line 2: not JSON" in said[1]
+    assert "twostage: gone since notebook 05_evaluation ran" in said[2]
+
+
+def test_a_damaged_part_is_one_line_that_names_it(run):
+    path = run.runs("didemo") / "numbers" / "01_corpus_embedding.json"
+    path.write_text(path.read_text()[:-30])
+    with pytest.raises(InputError, match=r"01_corpus_embedding\.json, line"):
+        results.collect(run)
+
+
+def test_a_figure_without_data_is_named_and_no_old_one_is_shown(run, capsys):
+    html_report.publish(run)
+    assert (run.results() / "figures" / "H2.png").exists()
+    for dataset in run.datasets:
+        path = run.runs(dataset) / "numbers" / "01_corpus_embedding.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"series": {}}))
+    text = html_report.publish(run).read_text()
+    assert "left out: figure H2" in capsys.readouterr().out and not list(
+        (run.results() / "figures").glob("H2.*")
+    )
+    assert "MISSING" in text.partition('<section id="H2">')[2].partition("</section>")[0]
+
+
+@pytest.mark.parametrize("command", ["check", "report"])
+def test_a_clone_without_a_run_keeps_its_committed_numbers(tmp_path, monkeypatch, capsys, command):
+    path = fake_profile(tmp_path, monkeypatch).results() / "numbers.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    assert cli.main([command]) == 2
+    assert path.read_text() == "{}" and "run `make paper` first" in capsys.readouterr().err
+
+
+# --- The README
+
+
+def test_the_readme_says_what_the_committed_results_say():
+    mini = load("mini")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.fill(text, mini) == text, "run `make readme`"
+
+
+def test_the_readme_follows_its_numbers_and_names_a_lost_marker(run):
+    run.results().mkdir(parents=True, exist_ok=True)
+    path, key = run.results() / "numbers.json", "R2/didemo/vsr1/vr@1"
+    path.write_text((ROOT / "results" / "mini" / "numbers.json").read_text())
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = readme.fill(text, run)
+    numbers = json.loads(path.read_text())
+    assert tables.cell(numbers[key]) in told
+    numbers[key]["value"] = 12.34
+    numbers["R1/didemo/refined/lowest"]["value"] = -1.0
+    path.write_text(json.dumps(numbers))
+    changed = readme.fill(text, run)
+    assert "12.3±" in changed and "-1.0 to" in changed
+    assert changed.count("**holds**") == told.count("**holds**") - 1
+    with pytest.raises(InputError, match="expected one <!-- results -->"):
+        readme.fill(text.replace("<!-- /results -->", ""), run)
+
+
+# --- In a browser
+
+
+def test_the_report_opens_without_errors_and_fits_a_phone(run, tmp_path):
+    if browser.CHROMIUM is None:
+        pytest.skip("no chromium is installed; the report is not looked at")
+    address = html_report.publish(run).as_uri()
+    with browser.chromium(tmp_path / "chromium") as tab:
+        for width in (1280, 400):
+            tab.send(
+                "Emulation.setDeviceMetricsOverride",
+                width=width,
+                height=800,
+                deviceScaleFactor=1,
+                mobile=False,
+            )
+            tab.open(address)
+            tab.wait("[...document.images].every(image => image.naturalWidth)")
+            assert tab.run("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+        lost = "[...document.links].filter(a => a.hash && !document.getElementById(a.hash.slice(1))).length"
+        assert tab.run(lost) == 0 and tab.problems == []

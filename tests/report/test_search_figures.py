@@ -1,0 +1,312 @@
+"""Searches on plates are those that the rules name, and nothing moves between two drawings."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from fake import profile as fake_profile
+from PIL import Image
+from test_episode_metrics import episode as walk
+from test_episode_metrics import turn
+from test_evaluate import agent, made, random_one, read, run, world  # noqa: F401
+
+from vsr1.data import annotations, video_reader
+from vsr1.loop import episode, records
+from vsr1.mini import renderer
+from vsr1.report import canvas, search_figures
+
+WIDTH = 64  # pixels of the rendered films
+
+
+def soft(key, rank, iou=True, out=1, last=True):
+    """SQR on a query about the first video: the second one is rejected, then the right one shown on rank `out`."""
+    moment = (2.0, 8.0) if iou else (0.0, 2.5)
+    first = turn(1, "b", "a", rank, False, out=(out, "a" if out == 1 else "c"))
+    end = turn(2, "a" if out == 1 else "c", "a", out, out == 1, moment if out == 1 else None)
+    return walk(key, "a", [first, end], "matched" if out == 1 else "budget")
+
+
+def hard(key, rank, out, shown="b"):
+    """HQR on the same query: a rewrite, then the right video where it is on rank 1, else that same wrong one again."""
+    change = {"refine_kind": "hqr-reasoned", "update_text": "someone else", "refine_tokens": 4}
+    first = replace(turn(1, shown, "a", rank, False, out=(out, "a" if out == 1 else shown)), **change)
+    if out == 1:
+        return walk(key, "a", [first, turn(2, "a", "a", 1, True, (2.0, 8.0))], "matched")
+    return walk(key, "a", [first, replace(first, t=2, rank_in=out, reused=True)])
+
+
+FIT = {  # data set: {query: (SQR, HQR, which rules they fit)}
+    "charades": {
+        7: (soft(7, 12), hard(7, 12, 9), "pair teaser"),
+        3: (soft(3, 40), hard(3, 40, 41), "pair"),
+        1: (soft(1, 9), hard(1, 9, 9), "weaker"),  # not far enough down
+        2: (soft(2, 41), hard(2, 41, 9), "weaker"),  # too far
+        4: (soft(4, 20, iou=False), hard(4, 20, 9), ""),  # the wrong moment
+        5: (soft(5, 30), hard(5, 30, 1), "teaser"),  # both find it
+        6: (soft(6, 31), hard(6, 31, 7, shown="c"), ""),  # they saw different videos
+        8: (soft(8, 3, out=2), hard(8, 3, 1), "reverse"),
+    },
+    "didemo": {9: (soft(9, 10), hard(9, 10, 2), "pair teaser"), 10: (soft(10, 10), None, "teaser")},
+}
+PAIRED = {dataset: [one[:2] for one in own.values() if one[1]] for dataset, own in FIT.items()}
+
+
+def named(dataset, word):
+    return sorted(key for key, one in FIT[dataset].items() if word in one[2].split())
+
+
+def ids(found):
+    return {dataset: [walk[0].desc_id for walk in some] for dataset, some in found.items()}
+
+
+def test_a_rule_takes_what_it_says_and_the_smallest_id_first():
+    won = search_figures.fitting(PAIRED, search_figures.ahead, search_figures.AGAINST)
+    assert (
+        ids(won)
+        == {dataset: named(dataset, "pair") for dataset in FIT}
+        == {"charades": [3, 7], "didemo": [9]}
+    )
+    lost = search_figures.fitting(
+        PAIRED, lambda one, other: search_figures.ahead(other, one), search_figures.FAILED
+    )
+    assert (
+        ids(lost)
+        == {dataset: named(dataset, "reverse") for dataset in FIT}
+        == {"charades": [8], "didemo": []}
+    )
+    assert not any(
+        search_figures.fitting(
+            PAIRED, lambda one, other: search_figures.ahead(other, one), search_figures.AGAINST
+        ).values()
+    )
+    alone = {dataset: [one[:1] for one in own.values()] for dataset, own in FIT.items()}
+    assert ids(search_figures.fitting(alone, search_figures.in_two, search_figures.TEASER)) == {
+        d: named(d, "teaser") for d in FIT
+    }
+
+
+def test_one_look_or_a_problem_is_no_example():
+    one, other = FIT["charades"][7][:2]
+    assert search_figures.ahead(one, other)
+    assert not search_figures.ahead(one, replace(other, turns=other.turns[:1]))
+    assert not search_figures.ahead(one, replace(other, problem="gone")) and not search_figures.ahead(
+        other, one
+    )
+    nowhere = replace(one, rank_orig=None)
+    assert search_figures.fitting({"a": [(nowhere, other)]}, lambda *_: True, search_figures.AGAINST) == {
+        "a": []
+    }
+
+
+def test_a_teaser_rejects_first():
+    one = FIT["charades"][7][0]
+    assert search_figures.in_two(one)
+    unread = replace(one.turns[0], reply=replace(one.turns[0].reply, matched=None))
+    assert not search_figures.in_two(replace(one, turns=(unread, one.turns[1])))
+    assert not search_figures.in_two(replace(one, turns=(*one.turns, one.turns[1])))
+
+
+@pytest.mark.parametrize(
+    ("tops", "fits"), [("bcaa", True), ("bbaa", False), ("bac", False), ("bcda", False), ("", False)]
+)
+def test_three_videos_are_on_rank_one_and_the_right_one_last(tops, fits):
+    one = FIT["charades"][7][0]
+    first = replace(one.turns[0], top1_by_depth=tuple(tops))
+    assert search_figures.three_on_top(replace(one, turns=(first, one.turns[1]))) is fits
+
+
+# --- On rendered films
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """The searches of FIT in files, about rendered videos; the right one of query n is video n of its data set."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = fake_profile(tmp_path_factory.mktemp("plates"), patch)
+        for dataset, own in FIT.items():
+            folder = home.runs(dataset)
+            for name in ("corpus", "videos", "episodes"):
+                (folder / name).mkdir(parents=True)
+            scenes = renderer.write(home, dataset, folder / "corpus", {"test": 3}, {"test": 1})
+            for scene in scenes:
+                renderer.film(scene, dataset, folder / "videos" / f"{scene.video}.mp4", WIDTH, 2)
+            names = dict(zip("abc", (scene.video for scene in scenes), strict=True))
+            query = next(
+                q for q in annotations.read_fig(folder / "corpus" / "test.jsonl") if q.video == names["a"]
+            )
+            for column, system in enumerate(("vsr1", "hqr-reasoned-sample")):
+                ran = records.Run(dataset, "test", system, 3, 1, 42)
+                walked = [about(one[column], ran, query, names) for one in own.values() if one[column]]
+                records.write_episodes(folder / "episodes" / f"{system}.jsonl", ran, walked)
+        yield home
+
+
+def about(one, ran, query, names):
+    """An episode of FIT as one of a rendered query."""
+    turns = [replace(t, shown_id=names[t.shown_id], top1_out=names.get(t.top1_out)) for t in one.turns]
+    fields = {"query": query.text, "gt_video": query.video, "gt_span_ms": episode.milliseconds(query.span)}
+    return replace(one, run=ran, turns=tuple(turns), **fields)
+
+
+def captions(paths):
+    return {path.stem: Image.open(path).text["Description"] for path in paths}
+
+
+@pytest.fixture(scope="module")
+def said(home):
+    return captions(search_figures.publish(home))
+
+
+def test_data_sets_come_in_turn_and_captions_count(said):
+    picked = {name: text.partition(". Rule")[0].rpartition(". ")[2] for name, text in said.items()}
+    pairs = {"F7": "charades, query 3", "A3": "didemo, query 9", "A4": "charades, query 7"}
+    assert picked == pairs | {"Q2": "charades, query 8", "F1": "charades, query 5"}
+    assert "3 of 9 queries (charades 2 of 8, didemo 1 of 1)" in said["A3"]
+    assert "exchanged: 0 of 9 queries" in said["A3"] and "weaker rule" in said["Q2"]
+    assert "1 of 9 queries" in said["Q2"] and "exchanged: 5 of 9 queries" in said["Q2"]
+    assert "4 of 10 queries (charades 2 of 8, didemo 2 of 2)" in said["F1"]
+    assert (
+        "rank 27 to 1" in said["F7"] and "rank 40 at first" in said["F7"] and "not known to us" in said["A4"]
+    )
+    assert all("Profile mini, rendered videos" in text for name, text in said.items())
+
+
+def test_what_no_search_fits_is_left_out_in_a_line_and_an_old_picture_goes(home, capsys):
+    old = [home.results() / "figures" / f"A7.{kind}" for kind in ("png", "svg")]
+    old[0].parent.mkdir(parents=True, exist_ok=True)
+    for path in old:
+        path.write_bytes(b"of an earlier run")
+    search_figures.publish(home)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "left out: figures A5, A6, A7: no further search fits the rule",
+        "left out: figures F6: no search fits the rule",
+    ]
+    assert not any(path.exists() for path in old)
+
+
+def test_plates_drawn_twice_are_the_same_bytes_and_small(home):
+    def publish():
+        files = [path.with_suffix(kind) for path in search_figures.publish(home) for kind in (".png", ".svg")]
+        return {path: path.read_bytes() for path in files}
+
+    first = publish()
+    assert len(first) == 10 and publish() == first
+    limits = {".png": 250_000, ".svg": 500_000}
+    assert all(len(content) < limits[path.suffix] for path, content in first.items())
+
+
+def test_without_episodes_nothing_is_said(tmp_path, monkeypatch, capsys):
+    assert search_figures.publish(fake_profile(tmp_path, monkeypatch)) == [] and capsys.readouterr().out == ""
+
+
+def test_frames_of_real_videos_stay_out_of_results(home):
+    real = replace(home, world=None)
+    plates_of = {path.stem: path.parent for path in search_figures.publish(real)}
+    assert set(plates_of.values()) == {home.runs("figures")} and "F7" in plates_of
+    assert "real videos" in captions([home.runs("figures") / "F7.png"])["F7"]
+
+
+def drawn(figure):
+    """The words on a plate, in the order they were written, and where they stand."""
+    figure.draw_without_rendering()
+    texts = [text for text in figure.axes[0].texts if text.get_text()]
+    return (
+        " ".join(text.get_text() for text in texts),
+        [(text, text.get_window_extent()) for text in texts],
+        figure.bbox,
+    )
+
+
+def films_of(home, dataset="charades"):
+    return canvas.Films(home, dataset, video_reader.Reader())
+
+
+def test_a_pair_shows_both_ways_and_no_words_overlap_or_leave(home):
+    ((one, other),) = [walk for walk in search_figures.searches(home)["charades"] if walk[0].desc_id == 7]
+    films = films_of(home)
+    try:
+        words, places, page = drawn(canvas.pair(one, other, films))
+    finally:
+        films.reader.close()
+    for part in (
+        "rank 12 → 1",
+        "rank 12 → 9",
+        "8 soft tokens",
+        "someone else",
+        "Look 2 is look 1 again",
+        "rank 9 → 9",
+    ):
+        assert part in words
+    wrong, right = one.turns[0].shown_id, one.gt_video
+    for asked, seen in films.lacks(one, wrong).items():
+        assert f"{seen}, not {asked}" in words
+    assert films.lacks(one, right) == {}
+    assert all(
+        page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+        for _, box in places
+    )
+    inner = [
+        (text, box.x0 + 1, box.x1 - 1, box.y0 + 3, box.y1 - 3) for text, box in places
+    ]  # without the line spacing
+    for n, (text, a, b, c, d) in enumerate(inner):
+        for other_text, e, f, g, h in inner[:n]:
+            assert not (a < f and e < b and c < h and g < d), (text, other_text)
+
+
+def test_a_video_that_cannot_be_read_is_named_so(home, tmp_path):
+    walk_of = search_figures.searches(home)["charades"][0]
+    films = films_of(home)
+    films.folder = tmp_path
+    words, _, _ = drawn(canvas.pair(*walk_of, films))
+    assert "this video cannot be read" in words
+
+
+# --- What is found as tokens grow
+
+
+def growing(home, monkeypatch, by_depth, recorded=(25, 2, 1)):
+    """The profile's singles where one search has three videos on top, with ranks that were computed as `by_depth`."""
+    one = next(one for one, _ in search_figures.searches(home)["charades"] if one.desc_id == 7)
+    names = [one.turns[0].shown_id, one.turns[1].shown_id]
+    third = next(v for v in renderer.read_scenes(home.data_dir("charades") / "corpus") if v not in names)
+    tops = (names[0], third, one.gt_video)
+    first = replace(one.turns[0], rank_in=25, rank_by_depth=recorded, top1_by_depth=tops)
+    one = replace(one, rank_orig=25, turns=(first, one.turns[1]))
+    known = {7: dict(zip(tops, by_depth, strict=True))} if by_depth else {}
+    monkeypatch.setattr(search_figures, "ranks_by_depth", lambda *_: known)
+    films = films_of(home)
+    try:
+        return search_figures.singles(home, {"charades": [(one, None)]}, lambda dataset: films)
+    finally:
+        films.reader.close()
+
+
+def test_ranks_of_three_videos_are_curves_with_the_best_on_top(home, monkeypatch, capsys):
+    by_depth = [[1, 7, 8], [3, 1, 2], [25, 2, 1]]
+    made_of = growing(home, monkeypatch, by_depth)
+    curves = made_of["F6"][0].axes[1]
+    assert [list(line.get_ydata()) for line in curves.lines if len(line.get_ydata()) == 3] == by_depth
+    assert curves.get_ylim()[0] > curves.get_ylim()[1]
+    assert "rank 25, 2, 1." in made_of["F6"][1] and "the rejected one from 1 to 8" in made_of["F1"][1]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("by_depth", [None, [[1, 7, 9], [3, 1, 2], [25, 3, 1]]])
+def test_without_the_policy_or_with_other_ranks_than_recorded_there_are_no_curves(
+    home, monkeypatch, capsys, by_depth
+):
+    made_of = growing(home, monkeypatch, by_depth)
+    assert list(made_of) == ["F1"] and "the rejected one" not in made_of["F1"][1].partition("Paper")[0]
+    assert capsys.readouterr().out.startswith("left out: figures F6: the trained policy of charades is gone")
+
+
+def test_ranks_computed_again_are_those_that_the_loop_recorded(world, agent, run, tmp_path):  # noqa: F811
+    walked = run(agent, "sqr")
+    search_figures._rank(world, "charades", "its weights", walked, tmp_path)
+    kept = json.loads((tmp_path / "ranks.json").read_text())
+    for one in walked:
+        ranks, first = kept[str(one.desc_id)], one.turns[0]
+        assert ranks[one.gt_video] == list(first.rank_by_depth)
+        assert all(ranks[video][depth] == 1 for depth, video in enumerate(first.top1_by_depth))
+    assert len({tuple(one.turns[0].rank_by_depth) for one in walked}) > 3

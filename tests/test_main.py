@@ -1,0 +1,278 @@
+"""The command line: exit statuses, one-line errors, and notebooks that run once and fail without losing anything."""
+
+import errno
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import nbformat
+import pytest
+import torch
+
+from vsr1 import __main__ as cli
+from vsr1 import cache, config
+from vsr1.config import ROOT
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A clone of its own: notebooks/ and runs/ below a temporary folder, the package where it is."""
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "requirements.txt").write_text("")
+    (tmp_path / "vsr1").symlink_to(ROOT / "vsr1")
+    for module in (cli, config):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    return tmp_path
+
+
+def notebook(home, *cells, given='profile = "mini"\ndataset = "charades"\nseed = 42', name="00_try"):
+    """A notebook file in `home` with a parameters cell and these code cells; no kernelspec, as the worst case."""
+    parameters = nbformat.v4.new_code_cell(given, metadata={"tags": ["parameters"]})
+    book = nbformat.v4.new_notebook(cells=[parameters, *map(nbformat.v4.new_code_cell, cells)])
+    nbformat.write(book, home / "notebooks" / f"{name}.ipynb")
+
+
+def run(capsys, *words):
+    """Exit status, stdout and stderr of one command, in this process."""
+    alone = ["--jobs", "1"] * (words[0] in ("corpus", "embed", "notebook"))
+    status = cli.main([*words, *alone])
+    return status, *capsys.readouterr()
+
+
+def test_bad_input_is_one_line_and_status_two(capsys):
+    for words in (
+        ["corpus", "--profile", "maxi"],
+        ["embed", "--datasets", "charade"],
+        ["notebook", "no_such"],
+    ):
+        status, out, err = run(capsys, *words)
+        assert (status, out) == (2, "")
+        assert re.fullmatch(r"error: .+\n", err), err
+
+
+def test_a_real_process_shows_no_traceback_for_bad_input():
+    command = [sys.executable, "-m", "vsr1", "corpus", "--profile", "maxi"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "corpus", lambda *_: {}["absent"])
+    with pytest.raises(KeyError):
+        cli.main(["corpus", "--jobs", "1"])
+
+
+def test_too_little_memory_and_a_launcher_that_splits_models_are_one_line_each(monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(cli, "corpus", full)
+    status, _, err = run(capsys, "corpus")
+    assert status == 2 and re.fullmatch(
+        r"error: not enough memory \(CUDA .*\); lower batch_tokens, .*\n", err
+    )
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    for name, value, expected in (
+        ("FSDP_VERSION", "1", "fsdp_version: 1 is not supported; set it to 2"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: true is not supported; set it to false"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported; launch with `--multi_gpu`, .*"),
+    ):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        with monkeypatch.context() as asked:
+            asked.setenv(name, value)
+            status, _, err = run(capsys, "corpus")
+        assert status == 2 and re.fullmatch(f"error: accelerate: {expected}\n", err)
+
+
+def test_a_full_disk_is_one_line_and_an_interrupt_another(monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "corpus", full)
+    status, _, err = run(capsys, "corpus", "--jobs", "1")
+    assert status == 2 and "No space left on device; free some space" in err and err.count("\n") == 1
+    monkeypatch.setattr(cli, "corpus", stopped)
+    assert run(capsys, "corpus", "--jobs", "1") == (130, "", "stopped; run the same command again to go on\n")
+
+
+def test_data_sets_may_be_separated_by_spaces_or_commas(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "corpus", lambda profile, datasets: seen.append(datasets))
+    for words in (["charades,didemo"], ["charades", "didemo"], ["charades didemo"], []):
+        cli.main(["corpus", "--jobs", "1", *(["--datasets", *words] if words else [])])
+    assert seen == [("charades", "didemo")] * 3 + [("charades", "didemo", "activitynet")]
+
+
+def test_a_notebook_runs_once_per_data_set_and_again_when_a_cell_a_seed_or_a_stage_changes(home, capsys):
+    notebook(home, "from vsr1 import params\nprint(params.load(profile, seed).seed, dataset)")
+    words = ["notebook", "00_try", "--profile", "smoke", "--datasets", "charades,didemo"]
+
+    def ran(*more):
+        return [": unchanged" not in line for line in run(capsys, *words, *more)[1].splitlines()]
+
+    assert ran() == [True, True]
+    copy = home / "runs" / "smoke" / "charades" / "notebooks" / "00_try.ipynb"
+    assert "42 charades" in copy.read_text()
+    assert ran() == [False, False]
+    assert ran("--seed", "7") == [True, True]
+    assert "7 charades" in copy.read_text()
+    cache.build(home / "runs" / "smoke" / "charades" / "embed", {"a": 1}, lambda folder: None)
+    assert ran("--seed", "7") == [False, False], (
+        "a stage that a later notebook adds is no reason to run again"
+    )
+    notebook(home, "print('another cell')")
+    assert ran("--seed", "7") == [True, True]
+    cache.build(home / "runs" / "smoke" / "charades" / "embed", {"a": 2}, lambda folder: None)
+    assert ran("--seed", "7") == [True, False], "a stage that stood when it ran has changed"
+
+
+def test_a_failing_notebook_names_the_cell_and_keeps_both_copies(home, capsys):
+    words = ["notebook", "00_try", "--profile", "smoke", "--datasets", "charades"]
+    notebook(home, "print('good')")
+    assert run(capsys, *words)[0] == 0
+    notebook(home, "x = 1", "raise ValueError('two\\nlines')")
+    status, _, err = run(capsys, *words)
+    folder = home / "runs" / "smoke" / "charades" / "notebooks"
+    assert status == 2 and err.count("\n") == 1
+    assert "00_try, cell [4]: ValueError: two lines" in err and str(folder / "00_try.failed.ipynb") in err
+    assert "ValueError" in (folder / "00_try.failed.ipynb").read_text()
+    assert "good" in (folder / "00_try.ipynb").read_text()
+    notebook(home, "print('good again')")
+    assert run(capsys, *words)[0] == 0
+    assert sorted(p.name for p in folder.glob("*.ipynb")) == ["00_try.ipynb"]
+
+
+def test_a_notebook_without_a_data_set_runs_once(home, capsys):
+    notebook(home, "print(profile)", given='profile = "mini"\nseed = 42')
+    status, out, _ = run(capsys, "notebook", "00_try", "--profile", "smoke")
+    assert status == 0 and len(out.splitlines()) == 1
+    assert (home / "runs" / "smoke" / "notebooks" / "00_try.ipynb").exists()
+
+
+def test_a_notebook_about_all_data_sets_runs_again_when_numbers_change_and_not_when_it_wrote_some(
+    home, capsys
+):
+    notebook(home, "print(profile)", given='profile = "mini"\nseed = 42')
+    folder = home / "runs" / "smoke" / "didemo" / "numbers"
+    folder.mkdir(parents=True)
+
+    def ran():
+        return ": unchanged" not in run(capsys, "notebook", "00_try", "--profile", "smoke")[1]
+
+    assert (ran(), ran()) == (True, False)
+    (folder / "09_paper.json").write_text("{}")
+    assert not ran(), "its own numbers are no reason"
+    (folder / "05_evaluation.json").write_text('{"a": 1}')
+    assert (ran(), ran()) == (True, False)
+    (folder / "05_evaluation.json").write_text('{"a": 2}')
+    assert (ran(), ran()) == (True, False)
+
+
+def test_a_notebook_about_all_data_sets_comes_once_and_last(home, capsys, monkeypatch):
+    began = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, words):
+            began.append((words[4], words[-1]))
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(cli.subprocess, "Popen", Process)
+    monkeypatch.setattr(
+        cli, "execute", lambda source, given, *_: began.append((source.stem, given.get("dataset")))
+    )
+    notebook(home, given='profile = "mini"\nseed = 42', name="01_all")
+    notebook(home, name="02_each")
+    words = ["notebook", "01_all", "02_each", "--profile", "smoke", "--datasets", "charades,didemo"]
+    for jobs in ("2", "1"):
+        began.clear()
+        assert cli.main([*words, "--jobs", jobs]) == 0
+        assert sorted(began[:2]) == [("02_each", "charades"), ("02_each", "didemo")]
+        assert began[2:] == [("01_all", None)]
+    Process.returncode = 3
+    began.clear()
+    assert cli.main([*words, "--jobs", "2"]) == 3 and ("01_all", None) not in began
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [('profile = "mini"', "'seed'"), ("seed = 42", "'profile'"), ('Profile = "mini"\nseed = 1', "'profile'")],
+)
+def test_a_parameter_that_the_notebook_does_not_declare_is_refused(home, capsys, given, expected):
+    notebook(home, given=given)
+    status, _, err = run(capsys, "notebook", "00_try")
+    assert status == 2 and expected in err
+
+
+def test_a_notebook_that_is_not_json_is_refused(home, capsys):
+    (home / "notebooks" / "00_try.ipynb").write_text("<<<<<<< ours")
+    status, _, err = run(capsys, "notebook", "00_try")
+    assert status == 2 and "restore it with git" in err and err.count("\n") == 1
+
+
+def test_the_lab_refuses_a_port_in_use_with_the_remedy(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        status, _, err = run(capsys, "lab", "--port", str(port))
+    assert status == 2 and f"make lab PORT={port + 1}" in err
+
+
+def test_an_unchanged_command_does_not_import_torch(home):
+    """The reason why a second `make paper` is short."""
+    source = "import sys; from vsr1 import __main__; sys.exit('torch' in sys.modules or 'papermill' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", source]).returncode == 0
+
+
+def test_threads_of_the_profile_reach_the_kernel(home, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    notebook(home, "import os\nprint('threads', os.environ['OMP_NUM_THREADS'])")
+    run(capsys, "notebook", "00_try", "--profile", "smoke", "--datasets", "charades")
+    copy = json.loads((home / "runs" / "smoke" / "charades" / "notebooks" / "00_try.ipynb").read_text())
+    assert copy["cells"][-1]["outputs"][0]["text"] == [f"threads {config.load('smoke').threads}\n"]
+    assert os.environ["OMP_NUM_THREADS"] == str(config.load("smoke").threads)
+
+
+def test_data_sets_side_by_side_keep_the_order_of_their_notebooks(home, monkeypatch):
+    """Two at once, each notebook in a process of its own; after a failure nothing new begins."""
+    began, ended = [], []
+
+    class Process:
+        def __init__(self, words):
+            self.words, self.polls = words, 0
+            self.returncode = int("02_b" in words and "didemo" in words)
+            began.append((words[4], words[-1]))
+
+        def poll(self):
+            self.polls += 1
+            if self.polls == 2:
+                ended.append((self.words[4], self.words[-1]))
+            return None if self.polls < 2 else self.returncode
+
+    monkeypatch.setattr(cli.subprocess, "Popen", Process)
+    for name in ("01_a", "02_b", "03_c"):
+        notebook(home, name=name)
+    words = ["notebook", "01_a", "02_b", "--profile", "smoke", "--jobs", "2"]
+    assert cli.main(words) == 1
+    assert began[:3] == [
+        ("01_a", "charades"),
+        ("01_a", "didemo"),
+        ("01_a", "activitynet"),
+    ]  # most left, first
+    for name in ("charades", "didemo", "activitynet"):
+        own = [step for step, dataset in began if dataset == name]
+        assert own == ["01_a", "02_b"][: len(own)]
+    assert ("02_b", "didemo") in began and not [step for step, _ in began if step == "03_c"]
+    began.clear()
+    assert cli.main(["notebook", "01_a", "03_c", "--profile", "smoke", "--jobs", "2"]) == 0
+    assert sorted(began) == sorted(ended[-6:]) and len(began) == 6

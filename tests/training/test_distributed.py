@@ -1,0 +1,171 @@
+"""Commands that two processes share: what they leave is what one leaves, and neither waits for a lost one."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import test_grpo
+import test_sft
+import yaml
+from tiny import moments, random_policy, same_end, two_processes
+
+from vsr1 import __main__ as cli
+from vsr1 import cache, config
+from vsr1.models import checkpoints, embedding
+from vsr1.training import grpo, sft
+
+SMALL = {"eval_batch": 3, "grpo_steps": 1, "num_val_prompts": 2, "max_new_tokens": 32, "max_turns": 2}
+SMALL |= {"sft_negatives": 4, "grpo_negatives": 4, "sft_rows": 3}
+EVALUATED = ("zs", "vsr1")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A folder whose runs/ two processes filled: embedded, trained through both stages, evaluated.
+
+    The first try lost a process in stage 1. `kept` is the line of its log that a person marked in between.
+    """
+    folder = tmp_path_factory.mktemp("clone")
+    knobs = yaml.safe_load((config.PACKAGE / "profiles" / "smoke.yaml").read_text()) | SMALL
+    knobs["world"] |= {"train_videos": 8, "test_videos": 7}
+    (folder / "small.yaml").write_text(yaml.safe_dump(knobs))
+    lost = two_processes("dying", folder, *words(folder, "train", "--stage", "sft"))
+    partial = folder / "runs" / "small" / "charades" / "sft.partial"
+    assert lost.returncode and "Signal 9" in lost.stderr and sft.checkpoint(partial), lost.stderr[-3000:]
+    log = (partial / "log.jsonl").read_text().splitlines()
+    (partial / "log.jsonl").write_text("".join(f"{line}\n" for line in ['{"marked": 1}', *log[1:]]))
+    train, walk = words(folder, "train", "--stage", "grpo"), words(folder, "evaluate", *EVALUATED)
+    done = two_processes("commands", folder, *train, "then", *walk)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [line.split(":")[0].split("/")[-1] for line in done.stdout.splitlines() if line.endswith(" s")]
+    assert said == [
+        "corpus charades",
+        "embed charades",
+        "vsr1",
+        "evaluate zs charades",
+        "evaluate vsr1 charades",
+    ]
+    return folder
+
+
+def words(folder, command, *more):
+    return [command, *more, "--dataset", "charades", "--profile", str(folder / "small.yaml")]
+
+
+def test_a_run_that_lost_a_process_goes_on_when_it_is_started_again(clone):
+    home = clone / "runs" / "small" / "charades"
+    log = [json.loads(line) for line in (home / "sft" / "log.jsonl").open()]
+    assert log[0] == {"marked": 1} and [line["step"] for line in log[1:]] == list(range(2, len(log) + 1))
+    assert len(log) > 2 and not list(home.rglob("*.partial")) and not list(home.rglob("steps"))
+    for folder in (home / "sft", home / "grpo" / "vsr1"):
+        assert cache.metadata(folder)["key"] and checkpoints.load(str(folder), config.load("smoke")).heads
+    assert len((home / "grpo" / "vsr1" / "log.jsonl").read_text().splitlines()) == 1
+
+
+def test_one_process_finds_standing_what_two_have_trained(clone, monkeypatch):
+    monkeypatch.setattr(config, "ROOT", clone)
+    for module in (sft, grpo):
+        monkeypatch.setattr(module, "_train", lambda *_: pytest.fail("trained again"))
+    assert cli.main(words(clone, "train", "--stage", "grpo")) == 0
+
+
+def test_two_processes_embed_and_evaluate_as_one_does(clone, tmp_path, monkeypatch):
+    """To the last bit: a shard of videos and a batch of queries are the same whoever works on them."""
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setattr(embedding, "SHARD_SIZE", 3)
+    shutil.copytree(clone / "runs", tmp_path / "runs", symlinks=True)
+    home, theirs = (folder / "runs" / "small" / "charades" for folder in (tmp_path, clone))
+    for stage in ("embed", "episodes"):
+        shutil.rmtree(home / stage)
+    for command in (("embed",), ("evaluate", *EVALUATED)):
+        assert cli.main(words(clone, *command)) == 0
+    for split in ("train", "test"):
+        one, two = (folder / "embed" / "engine" / split for folder in (home, theirs))
+        assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+        for name in ("video_vecs.npy", "query_vecs.npy"):
+            np.testing.assert_array_equal(np.load(one / name), np.load(two / name))
+        for name in ("ids.json", "skipped.csv", "index.faiss"):
+            assert (one / name).read_bytes() == (two / name).read_bytes()
+    for system in EVALUATED:
+        one, two = (untimed(folder / "episodes" / system) for folder in (home, theirs))
+        assert one == two and len(one) > 6
+        assert sorted(path.name for path in (theirs / "episodes" / system).iterdir()) == sorted(
+            path.name for path in (home / "episodes" / system).iterdir()
+        )
+
+
+def grpo_before():
+    """What stage 2 of the test below begins with."""
+    return test_grpo.few_words(random_policy())
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(
+    ("stage", "module", "begun"), [("sft", test_sft, random_policy), ("grpo", test_grpo, grpo_before)]
+)
+def test_two_processes_that_hold_a_share_each_end_where_one_does(tmp_path, stage, module, begun, rank):
+    """FSDP, killed on its way: the same log and checkpoint, and half of the optimizer in each process."""
+    one, two, before = (tmp_path / name for name in ("one", "two", "before"))
+    one.mkdir(), two.mkdir()
+    done = two_processes("in_shares", two, stage, rank, FSDP_VERSION="2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = module.checkpointed(one, rank)
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").open()] for folder in (one, two)]
+    for ours, theirs in zip(*logs, strict=True):
+        for key in ours.keys() - {"accuracy", "seconds", "turns"}:
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-4, rel=1e-4), (ours["step"], key)
+    checkpoints.save(begun(), before)
+    same_end(one, two, before)
+    held = [int((two / f"held-{process}").read_text()) for process in (0, 1)]
+    assert sum(held) == moments(run.optimizer) and max(held) < 0.55 * sum(held)
+
+
+def test_accelerate_s_own_file_asks_for_shares(clone, tmp_path):
+    """FSDP as README has it: both stages say what those said that plain data parallelism trained."""
+    skipped = shutil.ignore_patterns("sft", "grpo", "episodes")
+    shutil.copytree(clone / "runs", tmp_path / "runs", symlinks=True, ignore=skipped)
+    shutil.copy(clone / "small.yaml", tmp_path)
+    told = re.search(
+        r"```\n(distributed_type: FSDP\n.*?)```", (config.ROOT / "README.md").read_text(), re.DOTALL
+    )
+    file = tmp_path / "fsdp.yaml"
+    file.write_text(told[1].replace("num_processes: 8", "num_processes: 2") + "main_process_port: 0\n")
+    launch = ["accelerate.commands.launch", "--config_file", str(file)]
+    done = two_processes("sharing", tmp_path, *words(tmp_path, "train", "--stage", "grpo"), launch=launch)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage, skip in (("sft", 1), ("grpo/vsr1", 0)):  # the first line was marked
+        one, two = (folder / "runs" / "small" / "charades" / stage for folder in (clone, tmp_path))
+        logs = [[json.loads(line) for line in (folder / "log.jsonl").open()][skip:] for folder in (one, two)]
+        for ours, theirs in zip(*logs, strict=True):
+            for key in ("loss", "info_nce", "norm"):  # no InfoNCE where a step has no rejection
+                near = theirs[key] if theirs[key] is None else pytest.approx(theirs[key], abs=1e-4, rel=1e-3)
+                assert ours[key] == near, key
+        assert checkpoints.load(str(two), config.load("smoke")).heads
+
+
+def untimed(folder):
+    """The lines of a file of episodes without what its turns cost in seconds."""
+
+    def drop(value):
+        if isinstance(value, dict):
+            return {key: drop(item) for key, item in value.items() if key != "seconds"}
+        return [drop(item) for item in value] if isinstance(value, list) else value
+
+    return [drop(json.loads(line)) for line in (folder / "episodes.jsonl").open()]
+
+
+@pytest.mark.parametrize(
+    ("job", "more", "expected"),
+    [
+        ("refused", ["0"], "this one has no videos; bring some"),
+        ("refused", ["1"], "this one has no videos; bring some"),
+        ("commands", ["embed", "--profile", "maxi"], "no such profile"),
+    ],
+)
+def test_an_error_of_one_process_or_of_both_is_one_line_and_ends_all(tmp_path, job, more, expected):
+    done = two_processes(job, tmp_path, *more)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode and len(errors) == 1 and expected in errors[0], done.stderr[-3000:]
+    assert "RuntimeError" not in done.stderr and not (tmp_path / "out").exists()

@@ -1,0 +1,862 @@
+"""Stage 2: rewards by hand, the objective against TRL's, replay against rollout, sharing, a run that is killed."""
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import types
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from tiny import (
+    QUERIES,
+    changed,
+    clip,
+    fake_tensorboard,
+    random_engine,
+    random_policy,
+    two_processes,
+)
+
+from vsr1 import cache, config
+from vsr1.data import annotations
+from vsr1.loop import replies, sqr
+from vsr1.models import checkpoints, inputs, search_index
+from vsr1.training import fsdp, grpo, rewards, rollout, sft
+
+VIDEOS = [f"v{n}" for n in range(6)]
+
+
+class Shelf:
+    """Six videos of random pixels, as `evaluate.Clips` gives them."""
+
+    def __init__(self, seed=0):
+        self.clips = {video: clip(4 + 2 * (n % 3), seed + n) for n, video in enumerate(VIDEOS)}
+
+    def get(self, ids):
+        return [self.clips[video] for video in ids]
+
+
+@pytest.fixture(scope="module")
+def search():
+    return random_engine()
+
+
+def made_vectors():
+    vecs = torch.nn.functional.normalize(torch.randn(9, 192, generator=torch.manual_seed(2)), dim=1).numpy()
+    return search_index.Vectors(VIDEOS, vecs[:6], [1, 2, 3], vecs[6:])
+
+
+def made_starts(vectors):
+    queries = [annotations.Query(n + 1, text, f"v{n}", (0.0, 4.0), "", 8.0) for n, text in enumerate(QUERIES)]
+    return rollout.make_prompts(queries, vectors, negatives=3, seed=0)
+
+
+def knobs():
+    small = {
+        "max_new_tokens": 16,
+        "grpo_group": 4,
+        "grpo_prompts_per_step": 2,
+        "grpo_steps": 4,
+        "grpo_lr": 1e-3,
+    }
+    official = {"grpo_exclude_sft_queries": False, "scale_rewards": "group"}
+    return dataclasses.replace(config.load("smoke"), **small, **official, grpo_head_lr=1e-3)
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return made_vectors()
+
+
+@pytest.fixture(scope="module")
+def starts(vectors):
+    return made_starts(vectors)
+
+
+@pytest.fixture
+def profile():
+    return knobs()
+
+
+def few_words(made):
+    """A random policy that knows six words, of which one ends a reply and one asks for a search."""
+    number = torch.arange(len(made.banned))
+    return changed(made, banned=(number < 20) | (number > 25), stop=20, mark=21)
+
+
+def sampler(profile, search, vectors, recipe="m3", shelf=None):
+    agent, recipe = few_words(random_policy()), rollout.VARIANTS[recipe]
+    agent.settings = dataclasses.replace(agent.settings, carry_blocks=recipe.carry, n_soft=3)
+    return rollout.RolloutWorker(profile, "charades", recipe, search, agent, vectors, shelf or Shelf())
+
+
+@pytest.fixture
+def walked(profile, search, vectors, starts):
+    made = sampler(profile, search, vectors)
+    members = [dataclasses.replace(s, group=g, member=m) for g, s in enumerate(starts[:2]) for m in range(4)]
+    return made, [row for rows in made.walk(members, [1]) for row in rows]
+
+
+# --- starts, rewards, advantages -------------------------------------------------------------------------------------
+
+
+def test_starts_show_the_first_search_and_accepting_is_right_as_often_as_rejecting(vectors, starts):
+    scores = vectors.query_vecs @ vectors.video_vecs.T
+    for start, row in zip(starts[:3], scores, strict=True):
+        order = [VIDEOS[at] for at in np.argsort(-row)]
+        assert start.first == order[0] and list(start.wrong) == [v for v in order if v != start.video][:3]
+    hits = sum(start.first == start.video for start in starts)
+    assert hits == len(starts) - hits and len(starts) >= 4
+    assert all(start.first == start.video for start in starts[3:])
+
+
+def turn(matched, right, iou=0.0, refine=True, strict=True, text=""):
+    reply = types.SimpleNamespace(matched=matched, strict=strict, has_refine=refine, text=text)
+    return types.SimpleNamespace(reply=reply, shown_is_gt=right, iou=iou)
+
+
+def parts(*turns, chances, dataset="didemo", **options):
+    one = types.SimpleNamespace(turns=turns, run=types.SimpleNamespace(dataset=dataset))
+    rows = [types.SimpleNamespace(chance=chance, before=0.25) for chance in chances]
+    return rewards.reward_parts(one, rows, **options)
+
+
+def test_an_episode_of_two_turns_earns_what_the_method_says():
+    """A right rejection that leads to the right moment shares in its overlap; nothing is summed over turns."""
+    first, second = parts(turn(False, False), turn(True, True, 0.6), chances=[0.7, 0.9])
+    assert first == {"verify": 1, "form": 1, "refine": 1, "time": 0.6, "retrieve": 0.7}
+    assert second == {"verify": 1, "form": 1, "refine": 1, "time": 0.6, "retrieve": 0.9}
+    first, second = parts(turn(False, True), turn(True, True, 0.6, strict=False), chances=[0.7, 0.9])
+    assert (first["verify"], first["time"]) == (-1, 0) and (second["time"], second["form"]) == (0.6, 0)
+    (only,) = parts(turn(None, False, refine=False), chances=[None])
+    assert (only["verify"], only["refine"], only["retrieve"]) == (-1, 0, 0)
+    (only,) = parts(turn(True, False, 0.0), chances=[0.5])
+    assert (only["verify"], only["time"]) == (-1, 0)
+
+
+def test_the_official_retrieval_reward_is_a_difference():
+    assert parts(turn(False, False), chances=[0.7], retrieval_reward="delta")[0]["retrieve"] == pytest.approx(
+        0.45
+    )
+    assert (
+        parts(turn(False, False, refine=False), chances=[None], retrieval_reward="delta")[0]["retrieve"]
+        == -0.3
+    )
+
+
+@pytest.mark.parametrize(
+    ("walked", "times"),
+    [
+        ([turn(False, False), turn(True, True, 0.6)], [0.5, 0.6]),
+        ([turn(False, False, text="<think> <start> </think> <answer>not_matched</answer>")], [0.5]),
+        ([turn(False, False, text="<answer>not_matched</answer> <start>1.0")], [0.0]),
+        ([turn(False, False, text="<answer>not_matched</answer> <END>1.0</END>")], [0.0]),
+        ([turn(False, True), turn(True, True, 0.6)], [0.0, 0.6]),
+        ([turn(None, False)], [0.0]),
+        ([turn(True, False, 0.6)], [0.0]),
+    ],
+)
+def test_the_official_time_reward_gives_one_half_to_a_right_rejection_that_names_no_time(walked, times):
+    made = parts(*walked, chances=[0.5] * len(walked), grounding_reward="half_on_reject")
+    assert [one["time"] for one in made] == times
+
+
+def test_the_time_reward_of_the_profile_is_in_the_sum(monkeypatch, profile, search, vectors, starts):
+    """Every reply is read as a rejection; Charades weighs 1.6, 0.1, 0.1, 0.35 and 0.8."""
+    read = replies.read_reply
+    said = "<think> no </think> <answer>not_matched</answer>"
+    monkeypatch.setattr(grpo.episode, "read_reply", lambda text, ids, **own: read(said, ids, **own))
+    made = sampler(
+        dataclasses.replace(profile, grounding_reward="half_on_reject"), search, vectors, "vsr1-single"
+    )
+    (rows,) = made.walk([starts[0]], [1])
+    (last,) = made.walk([starts[-1]], [1])
+    assert starts[0].first != starts[0].video and starts[-1].first == starts[-1].video
+    for row, verify, time in ((rows[0], 1.0, 0.5), (last[0], -1.0, 0.0)):
+        refined = float(row.taken is not None)
+        earned = 1.6 * verify + 0.1 * row.parts["form"] + 0.1 * refined + 0.8 * (row.chance or 0.0)
+        assert row.reward == pytest.approx(earned + 0.35 * time)
+
+
+# Three members of one start; at turn 2, two of them see v1 and one v2.
+TURNS = [(1, "v0", 1.0), (1, "v0", 1.0), (1, "v0", 1.0), (2, "v1", 1.0), (2, "v1", 3.0), (2, "v2", 5.0)]
+
+
+@pytest.mark.parametrize(
+    ("group_by", "gains", "told"),
+    [
+        ("prompt", [0, 0, 0, -1 / 2**0.5, 1 / 2**0.5, None], (2, 1, 0.5, 1, 2**0.5 / 2)),
+        ("query_turn", [0, 0, 0, -1, 0, 1], (2, 1, 0.5, 0, 1.0)),
+    ],
+)
+def test_rows_are_compared_by_prompt_or_by_turn(group_by, gains, told):
+    """Spreads by hand: of (1, 3) the root of 2, of (1, 3, 5) it is 2."""
+    parts = dict.fromkeys(("verify", "form", "refine", "time", "retrieve"), 0.0)
+    rows = [{"group": 0, "t": t, "shown": shown, "reward": reward} for t, shown, reward in TURNS]
+    found = rewards.advantages(
+        [r["reward"] for r in rows], [rewards.group_key(row, group_by) for row in rows]
+    )
+    assert [gain and round(gain, 3) for gain in found] == [gain and round(gain, 3) for gain in gains]
+    line = grpo.tally([row | {"length": 1, "right": True, "parts": parts} for row in rows], group_by)
+    keys = ("groups", "flat_groups", "flat", "alone", "spread")
+    assert tuple(line[key] for key in keys) == pytest.approx(told)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+@pytest.mark.parametrize(
+    ("group_by", "shared"), [("prompt", ("group", "t", "shown")), ("query_turn", ("group", "t"))]
+)
+def test_a_step_learns_from_the_comparison_that_the_profile_names(
+    profile, search, vectors, starts, group_by, shared, scale
+):
+    profile = dataclasses.replace(profile, group_by=group_by, scale_rewards=scale, grpo_group=8)
+    course = begin(profile, search, vectors)
+    line, rows = course.step(1, starts[3:])
+    prompts = {(row["group"], row["t"], row["shown"]) for row in rows}
+    assert len(prompts) > len({prompt[:2] for prompt in prompts}), "some second looks are at different videos"
+    for row in rows:
+        own = [other["reward"] for other in rows if all(other[key] == row[key] for key in shared)]
+        if len(own) == 1:
+            assert row["advantage"] is None
+        else:
+            over = own if scale == "group" else [other["reward"] for other in rows]
+            gain = (row["reward"] - np.mean(own)) / (np.std(over, ddof=1) + 1e-4)
+            assert row["advantage"] == pytest.approx(gain)
+    sizes = list(Counter(tuple(row[key] for key in shared) for row in rows).values())
+    assert (line["groups"], line["alone"]) == (sum(size > 1 for size in sizes), sizes.count(1))
+
+
+def test_what_changes_the_outcome_is_in_the_key_of_the_stage(monkeypatch, profile):
+    key = lambda made: cache.fingerprint(grpo.train(made, "charades"))  # noqa: E731
+    monkeypatch.setattr(grpo.stages, "run", lambda target, inputs, build, together: inputs)
+    changes = {"grounding_reward": "half_on_reject", "group_by": "query_turn", "retrieval_reward": "delta"}
+    changes |= {"scale_rewards": "batch", "grpo_exclude_sft_queries": True}
+    for change in ({name: value} for name, value in changes.items()):
+        assert key(dataclasses.replace(profile, **change)) != key(profile), change
+    for change in (
+        {"tensorboard": True},
+        {"max_zero_std": 0.5},
+        {"max_skipped": 0.5},
+    ):  # a stopped run may go on
+        assert key(dataclasses.replace(profile, **change)) == key(profile), change
+
+
+def test_stage_2_asks_for_stage_1(monkeypatch, tmp_path, profile):
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    with pytest.raises(config.InputError, match="charades/sft: not there; stage 1 comes first: vsr1 train"):
+        grpo.train(profile, "charades")
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_advantages_are_trl_s(scale):
+    """Its scale_rewards."""
+    rewards = torch.tensor([0.3, 1.2, 1.2, -0.4, 0.5, 0.5, 0.5, 0.5])
+    groups = rewards.view(2, 4)
+    spread = {"group": groups.std(1, keepdim=True), "batch": rewards.std()}[scale]
+    theirs = (groups - groups.mean(1, keepdim=True)) / (spread + 1e-4)
+    ours = rewards.advantages(rewards.tolist(), list("aaaabbbb"), None if scale == "group" else float(spread))
+    np.testing.assert_allclose(ours, theirs.flatten().tolist(), atol=1e-4)
+
+
+# --- rollouts --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_read_again_with_the_log_probabilities_they_were_sampled_with(walked):
+    made, rows = walked
+    assert {row.t for row in rows} == {1, 2} and {row.taken is None for row in rows} == {True, False}
+    for row in rows:
+        again = made.agent.replay([row.prompt], [row.ids], temperature=1.0)
+        np.testing.assert_allclose(again.logps[0].tolist(), row.logps, atol=1e-5)
+
+
+def test_rewards_are_those_of_the_soft_tokens_that_stood_in_the_query(walked):
+    """The retrieval reward computed from a replayed reply and a softmax written out, at both turns."""
+    made, rows = walked
+    marked = [row for row in rows if row.taken is not None]
+    assert {len(row.earlier) for row in marked} == {0, 1}
+    for row in marked:
+        branch = made.agent.replay([row.prompt], [row.ids]).branches[0]
+        latents = sqr.soft_tokens(made.agent, [branch], 3)
+        carried = torch.cat([*(block[None] for block in row.earlier), latents], dim=1)
+        vec = sqr.soft_query(made.engine, made.agent.heads, [row.start.text], carried)[0].detach()
+        scores = {v: float(made.gallery[made.column[v]] @ vec) / 0.1 for v in (row.start.video, *row.wrong)}
+        chance = np.exp(scores[row.start.video]) / np.exp(list(scores.values())).sum()
+        assert row.chance == pytest.approx(chance, abs=1e-5)
+        assert (row.shown in scores) and len(scores) == 1 + len(row.wrong)
+
+
+def test_an_episode_does_not_look_at_a_video_twice(walked):
+    _, rows = walked
+    looks = [(row.start.group, row.start.member, row.shown) for row in rows]
+    assert len(looks) == len(set(looks))
+
+
+def test_what_a_start_meets_does_not_depend_on_the_batch_it_is_in(walked, profile, search, vectors, starts):
+    _, together = walked
+    made = sampler(profile, search, vectors)
+    alone = []
+    for group in (1, 0):
+        members = [dataclasses.replace(starts[group], group=group, member=m) for m in range(4)]
+        alone += [row for rows in made.walk(members, [1]) for row in rows]
+    key = lambda row: (row.start.group, row.start.member, row.t)  # noqa: E731
+    for one, other in zip(sorted(together, key=key), sorted(alone, key=key), strict=True):
+        assert one.ids == other.ids and one.reward == pytest.approx(other.reward, abs=1e-5)
+
+
+def test_one_turn_is_the_first_turn_of_two(profile, search, vectors, starts, walked):
+    _, both = walked
+    made = sampler(profile, search, vectors, "vsr1-single")
+    members = [dataclasses.replace(s, group=g, member=m) for g, s in enumerate(starts[:2]) for m in range(4)]
+    once = [row for rows in made.walk(members, [1]) for row in rows]
+    firsts = [row for row in both if row.t == 1]
+    assert [row.ids for row in once] == [row.ids for row in firsts]
+    assert [row.parts["retrieve"] for row in once] == [row.parts["retrieve"] for row in firsts]
+    assert [row.parts["verify"] for row in once] == [row.parts["verify"] for row in firsts]
+
+
+# --- the objective ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_the_objective_is_trl_s_in_value_and_gradient(tmp_path, beta):
+    """Text only, where its trainer is right: the same tokens, masks and advantages (STACK.md 5.3)."""
+    import datasets
+    from trl import GRPOConfig, GRPOTrainer
+
+    made = random_policy()
+    options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+    options |= {"loss_type": "grpo", "epsilon": 0.2, "use_bias_correction_kl": False, "num_generations": 2}
+    trainer = GRPOTrainer(
+        made.model,
+        lambda completions, **_: [0.0] * len(completions),
+        args=GRPOConfig(str(tmp_path), per_device_train_batch_size=2, temperature=1.0, **options),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a"}]),
+        processing_class=made.tokenizer,
+    )
+    trainer.beta, trainer.current_gradient_accumulation_steps = beta, 1
+    prompts = [made.prompt("S", text) for text in QUERIES[:2]]
+    made.banned = torch.zeros_like(made.banned)  # its softmax is over the whole vocabulary
+    replies = [
+        r.ids for r in made.reply(prompts, max_new_tokens=9, temperature=1.0, rng=np.random.default_rng(0))
+    ]
+    replies[1] = replies[1][:5]
+    gains, noise = torch.tensor([0.7, -1.3]), np.random.default_rng(1)
+    losses = []
+    for way in ("ours", "theirs"):
+        made.model.zero_grad()
+        seen = made.replay(prompts, replies, temperature=1.0)
+        if way == "ours":
+            shifts = torch.from_numpy(noise.normal(0, 0.3, (2, *seen.logps.shape))).float()
+            old, anchor = (seen.logps.detach() + shift for shift in shifts)
+            loss = rewards.policy_loss(seen.logps, old, anchor, gains, seen.said, clip=0.2, beta=beta)[
+                0
+            ].mean()
+        else:
+            batch = inputs.collate(prompts, made.model, made.tokenizer.pad_token_id)
+            said = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in replies], batch_first=True)
+            inputs = {"prompt_ids": batch["input_ids"], "prompt_mask": batch["attention_mask"]}
+            inputs |= {"completion_ids": said, "completion_mask": seen.said.int(), "advantages": gains}
+            inputs |= {"old_per_token_logps": old, "ref_per_token_logps": anchor}
+            inputs |= {"num_items_in_batch": seen.said.sum()}
+            loss = trainer._compute_loss(made.model, inputs)
+        loss.backward()
+        grads = {name: w.grad.clone() for name, w in made.model.named_parameters() if w.grad is not None}
+        losses.append((loss.detach(), grads))
+    (ours, grads), (theirs, other) = losses
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    assert len(grads) > 40 and grads.keys() == other.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, other[name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_the_objective_is_what_a_double_loop_says():
+    rng = np.random.default_rng(3)
+    logps, sampled, anchor = (torch.from_numpy(rng.normal(-1, 0.4, (3, 5))) for _ in range(3))
+    said = torch.arange(5) < torch.tensor([[5], [2], [4]])
+    gains = [1.5, -0.5, 0.2]
+    losses, kls, cuts = rewards.policy_loss(
+        logps, sampled, anchor, torch.tensor(gains), said, clip=0.2, beta=0.1
+    )
+    for row, gain in enumerate(gains):
+        tokens, kl, cut = [], [], 0
+        for at in range(int(said[row].sum())):
+            ratio = np.exp(float(logps[row, at] - sampled[row, at]))
+            away = float(anchor[row, at] - logps[row, at])
+            value = min(ratio * gain, min(max(ratio, 0.8), 1.2) * gain)
+            cut += value < ratio * gain
+            kl.append(np.exp(away) - away - 1)
+            tokens.append(0.1 * kl[-1] - value)
+        assert losses[row].item() == pytest.approx(np.mean(tokens))
+        assert (kls[row].item(), cuts[row].item()) == pytest.approx((np.mean(kl), cut / len(tokens)))
+
+
+def learned(made, rows, recipe=None, **options):
+    """(loss, gradients) of a fresh Learner, read in as many parts as the knobs ask for."""
+    course = grpo.GRPOTrainer(made)
+    found = rewards.advantages([row.reward for row in rows], [(r.start.group, r.t, r.shown) for r in rows])
+    for row, advantage in zip(rows, found, strict=True):
+        row.advantage = advantage
+    kept = [row for row in rows if row.advantage is not None]
+    totals = len(kept), sum(row.taken is not None for row in kept)
+    parts = course._chunks(kept)
+    assert sorted(map(id, kept)) == sorted(id(row) for part in parts for row in part)
+    loss = sum(course.learner(part, totals, **options)[0] for part in parts)
+    course.optimizer.zero_grad()
+    loss.backward()
+    grads = {n: w.grad.clone() for n, w in course.learner.named_parameters() if w.grad is not None}
+    return loss.detach(), grads
+
+
+def same(one, other, atol=1e-5):
+    torch.testing.assert_close(one[0], other[0], atol=atol, rtol=1e-4)
+    assert one[1].keys() == other[1].keys() and len(one[1]) > 40
+    for name, grad in one[1].items():
+        scale = float(other[1][name].abs().max()) + 1e-3
+        torch.testing.assert_close(grad, other[1][name], atol=1e-4 * scale, rtol=0, msg=name)
+
+
+def test_a_prompt_read_once_a_group_gives_the_loss_and_gradient_of_one_read_once_a_reply(walked):
+    made, rows = walked
+    same(learned(made, rows), learned(made, rows, shared=False))
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "count"),
+    [("grpo_rollout_batch", 1, 2), ("grpo_micro_batch", 3, None), ("grpo_micro_batch", 1, None)],
+)
+def test_all_at_once_is_one_after_the_other(walked, knob, value, count):
+    made, rows = walked
+    together = learned(made, rows)
+    made.knobs = dataclasses.replace(made.knobs, **{knob: value})
+    same(together, learned(made, rows))
+    parts = grpo.GRPOTrainer(made)._chunks(rows)
+    assert len(parts) == count or max(map(len, parts)) == value
+
+
+def test_another_video_gives_another_loss(walked):
+    """A trainer that drops the video would not notice (STACK.md 5.1)."""
+    made, rows = walked
+    before = learned(made, rows)[0]
+    black = {}
+    for row in rows:  # the group still shares one
+        grid = row.prompt.video.grid
+        video = inputs.Video(torch.zeros(math.prod(grid), 3 * 2 * 16 * 16), grid)
+        row.prompt = black.setdefault(
+            (row.start.group, row.shown), dataclasses.replace(row.prompt, video=video)
+        )
+    assert abs(learned(made, rows)[0] - before) > 1e-3
+
+
+@pytest.mark.parametrize(("recipe", "heads"), [("m1", False), ("vsr1", True), ("m3", True), ("gauss", True)])
+def test_the_heads_learn_unless_they_are_frozen(profile, search, vectors, starts, recipe, heads):
+    made = sampler(profile, search, vectors, recipe)
+    members = [dataclasses.replace(s, group=g, member=m) for g, s in enumerate(starts[:2]) for m in range(4)]
+    _, grads = learned(made, [row for rows in made.walk(members, [1]) for row in rows])
+    ours = [grad for name, grad in grads.items() if name.startswith("heads.refine_projector")]
+    assert bool(ours) == heads and all(grad.abs().max() > 0 for grad in ours)
+    assert all(weight.grad is None for weight in search.model.parameters())
+    assert not any("visual" in name for name in grads)
+
+
+@torch.no_grad()
+def test_without_its_adapters_the_policy_is_the_anchor_that_a_copy_would_be(walked):
+    made, rows = walked
+    copied = copy.copy(made.agent)
+    copied.model = copy.deepcopy(made.agent.model).requires_grad_(False)
+    prompts, replies = rows[0].prompt, rows[0].ids
+    made.knobs = dataclasses.replace(made.knobs, lora_rank=4)
+    learner = grpo.GRPOTrainer(made).learner
+    weights = {name: weight for name, weight in learner.named_parameters() if weight.requires_grad}
+    for weight in weights.values():  # as if they had learned
+        weight += 0.05 * torch.randn(weight.shape, generator=torch.manual_seed(0))
+    read = lambda one: one.replay([prompts], [replies]).logps  # noqa: E731
+    with learner.anchor.bare():
+        assert (read(learner.anchor) == read(copied)).all()
+        assert learner.anchor.model is made.agent.model
+    assert (read(made.agent) - read(copied)).abs().max() > 1e-3
+    assert weights.keys() == {name for name, weight in learner.named_parameters() if weight.requires_grad}
+
+
+def test_adapters_and_heads_get_a_gradient_and_nothing_else(walked):
+    """The same loss as without adapters, which begin as nothing; its KL is to the policy without them."""
+    made, rows = walked
+    loss, _ = learned(made, rows)
+    made.agent.model.zero_grad()
+    made.knobs = dataclasses.replace(made.knobs, lora_rank=4)
+    other, grads = learned(made, rows)
+    torch.testing.assert_close(other, loss, atol=1e-6, rtol=1e-5)
+    assert sum("lora_B" in name for name in grads) > 20 and all("layers" in n for n in grads if "lora" in n)
+    rest = [name for name in grads if "lora_" not in name and not name.startswith("heads.")]
+    assert rest == ["model.model.language_model.embed_tokens.token_adapter.trainable_tokens_delta.default"]
+    assert any(name.startswith("heads.refine_projector") for name in grads)
+
+
+@pytest.fixture
+def afresh():
+    """accelerate keeps one precision a process; a run of bfloat16 needs its own."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_learns_is_float32_beside_bfloat16_weights_that_do_not(profile, search, vectors, starts, rank):
+    profile = dataclasses.replace(profile, dtype="bfloat16", lora_rank=rank)
+    made = sampler(profile, search, vectors)
+    made.agent.model.bfloat16()
+    course = grpo.GRPOTrainer(made)
+    line, _ = course.step(1, starts[:2])
+    assert line["norm"] > 0 and line["kl"] < 1e-3
+    learn = {id(weight) for group in course.optimizer.param_groups for weight in group["params"]}
+    for name, weight in made.agent.model.named_parameters():
+        assert weight.requires_grad == (id(weight) in learn)
+        assert weight.dtype == (torch.float32 if weight.requires_grad else torch.bfloat16), name
+
+
+def test_noisy_soft_tokens_are_the_actions_that_were_rewarded(profile, search, vectors, starts):
+    """Gaussian recipe: what stood in the query was noisy, was read on, and its density is that of the replay."""
+    made = sampler(profile, search, vectors, "gauss")
+    members = [dataclasses.replace(starts[0], member=m) for m in range(4)]
+    rows = [r for rows in made.walk(members, [1]) for r in rows if r.taken is not None]
+    for row in rows:
+        branch = made.agent.replay([row.prompt], [row.ids]).branches
+        with torch.no_grad():
+            means = sqr.soft_tokens(made.agent, branch, 3, taken=row.taken[None])
+            plain = sqr.soft_tokens(made.agent, branch, 3)
+            vec = sqr.soft_query(search, made.agent.heads, [row.start.text], row.taken[None])
+        spread = (row.taken - means[0]).std().item()
+        assert 0.8 * profile.latent_noise_std < spread < 1.2 * profile.latent_noise_std
+        assert (means[0, 0] == plain[0, 0]).all() and not torch.allclose(
+            means[0, 1:], plain[0, 1:], atol=1e-3
+        )
+        assert float(torch.exp(-made.contrast(vec, [row])[0])) == pytest.approx(row.chance, abs=1e-5)
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def begin(profile, search, vectors, recipe="m3"):
+    return grpo.GRPOTrainer(sampler(profile, search, vectors, recipe))
+
+
+def steadily(course):
+    """The course, with an Adam that does not blow up rounding where a gradient is next to nothing."""
+    for group in course.optimizer.param_groups:
+        group["eps"] = 1e-2
+    return course
+
+
+def lines(folder, name="log"):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").open()]
+
+
+class Killed(Exception):
+    """Somebody pulled the plug."""
+
+
+def kill_at(count):
+    """A watcher that ends the run when its log has so many lines."""
+
+    def watch(logged):
+        if len(logged) == count:
+            raise Killed
+
+    return watch
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors, starts, rank):
+    """Four steps in one go, and four with a kill after the second; and each step is the same again by its seed."""
+    profile = dataclasses.replace(profile, lora_rank=rank)
+    whole, parts = begin(profile, search, vectors), begin(profile, search, vectors)
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole.run(starts, starts[:2], tmp_path / "whole", "whole")
+    with pytest.raises(Killed):
+        parts.run(starts, starts[:2], tmp_path / "parts", "parts", kill_at(3))
+    parts = begin(profile, search, vectors)
+    parts.run(starts, starts[:2], tmp_path / "parts", "parts")
+    for name, weight in whole.learner.state_dict().items():
+        torch.testing.assert_close(parts.learner.state_dict()[name], weight, atol=1e-6, rtol=1e-5, msg=name)
+    logs = [lines(tmp_path / name) for name in ("whole", "parts")]
+    assert [line["step"] for line in logs[1]] == [1, 2, 3, 4]
+    for one, other in zip(*logs, strict=True):
+        assert one.keys() == other.keys()
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5) and one["reward"] == other["reward"]
+    assert [line["step"] for line in lines(tmp_path / "parts", "held")] == [0, 1, 2, 3, 4]
+    assert {row["group"] for line in lines(tmp_path / "parts", "groups") for row in line["rows"]} == {0}
+    assert [path.name for path in (tmp_path / "parts" / "steps").iterdir()] == ["000004"]
+
+
+def test_steps_without_a_finite_gradient_are_counted_and_too_many_end_the_run(
+    tmp_path, profile, search, vectors, starts
+):
+    course = begin(profile, search, vectors)
+    before = {name: weight.clone() for name, weight in course.learner.state_dict().items()}
+    course.knobs.__dict__["grpo_beta"] = float("nan")  # frozen, and this profile is the test's own
+    with pytest.raises(config.InputError, match=r"3 of 3 steps .* 0 for want of memory, .* lower grpo_lr"):
+        course.run(starts, starts[:2], tmp_path, "broken")
+    assert [line["norm"] for line in lines(tmp_path)] == [None] * 3 and lines(tmp_path)[-1]["skipped"] == 3
+    for name, weight in course.learner.state_dict().items():
+        assert (weight == before[name]).all()
+
+
+def short_of_memory(course, monkeypatch, calls):
+    """The learner runs out of memory in these of its calls, from 1: two a step, one for each start."""
+    forward, made = course.learner.forward, []
+
+    def full(*args):
+        made.append(1)
+        if len(made) in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args)
+
+    monkeypatch.setattr(course.learner, "forward", full)
+
+
+def test_a_step_out_of_memory_is_counted_and_changes_nothing(
+    tmp_path, monkeypatch, profile, search, vectors, starts
+):
+    """The second half of step 2 does not fit, so that step has a gradient of half its rows: it must not be used."""
+    profile = dataclasses.replace(profile, grpo_rollout_batch=1)
+    course, weights = begin(profile, search, vectors), []
+    short_of_memory(course, monkeypatch, {4})
+    keep = lambda _: weights.append({n: w.clone() for n, w in course.learner.state_dict().items()})  # noqa: E731
+    course.run(starts, starts[:2], tmp_path, "full", keep)
+    log = lines(tmp_path)
+    assert [(line["skipped"], line["no_memory"]) for line in log] == [(0, 0), (1, 1), (1, 1), (1, 1)]
+    assert [line["loss"] is None for line in log] == [line["norm"] is None for line in log]
+    assert [line["norm"] is None for line in log] == [False, True, False, False]
+    pairs = itertools.pairwise(weights)
+    equal = [all((one[name] == other[name]).all() for name in one) for one, other in pairs]
+    assert equal == [True, False, False]
+    again = begin(profile, search, vectors)
+    assert again._resume(tmp_path) == 4 and again.counts == course.counts and again.counts["no_memory"] == 1
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.05, 3), (0.75, 4)])
+def test_too_many_steps_out_of_memory_end_the_run(
+    tmp_path, monkeypatch, profile, search, vectors, starts, share, steps
+):
+    course = begin(dataclasses.replace(profile, max_skipped=share), search, vectors)
+    short_of_memory(course, monkeypatch, range(1, 9))
+    told = rf"full: {steps} of {steps} steps .* {steps} for want of memory, .* grpo_rollout_batch"
+    with pytest.raises(config.InputError, match=told):
+        course.run(starts, starts[:2], tmp_path, "full")
+    assert len(lines(tmp_path)) == steps
+
+
+def test_a_rollout_out_of_memory_goes_on_with_half_the_starts_and_gives_the_same_rows(
+    monkeypatch, profile, search, vectors, starts
+):
+    """Four starts at once do not fit, then two do; when two do not fit either, the error stands."""
+    course = begin(dataclasses.replace(profile, grpo_rollout_batch=4, grpo_group=2), search, vectors)
+    whole, walk, fits, sizes = course.walk(starts[:4], 2, [1]), course.sampler.walk, 4, []
+
+    def full(some, seed):
+        sizes.append(len(some) // 2)
+        if sizes[-1] > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return walk(some, seed)
+
+    monkeypatch.setattr(course.sampler, "walk", full)
+    fits = 2
+    with pytest.warns(UserWarning, match="4 starts at once do not fit in memory: half of grpo_rollout_batch"):
+        halves = course.walk(starts[:4], 2, [1])
+    assert course.walk(starts[:4], 2, [1])[-1].ids == halves[-1].ids  # without another word
+    assert sizes == [4, 2, 2, 2, 2] and course.counts["halved"] == 1
+    assert [row.ids for row in halves] == [row.ids for row in whole]
+    assert [row.reward for row in halves] == pytest.approx([row.reward for row in whole], abs=1e-5)
+    fits = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        course.walk(starts[:4], 2, [1])
+
+
+def test_groups_that_all_earn_the_same_end_the_run_where_it_can_go_on(
+    tmp_path, profile, search, vectors, starts
+):
+    parts = ("verify", "form", "refine", "time", "retrieve")
+    profile = dataclasses.replace(profile, disabled_rewards=parts, max_zero_std=0.9)
+    with pytest.raises(
+        config.InputError, match=r"flat: in (\d+) of \1 groups all earned the same.* max_zero_std"
+    ):
+        begin(profile, search, vectors).run(starts, starts[:2], tmp_path, "flat")
+    assert [(line["step"], line["flat"]) for line in lines(tmp_path)] == [(1, 1.0)]
+    begin(dataclasses.replace(profile, max_zero_std=1.0), search, vectors).run(
+        starts, starts[:2], tmp_path, "flat"
+    )
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_tensorboard_draws_what_the_log_says(tmp_path, monkeypatch, profile, search, vectors, starts):
+    """Every number of every line, in a folder beside the log; a resumed run draws over what came after its state."""
+    writers = fake_tensorboard(monkeypatch)
+    for steps in (2, 3):
+        course = begin(dataclasses.replace(profile, tensorboard=True, grpo_steps=steps), search, vectors)
+        course.run(starts, starts[:2], tmp_path, "drawn")
+    first, second = writers
+    assert {Path(one.folder) for one in writers} == {tmp_path / "tensorboard"}
+    assert (first.options["purge_step"], second.options["purge_step"]) == (1, 3)
+    assert first.closed and second.closed
+    log, held = lines(tmp_path), lines(tmp_path, "held")
+    told = {(name, line["step"]): value for line in log for name, value in line.items()}
+    told |= {(f"held/{name}", line["step"]): value for line in held for name, value in line.items()}
+    left_out = ("step", "turns", "held/step", "held/turns")
+    told = {key: v for key, v in told.items() if v is not None and key[0] not in left_out}
+    assert len(told) > 100 and first.drawn | second.drawn == told
+
+
+def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch, profile, search, vectors, starts):
+    monkeypatch.setattr(sft, "is_tensorboard_available", lambda: False)
+    course = begin(dataclasses.replace(profile, tensorboard=True), search, vectors)
+    with pytest.raises(config.InputError, match="the package tensorboard is missing; install it"):
+        course.run(starts, starts[:2], tmp_path, "drawn")
+
+
+def prepared(home, agent, vectors):
+    """What stage 2 finds on disk: a checkpoint of stage 1, queries, vectors."""
+    for folder in ("sft", "corpus", "embed/engine/train"):
+        (home / folder).mkdir(parents=True)
+    checkpoints.save(agent, home / "sft")
+    queries = [annotations.Query(n + 1, text, f"v{n}", (0.0, 4.0), "", 8.0) for n, text in enumerate(QUERIES)]
+    annotations.write_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl", queries)
+    place = profile.data_dir(dataset) / "embed" / "engine" / "train"
+    (place / "ids.json").write_text(json.dumps({"videos": vectors.video_ids, "queries": vectors.query_ids}))
+    np.save(place / "video_vecs.npy", vectors.video_vecs)
+    np.save(place / "query_vecs.npy", vectors.query_vecs)
+
+
+@pytest.mark.parametrize("recipe", ["vsr1-single", "m1", "m3", "gauss"])
+def test_each_recipe_trains_to_its_end_and_resumes(tmp_path, monkeypatch, profile, search, vectors, recipe):
+    """The stage as `make paper` calls it, in one go and killed in its second step; videos and words are the test's."""
+    profile = dataclasses.replace(profile, grpo_steps=2, val_fraction=1 / 3)
+    agent, load, factors = random_policy(), checkpoints.load, rollout.VARIANTS[recipe]
+    agent.settings = dataclasses.replace(agent.settings, n_soft=3)
+    monkeypatch.setattr(grpo.policy, "load", lambda *args: few_words(load(*args)))
+    monkeypatch.setattr(grpo.engine, "load", lambda _: search)
+    monkeypatch.setattr(grpo.evaluate, "Clips", lambda *_: Shelf())
+
+    def train(name, watch=None):
+        monkeypatch.setattr(config, "ROOT", tmp_path / name)
+        if not (home := profile.runs("charades")).exists():
+            prepared(home, agent, vectors)
+        return grpo.train(profile, "charades", recipe, watch)
+
+    whole = train("whole")
+    with pytest.raises(Killed):
+        train("parts", kill_at(2))
+    parts = train("parts")
+    assert train("parts", kill_at(1)) == parts, "it is complete: nothing is trained again"
+    assert [line["step"] for line in lines(parts)] == [1, 2] and not (parts / "steps").exists()
+    assert [line["step"] for line in lines(parts, "held")] == [0, 1, 2]
+    assert lines(parts)[-1]["loss"] == pytest.approx(lines(whole)[-1]["loss"], abs=1e-5)
+    before = parts.parents[1] / "sft"
+    for name, learns in (("model", True), ("refine", factors.latents != "frozen")):
+        ours, theirs, old = (load_file(f / f"{name}.safetensors") for f in (parts, whole, before))
+        for key, weight in ours.items():
+            torch.testing.assert_close(weight, theirs[key], atol=1e-6, rtol=1e-5, msg=key)
+        assert any((weight != old[key]).any() for key, weight in ours.items()) == learns
+    settings = json.loads((parts / "vsr1.json").read_text())["settings"]
+    assert (settings["turns"], settings["carry_blocks"]) == (factors.turns, factors.carry)
+    assert max(len(line["turns"]) for line in lines(parts)) == factors.turns
+
+
+def test_every_epoch_draws_every_start_once(starts):
+    epoch = [s for number in range(1, len(starts) + 1) for s in grpo.draw(starts, number, 2, 0)]
+    for half in (epoch[: len(starts)], epoch[len(starts) :]):
+        assert sorted((s.id, s.first) for s in half) == sorted((s.id, s.first) for s in starts)
+    assert epoch[: len(starts)] != epoch[len(starts) :]
+
+
+def test_fresh_starts_are_queries_that_stage_1_did_not_learn_from(tmp_path, monkeypatch, profile, vectors):
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    profile = dataclasses.replace(profile, val_fraction=1 / 3)
+    home = profile.runs("charades")
+    prepared(home, random_policy(), vectors)
+    every, held = rollout.choose_prompts(profile, "charades", vectors)
+    first, second = sorted({start.id for start in every})
+
+    def fresh(*told):
+        rows = home / "sft" / "rows.jsonl"
+        rows.write_text("".join(json.dumps({"desc_id": number}) + "\n" for number in told))
+        return rollout.choose_prompts(
+            dataclasses.replace(profile, grpo_exclude_sft_queries=True), "charades", vectors
+        )
+
+    assert fresh() == (every, held), "nothing was told"
+    starts, watched = fresh(first, 999)
+    assert {start.id for start in starts} == {second} and watched == held
+    with pytest.raises(
+        config.InputError,
+        match=r"rows\.jsonl: stage 1 learned from every query; set grpo_exclude_sft_queries",
+    ):
+        fresh(first, second)
+
+
+def test_queries_held_out_share_no_video_with_the_others():
+    queries = [annotations.Query(n, "q", f"v{n % 40:02}", (0.0, 1.0), "", 2.0) for n in range(100)]
+    learn, held = annotations.split_validation(queries, 0.1)
+    assert len(learn) + len(held) == 100 and len({q.video for q in held}) == 4
+    assert not {q.video for q in learn} & {q.video for q in held}
+
+
+@pytest.mark.parametrize("prompts", [2, 1])
+def test_two_processes_are_one(tmp_path, profile, search, vectors, starts, prompts):
+    """Each walks one of the two starts of a step, or one has nothing to do; gradients are averaged by gloo.
+
+    What all rewards of a step spread is the same to both.
+    """
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    done = two_processes("grpo_loop", tmp_path / "two", prompts)
+    assert done.returncode == 0, done.stderr[-3000:]
+    profile = dataclasses.replace(profile, grpo_prompts_per_step=prompts, scale_rewards="batch")
+    before, course = begin(profile, search, vectors), steadily(begin(profile, search, vectors))
+    course.run(starts, starts[:2], tmp_path / "one", "one")
+    logs = [lines(tmp_path / name) for name in ("one", "two")]
+    for one, two in zip(*logs, strict=True):
+        assert one.keys() == two.keys()
+        for key in one.keys() - {"seconds", "turns"}:
+            assert one[key] == pytest.approx(two[key], abs=1e-4, rel=1e-4), (one["step"], key)
+    theirs, began = load_file(tmp_path / "two" / "end.safetensors"), before.learner.state_dict()
+    for name, weight in course.learner.state_dict().items():
+        assert (theirs[name] - weight).norm() <= 1e-3 * (weight - began[name]).norm(), name
+    assert any((weight != began[name]).any() for name, weight in course.learner.state_dict().items())
+
+
+def checkpointed(folder, rank, killed=False):
+    """Stage 2 to its checkpoint in `folder`; killed: it ends in its third step, and goes on where it was."""
+    profile, vectors = knobs(), made_vectors()
+    profile = dataclasses.replace(profile, lora_rank=rank, grpo_micro_batch=3)  # several forwards for a step
+    starts = made_starts(vectors)
+
+    def fatal(number, *_):
+        if number == 3:
+            raise Killed
+
+    for last in (False, True) if killed else (True,):
+        course = begin(profile, random_engine(), vectors)
+        with contextlib.suppress(Killed):
+            course._check_skipped = course._check_skipped if last else fatal
+            course.run(starts, starts[:2], folder, "stage 2")
+    fsdp.unshard(course.learner)
+    if course.accelerator.is_main_process:
+        checkpoints.save(course.sampler.agent, folder)
+    return course
+
+
+@pytest.mark.parametrize(("schedule", "left"), [("constant", 1.0), ("linear", 0.25)])
+def test_the_rates_of_the_last_of_four_steps(tmp_path, profile, search, vectors, starts, schedule, left):
+    course = begin(dataclasses.replace(profile, grpo_schedule=schedule), search, vectors)
+    course.run(starts, starts[:2], tmp_path, "rates")
+    for group in course.optimizer.param_groups:
+        assert group["lr"] == pytest.approx(1e-3 * left)

@@ -1,0 +1,518 @@
+"""Stage 1: its two losses computed a second way, adapters against the model they stand beside, a run that is killed."""
+
+import contextlib
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import (
+    QUERIES,
+    clip,
+    fake_tensorboard,
+    random_engine,
+    random_policy,
+    two_processes,
+)
+
+from vsr1 import config
+from vsr1.loop import sqr
+from vsr1.models import checkpoints, prompt_text, search_index
+from vsr1.training import common, fsdp, sft, sft_data
+
+REPLY = "<think> does jumps - waves no. </think> <answer>not_matched</answer>"
+
+
+class Shelf:
+    """Six videos of random pixels, as `evaluate.Clips` gives them."""
+
+    def __init__(self, seed=0):
+        self.clips = {f"v{n}": clip(4 + 2 * (n % 3), seed + n) for n in range(6)}
+
+    def get(self, ids):
+        return [self.clips[video] for video in ids]
+
+
+@pytest.fixture(scope="module")
+def search():
+    return random_engine()
+
+
+def made_vectors():
+    vecs = torch.nn.functional.normalize(torch.randn(9, 192, generator=torch.manual_seed(2)), dim=1).numpy()
+    return search_index.Vectors([f"v{n}" for n in range(6)], vecs[:6], [1, 2, 3], vecs[6:])
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return made_vectors()
+
+
+def made_rows():
+    shown = ("v0", "v3", "v5")
+    return [
+        sft_data.SFTExample(
+            n + 1, text, f"v{n}", shown[n], tuple(v for v in ("v5", "v3", "v4") if v != f"v{n}"), REPLY
+        )
+        for n, text in enumerate(QUERIES)
+    ]
+
+
+@pytest.fixture
+def rows():
+    return made_rows()
+
+
+@pytest.fixture
+def profile():
+    return dataclasses.replace(config.load("smoke"), sft_batch=3)
+
+
+@pytest.fixture
+def trainer(tmp_path, profile, search, vectors, rows):
+    agent = random_policy()
+    made = sft.make_trainer(profile, agent, rows, Shelf(), tmp_path, "test")
+    made.current_gradient_accumulation_steps = 1  # set by `train`
+    return made.teach(agent, search, vectors, profile)
+
+
+def batch(trainer, rows):
+    return trainer.data_collator([dataclasses.asdict(row) for row in rows])
+
+
+def test_info_nce_is_minus_the_log_of_the_share_of_the_right_video():
+    vecs = torch.nn.functional.normalize(torch.randn(2, 5, 4, generator=torch.manual_seed(0)), dim=-1)
+    loss = common.info_nce(vecs[:, 0], vecs[:, 1], vecs[:, 2:], 0.1)
+    for row in range(2):
+        weights = [np.exp(float(vecs[row, 0] @ vecs[row, k]) / 0.1) for k in range(1, 5)]
+        assert abs(np.exp(-loss[row].item()) - weights[0] / sum(weights)) < 1e-5
+
+
+def test_the_reply_and_nothing_else_is_learned(trainer, rows):
+    made = batch(trainer, rows)
+    for labels in made["labels"]:
+        said = trainer.agent.tokenizer.decode(labels[labels != sft.IGNORED])
+        assert said == f"{REPLY} {prompt_text.REFINE}<|im_end|>"
+    assert made["rows"][1]["right"] == "v1"
+
+
+def by_replay(trainer, rows, tau, lam):
+    """Both losses another way: the policy's own replay of the replies, and a softmax written out."""
+    agent, shelf = trainer.agent, trainer.data_collator.clips
+    shown = [row.told or shelf.clips[row.shown] for row in rows]
+    prompts = [
+        agent.prompt(agent.settings.system, row.query, clip) for row, clip in zip(rows, shown, strict=True)
+    ]
+    told = agent.tokenizer(f"{REPLY} {prompt_text.REFINE}", add_special_tokens=False)["input_ids"] + [
+        agent.stop
+    ]
+    agent.banned = torch.zeros_like(agent.banned)  # TRL's loss is over the whole vocabulary
+    seen = agent.replay(prompts, [told] * len(rows))
+    latents = sqr.soft_tokens(agent, seen.branches, agent.settings.n_soft)
+    losses = []
+    for depth in {*trainer.knobs.infonce_prefixes, latents.shape[1]}:
+        few = latents[:, :depth]
+        vecs = sqr.soft_query(trainer.engine, agent.heads, [row.query for row in rows], few)
+        for row, vec in zip(rows, vecs, strict=True):
+            against = trainer.column if trainer.knobs.sft_negatives is None else (row.right, *row.negatives)
+            scores = {v: trainer.gallery[trainer.column[v]] @ vec / tau for v in against}
+            loss = torch.logsumexp(torch.stack(list(scores.values())), 0) - scores[row.right]
+            counts = trainer.knobs.infonce_rows == "all" or row.shown != row.right
+            losses.append(loss if counts else 0 * loss)
+    return -seen.logps.sum() / seen.said.sum() + lam * torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize(
+    ("negatives", "told", "knobs"),
+    [
+        (3, (), {}),
+        (None, (1,), {}),
+        (None, (0, 1, 2), {}),
+        (3, (1,), {"infonce_prefixes": (1, 2)}),
+        (None, (), {"infonce_prefixes": (1, 8), "infonce_rows": "rejected"}),
+    ],
+)
+def test_the_loss_and_its_gradients_equal_those_of_a_replay(trainer, rows, profile, negatives, told, knobs):
+    """Also of rows told in words beside others, against the whole gallery, nested, or of rejections only."""
+    trainer.knobs = profile = dataclasses.replace(profile, sft_negatives=negatives, **knobs)
+    assert [row.shown == row.right for row in rows] == [True, False, False]
+    words = "0.0 to 2.0: A person waves."
+    rows = [dataclasses.replace(row, told=words if at in told else None) for at, row in enumerate(rows)]
+    agent, grads = trainer.agent, []
+    losses = (
+        lambda: trainer.compute_loss(agent.model, batch(trainer, rows)),
+        lambda: by_replay(trainer, rows, profile.infonce_temperature, profile.infonce_weight),
+    )
+    for loss in losses:
+        agent.model.zero_grad()
+        value = loss()
+        value.backward()
+        watched = [
+            agent.heads.refine_projector[3].weight,
+            agent.heads.refine_append_input_projector[1].weight,
+        ]
+        watched += [agent.model.model.language_model.layers[0].self_attn.q_proj.weight]
+        grads.append([value.detach(), *(weight.grad.clone() for weight in watched)])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert all(weight.grad is None for weight in trainer.engine.model.parameters())
+
+
+@torch.no_grad()
+def test_another_video_gives_another_loss(trainer, rows):
+    """A trainer that drops the video would not notice (STACK.md 5.1)."""
+    before = trainer.compute_loss(trainer.agent.model, batch(trainer, rows))
+    trainer.data_collator.clips = Shelf(seed=50)
+    assert abs(trainer.compute_loss(trainer.agent.model, batch(trainer, rows)) - before) > 1e-3
+
+
+def adapted():
+    agent = random_policy()
+    common.add_lora(agent, rank=4, seed=0, mergers=True)
+    return agent
+
+
+def heard(agent):
+    """Log-probabilities of a reply to each query, and the soft tokens at its end."""
+    prompts = [agent.prompt("S", text, clip(4)) for text in QUERIES]
+    seen = agent.replay(prompts, [[30, 31, agent.mark, agent.stop]] * len(QUERIES))
+    return seen.logps, sqr.soft_tokens(agent, seen.branches, agent.settings.n_soft)
+
+
+def test_a_policy_that_could_not_learn_to_say_the_token_gets_no_adapters():
+    agent = random_policy()
+    agent.model.config.tie_word_embeddings = False
+    with pytest.raises(config.InputError, match="lora_rank: 0"):
+        common.add_lora(agent, rank=4, seed=0)
+
+
+@torch.no_grad()
+def test_fresh_adapters_change_nothing():
+    for one, other in zip(heard(adapted()), heard(random_policy()), strict=True):
+        assert (one == other).all()
+
+
+def test_adapters_learn_beside_a_model_that_stays_and_are_merged_into_its_checkpoint(
+    tmp_path, profile, search, vectors, rows
+):
+    agent, before = adapted(), random_policy()
+    made = sft.make_trainer(profile, agent, rows * 4, Shelf(), tmp_path, "lora")
+    made.teach(agent, search, vectors, profile).train()
+    weights = {
+        name.replace("token_adapter.", "").replace("base_layer.", ""): w
+        for name, w in made.model.named_parameters()
+    }
+    kept = [name for name, weight in before.model.named_parameters() if (weights[name] == weight).all()]
+    assert len(kept) == len(list(before.model.parameters()))
+    learned = [weight for name, weight in weights.items() if "lora_B" in name]
+    assert len(learned) > 30 and all(weight.abs().max() > 0 for weight in learned)
+    assert any("deepstack_merger" in name and "lora_B" in name for name in weights)
+    for (name, weight), old in zip(agent.heads.named_parameters(), before.heads.parameters(), strict=True):
+        assert (weight != old).any() == ("gate" not in name), name
+    for head, _ in agent.heads.named_children():
+        delattr(agent.model, head)
+    with torch.no_grad():
+        told = heard(agent)
+        checkpoints.save(agent, tmp_path)
+        again = checkpoints.load(str(tmp_path), profile)
+        for one, other, old in zip(told, heard(again), heard(before), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+            assert (one - old).abs().max() > 1e-3
+    rows_of = [one.model.get_input_embeddings().weight for one in (again, before)]
+    assert (rows_of[0] != rows_of[1]).any(dim=1).nonzero().tolist() == [[agent.mark]]
+    assert again.model.lm_head.weight is again.model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_learns_is_float32_beside_bfloat16_weights_that_do_not(
+    tmp_path, profile, search, vectors, rows, rank
+):
+    profile = dataclasses.replace(profile, dtype="bfloat16", lora_rank=rank, device="cpu")
+    agent = sft.build_policy(profile, search)
+    made = sft.make_trainer(profile, agent, rows, Shelf(), tmp_path, "half").teach(
+        agent, search, vectors, profile
+    )
+    before = {name: weight.clone() for name, weight in agent.model.named_parameters()}
+    made.train()
+    for name, weight in agent.model.named_parameters():
+        assert weight.dtype == (
+            torch.float32 if weight.requires_grad or "refine_gate" in name else torch.bfloat16
+        ), name
+        if not weight.requires_grad:
+            assert (weight == before[name]).all(), name
+    assert json.loads((tmp_path / "log.jsonl").read_text())["norm"] > 0
+
+
+def test_both_rates_rise_to_their_height_and_fall_to_zero(tmp_path, profile, search, vectors, rows):
+    profile = dataclasses.replace(profile, sft_batch=1, sft_warmup=0.25)
+    made = sft.make_trainer(profile, random_policy(), (rows * 3)[:8], Shelf(), tmp_path, "warm")
+    made.teach(made.data_collator.agent, search, vectors, profile).train()
+    rates = [json.loads(line)["rate"] for line in (tmp_path / "log.jsonl").open()]
+    wanted = [0, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]  # of the eight steps, two are a quarter
+    assert np.allclose(rates, profile.sft_lr * np.array(wanted))
+
+
+class Killed(Exception):
+    """Somebody pulled the plug."""
+
+
+class Kill(sft.TrainerCallback):
+    """Pulls it behind the second checkpoint."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2:
+            raise Killed
+
+
+@pytest.mark.parametrize("begun", [random_policy, adapted])
+def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors, rows, begun):
+    """Four steps in one go, and four with a kill after the second checkpoint; of all weights, and of adapters."""
+
+    def begin(name):
+        agent = begun()
+        (tmp_path / name).mkdir(exist_ok=True)
+        return sft.make_trainer(profile, agent, rows * 4, Shelf(), tmp_path / name, name).teach(
+            agent, search, vectors, profile
+        )
+
+    whole, parts = begin("whole"), begin("parts")
+    whole.train()
+
+    parts.add_callback(Kill())
+    with pytest.raises(Killed):
+        parts.train()
+    assert sft.checkpoint(tmp_path / "parts") is not None
+    parts = begin("parts")
+    parts.train(resume_from_checkpoint=sft.checkpoint(tmp_path / "parts"))
+    for name, weight in whole.model.state_dict().items():
+        torch.testing.assert_close(parts.model.state_dict()[name], weight, atol=1e-6, rtol=1e-5, msg=name)
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").open()] for n in ("whole", "parts")]
+    assert [row["step"] for row in logs[1]] == [1, 2, 3, 4]
+    assert np.allclose([row["loss"] for row in logs[0]], [row["loss"] for row in logs[1]], atol=1e-5)
+
+
+class Full(sft.TrainerCallback):
+    """A card on which no step of more than one row fits, from the third step on."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2 and args.per_device_train_batch_size > 1:
+            raise torch.OutOfMemoryError("a step of stage 1")
+
+
+def test_out_of_memory_halves_what_is_read_at_once_and_ends_the_same(
+    tmp_path, profile, search, vectors, rows
+):
+    """Four steps of two rows; and with memory for two only until the second checkpoint, said in one line."""
+    profile, ends = dataclasses.replace(profile, sft_batch=2), {}
+    for name in ("whole", "short"):
+        (tmp_path / name).mkdir()
+
+        def begin(knobs, name=name):
+            agent = adapted()
+            made = sft.make_trainer(knobs, agent, (rows * 3)[:8], Shelf(), tmp_path / name, name)
+            if name == "short":
+                made.add_callback(Full())
+            return made.teach(agent, search, vectors, knobs)
+
+        saying = (
+            pytest.warns(UserWarning, match="sft_batch: 2 rows at once do not fit")
+            if name == "short"
+            else None
+        )
+        with saying or contextlib.nullcontext():
+            ends[name] = sft.train_or_halve(begin, profile, tmp_path / name)
+    assert (
+        ends["short"].args.per_device_train_batch_size,
+        ends["short"].args.gradient_accumulation_steps,
+    ) == (1, 2)
+    for name, weight in ends["whole"].model.state_dict().items():
+        torch.testing.assert_close(
+            ends["short"].model.state_dict()[name], weight, atol=1e-6, rtol=1e-5, msg=name
+        )
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").open()] for n in ("whole", "short")]
+    assert [row["step"] for row in logs[1]] == [1, 2, 3, 4]
+    assert np.allclose([row["loss"] for row in logs[0]], [row["loss"] for row in logs[1]], atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_out_of_memory_ends_a_run_that_has_nothing_to_halve(tmp_path, profile, search, vectors, rows, batch):
+    def begin(knobs):
+        agent = random_policy()
+        made = sft.make_trainer(knobs, agent, rows * 2, Shelf(), tmp_path, "short").teach(
+            agent, search, vectors, knobs
+        )
+        made.train = lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("a step of stage 1"))
+        return made
+
+    with pytest.raises(torch.OutOfMemoryError):
+        sft.train_or_halve(begin, dataclasses.replace(profile, sft_batch=batch), tmp_path)
+
+
+def test_tensorboard_draws_what_the_log_says(tmp_path, monkeypatch, profile, search, vectors, rows):
+    """Beside the log: the library's own folder is one that goes away when training is done."""
+    writers = fake_tensorboard(monkeypatch)
+    agent, profile = random_policy(), dataclasses.replace(profile, tensorboard=True)
+    made = sft.make_trainer(profile, agent, rows * 2, Shelf(), tmp_path, "drawn")
+    made.teach(agent, search, vectors, profile).train()
+    (writer,) = writers
+    assert writer.folder == str(tmp_path / "tensorboard") and writer.closed
+    for row in [json.loads(line) for line in (tmp_path / "log.jsonl").open()]:
+        for theirs, ours in (("loss", "loss"), ("info_nce", "info_nce"), ("grad_norm", "norm")):
+            assert writer.drawn[f"train/{theirs}", row["step"]] == row[ours]
+
+
+def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch, profile, rows):
+    monkeypatch.setattr(sft, "is_tensorboard_available", lambda: False)
+    profile = dataclasses.replace(profile, tensorboard=True)
+    with pytest.raises(config.InputError, match="the package tensorboard is missing; install it"):
+        sft.make_trainer(profile, random_policy(), rows, Shelf(), tmp_path, "drawn")
+
+
+# --- the ambiguity filter --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("negatives", [3, None])
+def test_a_rejected_video_is_no_negative_where_ambiguous_ones_are_left_out(
+    trainer, rows, profile, vectors, negatives
+):
+    """A loop over videos says what counts; moving a video that does not count moves no loss."""
+    trainer.knobs = dataclasses.replace(profile, sft_negatives=negatives, ambiguity_filter=0.0005)
+    told = [dataclasses.asdict(row) for row in rows]
+    vecs = torch.nn.functional.normalize(torch.randn(3, 192, generator=torch.manual_seed(5)), dim=1)
+    losses, rejected = trainer.contrast(vecs, told), 0
+    for at, row in enumerate(rows):
+        typed = vectors.query_vecs[vectors.query_ids.index(row.desc_id)]
+        plain = {v: float(typed @ vec) for v, vec in zip(vectors.video_ids, vectors.video_vecs, strict=True)}
+        among = row.negatives if negatives else [v for v in plain if v != row.right]
+        clear = [v for v in among if plain[v] < plain[row.right] - 0.0005]
+        scores = [float(trainer.gallery[trainer.column[v]] @ vecs[at]) / 0.1 for v in (row.right, *clear)]
+        assert losses[at].item() == pytest.approx(np.logaddexp.reduce(scores) - scores[0], abs=1e-5)
+        rejected += row.shown != row.right and row.shown not in clear
+    assert rejected, "no row of the test was searched for in vain"
+
+
+def test_a_row_without_clear_negatives_has_no_loss_and_no_gradient(trainer, rows, profile):
+    trainer.knobs = dataclasses.replace(profile, ambiguity_filter=2.5)  # wider than cosines are
+    told = [dataclasses.asdict(row) for row in rows]
+    vecs = torch.randn(3, 192, generator=torch.manual_seed(5)).requires_grad_()
+    losses = trainer.contrast(vecs, told)
+    losses.sum().backward()
+    assert losses.tolist() == [0, 0, 0] and (vecs.grad == 0).all()
+    loss = trainer.compute_loss(trainer.agent.model, batch(trainer, rows))
+    assert loss.isfinite() and not sum(trainer.seen).any(), (
+        "rows that contrast with nothing are not in the log"
+    )
+
+
+@pytest.mark.parametrize("negatives", [3, None])
+def test_a_filter_that_spares_nothing_gives_the_loss_without_one(trainer, rows, profile, negatives):
+    """Off, it is the loss of before to the bit: that of `info_nce`, or of the whole gallery."""
+    told = [dataclasses.asdict(row) for row in rows]
+    vecs = torch.nn.functional.normalize(torch.randn(3, 192, generator=torch.manual_seed(5)), dim=1)
+    right = torch.tensor([trainer.column[row.right] for row in rows])
+    if negatives:
+        wrong = torch.tensor([[trainer.column[v] for v in row.negatives] for row in rows])
+        before = common.info_nce(
+            vecs, trainer.gallery[right], trainer.gallery[wrong], profile.infonce_temperature
+        )
+    else:
+        before = torch.nn.functional.cross_entropy(
+            vecs @ trainer.gallery.T / profile.infonce_temperature, right, reduction="none"
+        )
+    found = []
+    for value in (None, -2.5):
+        trainer.knobs = dataclasses.replace(profile, sft_negatives=negatives, ambiguity_filter=value)
+        found.append(trainer.contrast(vecs, told))
+    assert (found[0] == before).all()
+    torch.testing.assert_close(found[1], before)
+
+
+# --- the baseline ----------------------------------------------------------------------------------------------------
+
+
+def test_the_baseline_learns_the_same_replies_without_the_token_and_without_a_search(
+    tmp_path, profile, search, vectors, rows
+):
+    agent = random_policy()
+    agent.heads = agent.mark = None
+    made = sft.make_trainer(profile, agent, rows, Shelf(), tmp_path, "ft").teach(
+        agent, search, vectors, profile
+    )
+    made.current_gradient_accumulation_steps = 1
+    inputs = batch(made, rows)
+    for labels in inputs["labels"]:
+        assert agent.tokenizer.decode(labels[labels != sft.IGNORED]) == f"{REPLY}<|im_end|>"
+    prompts = [agent.prompt(prompt_text.SYSTEM_ZS, row.query, Shelf().clips[row.shown]) for row in rows]
+    told = agent.tokenizer(REPLY, add_special_tokens=False)["input_ids"] + [agent.stop]
+    agent.banned = torch.zeros_like(agent.banned)
+    seen = agent.replay(prompts, [told] * len(rows))
+    torch.testing.assert_close(made.compute_loss(agent.model, inputs), -seen.logps.sum() / seen.said.sum())
+    made.train()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert [row["step"] for row in log] == [1] and log[0]["info_nce"] is None
+
+
+def short_course(folder, agent, search, batch=2):
+    """A trainer of three steps of up to four rows: all told in words, one of them, and no more than two rows."""
+    profile = dataclasses.replace(config.load("smoke"), sft_batch=batch, sft_accumulate=4 // batch)
+    rows = (made_rows() * 4)[:10]
+    rows[:5] = [dataclasses.replace(row, told="0.0 to 2.0: A person waves.") for row in rows[:5]]
+    trainer = sft.make_trainer(profile, agent, rows, Shelf(), folder, "short")
+    return trainer.teach(agent, search, made_vectors(), profile)
+
+
+def test_two_processes_learn_what_one_learns(tmp_path, search):
+    """Each reads half of a step's rows; in the last step there are not enough for both."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    done = two_processes("sft_loop", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, trainer = random_policy(), short_course(tmp_path / "one", random_policy(), search)
+    trainer.train()
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").open()] for n in ("one", "two")]
+    assert [line["step"] for line in logs[0]] == [1, 2, 3]
+    for one, two in zip(*logs, strict=True):
+        for key in one.keys() - {"accuracy"}:  # the library's: a mean over forwards, of which there are fewer
+            assert one[key] == pytest.approx(two[key], abs=1e-4, rel=1e-4), (one["step"], key)
+    theirs, began = load_file(tmp_path / "two" / "end.safetensors"), before.model.state_dict()
+    began |= {
+        f"{name}.{key}": w
+        for name, head in before.heads.named_children()
+        for key, w in head.state_dict().items()
+    }
+    for name, weight in trainer.model.state_dict().items():
+        assert (theirs[name] - weight).norm() <= 0.02 * (weight - began[name]).norm(), name
+
+
+def checkpointed(folder, rank, killed=False):
+    """Stage 1 to its checkpoint in `folder`; killed: behind its second step, and gone on with."""
+    for last in (False, True) if killed else (True,):
+        agent = adapted() if rank else random_policy()
+        trainer = short_course(folder, agent, random_engine(), batch=1)  # several forwards for a step
+        if not last:
+            trainer.add_callback(Kill())
+        with contextlib.suppress(Killed):
+            trainer.train(resume_from_checkpoint=sft.checkpoint(folder))
+    fsdp.unshard(agent.model)
+    for head, _ in agent.heads.named_children():
+        delattr(agent.model, head)
+    if trainer.is_world_process_zero():
+        checkpoints.save(agent, folder)
+    return trainer
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_every_step_has_the_same_rows_whoever_shares_them(rows, count):
+    """Dealt out as the library deals batches: one after the other to the processes in turn."""
+    rows, profile = (rows * 5)[:14], dataclasses.replace(config.load("smoke"), sft_batch=2, sft_accumulate=3)
+    batch, accumulate, filled = sft.partition_batch(profile, rows, count)
+    batches = [filled[at : at + batch] for at in range(0, len(filled), batch)]
+    own = [batches[process::count] for process in range(count)]
+    for step, at in enumerate(range(0, len(rows), 6)):
+        read = [row for some in own for part in some[step * accumulate :][:accumulate] for row in part]
+        assert len(read) == (2 if count == 1 and step == 2 else batch * accumulate * count)
+        real = [row for row in read if row.reply is not None]
+        key = lambda row: (row.desc_id, row.shown)  # noqa: E731
+        assert sorted(real, key=key) == sorted(rows[at : at + 6], key=key)

@@ -1,0 +1,375 @@
+"""What a ranking, a verdict and a moment are worth. METHOD section 7 and DATASETS section 4 define all of it.
+
+Numbers about a set of queries are percent of ALL its queries: a query that was not answered counts as wrong.
+No queries is an assertion, never 0.0. Nothing here reads files; randomness comes in as `rng`.
+
+    P  ranked predictions of one query, best first      hit   (Q, P) this prediction is right
+    place  position in a list, from 1                   right (Q, P) it names the right video
+"""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+CUT = 100  # a list of predictions is cut here before anything else
+VR_KS = (1, 5, 10, 100)  # K of R@K
+THRESHOLDS = (0.3, 0.5, 0.7)  # m of IoU=m
+UNRANKED = np.iinfo(np.int64).max  # the place of an answer that is not in the list
+# Times lie on a 0.1 s grid, so overlaps fall exactly on a threshold often, and float64 puts some of them just
+# below it. An overlap of times in whole milliseconds that is not on a threshold is much farther from it.
+IOU_EPS = 1e-9
+
+
+# --- Overlap of two moments
+
+
+def milliseconds(seconds):
+    """Times as whole milliseconds, int64, same shape.
+
+    >>> milliseconds((14.2, 23.0))
+    array([14200, 23000])
+    """
+    return np.rint(np.asarray(seconds, dtype=np.float64) * 1000).astype(np.int64)
+
+
+def overlap(a, b):
+    """Intersection over hull of two moments, in the arithmetic of their dtype; shapes (..., 2) broadcast.
+
+    Whenever they meet the hull is the union, so this is the IoU. A reversed or empty `a` gets 0 by itself.
+    """
+    shared = np.minimum(a[..., 1], b[..., 1]) - np.maximum(a[..., 0], b[..., 0])
+    hull = np.maximum(a[..., 1], b[..., 1]) - np.minimum(a[..., 0], b[..., 0])
+    iou = np.zeros(shared.shape, dtype=np.result_type(shared.dtype, np.float32))  # int64 becomes float64
+    return np.divide(np.maximum(shared, 0), hull, out=iou, where=hull != 0)[()]
+
+
+def span_iou(a, b):
+    """Overlap of two moments in seconds, in [0, 1]; shapes (..., 2) broadcast.
+
+    Exact: a quotient of whole milliseconds, so that what is 3/10 equals 0.3.
+
+    >>> float(span_iou((0, 10), (5, 15))) == 5 / 15
+    True
+    >>> float(span_iou((14.2, 23.0), (16.5, 20.9)))  # plain float64 says 0.4999999999999998
+    0.5
+    >>> float(span_iou((5, 5), (5, 5))), float(span_iou((15, 5), (5, 15)))
+    (0.0, 0.0)
+    """
+    return overlap(milliseconds(a), milliseconds(b))
+
+
+def span_iou_as_written(a, b, float32=False):
+    """Overlap for times that need not be whole milliseconds: what a submission holds. Compare with `reaches`.
+
+    With `float32` every step is rounded as TVR's evaluator rounds it, bit for bit.
+
+    >>> truth, answers = (14.2, 23.0), [(10.1, 27.7), (16.5, 20.9), (17.5, 25.2)]  # all exactly 1/2
+    >>> [bool(reaches(span_iou_as_written(answer, truth), 0.5)) for answer in answers]
+    [True, True, True]
+    >>> [bool(reaches(span_iou_as_written(answer, truth, float32=True), 0.5)) for answer in answers]
+    [True, False, False]
+    """
+    dtype = np.float32 if float32 else np.float64
+    with np.errstate(over="ignore", invalid="ignore"):  # 1e300 is a number, if a silly one, and a miss
+        return overlap(
+            np.asarray(a, dtype=np.float64).astype(dtype), np.asarray(b, dtype=np.float64).astype(dtype)
+        )
+
+
+def reaches(iou, threshold):
+    """Whether an overlap is at least the threshold, which is inclusive; shape of `iou`.
+
+    >>> bool(reaches(0.3, 0.3)), bool(reaches(0.0, 1e-12))
+    (True, False)
+    """
+    iou = np.asarray(iou)
+    bar = np.float32(threshold) if iou.dtype == np.float32 else threshold - IOU_EPS
+    return (iou > 0) & (iou >= bar)
+
+
+# --- Ranks: from the scores of a whole gallery, or from a list of predictions
+
+
+def first_place(hit, counted):
+    """Place of the first hit among the predictions that take a place, (Q,); NEVER where nothing is hit.
+
+    >>> hit = np.array([[False, False, True]])
+    >>> first_place(hit, np.array([[True, True, True]])), first_place(hit, np.array([[False, True, True]]))
+    (array([3]), array([2]))
+    """
+    assert hit.shape == counted.shape and not (hit & ~counted).any(), "a hit that takes no place"
+    return np.where(hit, np.cumsum(counted, axis=1), UNRANKED).min(axis=1)
+
+
+def vr_ranks(right):
+    """Place of the right video in each list, (Q,). A video that is listed twice takes two places."""
+    return first_place(right, np.ones_like(right))
+
+
+def vcmr_ranks(right, iou, threshold):
+    """Place of the first prediction with the right video and enough overlap, (Q,)."""
+    return first_place(right & reaches(iou, threshold), np.ones_like(right))
+
+
+def svmr_ranks(right, iou, threshold):
+    """The same with the video given: only predictions in the right video take a place, (Q,)."""
+    return first_place(right & reaches(iou, threshold), right)
+
+
+def first_svmr_iou(right, iou):
+    """Overlap of the first prediction in the right video, (Q,); 0 where there is none. Its mean is mIoU."""
+    first = np.take_along_axis(iou, right.argmax(axis=1)[:, None], axis=1)[:, 0]
+    return np.where(right.any(axis=1), first, 0)
+
+
+# --- Percent of queries
+
+
+def percent(values):
+    """Mean of one value per query, truth values or parts in [0, 1], in percent.
+
+    >>> percent([True, False, False, False]), percent([0.5, 1.0])
+    (25.0, 75.0)
+    """
+    assert len(values), "a share of no queries is undefined, not zero"
+    return float(np.sum(values)) / len(values) * 100
+
+
+def recall_at(ranks, k):
+    """R@k: percent of the queries whose right answer stands at place k or before.
+
+    >>> recall_at(np.array([1, 3, NEVER]), 1) == 1 / 3 * 100
+    True
+    """
+    return percent(np.asarray(ranks) <= k)
+
+
+def verdicts_right(verdicts, shown_is_right):
+    """Whether each verdict fits the video that was shown, (Q,); None, no readable verdict, never does.
+
+    >>> verdicts_right([True, False, None, True], [True, False, False, False])
+    array([ True,  True, False, False])
+    """
+    pairs = zip(verdicts, shown_is_right, strict=True)
+    return np.array(
+        [verdict is not None and bool(verdict) == bool(shown) for verdict, shown in pairs], dtype=bool
+    )
+
+
+def ver(verdicts, shown_is_right):
+    """VER: percent of all queries whose verdict on the shown video is right; None counts as wrong."""
+    return percent(verdicts_right(verdicts, shown_is_right))
+
+
+# --- Floors
+
+
+def chance_recall(videos, k):
+    """VR R@k of a random ranking of a gallery, percent.
+
+    >>> round(chance_recall(1334, 100), 2), chance_recall(20, 100)
+    (7.5, 100.0)
+    """
+    assert videos > 0, "a gallery without videos has no chance"
+    return min(k / videos, 1.0) * 100
+
+
+def known_video(answers, truth, thresholds=THRESHOLDS):
+    """`<m>-r1` and `miou`, percent, of one answer per query in its right video; both (Q, 2) seconds."""
+    iou = span_iou(answers, truth)  # (Q,)
+    return {f"{m}-r1": percent(reaches(iou, m)) for m in thresholds} | {"miou": percent(iou)}
+
+
+def whole_video_floor(durations, truth, thresholds=THRESHOLDS):
+    """`known_video` of the answer [0, duration]; (Q,) and (Q, 2) seconds.
+
+    >>> whole_video_floor([10, 10], [(0, 5), (2, 4)])
+    {'0.3-r1': 50.0, '0.5-r1': 50.0, '0.7-r1': 0.0, 'miou': 35.0}
+    """
+    durations = np.asarray(durations, dtype=np.float64)
+    return known_video(np.stack([np.zeros_like(durations), durations], axis=1), truth, thresholds)
+
+
+def random_span_floor(durations, truth, thresholds=THRESHOLDS, draws=100, *, rng):
+    """`known_video` of an answer with two uniform times in [0, duration], a mean over `draws`."""
+    durations = np.asarray(durations, dtype=np.float64)
+    trials = [
+        known_video(np.sort(rng.random((len(durations), 2)), axis=1) * durations[:, None], truth, thresholds)
+        for _ in range(draws)
+    ]
+    return {name: sum(trial[name] for trial in trials) / draws for name in trials[0]}
+
+
+# --- Episodes: what a run of the loop is worth (METHOD section 7). The last executed turn counts.
+
+
+def within(episodes, budget):
+    """The same run with at most `budget` turns: the last turn within the budget is carried forward.
+
+    Exact, since a run refines at its last turn too: what a shorter run would have done is in the longer one's record.
+    """
+    assert budget > 0 and all(episode.run.max_turns >= budget for episode in episodes), budget
+    return [_truncate(episode, budget) for episode in episodes]
+
+
+def _truncate(episode, budget):
+    turns, stop = episode.turns, episode.stop_reason
+    run = replace(episode.run, max_turns=budget)
+    if len(turns) > budget or (len(turns) == budget and stop == "exhausted"):  # it did not end by itself
+        return replace(episode, run=run, turns=turns[:budget], stop_reason="budget", problem=None)
+    return replace(episode, run=run)
+
+
+def failed(episodes):
+    """The episodes whose first search did not have the right video on rank 1."""
+    return [episode for episode in episodes if episode.rank_orig != 1]
+
+
+def refined(episodes):
+    """The episodes whose first turn rejected its video and searched again."""
+    return [episode for episode in episodes if episode.turns and episode.turns[0].rank_out is not None]
+
+
+def runnable(episodes):
+    """The episodes without a problem: the official denominator, printed where it differs from all queries."""
+    return [episode for episode in episodes if episode.problem is None]
+
+
+def true_ranks(episodes, which="final", ties_count="for us"):
+    """Rank of the right video, (Q,); NEVER where it has no vector.
+
+    final  after the last executed refinement: the official convention of T looks and up to T + 1 searches
+    shown  behind the last video that was really looked at
+    orig   of the query as it was typed
+    """
+    assert which in ("final", "shown", "orig") and ties_count in ("for us", "against us"), (which, ties_count)
+    return np.array(
+        [_true_rank(episode, which, ties_count == "against us") for episode in episodes], np.int64
+    )
+
+
+def _true_rank(episode, which, against_us):
+    if not episode.turns:
+        assert episode.rank_orig is None, episode.desc_id
+        return UNRANKED
+    turn = episode.turns[0 if which == "orig" else -1]
+    if which == "final" and turn.rank_out is not None:
+        return turn.rank_out + against_us * turn.ties_out
+    return turn.rank_in + against_us * turn.ties_in
+
+
+def vr_hits(episodes, k, which="final"):
+    """VR R@k: whether the right video is on rank k or better, (Q,)."""
+    return true_ranks(episodes, which) <= k
+
+
+def moment_ious(episodes):
+    """Overlap of the last span with the right one, (Q,), whatever the verdict; 0 in a wrong video or without a span."""
+    return np.array([episode.turns[-1].iou if episode.turns else 0.0 for episode in episodes])
+
+
+def moment_ious_tvr(episodes):
+    """The same as TVR's evaluator has it: spans as they were said, not clamped, float32 throughout, (Q,)."""
+    return np.array([_iou_tvr(episode) for episode in episodes], np.float32)
+
+
+def _iou_tvr(episode):
+    turn = episode.turns[-1] if episode.turns else None
+    if turn is None or turn.span_ms is None or not turn.shown_is_gt:
+        return np.float32(0)
+    return span_iou_as_written(turn.reply.span, np.array(episode.gt_span_ms) / 1000, float32=True)
+
+
+def vcmr_hits(episodes, threshold, ious=moment_ious):
+    """VCMR R@1 at an IoU: the last verdict is matched, on the right video, with enough overlap, (Q,).
+
+    A last verdict of not_matched, or none, is a miss even if the right video was shown: nothing is forced.
+    """
+    matched = np.array([verdict(episode, -1) is True for episode in episodes], bool)
+    return matched & reaches(ious(episodes), threshold)
+
+
+def verdict(episode, turn):
+    """What was said at a turn: True, False, or None where nothing readable was."""
+    reply = episode.turns[turn].reply if episode.turns else None
+    return None if reply is None else reply.matched
+
+
+def ver_hits(episodes, turn=-1):
+    """VER: whether the verdict of a turn (-1: the last, 0: the first) fits the video it was shown, (Q,).
+
+    An unknown verdict is wrong, and so is a query that was not run.
+    """
+    shown = [bool(episode.turns) and episode.turns[turn].shown_is_gt for episode in episodes]
+    return verdicts_right([verdict(episode, turn) for episode in episodes], shown)
+
+
+def ver_hits_official(episodes):
+    """The official variant, (K,) for the K known verdicts: the last one against the top-1 AFTER its refinement.
+
+    That compares a verdict with a video it did not judge, and leaves unknown verdicts out.
+    """
+    known = [episode for episode in episodes if verdict(episode, -1) is not None]
+    right = [_top1_after(episode) == episode.gt_video for episode in known]
+    return verdicts_right([verdict(episode, -1) for episode in known], right)
+
+
+def _top1_after(episode):
+    """The best video of the last ranking; where the last turn did not search again, of the one behind it."""
+    found = [turn.top1_out for turn in episode.turns if turn.top1_out is not None]
+    return found[-1] if found else episode.turns[0].shown_id
+
+
+def confusion(episodes, turn=-1):
+    """{(right video shown, verdict): count} of one turn; the verdict is True, False or None (unreadable)."""
+    run = [episode for episode in episodes if episode.turns]
+    return Counter((episode.turns[turn].shown_is_gt, verdict(episode, turn)) for episode in run)
+
+
+def costs(episodes):
+    """What a run spent; None where nothing was spent on. A turn met again costs nothing and refines all the same.
+
+    tokens, tokens_tagged  mean over all turns that searched again: N, or text tokens, without and with their tags
+    refine_seconds         mean over the refinements that were computed
+    seconds, generated, forward, engine_calls, turns   mean of an episode; its first search is an engine call
+    """
+    turns = [turn for episode in episodes for turn in episode.turns]
+    again = [turn for turn in turns if turn.rank_out is not None]
+    paid = [turn.refine_cost.seconds for turn in turns if turn.refine_kind is not None and not turn.reused]
+    spent = [cost for turn in turns for cost in (turn.look_cost, turn.refine_cost)]
+    each = (
+        {key: sum(getattr(cost, key) for cost in spent) / len(episodes) for key in vars(spent[0])}
+        if spent
+        else {}
+    )
+    return {
+        "tokens": _mean([turn.refine_tokens for turn in again]),
+        "tokens_tagged": _mean([turn.refine_tokens_tagged for turn in again]),
+        "refine_seconds": _mean(paid),
+        "turns": len(turns) / len(episodes),
+        "reused": _mean([turn.reused for turn in turns]),
+        **{key: value + (key == "engine_calls") for key, value in each.items()},
+    }
+
+
+def _mean(values):
+    return sum(values) / len(values) if values else None
+
+
+def hits(episodes, ks=VR_KS, thresholds=THRESHOLDS):
+    """{metric: one truth value per query}, under the names of ARCHITECTURE section 5; `percent` makes the number.
+
+    The plain names are the headline variants. `vr@1_failed` is about the queries whose first search failed, and
+    `ver_official` about known verdicts: their arrays are shorter, and empty where there are none.
+    """
+    found = {f"vcmr@{m}": vcmr_hits(episodes, m) for m in thresholds}
+    found |= {f"vcmr@{m}_tvr": vcmr_hits(episodes, m, moment_ious_tvr) for m in thresholds}
+    found |= {
+        "ver": ver_hits(episodes),
+        "ver_turn1": ver_hits(episodes, 0),
+        "ver_official": ver_hits_official(episodes),
+    }
+    for which, suffix in {"final": "", "shown": "_shown", "orig": "_orig"}.items():
+        found |= {f"vr@{k}{suffix}": vr_hits(episodes, k, which) for k in ks}
+    return found | {"vr@1_failed": vr_hits(failed(episodes), 1)}

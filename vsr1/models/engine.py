@@ -1,0 +1,136 @@
+"""The frozen video search engine: texts, videos and soft-token queries to unit vectors, and a FAISS index over them.
+
+The recipe is Qwen3-VL-Embedding's: a chat prompt with the instruction, the state of the last position after the final
+norm, unit length (METHOD.md 3.3). The same code loads Qwen3-VL-Embedding-2B and the mini engines.
+"""
+
+import unicodedata
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from transformers import Qwen3VLModel
+
+from vsr1 import cache
+from vsr1.config import InputError
+from vsr1.data import video_reader
+from vsr1.models import batching, inputs, loading
+
+MAX_BATCH_BYTES = 512 * 2**20  # ours: a shard of the mini world, six films of 64 frames in 480p
+
+
+class Engine:
+    """A loaded search engine. Vectors are (rows, D) float32 of length one."""
+
+    def __init__(self, profile, model: Qwen3VLModel, tokenizer, name: str):
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.instruction, self.limit = _sentence(profile.instruction), profile.max_query_tokens
+        self.max_pixels, self.batch_tokens = profile.max_frame_pixels, profile.batch_tokens
+        self.width = self.model.config.text_config.hidden_size
+        self.cut = 0  # query texts shortened to the limit so far
+        self.portions = batching.OOMSplitter("batch_tokens")
+
+    def query_prompt(self, text: str) -> tuple[inputs.Prompt, int]:
+        """The prompt of a query and the position right after its last word, where soft tokens go.
+
+        Between the two stands the template's tail. That it is what we think is verified against the tokenizer each
+        time: soft tokens in the wrong place would be no error anybody sees.
+        """
+        ids = self._ids(inputs.chat(self.tokenizer, self.instruction, text.strip()))
+        closing = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        end = len(ids) - 1 - ids[::-1].index(closing)
+        tail = self.tokenizer.decode(ids[end:])
+        if tail != "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>" or len(ids) - end != 6:
+            raise InputError(
+                f"{self.name}: unexpected end of the query template {tail!r}; this engine is not supported"
+            )
+        if len(ids) > self.limit:  # shorten the text, never the tail
+            self.cut += 1
+            ids = ids[: self.limit - 6] + ids[end:]
+            end = self.limit - 6
+        return inputs.Prompt(ids), end
+
+    def video_prompt(self, clip: video_reader.Clip) -> inputs.Prompt:
+        """The prompt of a video: the same instruction, the frames with the seconds they were seen at."""
+        config = self.model.config.vision_config
+        video = inputs.Video(*inputs.patchify(clip.frames, config, self.max_pixels))
+        per_pair = video.grid[1] * video.grid[2] // config.spatial_merge_size**2
+        text = inputs.chat(self.tokenizer, self.instruction, inputs.video_text(clip.timestamps, per_pair))
+        return inputs.Prompt(self._ids(text), video)
+
+    def _ids(self, text):
+        """Token ids of a rendered prompt, with the end-of-text token whose state is the vector."""
+        end = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + [end]
+        own = self.tokenizer(text)["input_ids"]
+        assert own[-1] != end or own == ids, "the tokenizer's own ending differs from ours"
+        return ids
+
+    def pool(self, batch: dict) -> torch.Tensor:
+        """(B, D) float32 unit vectors of a left-padded batch: the last position is the end-of-text token."""
+        states = self.model(**batch).last_hidden_state[:, -1]
+        return torch.nn.functional.normalize(states.float(), dim=-1)
+
+    def text_batch(self, texts: list[str], soft: torch.Tensor | None = None) -> dict:
+        """A batch of queries; `soft` (B, N, D), if given, stands right after each query's last word."""
+        prompts = [self.query_prompt(text) for text in texts]
+        batch = inputs.collate([prompt for prompt, _ in prompts], self.model, self.tokenizer.pad_token_id)
+        if soft is None:
+            return batch
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        rows, count = soft.shape[:2]
+        words = self.model.get_input_embeddings()(ids)  # (B, L, D)
+        # Every row is padded on the left, so its tail of six, and the place before it, are the same columns.
+        embeds = torch.cat([words[:, :-6], soft.to(words), words[:, -6:]], dim=1)
+        mask = torch.cat([mask[:, :-6], mask.new_ones(rows, count), mask[:, -6:]], dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions.expand(3, -1, -1)}
+
+    @torch.no_grad()
+    def embed_texts(
+        self, texts: list[str], soft: torch.Tensor | None = None, what="embed queries"
+    ) -> np.ndarray:
+        """(Q, D) vectors of queries, each with its own soft tokens (Q, N, D) if given."""
+        lengths = [len(self.tokenizer(text)["input_ids"]) + 16 for text in texts]
+        vecs = np.zeros((len(texts), self.width), np.float32)
+        for rows in cache.progress(batching.batches(lengths, self.batch_tokens), what):
+            batch = self.text_batch([texts[row] for row in rows], None if soft is None else soft[rows])
+            vecs[rows] = self.pool(batch).cpu().numpy()
+        return vecs
+
+    def embed_clips(self, clips: Iterable[video_reader.Clip]) -> np.ndarray:
+        """(V, D) vectors of videos. Of a stream about `HELD` bytes of frames are taken at once: decoders read on while
+        the engine is at them."""
+        vecs, held = [], []
+        for clip in clips:
+            held.append(clip)
+            if sum(one.frames.nbytes for one in held) >= MAX_BATCH_BYTES:
+                vecs.append(self._embed_held(held))
+                held = []
+        return np.concatenate([*vecs, self._embed_held(held)])
+
+    @torch.no_grad()
+    def _embed_held(self, clips):
+        prompts = [self.video_prompt(clip) for clip in clips]
+        vecs = np.zeros((len(clips), self.width), np.float32)
+
+        def embed(rows):
+            batch = inputs.collate([prompts[row] for row in rows], self.model, self.tokenizer.pad_token_id)
+            vecs[rows] = self.pool(batch).cpu().numpy()
+
+        for rows in batching.batches([len(prompt.ids) for prompt in prompts], self.batch_tokens):
+            self.portions.run(embed, rows)
+        return vecs
+
+
+def load(profile, which: str = "engine") -> Engine:
+    """The engine that a profile names under `engine` or `engine_large`, frozen."""
+    torch.set_num_threads(profile.threads)
+    name, device = getattr(profile, which), loading.pick_device(profile.device)
+    model, tokenizer = loading.load(Qwen3VLModel, name, profile.dtype, device)
+    return Engine(profile, model.requires_grad_(False), tokenizer, name)
+
+
+def _sentence(text):
+    """The instruction, with a full stop where it ends without punctuation (official)."""
+    return text if unicodedata.category(text.rstrip()[-1]).startswith("P") else text.rstrip() + "."

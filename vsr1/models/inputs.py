@@ -1,0 +1,128 @@
+"""Qwen3-VL plumbing that the search engine and the policy share: prompts to ids, frames to patches, batches to states,
+and reading on from what was read before.
+
+The ids and the patches are made here, in the open, because the library's own processor doubles the vision wrapper,
+needs torchvision and picks frames by average rate (STACK.md 2.4, 2.9, 2.10). The layout is transformers 4.57.1's, which
+the released weights were trained with; a golden test pins it.
+"""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+if not torch.cuda.is_available():
+    # Else the library copies keys and values for each head that shares them: a quarter of attention's time here.
+    os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+
+
+@dataclass(eq=False)
+class Video:
+    """A video as the model takes it in: patches, until its eyes have made features of them (`_see`)."""
+
+    patches: torch.Tensor | None  # (P, 3 * 2 * patch * patch) float32
+    grid: tuple[int, int, int]  # pairs of frames, patch rows, patch columns; P is their product
+    features: list[torch.Tensor] | None = (
+        None  # (P / merge^2, H) each: for the input, and for the first layers
+    )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row before batching: token ids, and its video if there is one."""
+
+    ids: list[int]  # (L,)
+    video: Video | None = None
+
+
+def chat(tokenizer, system: str, user: str) -> str:
+    """The prompt text up to where the assistant speaks."""
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def video_text(timestamps: np.ndarray, tokens_per_pair: int) -> str:
+    """A video as text: for each pair of frames the mean of their two times and its placeholders.
+
+    >>> video_text(np.array([0.0, 1.0]), 1)
+    '<0.5 seconds><|vision_start|><|video_pad|><|vision_end|>'
+    """
+    assert len(timestamps) % 2 == 0, len(timestamps)
+    pads = "<|video_pad|>" * tokens_per_pair
+    times = pair_times(timestamps)
+    return "".join(f"<{time:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for time in times)
+
+
+def pair_times(timestamps: np.ndarray) -> np.ndarray:
+    """(T / 2,) seconds of each pair of frames, from those of T frames."""
+    return timestamps.reshape(-1, 2).mean(axis=1)
+
+
+def resized_size(height: int, width: int, multiple: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) of a frame for the model: sides in multiples, at most `max_pixels`, aspect kept (nearly).
+
+    >>> fit(128, 128, 32, 4096), fit(480, 854, 32, 200704)
+    ((64, 64), (320, 576))
+    """
+    rows, columns = (max(multiple, round(side / multiple) * multiple) for side in (height, width))
+    if rows * columns > max_pixels:
+        shrink = (height * width / max_pixels) ** 0.5
+        rows, columns = (max(multiple, int(side / shrink) // multiple * multiple) for side in (height, width))
+    return rows, columns
+
+
+def patchify(frames: np.ndarray, config, max_pixels: int) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """Patches (P, 3 * 2 * patch * patch) in [-1, 1] and their grid, from frames (T, H, W, 3) uint8, T even.
+
+    The order is Qwen2-VL's: pairs of frames, then blocks of merge x merge patches, then the patches of a block.
+    """
+    patch, merge = config.patch_size, config.spatial_merge_size
+    assert config.temporal_patch_size == 2 and len(frames) % 2 == 0
+    pixels = (
+        torch.from_numpy(np.require(frames, requirements=["C", "W"])).permute(0, 3, 1, 2).float()
+    )  # (T, 3, H, W)
+    height, width = resized_size(*pixels.shape[2:], patch * merge, max_pixels)
+    if (height, width) != tuple(pixels.shape[2:]):
+        pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).round().clamp(0, 255)
+    pixels = pixels / 127.5 - 1
+    rows, columns = height // patch, width // patch
+    blocks = pixels.reshape(-1, 2, 3, rows // merge, merge, patch, columns // merge, merge, patch)
+    blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    grid = (len(frames) // 2, rows, columns)
+    return blocks.reshape(grid[0] * rows * columns, -1), grid
+
+
+def collate(prompts: list[Prompt], model, pad: int, known: int = 0, pixels=True) -> dict[str, torch.Tensor]:
+    """A left-padded batch, with every position spelled out, since the model guesses them wrongly (STACK.md 2.2, 2.3).
+
+    input_ids (B, L), attention_mask (B, known + L); position_ids (3, B, L); with videos also pixel_values_videos,
+    video_grid_thw and mm_token_type_ids.
+
+    known   how many tokens all begin with that a cache holds (`opening`): they are left out, the padding follows them
+    pixels  False leaves pixel_values_videos out
+    """
+    length = max(len(prompt.ids) for prompt in prompts) - known
+    ids = torch.full((len(prompts), length), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        own = prompt.ids[known:]
+        ids[row, length - len(own) :] = torch.tensor(own)
+        mask[row, length - len(own) :] = 1
+    videos = [prompt.video for prompt in prompts if prompt.video is not None]
+    if not videos:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
+        batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions.expand(3, -1, -1)}
+    else:
+        kinds = (ids == model.config.video_token_id).int() * 2
+        grids = torch.tensor([video.grid for video in videos])
+        core = getattr(model, "model", model)
+        positions, _ = core.get_rope_index(ids, kinds, video_grid_thw=grids, attention_mask=mask)
+        batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "video_grid_thw": grids}
+        batch |= {"mm_token_type_ids": kinds}
+        if pixels:
+            batch["pixel_values_videos"] = torch.cat([video.patches for video in videos])
+    batch["position_ids"] = batch["position_ids"] + known
+    batch["attention_mask"] = F.pad(mask, (known, 0), value=1)
+    return {name: value.to(model.device) for name, value in batch.items()}
