@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import yaml
 from vsr1 import cache
 from vsr1.config import DATASETS, ROOT, InputError, Profile
 from vsr1.data import annotations
+from vsr1.evaluation.statistics import Estimate
 from vsr1.loop import records
 
 VERDICTS = ("ok", "close", "OFF", "MISSING")
@@ -41,18 +41,6 @@ LIBRARIES = (
     "matplotlib",
     "flash-attn",
 )
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A measured value and what it rests on. None is "missing"; nothing here turns it into 0."""
-
-    value: float | int | None
-    n: int | None = None  # queries it was measured on (or videos, where the metric counts videos)
-    ci: tuple[float, float] | None = None  # 95 % interval
-    seeds: tuple[int, ...] = ()
-    unit: str = "%"
-    note: str = ""
 
 
 def record(profile: Profile, dataset: str, part: str, numbers: dict, series: dict | None = None) -> Path:
