@@ -158,8 +158,8 @@ def test_the_wanted_files_arrive_whole_and_nothing_else_does(profile, whole, hom
 
 def test_what_is_fetched_is_where_others_look(profile, whole, home):
     official_release.fetch(profile, "charades", str(whole))
-    (profile.data_dir(dataset) / "videos").mkdir()
-    (profile.data_dir(dataset) / "videos" / "CCCCC.mp4").write_bytes(b"film")
+    (home / "videos").mkdir()
+    (home / "videos" / "CCCCC.mp4").write_bytes(b"film")
     assert real_datasets.import_dataset(profile, "charades").name == "videos"
     assert sft_data.source(profile, "charades").read_bytes() == b"[]"
 
@@ -616,12 +616,12 @@ def test_doctor_says_step_by_step_what_is_there_and_what_it_allows(profile, whol
     status, said, rows = told(profile)
     assert (status, rows) == ("missing", "VR of ZS and FT, by the released vectors (fetch prints it)")
     assert "released vectors" in said
-    (profile.data_dir(dataset) / "videos").mkdir()
+    (home / "videos").mkdir()
     for video in ("CCCCC", "DDDDD"):
-        (profile.data_dir(dataset) / "videos" / f"{video}.mp4").write_bytes(b"film")
+        (home / "videos" / f"{video}.mp4").write_bytes(b"film")
     status, said, rows = told(profile)
     assert (status, rows) == ("missing", "ZS, walking down") and "videos of test 66.7%, of train 0.0%" in said
-    (profile.data_dir(dataset) / "videos" / "AAAAA.mp4").write_bytes(b"film")
+    (home / "videos" / "AAAAA.mp4").write_bytes(b"film")
     status, said, rows = told(profile)
     assert (status, rows) == ("limited", "all rows") and "of train 50.0%" in said and "missing.csv" in said
     (home / official_release.REPLIES).unlink()

@@ -48,14 +48,14 @@ def test_annotations_and_videos_arrive_and_a_missing_video_is_named(profile, cap
 def test_a_video_that_arrives_later_changes_the_stage_and_nothing_else_does(home, profile, capsys):
     videos = real_datasets.import_dataset(profile, "charades")
     first = cache.metadata(videos)["key"]
-    (profile.data_dir(dataset) / "videos" / "holiday.mp4").write_bytes(b"of somebody else")
+    (home / "videos" / "holiday.mp4").write_bytes(b"of somebody else")
     real_datasets.import_dataset(profile, "charades")
     assert cache.metadata(videos)["key"] == first
-    (profile.data_dir(dataset) / "videos" / "CCCCC.mp4").write_bytes(b"three")
+    (home / "videos" / "CCCCC.mp4").write_bytes(b"three")
     capsys.readouterr()
     real_datasets.import_dataset(profile, "charades")
     assert cache.metadata(videos)["key"] != first and (videos / "CCCCC.mp4").read_bytes() == b"three"
-    assert (profile.data_dir(dataset) / "videos" / "AAAAA.mp4").exists(), "only links are replaced"
+    assert (home / "videos" / "AAAAA.mp4").exists(), "only links are replaced"
     assert capsys.readouterr().out == ""
 
 
@@ -73,8 +73,8 @@ def test_a_video_that_arrives_later_changes_the_stage_and_nothing_else_does(home
     ],
 )
 def test_a_video_is_found_in_any_container_and_one_folder_down(name, home, profile, capsys):
-    (profile.data_dir(dataset) / "videos" / name).parent.mkdir(exist_ok=True)
-    (profile.data_dir(dataset) / "videos" / name).write_bytes(b"three")
+    (home / "videos" / name).parent.mkdir(exist_ok=True)
+    (home / "videos" / name).write_bytes(b"three")
     folder = real_datasets.import_dataset(profile, "charades")
     assert annotations.find_videos(folder, ["CCCCC"])[0].path.read_bytes() == b"three"
     assert capsys.readouterr().out == ""
@@ -84,8 +84,8 @@ def test_a_video_is_found_in_any_container_and_one_folder_down(name, home, profi
     "name", ["CCCCC.info.json", "CCCCC.mp4.part", ".CCCCC.mp4", "ccccc.mp4", "a/b/CCCCC.mp4"]
 )
 def test_what_is_no_video_of_that_name_is_not_taken_for_one(name, home, profile):
-    (profile.data_dir(dataset) / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
-    (profile.data_dir(dataset) / "videos" / name).write_bytes(b"three")
+    (home / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
+    (home / "videos" / name).write_bytes(b"three")
     assert (
         annotations.find_videos(real_datasets.import_dataset(profile, "charades"), ["CCCCC"])[0].path is None
     )
@@ -93,8 +93,8 @@ def test_what_is_no_video_of_that_name_is_not_taken_for_one(name, home, profile)
 
 def test_of_several_files_the_first_by_a_rule_is_taken_and_they_are_counted(home, profile):
     for name in ("CCCCC.mov", "CCCCC.qt", "later/CCCCC.mp4", "sooner/CCCCC.mkv"):
-        (profile.data_dir(dataset) / "videos" / name).parent.mkdir(exist_ok=True)
-        (profile.data_dir(dataset) / "videos" / name).write_bytes(name.encode())
+        (home / "videos" / name).parent.mkdir(exist_ok=True)
+        (home / "videos" / name).write_bytes(name.encode())
     with pytest.warns(annotations.CorpusWarning, match="1 ids with several files, first taken"):
         folder = real_datasets.import_dataset(profile, "charades")
     assert annotations.find_videos(folder, ["CCCCC"])[0].path.read_bytes() == b"later/CCCCC.mp4"
@@ -121,7 +121,7 @@ def test_what_is_not_there_is_named(home, profile, absent):
 
 
 def test_a_folder_without_one_annotated_video_is_refused(home, profile):
-    for file in (profile.data_dir(dataset) / "videos").iterdir():
+    for file in (home / "videos").iterdir():
         file.rename(file.with_name(f"copy of {file.name}"))
     with pytest.raises(config.InputError, match=r"videos: none of the annotated videos .*: AAAAA\.mp4"):
         real_datasets.import_dataset(profile, "charades")

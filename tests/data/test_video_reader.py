@@ -248,7 +248,7 @@ def test_an_interrupted_read_leaves_no_answer_for_the_next_video(clips, monkeypa
 def test_one_child_reads_many_videos_without_torch_and_from_an_unguarded_script(clips, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"""
-from vsr1.frames import Reader, read_many
+from vsr1.data.video_reader import Reader, read_videos
 with Reader() as reader:
     pids = set()
     for _ in range(3):
@@ -256,7 +256,7 @@ with Reader() as reader:
         pids.add(reader._child.pid)
     assert len(pids) == 1
     assert "torch" not in open(f"/proc/{{pids.pop()}}/maps").read()
-print(sum(clip.problem is None for clip in read_many([{str(clips["avi"])!r}] * 3, workers=2)))
+print(sum(clip.problem is None for clip in read_videos([{str(clips["avi"])!r}] * 3, workers=2)))
 """)
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     done = subprocess.run(

@@ -63,6 +63,15 @@ def videos(profile, dataset: str) -> tuple[dict[str, list[str]], dict[str, list[
     return ids, locate(folder, chain(*ids.values())) if folder.is_dir() else {}
 
 
+def prepare(profile, dataset: str) -> None:
+    """Make corpus and videos of a real data set current (`vsr1.data.source`)."""
+    import_dataset(profile, dataset)
+
+
+def reply_writer(profile, dataset: str) -> None:
+    """Return None: nobody knows what real videos show (`vsr1.data.source`)."""
+
+
 def import_dataset(profile, dataset: str) -> Path:
     """The real data set under runs/<profile>/<dataset>/: `corpus/{train,test}.jsonl`, and `videos/` full of links.
 
