@@ -92,7 +92,7 @@ def refused(folder, process):
             raise config.InputError("this one has no videos; bring some")
         cache.dist_state().wait_for_everyone()
 
-    cli.corpus = lambda *_: cache.build(folder / "out", {}, build, together=True)
+    cli.corpus = lambda *_: cache.build(folder / "out", {}, build, distributed=True)
     return cli.main(["corpus", "--profile", "smoke"])
 
 

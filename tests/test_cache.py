@@ -1,8 +1,9 @@
-"""Stages: made once, made again when something changed, resumed after a kill, never half a target."""
+"""Steps: built once, built again when something changed, resumed after a kill, never half a target, nothing lost."""
 
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +12,13 @@ import time
 import pytest
 
 from vsr1 import cache
-from vsr1.config import InputError
+from vsr1.config import PACKAGE, InputError
 
-# A stage of forty small files; argument two is the pause after each. It goes on where a former run stopped.
+# A step of forty small files; argument two is the pause after each. It goes on where a former run stopped.
 WORKER = """
 import sys, time
 from pathlib import Path
-from vsr1 import stages
+from vsr1 import cache
 
 def build(folder):
     with open(sys.argv[1] + ".log", "a") as log:
@@ -29,42 +30,76 @@ def build(folder):
             (folder / ".new").rename(file)  # whole or not at all, as a kill may come at any time
             time.sleep(float(sys.argv[2]))
 
-stages.run(Path(sys.argv[1]), {"count": 40}, build)
+cache.build(Path(sys.argv[1]), {"count": 40}, build)
 """
 
 
-def counting(made):
-    def build(folder):
-        made.append(1)
-        (folder / "value.txt").write_text(str(len(made)))
+def counting(builds):
+    """Work that writes how many times it was called, and counts in the list `builds`."""
 
-    return build
+    def work(folder):
+        builds.append(1)
+        (folder / "value.txt").write_text(str(len(builds)))
+
+    return work
 
 
-def test_a_stage_is_made_once_while_its_inputs_stay(tmp_path):
-    made = []
+def test_a_step_is_built_once_while_its_inputs_stay(tmp_path):
+    builds = []
     for _ in range(3):
-        cache.build(tmp_path / "out", {"a": 1, "b": [2]}, counting(made))
-    assert len(made) == 1
+        cache.build(tmp_path / "out", {"a": 1, "b": [2]}, counting(builds))
+    assert len(builds) == 1
     assert cache.metadata(tmp_path / "out")["inputs"] == {"a": 1, "b": [2]}
 
 
-def test_a_stage_is_made_again_when_an_input_changes_and_nothing_old_stays(tmp_path):
+def test_a_step_is_built_again_when_an_input_changes_and_nothing_old_stays_in_it(tmp_path):
     cache.build(tmp_path / "out", {"a": 1}, lambda folder: (folder / "old.txt").write_text("old"))
     cache.build(tmp_path / "out", {"a": 2}, lambda folder: (folder / "new.txt").write_text("new"))
     assert [p.name for p in (tmp_path / "out").iterdir() if p.name[0] != "."] == ["new.txt"]
+    assert cache.steps(tmp_path) == [tmp_path / "out"]
 
 
-def test_touching_a_target_does_not_make_it_again(tmp_path):
-    made = []
-    out = cache.build(tmp_path / "out", {"a": 1}, counting(made))
+def test_a_result_comes_back_with_its_inputs_and_is_not_computed_again(tmp_path):
+    """A seed, a knob or a git branch that changes and changes back costs nothing, however often."""
+    builds, out = [], tmp_path / "out"
+    for value, expected in ((1, "1"), (2, "2"), (1, "1"), (2, "2"), (1, "1")):
+        cache.build(out, {"a": value}, counting(builds))
+        assert (out / "value.txt").read_text() == expected
+        assert cache.metadata(out)["inputs"] == {"a": value}
+    assert len(builds) == 2
+
+
+def test_a_folder_that_no_step_built_is_kept_aside_too(tmp_path):
+    for number in range(2):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "notes.txt").write_text(str(number))
+        cache.build(tmp_path / "out", {"a": 1}, counting([]))
+        (tmp_path / "out").rename(tmp_path / f"moved{number}")
+    assert {path.read_text() for path in tmp_path.rglob("notes.txt")} == {"0", "1"}
+
+
+def test_seconds_of_a_killed_attempt_count(tmp_path):
+    def killed(folder):
+        time.sleep(0.3)
+        (folder / "half.txt").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.build(tmp_path / "out", {}, killed)
+    cache.build(tmp_path / "out", {}, lambda folder: time.sleep(0.3))
+    assert 0.6 <= cache.metadata(tmp_path / "out")["seconds"] < 2
+
+
+def test_touching_a_target_does_not_build_it_again(tmp_path):
+    builds = []
+    out = cache.build(tmp_path / "out", {"a": 1}, counting(builds))
     os.utime(out / "value.txt", (1, 1))
     os.utime(out, (1, 1))
-    cache.build(out, {"a": 1}, counting(made))
-    assert len(made) == 1
+    cache.build(out, {"a": 1}, counting(builds))
+    assert len(builds) == 1
 
 
-def test_a_stage_that_raises_leaves_the_last_good_target(tmp_path):
+def test_a_step_that_raises_leaves_the_last_good_target(tmp_path):
     cache.build(tmp_path / "out", {"a": 1}, counting([]))
 
     def fail(folder):
@@ -96,21 +131,21 @@ def content(folder):
     return {path.name: path.read_text() for path in folder.iterdir() if path.name[0] != "."}
 
 
-def test_a_killed_stage_shows_no_target_and_resumes_to_the_same_content(tmp_path):
+def test_a_killed_step_shows_no_target_and_resumes_to_the_same_content(tmp_path):
     subprocess.run(worker(tmp_path / "whole", 0), check=True)
     process = subprocess.Popen(worker(tmp_path / "out", 0.05))
-    while len(list((tmp_path / "out.partial").glob("*.txt"))) < 5:
+    while len(list(tmp_path.glob("out.*.partial/*.txt"))) < 5:
         assert process.poll() is None, "the worker ended before it could be killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out").exists()
-    begun = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("*.txt")}
+    begun = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out.*.partial/*.txt")}
     assert 5 <= len(begun) < 40
     subprocess.run(worker(tmp_path / "out", 0), check=True)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert begun == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in begun}, "done again"
-    assert not (tmp_path / "out.partial").exists()
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_of_two_processes_with_one_target_the_second_waits(tmp_path):
@@ -148,17 +183,40 @@ def test_write_json_leaves_the_old_file_when_the_disk_fills(tmp_path, monkeypatc
     assert json.loads(path.read_text()) == {"a": 1}
 
 
-def digest_of(tmp_path, monkeypatch, source):
-    """`stages.code` of a module of this source."""
-    file = tmp_path / "module.py"
-    file.write_text(source, encoding="utf-8")
+def test_of_two_processes_that_update_a_json_file_none_loses_a_change(tmp_path):
+    source = """
+import sys
+from pathlib import Path
+from vsr1 import cache
+
+for number in range(100):
+    with cache.updated_json(Path(sys.argv[1])) as value:
+        value[f"{sys.argv[2]}{number}"] = number
+"""
+    path = tmp_path / "folder" / "value.json"
+    both = [subprocess.Popen([sys.executable, "-c", source, str(path), name]) for name in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len(json.loads(path.read_text())) == 200
+
+
+@pytest.fixture
+def sources(monkeypatch):
+    """What the package would be made of: a dictionary of sources that a test fills."""
+    monkeypatch.setattr(cache, "SOURCES", {})
+    yield cache.SOURCES
+    _forget()
+
+
+def _forget():
     cache.source_digest.cache_clear()
-    spec = type("Spec", (), {"origin": str(file)})
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
-    try:
-        return cache.source_digest("module")
-    finally:
-        cache.source_digest.cache_clear()
+    cache._imports.cache_clear()
+
+
+def digest_of(sources, source, module="vsr1.module"):
+    """`cache.source_digest` of a module where the module `vsr1.module` has this source."""
+    sources["vsr1.module"] = source.encode()
+    _forget()
+    return cache.source_digest(module)
 
 
 PLAIN = "def half(x):\n    return x / 2\n"
@@ -175,10 +233,58 @@ SAME = '"""A docstring."""\n\ndef half(x):\n    """Half of x."""\n    # a commen
         (PLAIN, PLAIN.replace("/", "//"), False),
         (PLAIN + "N = 'text'\n", PLAIN + "N = 'other'\n", False),
         ("def f():\n    return 'a'\n", "def f():\n    return 'b'\n", False),
+        ("raise ValueError(f'{x} is bad')\n", "raise ValueError(f'{x} is wrong', x)\n", True),
+        ("raise ValueError('bad')\n", "raise KeyError('bad')\n", False),
+        ("assert x, 'bad'\n", "assert x, 'wrong'\n", True),
+        ("assert x\n", "assert not x\n", False),
+        ("warnings.warn('slow')\n", "warnings.warn('very slow')\n", True),
+        ("for x in cache.progress(y, 'a'): f(x)\n", "for x in cache.progress(y, 'b'): f(x)\n", True),
+        ("for x in cache.progress(y, 'a'): f(x)\n", "for x in cache.progress(z, 'a'): f(x)\n", False),
     ],
 )
-def test_the_code_digest_sees_code_and_nothing_else(tmp_path, monkeypatch, source, other, equal):
-    assert (digest_of(tmp_path, monkeypatch, source) == digest_of(tmp_path, monkeypatch, other)) is equal
+def test_the_source_digest_sees_what_computes_and_no_words(sources, source, other, equal):
+    assert (digest_of(sources, source) == digest_of(sources, other)) is equal
+
+
+def test_the_source_digest_covers_all_that_a_module_imports_and_no_more(sources):
+    sources |= {
+        "vsr1.top": b"from vsr1.middle import f\n",
+        "vsr1.middle": b"def f():\n    from vsr1 import module, top\n    return module.half(2)\n",
+        "vsr1.other": b"import vsr1.middle\n",
+    }
+    before = digest_of(sources, PLAIN, "vsr1.top")
+    assert cache.import_closure("vsr1.top") == {"vsr1.top", "vsr1.middle", "vsr1.module"}
+    assert digest_of(sources, SAME, "vsr1.top") == before
+    sources["vsr1.other"] += b"x = 1\n"
+    assert digest_of(sources, PLAIN, "vsr1.top") == before
+    assert digest_of(sources, PLAIN.replace("2", "3"), "vsr1.top") != before
+
+
+CLONE = """
+from pathlib import Path
+from vsr1 import cache
+from vsr1.data import first
+
+before = cache.source_digest("vsr1.data.first")
+cache.source_digest.cache_clear()
+for name in ("first", "second"):
+    path = Path("vsr1", "data", f"{name}.py")
+    path.write_text(path.read_text().replace("1", "2"))
+assert cache.source_digest("vsr1.data.first") == before, "an edit after the import is not what computes"
+from vsr1.data import second
+"""
+
+
+def test_sources_count_as_they_were_imported_and_a_module_edited_before_its_import_is_refused(tmp_path):
+    for name in ("__init__", "config", "cache", "data/__init__"):
+        (tmp_path / "vsr1" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PACKAGE / f"{name}.py", tmp_path / "vsr1" / f"{name}.py")
+    for name in ("first", "second"):
+        (tmp_path / "vsr1" / "data" / f"{name}.py").write_text("X = 1\n")
+    run = [sys.executable, "-c", CLONE]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "second.py: edited since this process began" in done.stderr.splitlines()[-1], done.stderr
 
 
 def test_the_digest_sees_content_and_names_but_not_times(tmp_path):
@@ -189,6 +295,8 @@ def test_the_digest_sees_content_and_names_but_not_times(tmp_path):
     os.utime(folder / "a.txt", (1, 1))
     assert cache.file_digest(folder) == first
     (folder / ".hidden").write_text("x")
+    (folder / ".git" / "objects").mkdir(parents=True)
+    (folder / ".git" / "objects" / "fetched").write_text("x")
     assert cache.file_digest(folder) == first
     (folder / "a.txt").rename(folder / "b.txt")
     assert cache.file_digest(folder) != first

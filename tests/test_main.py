@@ -110,7 +110,7 @@ def test_data_sets_may_be_separated_by_spaces_or_commas(monkeypatch):
 
 
 def test_a_notebook_runs_once_per_data_set_and_again_when_a_cell_a_seed_or_a_stage_changes(home, capsys):
-    notebook(home, "from vsr1 import params\nprint(params.load(profile, seed).seed, dataset)")
+    notebook(home, "from vsr1 import config\nprint(config.load(profile, seed).seed, dataset)")
     words = ["notebook", "00_try", "--profile", "smoke", "--datasets", "charades,didemo"]
 
     def ran(*more):

@@ -11,8 +11,10 @@ import json
 import os
 import resource
 import shutil
+import sys
 import time
 import types
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -80,8 +82,7 @@ def build(target: Path, inputs: dict, work, distributed=False) -> Path:
     try:
         if metadata(target).get("key") != key:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target.with_name(f".{target.name}.lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with locked(target):
                 if metadata(target).get("key") != key and not _restore(target, key):
                     _build(target, key, inputs, work)
                     return target
@@ -129,9 +130,10 @@ def _seconds_spent(partial):
 def _replace(target):
     """Move a result that was built from other inputs out of the way; nothing is deleted."""
     if target.exists():
-        replaced = target.parent / REPLACED / f"{target.name}.{metadata(target).get('key', 'unknown')}"
+        key = metadata(target).get("key") or f"unknown-{time.time_ns()}"  # a folder that `build` did not make
+        replaced = target.parent / REPLACED / f"{target.name}.{key}"
         replaced.parent.mkdir(exist_ok=True)
-        if replaced.exists():  # the same inputs, built twice
+        if replaced.exists():  # the same inputs were built a second time: their older copy goes
             shutil.rmtree(replaced)
         os.replace(target, replaced)
 
@@ -173,27 +175,43 @@ def fingerprint(inputs) -> str:
 def file_digest(*paths) -> str:
     """Hash the content of files, and of all files below folders, to sixteen hex digits.
 
-    Files and folders whose name begins with a dot are left out.
+    Below a folder, files and folders whose name begins with a dot are left out.
     """
     total = hashlib.sha256()
     for path in map(Path, paths):
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         for file in files:
             name = file.relative_to(path)
-            if not any(part.startswith(".") for part in (name.parts or (file.name,))):
+            if not any(part.startswith(".") for part in name.parts):
                 total.update(f"{name}\0".encode())
                 with open(file, "rb") as content:
                     total.update(hashlib.file_digest(content, "sha256").digest())
     return total.hexdigest()[:16]
 
 
-# Read when the package is first imported: an edit while a run is on does not stamp old results as new ones.
-SOURCES = {
-    ".".join(("vsr1", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
-        ".__init__"
-    ): path.read_bytes()
-    for path in sorted(PACKAGE.rglob("*.py"))
-}
+def _module_name(path):
+    """Return the dotted name under which a source file of the package is imported."""
+    return ".".join(("vsr1", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+FILES = {_module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+# Read when this module is imported: an edit while a command runs does not stamp results of the old code as new ones.
+SOURCES = {name: path.read_bytes() for name, path in FILES.items()}
+
+
+class RefuseEdited:
+    """An import finder that finds nothing: it refuses a module that was edited between SOURCES and its import."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        """Return None, which leaves the import to the next finder, or raise InputError."""
+        if name in FILES and FILES[name].read_bytes() != SOURCES[name]:
+            raise InputError(
+                f"{FILES[name]}: edited since this process began; restart it (in a notebook: the kernel)"
+            )
+
+
+sys.meta_path.insert(0, RefuseEdited)
 
 
 @functools.cache
@@ -213,13 +231,13 @@ def source_digest(module: str) -> str:
 
 def import_closure(module: str) -> set[str]:
     """Return the modules of this package that `module` imports, directly or not, and itself."""
-    found, todo = set(), [module]
+    closure, todo = set(), [module]
     while todo:
         name = todo.pop()
-        if name in SOURCES and name not in found:
-            found.add(name)
+        if name in SOURCES and name not in closure:
+            closure.add(name)
             todo += _imports(name)
-    return found
+    return closure
 
 
 @functools.cache
@@ -263,3 +281,24 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value) -> None:
     """Write `value` as json to `path`, complete or not at all."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def locked(path: Path):
+    """Hold the lock that belongs to `path` for the time of the block; other processes wait for it."""
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def updated_json(path: Path):
+    """Give the value in a json file, {} if there is none, to a block that changes it; then write it.
+
+    Other processes that update the same file wait, so that no change is lost.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        yield value
+        write_json(path, value)
