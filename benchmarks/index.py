@@ -22,7 +22,7 @@ import numpy as np
 
 from vsr1 import cache, config
 from vsr1.config import InputError
-from vsr1.models import ivf_index, search_index
+from vsr1.models import ivf_index
 from vsr1.report import results
 
 # All ours.
@@ -194,7 +194,7 @@ def _search(path, queries, truth):
         _forget(path)
         index = ivf_index.open_index(path)
         cold.append(
-            clocked(lambda query=query, index=index: search_index.search(index, query[None], ivf_index.K))[0]
+            clocked(lambda query=query, index=index: index.search(query[None], ivf_index.K))[0]
         )
     index = ivf_index.open_index(path)
     _ask(index, queries)  # now its lists are in memory
@@ -216,7 +216,7 @@ def _search(path, queries, truth):
 def _ask(index, queries):
     """(seconds of each query, asked alone; the recall as a function of the truth)."""
     asked = [
-        clocked(lambda query=query: search_index.search(index, query[None], ivf_index.K)) for query in queries
+        clocked(lambda query=query: index.search(query[None], ivf_index.K)) for query in queries
     ]
     rows = np.concatenate([rows for _, (_, rows) in asked])
     return [seconds for seconds, _ in asked], lambda truth: float(ivf_index.recalls(rows, truth).mean())

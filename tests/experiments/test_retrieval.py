@@ -1,5 +1,4 @@
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,11 +7,12 @@ from vsr1 import config
 from vsr1.data.annotations import Query
 from vsr1.evaluation import metrics
 from vsr1.experiments import retrieval
+from vsr1.models import search_index
 
 QUERIES = [Query(7, "one", "b", (2.0, 4.0), "o", 10.0), Query(3, "two", "a", (0.0, 9.0), "t", 8.0)]
 QUERIES += [Query(5, "three", "gone", (1.0, 2.0), "th", 5.0), Query(9, "four", "c", (0.0, 5.0), "f", 10.0)]
 # Query ids in another order than the queries, as a file may have them; no vector for the video "gone".
-VECTORS = SimpleNamespace(
+VECTORS = search_index.Vectors(
     video_ids=["a", "b", "c"],
     video_vecs=np.eye(3, dtype=np.float32),
     query_ids=[3, 5, 7, 9],

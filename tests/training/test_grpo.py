@@ -287,7 +287,7 @@ def test_rewards_are_those_of_the_soft_tokens_that_stood_in_the_query(walked):
         latents = sqr.soft_tokens(made.agent, [branch], 3)
         carried = torch.cat([*(block[None] for block in row.earlier), latents], dim=1)
         vec = sqr.soft_query(made.engine, made.agent.heads, [row.start.text], carried)[0].detach()
-        scores = {v: float(made.gallery[made.column[v]] @ vec) / 0.1 for v in (row.start.video, *row.wrong)}
+        scores = {v: float(made.gallery[made.vectors.column(v)] @ vec) / 0.1 for v in (row.start.video, *row.wrong)}
         chance = np.exp(scores[row.start.video]) / np.exp(list(scores.values())).sum()
         assert row.chance == pytest.approx(chance, abs=1e-5)
         assert (row.shown in scores) and len(scores) == 1 + len(row.wrong)

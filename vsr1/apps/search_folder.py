@@ -295,15 +295,12 @@ def _asked(text):
 def _walk(profile, made, agent, folder, kept: Index, asked, system):
     """(the episode, the ranking of the query as typed, {name: Clip} of the videos it came across)."""
     names, vecs, kind = list(kept.files), kept.vecs(), runner.SYSTEMS[system]
-    vectors, flat = (
-        search_index.Vectors(names, vecs, [0], made.embed_texts([asked.text])),
-        search_index.build_index(vecs),
-    )
+    vectors = search_index.Vectors(names, vecs, [0], made.embed_texts([asked.text]))
 
     def look_up(pairs):
         """The whole gallery in the order of each query's vector; no video is known to be the right one."""
         states = [vectors.query_vecs[0] if state is ORIGINAL else state.vec for _, state in pairs]
-        scores, rows = search_index.search(flat, np.stack(states), len(names))  # (B, V)
+        scores, rows = vectors.search(np.stack(states), len(names))  # (B, V)
         tops = [tuple(names[row] for row in order) for order in rows]
         return [Ranking(0, 0, top, None, float(best[0])) for top, best in zip(tops, scores, strict=True)]
 

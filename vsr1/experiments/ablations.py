@@ -213,11 +213,10 @@ def retry(profile: Profile, dataset: str, system: str, weights: str | None = Non
 
 def failures(vectors: search_index.Vectors, queries: dict[int, annotations.Query]) -> list[annotations.Query]:
     """The queries whose right video is not first in the first search, in their order."""
-    column = {video: at for at, video in enumerate(vectors.video_ids)}
-    known = [(at, queries[key]) for at, key in enumerate(vectors.query_ids) if queries[key].video in column]
-    scores = vectors.query_vecs[[at for at, _ in known]] @ vectors.video_vecs.T  # (Q, V)
-    ranks = search_index.ranks(scores, np.array([column[query.video] for _, query in known]))
-    return [query for (_, query), rank in zip(known, ranks, strict=True) if rank > 1]
+    known = [queries[key] for key in vectors.query_ids if vectors.has_video(queries[key].video)]
+    scores = vectors.scores(vectors.vecs_of([query.id for query in known]))  # (Q, V)
+    ranks = search_index.ranks(scores, vectors.columns([query.video for query in known]))
+    return [query for query, rank in zip(known, ranks, strict=True) if rank > 1]
 
 
 def behind(profile: Profile, dataset: str, walked: list[Episode]) -> list[Episode]:
@@ -227,10 +226,8 @@ def behind(profile: Profile, dataset: str, walked: list[Episode]) -> list[Episod
     texts = [hqr.compose_query(walked[at].query, [walked[at].turns[0].update_text], "append") for at in rows]
     found = list(walked)
     if rows:
-        scores = (
-            hqr.with_query_limit(engine.load(profile)).embed_texts(texts) @ vectors.video_vecs.T
-        )  # (R, V)
-        right = np.array([vectors.video_ids.index(walked[at].gt_video) for at in rows])
+        scores = vectors.scores(hqr.with_query_limit(engine.load(profile)).embed_texts(texts))  # (R, V)
+        right = vectors.columns([walked[at].gt_video for at in rows])
         for at, rank in zip(rows, search_index.ranks(scores, right), strict=True):
             turn = replace(walked[at].turns[0], rank_out=int(rank))
             found[at] = replace(walked[at], turns=(turn,))
@@ -335,13 +332,13 @@ def growth(profile: Profile, dataset: str) -> dict[str, Estimate]:
     hard = [one for one in hard if one.problem is None]  # a missing video stands in no gallery
     ids = [one.desc_id for one in hard]
     soft = refinement.only(refinement.episodes(profile, dataset, "vsr1", like="sqr", weights=weights), ids)
-    typed = vectors.query_vecs[[vectors.query_ids.index(key) for key in ids]]
+    typed = vectors.vecs_of(ids)
     sides = {
         "none": typed,
         "sqr": _softened(profile, dataset, soft, typed, weights),
         "hqr-seen": _reworded(profile, hard, typed),
     }
-    right = np.array([vectors.video_ids.index(one.gt_video) for one in soft])
+    right = vectors.columns([one.gt_video for one in soft])
     numbers = {}
     for size, gallery in galleries(profile, dataset, vectors):
         for system, vecs in sides.items():

@@ -45,14 +45,13 @@ def _headroom(profile, dataset, which, train_folder, test_folder):
     sides = []
     for split, folder in (("train", train_folder), ("test", test_folder)):
         vectors = search_index.load_vectors(folder)
-        row = {video: number for number, video in enumerate(vectors.video_ids)}
         queries = [
             query
             for query in annotations.read_fig(profile.data_dir(dataset) / "corpus" / f"{split}.jsonl")
-            if query.video in row
+            if vectors.has_video(query.video)
         ]
         moments = [moment_of(scenes, query) for query in queries]
-        sides.append((vectors, moments, np.array([row[query.video] for query in queries])))
+        sides.append((vectors, moments, vectors.columns([query.video for query in queries])))
     (train_vectors, train_moments, train_column), (vectors, moments, column) = sides
     kept = np.isin(
         vectors.query_ids, [query.id for query in queries]
@@ -65,8 +64,8 @@ def _headroom(profile, dataset, which, train_folder, test_folder):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    plain = search_index.ranks(vectors.query_vecs[kept] @ vectors.video_vecs.T, column)
-    probed = search_index.ranks(probe_vecs(probe, moments).detach().numpy() @ vectors.video_vecs.T, column)
+    plain = search_index.ranks(vectors.scores(vectors.query_vecs[kept]), column)
+    probed = search_index.ranks(vectors.scores(probe_vecs(probe, moments).detach().numpy()), column)
     failed = plain > 1
     percent = lambda hits: round(100 * float(np.mean(hits)), 2) if len(hits) else None  # noqa: E731
     room = {"n": len(plain), "failed": int(failed.sum()), "plain_r1": percent(plain == 1)}
@@ -78,6 +77,6 @@ def _headroom(profile, dataset, which, train_folder, test_folder):
     noise = torch.randn(len(texts), profile.neutral_tokens, made.width)
     noise = noise / noise.norm(dim=-1, keepdim=True) * rms / 2
     for kind, soft in (("zeros", torch.zeros_like(noise)), ("noise", noise)):
-        scores = made.embed_texts(texts, soft) @ vectors.video_vecs.T
+        scores = vectors.scores(made.embed_texts(texts, soft))
         room[f"neutral_{kind}_r1"] = percent(search_index.ranks(scores, column) == 1)
     return room

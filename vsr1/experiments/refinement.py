@@ -120,9 +120,8 @@ def sweep(
         branches = [branch for _, branch in agent.marked([prompt], [ids])]
     latents = sqr.soft_tokens(agent, branches, n)  # (1, N, D)
     vecs = sqr.prefix_queries(made, agent.heads, [one.query], latents)[0].cpu().numpy()  # (N + 1, D)
-    column = {video: number for number, video in enumerate(vectors.video_ids)}
-    scores = vecs @ vectors.video_vecs.T  # (N + 1, V)
-    right, shown = column[one.gt_video], column[one.turns[0].shown_id]
+    scores = vectors.scores(vecs)  # (N + 1, V)
+    right, shown = vectors.column(one.gt_video), vectors.column(one.turns[0].shown_id)
     cosines = {"right": scores[:, right], "shown": scores[:, shown], "best": scores.max(axis=1)}
     prompt, _ = made.query_prompt(one.query)
     words = made.model.get_input_embeddings()(torch.tensor(prompt.ids, device=latents.device))

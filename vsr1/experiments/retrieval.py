@@ -46,11 +46,9 @@ class FirstSearch:
 
 def first_search(queries: list[Query], vectors) -> FirstSearch:
     """Ranks of all queries by a plain matrix product over the whole gallery."""
-    column = {video: number for number, video in enumerate(vectors.video_ids)}
-    row = {query: number for number, query in enumerate(vectors.query_ids)}
-    known = np.array([query.video in column for query in queries])
-    right = np.array([column.get(query.video, 0) for query in queries])
-    scores = vectors.query_vecs[[row[query.id] for query in queries]] @ vectors.video_vecs.T  # (Q, V)
+    known = np.array([vectors.has_video(query.video) for query in queries])
+    right = vectors.columns([query.video for query in queries], missing=0)
+    scores = vectors.scores(vectors.vecs_of([query.id for query in queries]))  # (Q, V)
     ranks, pessimistic = search_index.ranks(scores, right), search_index.ranks_pessimistic(scores, right)
     # Of equals the first, as the index does.
     shown = [vectors.video_ids[best] for best in scores.argmax(axis=1)]

@@ -230,12 +230,12 @@ def climb_free(profile, dataset, made) -> dict[str, dict]:
     queries = [
         q
         for q in annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
-        if q.video in vectors.video_ids
+        if vectors.has_video(q.video)
     ]
     queries = evenly_spaced(queries, profile.ladder_free_queries)
     texts, videos = [query.text for query in queries], [query.video for query in queries]
     gallery = torch.from_numpy(vectors.video_vecs).to(made.model.device)
-    right = torch.tensor([vectors.video_ids.index(video) for video in videos], device=gallery.device)
+    right = torch.from_numpy(vectors.columns(videos)).to(gallery.device)
     with torch.no_grad():
         plain = scored(made.pool(made.text_batch(texts)), gallery, right, profile.infonce_temperature)
     found = {"free-plain": plain | {"videos": videos}}
@@ -300,7 +300,7 @@ class Workshop:
         queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl")
         parts, rng = taught(profile, dataset, queries, vectors), np.random.default_rng(profile.seed)
         ours, held = ([rows[at] for at in rng.permutation(len(rows))] for rows in parts)
-        self.column = {video: number for number, video in enumerate(vectors.video_ids)}
+        self.column = vectors.column
         self.gallery = torch.from_numpy(vectors.video_vecs).to(made.model.device)
         self.base = checkpoints.load(profile.policy, profile)
         self.base.model.requires_grad_(False)
@@ -317,7 +317,7 @@ class Workshop:
 
     def asked(self, rows: list[sft_data.SFTExample]) -> QueryBatch:
         """Rows with what the base policy has read of them, whatever its heads."""
-        right = torch.tensor([self.column[row.right] for row in rows], device=self.gallery.device)
+        right = torch.tensor([self.column(row.right) for row in rows], device=self.gallery.device)
         return QueryBatch(rows, read_once(self.fresh("zero"), rows), self.gallery, right)
 
     def lessons(self, course: HeadRun) -> QueryBatch:
@@ -325,7 +325,7 @@ class Workshop:
         some = self.ours.some(range(min(course.rows, len(self.ours.rows))))
         if not course.hard:
             return some
-        wrong = [[self.column[video] for video in row.negatives] for row in some.rows]
+        wrong = [[self.column(video) for video in row.negatives] for row in some.rows]
         return replace(some, wrong=torch.tensor(wrong, device=self.gallery.device))
 
 

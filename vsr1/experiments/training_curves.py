@@ -64,8 +64,8 @@ def row_text(row: sft_data.SFTExample) -> str:
 
 def wrong_strips(profile: Profile, dataset: str, vectors, row: sft_data.SFTExample) -> list[plots.Strip]:
     """The right video of a row, and the three wrong ones that rank highest: what InfoNCE holds apart."""
-    query = vectors.query_vecs[vectors.query_ids.index(row.desc_id)]
-    order = [vectors.video_ids[at] for at in np.argsort(-vectors.video_vecs @ query, kind="stable")]
+    scores = vectors.scores(vectors.query_vec(row.desc_id))
+    order = [vectors.video_ids[column] for column in np.argsort(-scores, kind="stable")]
     wrong = [video for video in order if video != row.right][:3]
     strips, folder = [], profile.data_dir(dataset) / "videos"
     with video_reader.Reader(profile.video_fps, profile.max_frames) as reader:
@@ -82,12 +82,10 @@ def reach(
     profile: Profile, vectors: search_index.Vectors, queries: list[annotations.Query]
 ) -> dict[str, float]:
     """InfoNCE over the train gallery (nats, mean): of a query that knows nothing, as typed, and of the right video."""
-    column = {video: number for number, video in enumerate(vectors.video_ids)}
-    place = {number: at for at, number in enumerate(vectors.query_ids)}
-    queries = [query for query in queries if query.video in column]
-    right = torch.tensor([column[query.video] for query in queries])
+    queries = [query for query in queries if vectors.has_video(query.video)]
+    right = torch.from_numpy(vectors.columns([query.video for query in queries]))
     gallery_vecs = torch.from_numpy(vectors.video_vecs)
-    typed = torch.from_numpy(vectors.query_vecs[[place[query.id] for query in queries]])
+    typed = torch.from_numpy(vectors.vecs_of([query.id for query in queries]))
     loss = lambda vecs: torch.nn.functional.cross_entropy(
         vecs @ gallery_vecs.T / profile.infonce_temperature, right
     ).item()  # noqa: E731

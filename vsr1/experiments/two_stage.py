@@ -164,11 +164,8 @@ class QueryBatch:
 def asked(queries: list[Query], vectors: search_index.Vectors, windows: Windows) -> QueryBatch:
     """Those of the queries whose right video has windows."""
     queries = [query for query in queries if query.video in windows.row]
-    found, row = (
-        retrieval.first_search(queries, vectors),
-        {key: at for at, key in enumerate(vectors.query_ids)},
-    )
-    vecs = torch.from_numpy(vectors.query_vecs[[row[query.id] for query in queries]])
+    found = retrieval.first_search(queries, vectors)
+    vecs = torch.from_numpy(vectors.vecs_of([query.id for query in queries]))
     rows = np.array([windows.row[query.video] for query in queries])
     spans = np.array([query.span for query in queries])
     return QueryBatch(vecs.to(windows.vecs.device), rows, spans, right_first(found))
@@ -260,9 +257,8 @@ def _run(profile, dataset, folder):
 def submission(head: Head, queries: list[Query], vectors: search_index.Vectors, windows: Windows) -> dict:
     """Answers as `vsr1.score` reads them: the first 100 videos with a span each; SVMR, the span in the right one."""
     number = {video: at for at, video in enumerate(annotations.gallery_ids(queries))}
-    row = {query: at for at, query in enumerate(vectors.query_ids)}
-    vecs = vectors.query_vecs[[row[query.id] for query in queries]]
-    _, found = search_index.search(search_index.build_index(vectors.video_vecs), vecs, metrics.CUT)  # (Q, k)
+    vecs = vectors.vecs_of([query.id for query in queries])
+    _, found = vectors.search(vecs, metrics.CUT)  # (Q, k)
     told = {"video2idx": number, "VCMR": [], "SVMR": [], "VR": []}
     for query, vec, columns in zip(cache.progress(queries, "spans"), vecs, found, strict=True):
         videos = [vectors.video_ids[column] for column in columns]

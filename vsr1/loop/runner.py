@@ -54,8 +54,6 @@ class EpisodeRunner:
     def __init__(self, profile, system: System, made, agent, vectors, clips: clip_cache.ClipCache):
         self.system, self.engine, self.agent, self.vectors, self.clips = system, made, agent, vectors, clips
         self.max_new_tokens, self.top = profile.max_new_tokens, profile.max_turns + 1
-        self.column = {video: number for number, video in enumerate(vectors.video_ids)}
-        self.typed = dict(zip(vectors.query_ids, vectors.query_vecs, strict=True))
         self.carry = agent.settings.carry_blocks if system.refine == "sqr" else 1
         plain = agent.settings is None or system.marked  # it is asked for what it knows
         self.prompt = prompt_text.SYSTEM_ZS if plain else agent.settings.system
@@ -69,16 +67,18 @@ class EpisodeRunner:
     def search(self, pairs) -> list[Ranking]:
         """The gallery in the order of each query's vector."""
         # (B, D) query vectors against (V, D) of the videos
-        vecs = np.stack([self.typed[q.id] if state is ORIGINAL else state.vec for q, state in pairs])
-        scores = vecs @ self.vectors.video_vecs.T  # (B, V)
-        right = np.array([self.column.get(query.video, 0) for query, _ in pairs])
+        vecs = np.stack(
+            [self.vectors.query_vec(q.id) if state is ORIGINAL else state.vec for q, state in pairs]
+        )
+        scores = self.vectors.scores(vecs)  # (B, V)
+        _, best = self.vectors.search(vecs, self.top, scores)  # (B, top)
+        right = self.vectors.columns([query.video for query, _ in pairs], missing=0)
         ranks, ties = search_index.ranks(scores, right), search_index.ties(scores, right)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, : self.top]  # equal scores in row order
         found = []
         for row, (query, _) in enumerate(pairs):
             top = tuple(self.vectors.video_ids[column] for column in best[row])
             score, first = float(scores[row, right[row]]), float(scores[row, best[row, 0]])
-            known = query.video in self.column
+            known = self.vectors.has_video(query.video)
             place = (int(ranks[row]), int(ties[row])) if known else (None, None)
             found.append(Ranking(*place, self._given(query, top), score if known else None, first))
         return found
@@ -203,9 +203,8 @@ def load_pair(profile, system: System, weights: str):
 
 def warn_engine_mismatch(made, vectors, queries) -> None:
     """Says so where an engine that came with a policy is not the one that embedded the corpus (METHOD.md 8)."""
-    typed = dict(zip(vectors.query_ids, vectors.query_vecs, strict=True))
     some = annotations.evenly_spaced(queries, COMPARED_QUERIES)
-    cosines = (made.embed_texts([q.text for q in some]) * np.stack([typed[q.id] for q in some])).sum(axis=1)
+    cosines = (made.embed_texts([q.text for q in some]) * vectors.vecs_of([q.id for q in some])).sum(axis=1)
     if cosines.min() < MIN_COSINE:
         far = f"a query's vector has cosine {cosines.min():.4f} with that beside the index"
         warnings.warn(f"{made.name}: {far}; is the profile's engine the same?", stacklevel=2)

@@ -138,10 +138,10 @@ def _rank(profile, dataset, weights, chosen, folder):
     )
     ranks = {}
     for one in chosen:
-        scores = swept[one.desc_id].vecs @ vectors.video_vecs.T  # (N + 1, V)
+        scores = vectors.scores(swept[one.desc_id].vecs)  # (N + 1, V)
         ranks[one.desc_id] = own = {}
         for video in dict.fromkeys([*one.turns[0].top1_by_depth, one.gt_video]):
-            column = np.full(len(scores), vectors.video_ids.index(video))
+            column = np.full(len(scores), vectors.column(video))
             own[video] = search_index.ranks(scores, column).tolist()
     cache.write_json(folder / "ranks.json", ranks)
 

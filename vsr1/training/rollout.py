@@ -54,13 +54,12 @@ def make_prompts(queries, vectors: search_index.Vectors, *, negatives: int, seed
 
     The copies make accepting and rejecting equally often right (METHOD.md 6.4); without enough failures there are none.
     """
-    column = {video: number for number, video in enumerate(vectors.video_ids)}
-    place = {number: at for at, number in enumerate(vectors.query_ids)}
     starts = []
     for query in queries:
-        if query.video in column and query.id in place:
-            scores = vectors.video_vecs @ vectors.query_vecs[place[query.id]]
-            best = [vectors.video_ids[at] for at in np.argsort(-scores, kind="stable")[: negatives + 1]]
+        if vectors.has_video(query.video) and vectors.has_query(query.id):
+            vec = vectors.query_vec(query.id)
+            _, columns = vectors.search(vec[None], negatives + 1, vectors.scores(vec)[None])
+            best = [vectors.video_ids[column] for column in columns[0]]
             wrong = [video for video in best if video != query.video][:negatives]
             starts.append(RolloutPrompt(**vars(query), first=best[0], wrong=tuple(wrong)))
     failed = [start for start in starts if start.first != start.video]
@@ -192,7 +191,7 @@ class RolloutWorker(runner.EpisodeRunner):
 
         Random numbers are a prompt's own: they depend on its start, turn and video, not on the batch or the process.
         """
-        keys = [(group, self.column[video]) for group, video in prompts]
+        keys = [(group, self.vectors.column(video)) for group, video in prompts]
         rngs = [np.random.default_rng([*self.seed, self.turn, *key]) for key in keys]
         options = {
             "max_new_tokens": self.max_new_tokens,
@@ -227,7 +226,7 @@ class RolloutWorker(runner.EpisodeRunner):
         for row, latents in zip(rows, taken, strict=True):
             row.taken = latents
         vecs = self.vectors_of(rows, taken)
-        typed = torch.from_numpy(np.stack([self.typed[row.start.id] for row in rows])).to(vecs)
+        typed = torch.from_numpy(self.vectors.vecs_of([row.start.id for row in rows])).to(vecs)
         after, before = self.contrast(vecs, rows), self.contrast(typed, rows)
         for row, vec, *losses in zip(rows, vecs, after, before, strict=True):
             row.chance, row.before = (float(torch.exp(-loss)) for loss in losses)
@@ -245,13 +244,13 @@ class RolloutWorker(runner.EpisodeRunner):
         learn  not for the reward but to learn from: against what stage 1 contrasted with
         """
         if learn and self.knobs.sft_negatives is None:
-            right = torch.tensor([self.column[row.start.video] for row in rows], device=vecs.device)
+            right = torch.tensor([self.vectors.column(row.start.video) for row in rows], device=vecs.device)
             return F.cross_entropy(
                 vecs @ self.gallery.T / self.knobs.infonce_temperature, right, reduction="none"
             )
         losses = []
         for vec, row in zip(vecs, rows, strict=True):
-            columns = [self.column[video] for video in (row.start.video, *row.wrong)]
+            columns = [self.vectors.column(video) for video in (row.start.video, *row.wrong)]
             right, wrong = self.gallery[columns[:1]], self.gallery[columns[1:]]
             losses.append(info_nce(vec[None], right, wrong[None], self.knobs.infonce_temperature)[0])
         return torch.stack(losses)

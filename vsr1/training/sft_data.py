@@ -172,9 +172,9 @@ def make_rows(
 
 def nearest(video: str, vectors: search_index.Vectors) -> str:
     """The other video whose vector is closest to that of `video`."""
-    at = vectors.video_ids.index(video)
-    alike = vectors.video_vecs @ vectors.video_vecs[at]
-    alike[at] = -np.inf
+    column = vectors.column(video)
+    alike = vectors.scores(vectors.video_vecs[column])
+    alike[column] = -np.inf
     return vectors.video_ids[int(alike.argmax())]
 
 
@@ -186,9 +186,7 @@ def rankings(queries, vectors: search_index.Vectors, negatives: int | None) -> l
             f"sft_negatives: {count - 1} wrong videos asked for, but the train gallery has "
             f"{len(vectors.video_ids)} videos; lower it in the profile"
         )
-    place = {number: at for at, number in enumerate(vectors.query_ids)}
-    vecs = vectors.query_vecs[[place[query.id] for query in queries]]  # (Q, D)
-    best = np.argsort(-vecs @ vectors.video_vecs.T, axis=1, kind="stable")[:, :count]
+    _, best = vectors.search(vectors.vecs_of([query.id for query in queries]), count)  # (Q, count)
     return [[vectors.video_ids[column] for column in order] for order in best]
 
 
