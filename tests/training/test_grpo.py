@@ -29,7 +29,7 @@ from vsr1 import cache, config
 from vsr1.data import annotations
 from vsr1.loop import replies, sqr
 from vsr1.models import checkpoints, inputs, search_index
-from vsr1.training import fsdp, grpo, rewards, rollout, sft
+from vsr1.training import common, fsdp, grpo, rewards, rollout
 
 VIDEOS = [f"v{n}" for n in range(6)]
 
@@ -173,7 +173,7 @@ def test_the_time_reward_of_the_profile_is_in_the_sum(monkeypatch, profile, sear
     """Every reply is read as a rejection; Charades weighs 1.6, 0.1, 0.1, 0.35 and 0.8."""
     read = replies.read_reply
     said = "<think> no </think> <answer>not_matched</answer>"
-    monkeypatch.setattr(grpo.episode, "read_reply", lambda text, ids, **own: read(said, ids, **own))
+    monkeypatch.setattr(replies, "read_reply", lambda text, ids, **own: read(said, ids, **own))
     made = sampler(
         dataclasses.replace(profile, grounding_reward="half_on_reject"), search, vectors, "vsr1-single"
     )
@@ -236,7 +236,7 @@ def test_a_step_learns_from_the_comparison_that_the_profile_names(
 
 def test_what_changes_the_outcome_is_in_the_key_of_the_stage(monkeypatch, profile):
     key = lambda made: cache.fingerprint(grpo.train(made, "charades"))  # noqa: E731
-    monkeypatch.setattr(grpo.stages, "run", lambda target, inputs, build, together: inputs)
+    monkeypatch.setattr(cache, "build", lambda target, inputs, work, distributed: inputs)
     changes = {"grounding_reward": "half_on_reject", "group_by": "query_turn", "retrieval_reward": "delta"}
     changes |= {"scale_rewards": "batch", "grpo_exclude_sft_queries": True}
     for change in ({name: value} for name, value in changes.items()):
@@ -258,11 +258,11 @@ def test_stage_2_asks_for_stage_1(monkeypatch, tmp_path, profile):
 @pytest.mark.parametrize("scale", ["group", "batch"])
 def test_advantages_are_trl_s(scale):
     """Its scale_rewards."""
-    rewards = torch.tensor([0.3, 1.2, 1.2, -0.4, 0.5, 0.5, 0.5, 0.5])
-    groups = rewards.view(2, 4)
-    spread = {"group": groups.std(1, keepdim=True), "batch": rewards.std()}[scale]
+    earned = torch.tensor([0.3, 1.2, 1.2, -0.4, 0.5, 0.5, 0.5, 0.5])
+    groups = earned.view(2, 4)
+    spread = {"group": groups.std(1, keepdim=True), "batch": earned.std()}[scale]
     theirs = (groups - groups.mean(1, keepdim=True)) / (spread + 1e-4)
-    ours = rewards.advantages(rewards.tolist(), list("aaaabbbb"), None if scale == "group" else float(spread))
+    ours = rewards.advantages(earned.tolist(), list("aaaabbbb"), None if scale == "group" else float(spread))
     np.testing.assert_allclose(ours, theirs.flatten().tolist(), atol=1e-4)
 
 
@@ -362,11 +362,11 @@ def test_the_objective_is_trl_s_in_value_and_gradient(tmp_path, beta):
         else:
             batch = inputs.collate(prompts, made.model, made.tokenizer.pad_token_id)
             said = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in replies], batch_first=True)
-            inputs = {"prompt_ids": batch["input_ids"], "prompt_mask": batch["attention_mask"]}
-            inputs |= {"completion_ids": said, "completion_mask": seen.said.int(), "advantages": gains}
-            inputs |= {"old_per_token_logps": old, "ref_per_token_logps": anchor}
-            inputs |= {"num_items_in_batch": seen.said.sum()}
-            loss = trainer._compute_loss(made.model, inputs)
+            options = {"prompt_ids": batch["input_ids"], "prompt_mask": batch["attention_mask"]}
+            options |= {"completion_ids": said, "completion_mask": seen.said.int(), "advantages": gains}
+            options |= {"old_per_token_logps": old, "ref_per_token_logps": anchor}
+            options |= {"num_items_in_batch": seen.said.sum()}
+            loss = trainer._compute_loss(made.model, options)
         loss.backward()
         grads = {name: w.grad.clone() for name, w in made.model.named_parameters() if w.grad is not None}
         losses.append((loss.detach(), grads))
@@ -716,20 +716,21 @@ def test_tensorboard_draws_what_the_log_says(tmp_path, monkeypatch, profile, sea
 
 
 def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch, profile, search, vectors, starts):
-    monkeypatch.setattr(sft, "is_tensorboard_available", lambda: False)
+    monkeypatch.setattr(common, "is_tensorboard_available", lambda: False)
     course = begin(dataclasses.replace(profile, tensorboard=True), search, vectors)
     with pytest.raises(config.InputError, match="the package tensorboard is missing; install it"):
         course.run(starts, starts[:2], tmp_path, "drawn")
 
 
-def prepared(home, agent, vectors):
+def prepared(profile, agent, vectors):
     """What stage 2 finds on disk: a checkpoint of stage 1, queries, vectors."""
-    for folder in ("sft", "corpus", "embed/engine/train"):
-        (home / folder).mkdir(parents=True)
+    home, data = profile.runs("charades"), profile.data_dir("charades")
+    for folder in (home / "sft", data / "corpus", data / "embed/engine/train"):
+        folder.mkdir(parents=True)
     checkpoints.save(agent, home / "sft")
     queries = [annotations.Query(n + 1, text, f"v{n}", (0.0, 4.0), "", 8.0) for n, text in enumerate(QUERIES)]
-    annotations.write_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl", queries)
-    place = profile.data_dir(dataset) / "embed" / "engine" / "train"
+    annotations.write_fig(profile.data_dir("charades") / "corpus" / "train.jsonl", queries)
+    place = profile.data_dir("charades") / "embed" / "engine" / "train"
     (place / "ids.json").write_text(json.dumps({"videos": vectors.video_ids, "queries": vectors.query_ids}))
     np.save(place / "video_vecs.npy", vectors.video_vecs)
     np.save(place / "query_vecs.npy", vectors.query_vecs)
@@ -741,14 +742,14 @@ def test_each_recipe_trains_to_its_end_and_resumes(tmp_path, monkeypatch, profil
     profile = dataclasses.replace(profile, grpo_steps=2, val_fraction=1 / 3)
     agent, load, factors = random_policy(), checkpoints.load, rollout.VARIANTS[recipe]
     agent.settings = dataclasses.replace(agent.settings, n_soft=3)
-    monkeypatch.setattr(grpo.policy, "load", lambda *args: few_words(load(*args)))
+    monkeypatch.setattr(grpo.checkpoints, "load", lambda *args: few_words(load(*args)))
     monkeypatch.setattr(grpo.engine, "load", lambda _: search)
-    monkeypatch.setattr(grpo.evaluate, "Clips", lambda *_: Shelf())
+    monkeypatch.setattr(grpo.clip_cache, "ClipCache", lambda *_: Shelf())
 
     def train(name, watch=None):
         monkeypatch.setattr(config, "ROOT", tmp_path / name)
-        if not (home := profile.runs("charades")).exists():
-            prepared(home, agent, vectors)
+        if not profile.runs("charades").exists():
+            prepared(profile, agent, vectors)
         return grpo.train(profile, "charades", recipe, watch)
 
     whole = train("whole")
@@ -781,7 +782,7 @@ def test_fresh_starts_are_queries_that_stage_1_did_not_learn_from(tmp_path, monk
     monkeypatch.setattr(config, "ROOT", tmp_path)
     profile = dataclasses.replace(profile, val_fraction=1 / 3)
     home = profile.runs("charades")
-    prepared(home, random_policy(), vectors)
+    prepared(profile, random_policy(), vectors)
     every, held = rollout.choose_prompts(profile, "charades", vectors)
     first, second = sorted({start.id for start in every})
 

@@ -364,7 +364,7 @@ def test_tensorboard_draws_what_the_log_says(tmp_path, monkeypatch, profile, sea
 
 
 def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch, profile, rows):
-    monkeypatch.setattr(sft, "is_tensorboard_available", lambda: False)
+    monkeypatch.setattr(common, "is_tensorboard_available", lambda: False)
     profile = dataclasses.replace(profile, tensorboard=True)
     with pytest.raises(config.InputError, match="the package tensorboard is missing; install it"):
         sft.make_trainer(profile, random_policy(), rows, Shelf(), tmp_path, "drawn")

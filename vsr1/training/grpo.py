@@ -176,10 +176,10 @@ class GRPOTrainer:
         by = self.knobs.group_by
         with fsdp.unsharded(self.learner):
             rows = self.walk(starts, self.knobs.grpo_group, [self.knobs.seed, 7, number])
-            rewards = [row.reward for row in rows]
-            spread = float(np.std(gather_object(rewards), ddof=1))
+            earned = [row.reward for row in rows]
+            spread = float(np.std(gather_object(earned), ddof=1))
             scale = spread if self.knobs.scale_rewards == "batch" else None
-            found = rewards.advantages(rewards, [rewards.group_key(_short(row), by) for row in rows], scale)
+            found = rewards.advantages(earned, [rewards.group_key(_short(row), by) for row in rows], scale)
             for row, advantage in zip(rows, found, strict=True):
                 row.advantage = advantage
             sums, norm = self._descend([row for row in rows if row.advantage is not None])
