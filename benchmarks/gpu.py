@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel, TrainerCallback
@@ -27,6 +26,7 @@ from benchmarks import speed
 from vsr1 import config
 from vsr1.config import InputError
 from vsr1.data import annotations, video_reader
+from vsr1.data.video_writer import write_video
 from vsr1.loop import episode, records, runner
 from vsr1.mini import pretraining_tasks
 from vsr1.models import checkpoints, embedding, engine, loading, policy, search_index
@@ -96,12 +96,8 @@ def make_film(path: Path, seconds: float, size: tuple[int, int]) -> None:
     spots = torch.rand(1, 3, 8, 16, generator=torch.manual_seed(0))
     picture = torch.nn.functional.interpolate(255 * spots, size, mode="bilinear")[0].permute(1, 2, 0)
     picture = picture.byte().numpy()
-    with av.open(str(path), "w") as film:
-        stream = film.add_stream("libx264", rate=RATE)
-        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
-        for shift in range(round(RATE * seconds)):
-            film.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(picture, 4 * shift, axis=1), "rgb24")))
-        film.mux(stream.encode())
+    count = round(RATE * seconds)
+    write_video(path, (np.roll(picture, 4 * shift, axis=1) for shift in range(count)), RATE)
 
 
 class Bed:

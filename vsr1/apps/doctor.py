@@ -104,17 +104,13 @@ def reader() -> Line:
         import av
         import decord
 
+        from vsr1.data.video_writer import write_video
+
         with tempfile.TemporaryDirectory() as folder:
-            path = str(Path(folder) / "clip.mp4")
-            with av.open(path, "w") as clip:
-                stream = clip.add_stream("libx264", rate=8)
-                stream.width = stream.height = 64
-                stream.pix_fmt = "yuv420p"
-                for shade in range(0, 256, 32):
-                    picture = np.full((64, 64, 3), shade, np.uint8)
-                    clip.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-                clip.mux(stream.encode())
-            count = len(decord.VideoReader(path, num_threads=1))
+            path = Path(folder) / "clip.mp4"
+            shades = range(0, 256, 32)
+            write_video(path, [np.full((64, 64, 3), shade, np.uint8) for shade in shades], 8)
+            count = len(decord.VideoReader(str(path), num_threads=1))
     except Exception as error:  # whatever a broken codec library raises is the finding
         found = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
         return Line("video", "missing", found, AGAIN)

@@ -24,13 +24,13 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from transformers import Qwen3VLForConditionalGeneration
 
 from vsr1 import cache, config
 from vsr1.config import ROOT, InputError
 from vsr1.data import annotations, clip_cache, video_reader
+from vsr1.data.video_writer import write_video
 from vsr1.loop import episode, records, replies, runner
 from vsr1.loop.records import ORIGINAL, Episode, Ranking
 from vsr1.models import checkpoints, loading, search_index
@@ -425,14 +425,7 @@ def film(path: Path, clip: video_reader.Clip, moment) -> tuple[bytes, str]:
         part, tape = reader.read(path, np.arange(first, last, float(1 / rate))), io.BytesIO()
     if part.problem is not None:
         return b"", part.problem
-    with av.open(tape, "w", format="mp4") as box:
-        out = box.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
-        (out.width, out.height), out.pix_fmt = size, "yuv420p"
-        for number, picture in enumerate(part.frames):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = number, 1 / rate
-            box.mux(out.encode(frame))
-        box.mux(out.encode(None))
+    write_video(tape, part.frames, rate, CRF)
     return tape.getvalue(), f"The film runs from {clock(first)} to {clock(last)}, without sound."
 
 

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 from vsr1 import cache
 from vsr1.data import annotations
+from vsr1.data.video_writer import write_video
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -557,25 +558,21 @@ def picture(dataset: str, moment: Moment, busy: bool, phase: float, extras: dict
 
 
 def film(scene: Scene, dataset: str, path: Path, size: int, fps: int) -> None:
-    """The scene as an H.264 MP4 file; the same scene gives the same bytes."""
-    scratch = path.with_name(f".{path.name}")
-    with av.open(str(scratch), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.width = stream.height = size
-        stream.pix_fmt = "yuv420p"
-        stream.thread_count = 1  # several threads would make the bytes depend on the machine
-        stream.options = {"preset": "ultrafast", "crf": "24", "g": str(8 * fps)}
-        pictures, to_yuv = {}, av.video.reformatter.VideoReformatter()
-        for number in range(round(scene.seconds * fps)):
-            which, busy = scene.on(number / fps)
-            key = (which, busy, number % PHASES)
-            if key not in pictures:
-                pixels = picture(dataset, scene.moments[which], busy, key[2] / PHASES, scene.extras, size)
-                pictures[key] = to_yuv.reformat(av.VideoFrame.from_ndarray(pixels, "rgb24"), format="yuv420p")
-            pictures[key].pts = number
-            container.mux(stream.encode(pictures[key]))
-        container.mux(stream.encode(None))
-    os.replace(scratch, path)
+    """Write the scene as an H.264 MP4 file; the same scene gives the same bytes."""
+    frames = _frames(scene, dataset, size, fps)
+    write_video(path, frames, fps, crf=24, preset="ultrafast", keyframe_interval=8 * fps)
+
+
+def _frames(scene, dataset, size, fps):
+    """The frames of a scene in order; each distinct picture is drawn and converted once."""
+    pictures = {}
+    for number in range(round(scene.seconds * fps)):
+        key = (*scene.on(number / fps), number % PHASES)
+        if key not in pictures:
+            which, busy, phase = key
+            pixels = picture(dataset, scene.moments[which], busy, phase / PHASES, scene.extras, size)
+            pictures[key] = av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(format="yuv420p")
+        yield pictures[key]
 
 
 def _film_one(job):

@@ -27,6 +27,7 @@ from PIL import Image
 from vsr1 import cache
 from vsr1.config import InputError, Profile
 from vsr1.data import annotations, video_reader
+from vsr1.data.video_writer import write_video
 from vsr1.evaluation import metrics
 from vsr1.loop import episode, records
 from vsr1.loop.records import Episode, Turn
@@ -172,23 +173,23 @@ def _rank(value) -> str:
 
 def film(source: Path, target: Path) -> None:
     """A small copy of a video that browsers play, H.264, without sound."""
-    with av.open(str(source)) as box, av.open(str(target), "w", format="mp4") as small:
+    with av.open(str(source)) as box:
         stream = box.streams.best("video")
         begin = (stream.start_time or 0) * stream.time_base  # clocks of cut or recorded films begin anywhere
         seconds = float(stream.duration * stream.time_base if stream.duration else box.duration / 1e6 - begin)
         rate = Fraction(min(FPS, FRAMES / seconds)).limit_denominator(100)
-        out = small.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
-        out.height = min(PIXELS, stream.height) // 2 * 2
-        out.width = round(out.height * stream.width / stream.height / 2) * 2
-        out.pix_fmt, out.thread_count = "yuv420p", 1  # several threads would make the bytes differ
-        number = 0
-        for frame in box.decode(stream):
-            if (frame.time - begin) * rate >= number:
-                copy = frame.reformat(out.width, out.height, "yuv420p")
-                copy.pts, copy.time_base, copy.pict_type = number, 1 / rate, 0
-                small.mux(out.encode(copy))
-                number += 1
-        small.mux(out.encode(None))
+        write_video(target, _small_frames(box, stream, begin, rate), rate, CRF)
+
+
+def _small_frames(box, stream, begin, rate):
+    """The frames of a video at a lower rate and size."""
+    height = min(PIXELS, stream.height) // 2 * 2
+    width = round(height * stream.width / stream.height / 2) * 2
+    number = 0
+    for frame in box.decode(stream):
+        if (frame.time - begin) * rate >= number:
+            yield frame.reformat(width, height, "yuv420p")
+            number += 1
 
 
 def strip(clip: video_reader.Clip) -> tuple[Image.Image, list[float]]:
