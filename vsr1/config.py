@@ -59,7 +59,7 @@ class Profile:
     dtype: str = "float32"  # "bf16" at paper scale
     decode_workers: int = 1  # ours: worker processes that decode ahead of the engine
     max_turns: int = 3  # T; ours: the project page says gains saturate at 3, the official script runs 2
-    display_rule: typing.Literal["top1", "skip_rejected", "second_if_repeat"] = "top1"  # see `episode.choose`
+    display_rule: typing.Literal["top1", "skip_rejected"] = "top1"  # see `episode.select_video`
     eval_batch: int = 64  # ours: queries that walk in step; their KV caches are held, a kill costs as many
     sample_queries: int = 96  # ours: test queries, evenly spread, that S1 compares refinements on
     video_fps: float = 1.0  # "1 fps"
@@ -78,9 +78,6 @@ class Profile:
     neutral_tokens: int = 8  # ours: inserted where the paper's "N = 8" soft tokens will stand
     max_new_tokens: int = 1024  # official: tokens of the longest reply
     n_soft: int = 8  # "N = 8 soft query tokens"
-    first_latent_state: typing.Literal["pre", "post"] = (
-        "pre"  # official: soft token 1 reads the state before the norm
-    )
     # "zero", official: the last layer of the projector starts at zero. "scaled" is ours, see `SoftHeads`.
     refine_init: typing.Literal["zero", "default", "scaled"] = "zero"
     carry_blocks: int = 1  # official; "q_{t+1} = [q_t, soft_t]" is as many as there were turns in training
@@ -130,12 +127,8 @@ class Profile:
     rollout_temperature: float = 1.0  # official: of sampled replies
     # R_ret is "exp(-L_ret)"; "delta", official: less that of the query as typed.
     retrieval_reward: typing.Literal["exp", "delta"] = "exp"
-    # A right rejection earns as R_time what its episode ends with (ours), or one half, without tags (official).
-    grounding_reward: typing.Literal["outcome", "half_on_reject"] = "outcome"
     # Parts of the reward that count nothing: verify, form, refine, time, retrieve.
     disabled_rewards: tuple[str, ...] = ()
-    # Ours: compared are replies to one prompt (query, turn, video shown), or all of a start's at one turn.
-    group_by: typing.Literal["prompt", "query_turn"] = "prompt"
     grpo_infonce_weight: float = 1.0  # official, of InfoNCE in stage 2, or of what `gauss` has instead
     latent_noise_std: float = 0.05  # official: noise on soft tokens, for recipes that sample them
     max_skipped: float = 0.05  # ours: share of steps, and always two, that may end without an update

@@ -310,12 +310,6 @@ def test_a_gallery_that_is_exhausted_ends_the_walk():
     assert (seen(one), one.stop_reason) == ("ab", "exhausted")
 
 
-def test_the_official_option_shows_the_second_when_the_first_was_just_rejected():
-    rankings = {("q", ()): "abc", ("q", ("a",)): "acb", ("q", ("c",)): "abc"}
-    (one,) = walk(World(rankings, {}), [query("q", "b")], 3, display_rule="second_if_repeat")
-    assert seen(one) == "aca" and [turn.rank_in for turn in one.turns] == [2, 3, 2]
-
-
 def test_a_fixed_point_is_recorded_again_without_asking_and_equals_asking_again():
     rankings = {
         ("q", ()): "abc",
@@ -384,7 +378,7 @@ def a_world(seed, queries=40):
     return World(rankings, replies, broken="f"), asked
 
 
-@pytest.mark.parametrize("how", ["top1", "skip_rejected", "second_if_repeat"])
+@pytest.mark.parametrize("how", ["top1", "skip_rejected"])
 def test_all_queries_in_step_equal_each_alone_and_in_another_order(how):
     world, queries = a_world(1)
     together = walk(world, queries, display_rule=how)

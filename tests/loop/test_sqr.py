@@ -114,14 +114,13 @@ def test_a_refinement_reads_one_token_per_latent_and_no_prompt(made, branches, m
 
 
 @torch.no_grad()
-def test_seed_norm_chooses_the_state_the_first_soft_token_reads(made, branches):
-    post = changed(made, settings=soft_heads.Settings(first_latent_state="post"))
-    first = sqr.soft_tokens(post, branches, 1)[:, 0]
+def test_the_first_soft_token_reads_the_state_before_the_norm(made, branches):
+    first = sqr.soft_tokens(made, branches, 1)[:, 0]
     words = made.model.get_input_embeddings().weight[made.mark].expand(3, 1, -1)
     states = decoding.extend(made.model, decoding.stack_contexts(branches), words)[1][:, 0]
+    torch.testing.assert_close(first, made.heads.P(states), atol=1e-6, rtol=1e-6)
     normed = made.heads.P(made.model.model.language_model.norm(states))
-    torch.testing.assert_close(first, normed, atol=1e-6, rtol=1e-6)
-    assert (first - sqr.soft_tokens(made, branches, 1)[:, 0]).abs().max() > 0.01
+    assert (first - normed).abs().max() > 0.01
 
 
 def loss_of(made, search, prompts, replies, target):

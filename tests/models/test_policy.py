@@ -320,7 +320,7 @@ def other_weights(folder):
     [
         (
             break_json("first_latent_state", "both"),
-            "vsr1.json: first_latent_state: 'both' is not supported; there are 'pre', 'post'",
+            "vsr1.json: first_latent_state: 'both' is not supported; there are 'pre'",
         ),
         (break_json("n_latents", 8), "vsr1.json: no such knob 'n_latents'"),
         (break_json("first_latent_state", None), "vsr1.json: settings.first_latent_state is missing"),

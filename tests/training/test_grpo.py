@@ -152,72 +152,28 @@ def test_the_official_retrieval_reward_is_a_difference():
     )
 
 
-@pytest.mark.parametrize(
-    ("walked", "times"),
-    [
-        ([turn(False, False), turn(True, True, 0.6)], [0.5, 0.6]),
-        ([turn(False, False, text="<think> <start> </think> <answer>not_matched</answer>")], [0.5]),
-        ([turn(False, False, text="<answer>not_matched</answer> <start>1.0")], [0.0]),
-        ([turn(False, False, text="<answer>not_matched</answer> <END>1.0</END>")], [0.0]),
-        ([turn(False, True), turn(True, True, 0.6)], [0.0, 0.6]),
-        ([turn(None, False)], [0.0]),
-        ([turn(True, False, 0.6)], [0.0]),
-    ],
-)
-def test_the_official_time_reward_gives_one_half_to_a_right_rejection_that_names_no_time(walked, times):
-    made = parts(*walked, chances=[0.5] * len(walked), grounding_reward="half_on_reject")
-    assert [one["time"] for one in made] == times
-
-
-def test_the_time_reward_of_the_profile_is_in_the_sum(monkeypatch, profile, search, vectors, starts):
-    """Every reply is read as a rejection; Charades weighs 1.6, 0.1, 0.1, 0.35 and 0.8."""
-    read = replies.read_reply
-    said = "<think> no </think> <answer>not_matched</answer>"
-    monkeypatch.setattr(replies, "read_reply", lambda text, ids, **own: read(said, ids, **own))
-    made = sampler(
-        dataclasses.replace(profile, grounding_reward="half_on_reject"), search, vectors, "vsr1-single"
-    )
-    (rows,) = made.walk([starts[0]], [1])
-    (last,) = made.walk([starts[-1]], [1])
-    assert starts[0].first != starts[0].video and starts[-1].first == starts[-1].video
-    for row, verify, time in ((rows[0], 1.0, 0.5), (last[0], -1.0, 0.0)):
-        refined = float(row.taken is not None)
-        earned = 1.6 * verify + 0.1 * row.parts["form"] + 0.1 * refined + 0.8 * (row.chance or 0.0)
-        assert row.reward == pytest.approx(earned + 0.35 * time)
-
-
 # Three members of one start; at turn 2, two of them see v1 and one v2.
 TURNS = [(1, "v0", 1.0), (1, "v0", 1.0), (1, "v0", 1.0), (2, "v1", 1.0), (2, "v1", 3.0), (2, "v2", 5.0)]
 
 
-@pytest.mark.parametrize(
-    ("group_by", "gains", "told"),
-    [
-        ("prompt", [0, 0, 0, -1 / 2**0.5, 1 / 2**0.5, None], (2, 1, 0.5, 1, 2**0.5 / 2)),
-        ("query_turn", [0, 0, 0, -1, 0, 1], (2, 1, 0.5, 0, 1.0)),
-    ],
-)
-def test_rows_are_compared_by_prompt_or_by_turn(group_by, gains, told):
-    """Spreads by hand: of (1, 3) the root of 2, of (1, 3, 5) it is 2."""
+def test_rows_are_compared_by_prompt():
+    """The spread of (1, 3) by hand: the root of 2."""
+    gains, told = [0, 0, 0, -1 / 2**0.5, 1 / 2**0.5, None], (2, 1, 0.5, 1, 2**0.5 / 2)
     parts = dict.fromkeys(("verify", "form", "refine", "time", "retrieve"), 0.0)
     rows = [{"group": 0, "t": t, "shown": shown, "reward": reward} for t, shown, reward in TURNS]
     found = rewards.advantages(
-        [r["reward"] for r in rows], [rewards.group_key(row, group_by) for row in rows]
+        [r["reward"] for r in rows], [rewards.group_key(row) for row in rows]
     )
     assert [gain and round(gain, 3) for gain in found] == [gain and round(gain, 3) for gain in gains]
-    line = grpo.tally([row | {"length": 1, "right": True, "parts": parts} for row in rows], group_by)
+    line = grpo.tally([row | {"length": 1, "right": True, "parts": parts} for row in rows])
     keys = ("groups", "flat_groups", "flat", "alone", "spread")
     assert tuple(line[key] for key in keys) == pytest.approx(told)
 
 
 @pytest.mark.parametrize("scale", ["group", "batch"])
-@pytest.mark.parametrize(
-    ("group_by", "shared"), [("prompt", ("group", "t", "shown")), ("query_turn", ("group", "t"))]
-)
-def test_a_step_learns_from_the_comparison_that_the_profile_names(
-    profile, search, vectors, starts, group_by, shared, scale
-):
-    profile = dataclasses.replace(profile, group_by=group_by, scale_rewards=scale, grpo_group=8)
+def test_a_step_learns_from_the_comparison_that_the_profile_names(profile, search, vectors, starts, scale):
+    shared = ("group", "t", "shown")
+    profile = dataclasses.replace(profile, scale_rewards=scale, grpo_group=8)
     course = begin(profile, search, vectors)
     line, rows = course.step(1, starts[3:])
     prompts = {(row["group"], row["t"], row["shown"]) for row in rows}
@@ -237,8 +193,7 @@ def test_a_step_learns_from_the_comparison_that_the_profile_names(
 def test_what_changes_the_outcome_is_in_the_key_of_the_stage(monkeypatch, profile):
     key = lambda made: cache.fingerprint(grpo.train(made, "charades"))  # noqa: E731
     monkeypatch.setattr(cache, "build", lambda target, inputs, work, distributed: inputs)
-    changes = {"grounding_reward": "half_on_reject", "group_by": "query_turn", "retrieval_reward": "delta"}
-    changes |= {"scale_rewards": "batch", "grpo_exclude_sft_queries": True}
+    changes = {"retrieval_reward": "delta", "scale_rewards": "batch", "grpo_exclude_sft_queries": True}
     for change in ({name: value} for name, value in changes.items()):
         assert key(dataclasses.replace(profile, **change)) != key(profile), change
     for change in (

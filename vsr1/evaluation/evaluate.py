@@ -59,7 +59,6 @@ def run_system(
             *sight,
             *loop,
             profile.n_soft,
-            profile.first_latent_state,
             profile.refine_init,
             profile.carry_blocks,
         ],

@@ -197,7 +197,6 @@ def ladder(profile, dataset: str) -> dict[str, dict]:
     shared = (
         "infonce_temperature",
         "n_soft",
-        "first_latent_state",
         "val_fraction",
         "grpo_negatives",
         "seed",

@@ -65,19 +65,16 @@ def select_video(top, rejected, display_rule="top1") -> str | None:
 
     skip_rejected     the best one not yet rejected in this episode; with a refinement that changes nothing this
                       walks down the ranking
-    second_if_repeat  the second best, if the best was rejected the turn before (official "sequential")
     stop_at_repeat    None, if the best was rejected before: in training that state has been sampled already
 
-    >>> [choose("abc", ["b", "a"], how) for how in ("top1", "skip_rejected", "second_if_repeat", "stop_at_repeat")]
-    ['a', 'c', 'b', None]
+    >>> [select_video("abc", ["b", "a"], rule) for rule in ("top1", "skip_rejected", "stop_at_repeat")]
+    ['a', 'c', None]
     """
     if display_rule == "stop_at_repeat" and top[0] in rejected:
         return None
     if display_rule == "skip_rejected":
         return next((video for video in top if video not in rejected), None)
-    if display_rule == "second_if_repeat" and rejected and top[0] == rejected[-1]:
-        return (top[1:] or top)[0]  # a gallery of one video has no second
-    assert display_rule in ("top1", "second_if_repeat", "stop_at_repeat"), display_rule
+    assert display_rule in ("top1", "stop_at_repeat"), display_rule
     return top[0] if top else None
 
 

@@ -46,7 +46,7 @@ def soft_tokens(
     tokens = [torch.zeros(len(branches), 0, heads.width, device=embeds.device)]
     for step in range(n):
         context, pre, post = decoding.extend(model, context, embeds, memory)
-        state = pre if step == 0 and policy.settings.first_latent_state == "pre" else post
+        state = pre if step == 0 else post
         tokens.append(
             heads.P(state) if noise is None else heads.P(state) + noise[:, step : step + 1]
         )  # (B, 1, D)

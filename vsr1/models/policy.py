@@ -244,5 +244,5 @@ def mean_embedding_norm(reader) -> float:
 
 def new_settings(profile, instruction: str) -> soft_heads.Settings:
     """What a profile says about refinement; `instruction` is the engine's, with its full stop."""
-    shared = ("n_soft", "first_latent_state", "carry_blocks", "max_query_tokens", "refine_init")
+    shared = ("n_soft", "carry_blocks", "max_query_tokens", "refine_init")
     return soft_heads.Settings(instruction=instruction, **{name: getattr(profile, name) for name in shared})

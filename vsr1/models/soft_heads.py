@@ -18,9 +18,7 @@ class Settings:
     system: str = prompt_text.SYSTEM  # the exact system prompt
     n_soft: int = 8
     gate: Literal["off"] = "off"
-    first_latent_state: Literal["pre", "post"] = (
-        "pre"  # the state at <REFINE>: before or after the final norm
-    )
+    first_latent_state: Literal["pre"] = "pre"  # the state at <REFINE>, before the final norm
     insertion: Literal["before the closing <|im_end|>"] = "before the closing <|im_end|>"
     pooling: Literal["last"] = "last"
     carry_blocks: int = 1  # C: soft tokens of how many turns stand in a query

@@ -173,18 +173,17 @@ class GRPOTrainer:
     def step(self, number: int, starts: list[rollout.RolloutPrompt]) -> tuple[dict, list[dict]]:
         """One rollout and one step of the optimizer: (the line of the log, all rows in short)."""
         began = time.perf_counter()
-        by = self.knobs.group_by
         with fsdp.unsharded(self.learner):
             rows = self.walk(starts, self.knobs.grpo_group, [self.knobs.seed, 7, number])
             earned = [row.reward for row in rows]
             spread = float(np.std(gather_object(earned), ddof=1))
             scale = spread if self.knobs.scale_rewards == "batch" else None
-            found = rewards.advantages(earned, [rewards.group_key(_short(row), by) for row in rows], scale)
+            found = rewards.advantages(earned, [rewards.group_key(_short(row)) for row in rows], scale)
             for row, advantage in zip(rows, found, strict=True):
                 row.advantage = advantage
             sums, norm = self._descend([row for row in rows if row.advantage is not None])
         short = gather_object([_short(row) for row in rows])
-        told = tally(short, by)
+        told = tally(short)
         self.counts.update(groups=told["groups"], flat=told["flat_groups"])
         means = {"loss": sums["loss"], "kl": sums["kl"] / sums["rows"]}
         means |= {"clipped": sums["clipped"] / sums["rows"]}
@@ -312,7 +311,7 @@ class GRPOTrainer:
         with fsdp.unsharded(self.learner):
             rows = self.walk(held, 2, [self.knobs.seed, 9])
         short = gather_object([_short(row) for row in rows])
-        told = tally(short, self.knobs.group_by)
+        told = tally(short)
         if self.accelerator.is_main_process:
             _append(folder / "held.jsonl", {"step": number} | told)
         self.accelerator.log({f"held/{name}": value for name, value in _numbers(told).items()}, number)
@@ -389,7 +388,7 @@ def _short(row):
     return kept | {"chance": row.chance, "before": row.before}
 
 
-def tally(rows: list[dict], group_by: str) -> dict:
+def tally(rows: list[dict]) -> dict:
     """What a log says about the rows of a step: means over rows, and the same turn by turn.
 
     spread       mean over groups of the standard deviation of rewards
@@ -399,7 +398,7 @@ def tally(rows: list[dict], group_by: str) -> dict:
     """
     own = {}
     for row in rows:
-        own.setdefault(rewards.group_key(row, group_by), []).append(row["reward"])
+        own.setdefault(rewards.group_key(row), []).append(row["reward"])
     spreads = [float(np.std(rewards, ddof=1)) for rewards in own.values() if len(rewards) > 1]
     flat = sum(spread < 1e-6 for spread in spreads)
     told = {"rows": len(rows), "alone": len(own) - len(spreads), "groups": len(spreads), "flat_groups": flat}
@@ -459,7 +458,7 @@ def train(profile, dataset: str, name: str = "vsr1", watch=None) -> Path:
         "latent_noise_std",
         "infonce_temperature",
     ]
-    used += ["val_fraction", "max_new_tokens", "seed", "grounding_reward", "group_by"]
+    used += ["val_fraction", "max_new_tokens", "seed"]
     inputs = {
         "sft": cache.metadata(home / "sft").get("key"),
         "recipe": [name, *vars(rollout.VARIANTS[name]).values()],

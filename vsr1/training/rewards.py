@@ -27,9 +27,7 @@ REWARD_WEIGHTS |= dict.fromkeys(("didemo", "activitynet"), RewardWeights(1.2, 0.
 NO_REFINE = {"charades": 0.0, "didemo": -0.3, "activitynet": -0.3}  # official, for "delta" only
 
 
-def reward_parts(
-    one: records.Episode, rows: list, retrieval_reward="exp", grounding_reward="outcome"
-) -> list[dict]:
+def reward_parts(one: records.Episode, rows: list, retrieval_reward="exp") -> list[dict]:
     """{part: value} of each turn of an episode, before weighting.
 
     verify    +1 for a right verdict on the video shown, -1 for a wrong or unreadable one
@@ -39,15 +37,11 @@ def reward_parts(
               query as typed (official)
     time      the overlap that the episode ends with, if it ends in the right video, for every turn whose own verdict
               was right: a rejection that leads there shares in it. Nothing is summed over turns: long does not pay.
-              "half_on_reject": for a right rejection one half instead, if it names no time (official)
     """
     last, parts = one.turns[-1] if one.turns else None, []
     outcome = last.iou if last and last.reply and last.reply.matched and last.shown_is_gt else 0.0
     for turn, row in zip(one.turns, rows, strict=False):  # an unreadable video has a turn and no row
         right = turn.reply.matched is not None and turn.reply.matched == turn.shown_is_gt
-        timed = outcome
-        if grounding_reward == "half_on_reject" and not turn.reply.matched:
-            timed = 0.0 if _names_time(turn.reply.text) else 0.5
         gained = 0.0 if row.chance is None else row.chance
         if retrieval_reward == "delta":
             gained = NO_REFINE.get(one.run.dataset, 0.0) if row.chance is None else row.chance - row.before
@@ -56,25 +50,19 @@ def reward_parts(
                 "verify": 1.0 if right else -1.0,
                 "form": float(turn.reply.strict),
                 "refine": float(turn.reply.has_refine),
-                "time": timed if right else 0.0,
+                "time": outcome if right else 0.0,
                 "retrieve": gained,
             }
         )
     return parts
 
 
-def _names_time(text):
-    """Whether the answer behind the reasoning has a tag of a time, closed or not."""
-    said = text.rpartition("</think>")[2].lower()
-    return "<start>" in said or "<end>" in said
+def group_key(row: dict) -> tuple:
+    """Return what compared rows have in common, their prompt: the start of their episode, the turn and the video shown.
 
-
-def group_key(row: dict, group_by: str) -> tuple:
-    """What rows have in common that are compared: the prompt, or (METHOD.md 6.4) only the start and the turn.
-
-    Both name the start, not the query: a query that stands among the starts twice was shown two videos.
+    It names the start, not the query: a query that stands among the starts twice was shown two videos.
     """
-    return (row["group"], row["t"]) + (row["shown"],) * (group_by == "prompt")
+    return row["group"], row["t"], row["shown"]
 
 
 def advantages(rewards, groups, spread: float | None = None) -> list[float | None]:

@@ -138,9 +138,10 @@ class RolloutWorker(runner.EpisodeRunner):
         once = {"display_rule": "stop_at_repeat", "reuse": False}  # a state is sampled once
         run = records.Run(self.dataset, "train", "grpo", turns, carry, self.knobs.seed, **once)
         walked = episode.run_episodes(starts, self.search, self.ask, self.refine, run)
-        options = self.knobs.retrieval_reward, self.knobs.grounding_reward
         for one, rows in zip(walked, self.rows.values(), strict=True):
-            for row, parts in zip(rows, rewards.reward_parts(one, rows, *options), strict=True):
+            for row, parts in zip(
+                rows, rewards.reward_parts(one, rows, self.knobs.retrieval_reward), strict=True
+            ):
                 row.parts = parts
                 row.reward = sum(getattr(self.weights, part) * value for part, value in parts.items())
         return list(self.rows.values())

@@ -270,7 +270,6 @@ def train(profile, dataset: str, name: str = "sft", watch=None) -> Path:
         profile.infonce_weight,
         profile.infonce_temperature,
         profile.n_soft,
-        profile.first_latent_state,
         profile.refine_init,
     ]
     retrieval += [profile.ambiguity_filter]
