@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vsr1.evaluation import fig_scorer, metrics
-from vsr1.loop.episode import milliseconds, overlap
+from vsr1.loop.moments import span_iou, span_ms
 from vsr1.loop.records import Cost, Episode, Run, Turn
 from vsr1.loop.replies import read_reply
 
@@ -25,18 +25,18 @@ def said(verdict, span=None):
 def turn(t, shown, gt, rank_in, verdict, span=None, out=None, truth=(2.0, 8.0), ties=0, **more):
     """A turn in a video of 10 s; `out` is (rank, top-1) after the refinement."""
     reply = said(verdict, span)
-    kept = None if reply.span is None else milliseconds([min(time, 10.0) for time in reply.span])
-    iou = overlap(kept, milliseconds(truth)) if kept and shown == gt else 0.0
+    clamped = None if reply.span is None else [min(time, 10.0) for time in reply.span]
+    iou = float(span_iou(clamped, truth)) if clamped and shown == gt else 0.0
     if out is not None:
         more |= {"refine_kind": "sqr", "refine_tokens": 8, "refine_tokens_tagged": 9, "refine_cost": STEP}
         more |= {"rank_out": out[0], "ties_out": 0, "top1_out": out[1]}
-    fields = {"reply": reply, "span_ms": kept, "iou": iou, "look_cost": LOOK} | more
+    fields = {"reply": reply, "span_ms": clamped and span_ms(clamped), "iou": iou, "verify_cost": LOOK} | more
     return Turn(t, shown, shown == gt, rank_in, ties, 0.5, 0.9, **fields)
 
 
 def episode(key, gt, turns, stop="budget", rank=None, problem=None, truth=(2.0, 8.0)):
     rank = turns[0].rank_in if turns else rank
-    return Episode(RUN, key, f"query {key}", gt, milliseconds(truth), rank, tuple(turns), stop, problem)
+    return Episode(RUN, key, f"query {key}", gt, span_ms(truth), rank, tuple(turns), stop, problem)
 
 
 @pytest.fixture
@@ -71,7 +71,6 @@ def test_the_numbers_of_four_episodes_are_those_made_by_hand(four):
     assert percents(four, "ver_official") == [2 / 3 * 100]  # "not matched" against c, which nobody looked at
     assert [one.desc_id for one in metrics.failed(four)] == [2, 4]
     assert [one.desc_id for one in metrics.refined(four)] == [2, 3]
-    assert [one.desc_id for one in metrics.runnable(four)] == [1, 2, 3]
 
 
 def test_budgets_are_read_by_carrying_the_last_turn_forward(four):
@@ -108,7 +107,7 @@ def test_an_overlap_of_one_half_is_one_half_for_us_and_less_in_float32():
     """An edge of DATASETS section 4."""
     truth = (14.2, 23.0)
     one = episode(1, "a", [turn(1, "a", "a", 1, True, (16.5, 20.9), truth=truth)], truth=truth)
-    one = replace(one, turns=(replace(one.turns[0], iou=overlap((16500, 20900), milliseconds(truth))),))
+    one = replace(one, turns=(replace(one.turns[0], iou=float(span_iou((16.5, 20.9), truth))),))
     assert metrics.vcmr_hits([one], 0.5).tolist() == [True]
     assert metrics.vcmr_hits([one], 0.5, metrics.moment_ious_tvr).tolist() == [False]
 
@@ -146,7 +145,7 @@ def test_costs_are_means_over_what_they_are_about(four):
 def test_a_turn_met_again_refines_and_costs_nothing():
     """Tokens are what a refinement takes; seconds are those that were spent."""
     first = turn(1, "x", "c", 3, False, out=(3, "x"))
-    again = replace(first, t=2, reused=True, look_cost=Cost(), refine_cost=Cost())
+    again = replace(first, t=2, reused=True, verify_cost=Cost(), refine_cost=Cost())
     spent = metrics.costs([episode(1, "c", [first, again])])
     assert (spent["tokens"], spent["refine_seconds"], spent["seconds"], spent["reused"]) == (8, 0.5, 2.5, 0.5)
 

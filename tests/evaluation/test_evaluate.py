@@ -192,7 +192,7 @@ def test_a_soft_query_of_the_loop_is_the_one_made_by_hand_for_one_row(
             assert (turn.refine_tokens, turn.refine_tokens_tagged) == (n, n + 1)
             if not turn.reused:
                 assert turn.refine_cost.generated == n and turn.refine_cost.engine_calls == 1
-                assert turn.look_cost.forward == len(prompt.ids) + turn.look_cost.generated
+                assert turn.verify_cost.forward == len(prompt.ids) + turn.verify_cost.generated
     assert any(turn.reused for one in walked for turn in one.turns) == (blocks == 1)
 
 
@@ -309,7 +309,7 @@ def plain(one):
             turn,
             score_gt=0.0,
             score_top1=0.0,
-            look_cost=dataclasses.replace(turn.look_cost, seconds=0.0),
+            verify_cost=dataclasses.replace(turn.verify_cost, seconds=0.0),
             refine_cost=dataclasses.replace(turn.refine_cost, seconds=0.0),
         )
         for turn in one.turns

@@ -9,6 +9,7 @@ import pytest
 from vsr1.data.annotations import gallery_ids, read_activitynet, read_fig
 from vsr1.evaluation import metrics, statistics
 from vsr1.evaluation.metrics import UNRANKED
+from vsr1.loop import moments
 from vsr1.models import search_index
 
 REAL = next((up / "shared/data" for up in Path(__file__).parents if (up / "shared/data").is_dir()), None)
@@ -47,7 +48,7 @@ def float32_iou(a, b):
 @pytest.mark.parametrize(("truth", "answer", "default", "float32"), EDGES)
 def test_an_overlap_of_exactly_one_half_is_decided_as_the_table_says(truth, answer, default, float32):
     assert exact_iou(answer, truth) == Fraction(1, 2)
-    assert bool(metrics.reaches(metrics.span_iou(answer, truth), 0.5)) is default
+    assert bool(metrics.reaches(moments.span_iou(answer, truth), 0.5)) is default
     assert bool(metrics.reaches(metrics.span_iou_as_written(answer, truth), 0.5)) is default
     assert bool(metrics.reaches(metrics.span_iou_as_written(answer, truth, float32=True), 0.5)) is float32
 
@@ -57,12 +58,12 @@ def test_overlaps_equal_fractions_on_a_grid_full_of_ties():
     answers, truth = grid_spans(rng, 5000), np.sort(grid_spans(rng, 5000), axis=1)
     exact = [exact_iou(answer, span) for answer, span in zip(answers, truth, strict=True)]
     written = metrics.span_iou_as_written(answers, truth)
-    assert metrics.span_iou(answers, truth).tolist() == [float(iou) for iou in exact]
+    assert moments.span_iou(answers, truth).tolist() == [float(iou) for iou in exact]
     on_threshold = 0
     for m in ("0.3", "0.5", "0.7", "1"):
         hits = [iou >= Fraction(m) for iou in exact]
         on_threshold += sum(iou == Fraction(m) for iou in exact)
-        assert metrics.reaches(metrics.span_iou(answers, truth), float(m)).tolist() == hits
+        assert metrics.reaches(moments.span_iou(answers, truth), float(m)).tolist() == hits
         assert metrics.reaches(written, float(m)).tolist() == hits
     assert on_threshold > 50  # or the test says little
 
@@ -84,7 +85,7 @@ def test_overlaps_broadcast_and_leave_their_inputs_alone():
         np.array([[0.0, 10.0]] * 2),
     )
     before = answers.copy()
-    assert metrics.span_iou(answers, truth[:, None]).tolist() == [[0.5, 5 / 15], [1.0, 0.0]]
+    assert moments.span_iou(answers, truth[:, None]).tolist() == [[0.5, 5 / 15], [1.0, 0.0]]
     assert (answers == before).all()
 
 
@@ -119,19 +120,13 @@ def test_places_in_lists_equal_those_of_a_reader_who_walks_them():
     rng = np.random.default_rng(3)
     videos, truth = rng.integers(0, 3, size=(40, 100)), np.sort(grid_spans(rng, 40), axis=1)
     spans = grid_spans(rng, 4000).reshape(40, 100, 2)
-    right, iou = videos == 1, metrics.span_iou(spans, truth[:, None])
+    right, iou = videos == 1, moments.span_iou(spans, truth[:, None])
     for m in metrics.THRESHOLDS:
         ours = [metrics.vr_ranks(right), metrics.vcmr_ranks(right, iou, m), metrics.svmr_ranks(right, iou, m)]
         for q in range(40):
             listed = [(videos[q, p], *spans[q, p]) for p in range(100)]
             expected = slow_places(listed, 1, truth[q], Fraction(str(m)))
             assert [None if ranks[q] == UNRANKED else ranks[q] for ranks in ours] == expected
-
-
-def test_the_first_overlap_in_the_right_video_is_zero_where_the_video_is_absent():
-    right = np.array([[False, True, True], [False, False, False]])
-    iou = np.array([[0.9, 0.25, 0.5], [0.9, 0.9, 0.9]])
-    assert metrics.first_svmr_iou(right, iou).tolist() == [0.25, 0.0]
 
 
 def test_recall_counts_every_query_and_no_queries_are_no_number():

@@ -10,7 +10,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from vsr1.data import annotations
-from vsr1.loop import episode, hqr, records, replies
+from vsr1.loop import hqr, moments, records, replies
 from vsr1.loop.records import Cost, Episode, Turn
 from vsr1.loop.replies import REFINE
 from vsr1.mini import renderer
@@ -183,7 +183,7 @@ def test_the_example_shows_its_ranks_and_its_frames_unless_they_are_of_real_vide
         replace(
             one,
             gt_video=query.video,
-            gt_span_ms=episode.milliseconds(query.span),
+            gt_span_ms=moments.span_ms(query.span),
             turns=tuple(replace(turn, shown_id=names[turn.shown_id]) for turn in one.turns),
         )
         for one in pair

@@ -11,7 +11,7 @@ from test_episode_metrics import turn
 from test_evaluate import agent, made, random_one, read, run, world  # noqa: F401
 
 from vsr1.data import annotations, video_reader
-from vsr1.loop import episode, records
+from vsr1.loop import moments, records
 from vsr1.mini import renderer
 from vsr1.report import canvas, search_figures
 
@@ -144,7 +144,7 @@ def home(tmp_path_factory):
 def about(one, ran, query, names):
     """An episode of FIT as one of a rendered query."""
     turns = [replace(t, shown_id=names[t.shown_id], top1_out=names.get(t.top1_out)) for t in one.turns]
-    fields = {"query": query.text, "gt_video": query.video, "gt_span_ms": episode.milliseconds(query.span)}
+    fields = {"query": query.text, "gt_video": query.video, "gt_span_ms": moments.span_ms(query.span)}
     return replace(one, run=ran, turns=tuple(turns), **fields)
 
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from vsr1.config import InputError, Profile
 from vsr1.evaluation import metrics, statistics
+from vsr1.evaluation.statistics import Estimate
 from vsr1.loop import records
 from vsr1.loop.records import Episode
 from vsr1.report import results
-from vsr1.evaluation.statistics import Estimate
 from vsr1.report.results import digits
 
 KEPT = ("vcmr@0.3", "vcmr@0.5", "vcmr@0.7", "ver", "vr@1_orig", "vr@1", "vr@5", "vr@10", "vr@100")

@@ -12,6 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from vsr1.loop.moments import overlap, span_iou
+
 CUT = 100  # a list of predictions is cut here before anything else
 VR_KS = (1, 5, 10, 100)  # K of R@K
 THRESHOLDS = (0.3, 0.5, 0.7)  # m of IoU=m
@@ -22,41 +24,6 @@ IOU_EPS = 1e-9
 
 
 # --- Overlap of two moments
-
-
-def milliseconds(seconds):
-    """Times as whole milliseconds, int64, same shape.
-
-    >>> milliseconds((14.2, 23.0))
-    array([14200, 23000])
-    """
-    return np.rint(np.asarray(seconds, dtype=np.float64) * 1000).astype(np.int64)
-
-
-def overlap(a, b):
-    """Intersection over hull of two moments, in the arithmetic of their dtype; shapes (..., 2) broadcast.
-
-    Whenever they meet the hull is the union, so this is the IoU. A reversed or empty `a` gets 0 by itself.
-    """
-    shared = np.minimum(a[..., 1], b[..., 1]) - np.maximum(a[..., 0], b[..., 0])
-    hull = np.maximum(a[..., 1], b[..., 1]) - np.minimum(a[..., 0], b[..., 0])
-    iou = np.zeros(shared.shape, dtype=np.result_type(shared.dtype, np.float32))  # int64 becomes float64
-    return np.divide(np.maximum(shared, 0), hull, out=iou, where=hull != 0)[()]
-
-
-def span_iou(a, b):
-    """Overlap of two moments in seconds, in [0, 1]; shapes (..., 2) broadcast.
-
-    Exact: a quotient of whole milliseconds, so that what is 3/10 equals 0.3.
-
-    >>> float(span_iou((0, 10), (5, 15))) == 5 / 15
-    True
-    >>> float(span_iou((14.2, 23.0), (16.5, 20.9)))  # plain float64 says 0.4999999999999998
-    0.5
-    >>> float(span_iou((5, 5), (5, 5))), float(span_iou((15, 5), (5, 15)))
-    (0.0, 0.0)
-    """
-    return overlap(milliseconds(a), milliseconds(b))
 
 
 def span_iou_as_written(a, b, float32=False):
@@ -92,7 +59,7 @@ def reaches(iou, threshold):
 
 
 def first_place(hit, counted):
-    """Place of the first hit among the predictions that take a place, (Q,); NEVER where nothing is hit.
+    """Place of the first hit among the predictions that take a place, (Q,); UNRANKED where nothing is hit.
 
     >>> hit = np.array([[False, False, True]])
     >>> first_place(hit, np.array([[True, True, True]])), first_place(hit, np.array([[False, True, True]]))
@@ -117,12 +84,6 @@ def svmr_ranks(right, iou, threshold):
     return first_place(right & reaches(iou, threshold), right)
 
 
-def first_svmr_iou(right, iou):
-    """Overlap of the first prediction in the right video, (Q,); 0 where there is none. Its mean is mIoU."""
-    first = np.take_along_axis(iou, right.argmax(axis=1)[:, None], axis=1)[:, 0]
-    return np.where(right.any(axis=1), first, 0)
-
-
 # --- Percent of queries
 
 
@@ -139,7 +100,7 @@ def percent(values):
 def recall_at(ranks, k):
     """R@k: percent of the queries whose right answer stands at place k or before.
 
-    >>> recall_at(np.array([1, 3, NEVER]), 1) == 1 / 3 * 100
+    >>> recall_at(np.array([1, 3, UNRANKED]), 1) == 1 / 3 * 100
     True
     """
     return percent(np.asarray(ranks) <= k)
@@ -231,13 +192,8 @@ def refined(episodes):
     return [episode for episode in episodes if episode.turns and episode.turns[0].rank_out is not None]
 
 
-def runnable(episodes):
-    """The episodes without a problem: the official denominator, printed where it differs from all queries."""
-    return [episode for episode in episodes if episode.problem is None]
-
-
 def true_ranks(episodes, which="final", ties_count="for us"):
-    """Rank of the right video, (Q,); NEVER where it has no vector.
+    """Rank of the right video, (Q,); UNRANKED where it has no vector.
 
     final  after the last executed refinement: the official convention of T looks and up to T + 1 searches
     shown  behind the last video that was really looked at
@@ -337,7 +293,7 @@ def costs(episodes):
     turns = [turn for episode in episodes for turn in episode.turns]
     again = [turn for turn in turns if turn.rank_out is not None]
     paid = [turn.refine_cost.seconds for turn in turns if turn.refine_kind is not None and not turn.reused]
-    spent = [cost for turn in turns for cost in (turn.look_cost, turn.refine_cost)]
+    spent = [cost for turn in turns for cost in (turn.verify_cost, turn.refine_cost)]
     each = (
         {key: sum(getattr(cost, key) for cost in spent) / len(episodes) for key in vars(spent[0])}
         if spent

@@ -15,6 +15,7 @@ from vsr1.config import Profile
 from vsr1.data import annotations, video_reader
 from vsr1.data.annotations import Query
 from vsr1.evaluation import metrics, statistics
+from vsr1.loop import moments
 from vsr1.models import search_index
 from vsr1.report import plots
 from vsr1.report.results import Estimate
@@ -99,7 +100,7 @@ def retrieval_numbers(profile: Profile, dataset: str, found: FirstSearch) -> dic
         ci = found.interval(profile, hits)
         numbers[f"T1/{dataset}/zs/vr@{k}"] = Estimate(metrics.percent(hits), len(hits), ci, (profile.seed,))
         numbers[f"T1/{dataset}/random/vr@{k}"] = Estimate(metrics.chance_recall(found.videos, k), len(hits))
-    iou = metrics.span_iou(
+    iou = moments.span_iou(
         [(0, query.duration) for query in found.queries], [query.span for query in found.queries]
     )
     right = np.array([video == query.video for video, query in zip(found.shown, found.queries, strict=True)])

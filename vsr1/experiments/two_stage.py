@@ -23,6 +23,7 @@ from vsr1.data import annotations, video_reader
 from vsr1.data.annotations import Query, evenly_spaced
 from vsr1.evaluation import metrics
 from vsr1.experiments import retrieval
+from vsr1.loop import moments
 from vsr1.models import embedding, engine, search_index
 from vsr1.report.results import Estimate
 
@@ -197,7 +198,7 @@ def train(profile, head: Head, ours: QueryBatch, held: QueryBatch, windows: Wind
             adam.step()
             pace.step()
             losses.append(loss.item())
-        ious = metrics.span_iou(locate(head.eval(), held.query, windows, held.rows), held.spans)
+        ious = moments.span_iou(locate(head.eval(), held.query, windows, held.rows), held.spans)
         line = {"epoch": epoch, "loss": float(np.mean(losses)), "miou": metrics.percent(ious)}
         for m in metrics.THRESHOLDS:
             line[f"vcmr@{m}"] = metrics.percent(metrics.reaches(ious, m) & held.hit)
@@ -286,7 +287,7 @@ def known_spans(folder: Path, queries: list[Query]) -> np.ndarray:
 
 def hits(profile, found: retrieval.FirstSearch, spans: np.ndarray) -> dict[str, np.ndarray]:
     """{metric: one value per query}; a moment counts where the first search shows its video. There is no verdict."""
-    ious = metrics.span_iou(spans, [query.span for query in found.queries])
+    ious = moments.span_iou(spans, [query.span for query in found.queries])
     reached = {m: metrics.reaches(ious, m) for m in metrics.THRESHOLDS}
     values = {f"vcmr@{m}": right_first(found) & enough for m, enough in reached.items()}
     values |= {f"vr@{k}": found.hits(k) for k in profile.vr_ks}

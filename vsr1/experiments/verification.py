@@ -11,6 +11,7 @@ from vsr1.config import Profile
 from vsr1.data import annotations, video_reader
 from vsr1.evaluation import evaluate, metrics
 from vsr1.experiments import refinement, retrieval
+from vsr1.loop import moments
 from vsr1.loop.records import Episode
 from vsr1.report import plots
 from vsr1.report.results import Estimate
@@ -103,7 +104,7 @@ def histogram(ious) -> list:
 def iou_series(dataset: str, looked: Known) -> dict[str, list]:
     """V2: histograms of overlap with the right moment, of the spans that were named and of the whole video."""
     truth = np.array([one.gt_span_ms for one in looked.right]) / 1000
-    whole = metrics.span_iou([(0, seconds) for seconds in looked.durations], truth)
+    whole = moments.span_iou([(0, seconds) for seconds in looked.durations], truth)
     both = {"zs": metrics.moment_ious(looked.right), "wholevideo": whole}
     return {f"V2/{dataset}/{system}/iou": histogram(ious) for system, ious in both.items()}
 

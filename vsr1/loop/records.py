@@ -1,28 +1,27 @@
-"""The records of an episode and their JSON-lines file."""
+"""What the loop passes between its parts, what it records of an episode, and the JSON-lines file of records."""
 
 import json
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from vsr1 import config
+from vsr1 import cache, config
 from vsr1.config import InputError
 from vsr1.data import annotations
 from vsr1.loop import replies
 
-# --- What the loop is handed, and hands on
+# --- Between the loop and the functions it is handed
 
 ORIGINAL = ()  # the state of a query that nothing was added to
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What was spent. A batch's seconds are shared evenly among its rows."""
+    """What was spent. The seconds of a batch are shared evenly among its rows."""
 
     seconds: float = 0.0
     generated: int = 0  # tokens and latents that the policy decoded
     forward: int = 0  # positions that the policy computed, prompts included
-    engine_calls: int = 0  # query vectors that the engine made
+    engine_calls: int = 0  # query vectors that the engine computed
 
     def __add__(self, other):
         return Cost(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
@@ -30,7 +29,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Ranking:
-    """How the gallery stands to one query vector."""
+    """The gallery, ranked by one query vector."""
 
     rank: int | None  # of the right video, ties for us; None: that video has no vector
     ties: int | None  # wrong videos with exactly its score
@@ -41,26 +40,26 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Verification:
-    """What came of showing one video to the policy."""
+    """The policy's reply to one query and one video."""
 
     reply: replies.Reply | None  # None: `problem` says why
     video_seconds: float | None = None
     cost: Cost = Cost()
-    state: object = None  # whatever `refine` needs of it; never written down
+    state: object = None  # what `refine` needs of it, such as its KV cache; never recorded
     problem: str | None = None
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """A query to search with next, and what it took to make it."""
+    """A query to search with next, and its cost."""
 
     kind: str  # "sqr", "walkdown", "hqr-seen-append", ...
-    state: object  # what `search` takes; None: the reply gave nothing to refine with
+    state: object  # the query state that `search` takes; None: the reply gave nothing to refine with
     tokens: int | None = None  # N of SQR; text tokens between the tags of HQR
     tokens_tagged: int | None = None  # with <REFINE>, or with the two tags
     update: str | None = None  # in words (HQR)
     cost: Cost = Cost()
-    by_depth: tuple = ()  # states of the prefix sweep, 1 to N latents, the last equal to `state`
+    by_depth: tuple = ()  # query states of the prefix sweep, 1 to N latents, the last equal to `state`
 
 
 # --- The record
@@ -72,35 +71,36 @@ class Run:
 
     dataset: str
     split: str
-    method: str  # system name of ARCHITECTURE section 5
+    method: str  # name of the system
     max_turns: int  # T
     carry_blocks: int  # C
     seed: int
-    display_rule: str = "top1"  # see `choose`
-    reuse: bool = True  # see `run_episodes`
+    display_rule: str = "top1"  # see `episode.select_video`
+    reuse: bool = True  # see `episode.run_episodes`
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One look at one video, and the refined search after it if there was one.
+    """One video shown to the policy, its reply, and the refined search after it if there was one.
 
-    The span is clamped to [0, length of the shown video] here and nowhere else, then rounded to whole milliseconds; the
-    right one is not clamped. `reply.span` keeps what was said. `rank_by_depth[d]` is the rank with the first d latents
-    of this turn; d = 0 is the query before them, so `rank_in`. (Where C = 1 the latents replace those of the turn
-    before, and "without latents" could also mean the plain query: that number is the episode's `rank_orig`.)
+    The span is clamped to [0, length of the shown video] here and nowhere else, then rounded to whole milliseconds.
+    The right span is not clamped. `reply.span` keeps the times as they were written.
+    `rank_by_depth[d]` is the rank with the first d latents of this turn; d = 0 is the query before them, so `rank_in`.
+    (Where C = 1 the latents replace those of the turn before, and "without latents" could also mean the original
+    query. That number is the episode's `rank_orig`.)
     """
 
     t: int  # from 1
     shown_id: str
     shown_is_gt: bool
-    rank_in: int  # of the right video, in the ranking behind this look
+    rank_in: int  # of the right video, in the ranking whose best video was shown
     ties_in: int
     score_gt: float
     score_top1: float
     reply: replies.Reply | None  # None: the video could not be read, the episode's `problem` says why
     span_ms: tuple[int, int] | None
     iou: float  # of `span_ms` and the right span, whatever the verdict; 0 without a span or in a wrong video
-    look_cost: Cost
+    verify_cost: Cost
     refine_kind: str | None = None
     refine_tokens: int | None = None
     refine_tokens_tagged: int | None = None
@@ -111,7 +111,7 @@ class Turn:
     top1_out: str | None = None
     rank_by_depth: tuple[int, ...] = ()
     top1_by_depth: tuple[str, ...] = ()
-    reused: bool = False  # an earlier turn of this episode, met again: nothing was computed
+    reused: bool = False  # an earlier turn of this episode, recorded again: nothing was computed
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,14 @@ class Episode:
     problem: str | None = None
 
 
+def with_refined_ranking(turn: Turn, ranking: Ranking) -> Turn:
+    """Return `turn` with all its fields that say what the refined search found."""
+    return replace(turn, rank_out=ranking.rank, ties_out=ranking.ties, top1_out=ranking.top[0])
+
+
 # --- Files
 
-FORMAT, VERSION = "vsr1 episodes", 1
+FORMAT, VERSION = "vsr1 episodes", 2  # 2: look_cost became verify_cost
 
 
 @dataclass(frozen=True)
@@ -145,19 +150,17 @@ class Header:
 
 
 def write_episodes(path: Path, run: Run, episodes: list[Episode]) -> None:
-    """A header line, then one JSON object per episode; complete or not at all."""
+    """Write a header line and one JSON object per episode to `path`, complete or not at all."""
     assert all(episode.run == run for episode in episodes), "episodes of several runs in one file"
     rows = [asdict(Header(FORMAT, VERSION, len(episodes), run))]
     rows += [{key: value for key, value in asdict(episode).items() if key != "run"} for episode in episodes]
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
-    scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    cache.write_text(path, "\n".join(lines) + "\n")
 
 
 def read_episodes(path: Path) -> list[Episode]:
-    """The episodes of a file; what is damaged is an InputError that names the line."""
-    path = Path(path).resolve()  # what a link names, so that the remedy works
+    """Return the episodes of a file. Raises InputError that names the line where the file is damaged."""
+    path = Path(path).resolve()  # the target of a link, so that the remedy works
     lines, _ = annotations.numbered_lines(annotations.read_text(path))
     remedy = "delete this file and run it again"
     if not lines:
@@ -168,13 +171,14 @@ def read_episodes(path: Path) -> list[Episode]:
             f"{path}, line {lines[0][0]}: not a header of {FORMAT!r} version {VERSION}; {remedy}"
         )
     header = config.parse(Header, head, f"{path}, line {lines[0][0]}")
-    episodes, seen = [], {}
+    episodes, first_line = [], {}
     for n, line in lines[1:]:
         row = annotations.parse_json(line, path, n)
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {n}: not an episode; {remedy}")
-        episodes.append(config.parse(Episode, row | {"run": head["run"]}, f"{path}, line {n}"))
-        if (first := seen.setdefault(episodes[-1].desc_id, n)) != n:
+        episode = config.parse(Episode, row | {"run": head["run"]}, f"{path}, line {n}")
+        episodes.append(episode)
+        if (first := first_line.setdefault(episode.desc_id, n)) != n:
             raise InputError(f"{path}, line {n}: its desc_id stands on line {first} already; {remedy}")
     if len(episodes) != header.episodes:
         raise InputError(f"{path}: {len(episodes)} episodes, its first line says {header.episodes}; {remedy}")

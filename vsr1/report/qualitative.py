@@ -29,7 +29,7 @@ from vsr1.config import InputError, Profile
 from vsr1.data import annotations, video_reader
 from vsr1.data.video_writer import write_video
 from vsr1.evaluation import metrics
-from vsr1.loop import episode, records
+from vsr1.loop import moments, records
 from vsr1.loop.records import Episode, Turn
 from vsr1.mini import renderer, teacher
 from vsr1.mini.renderer import ATTRIBUTES, Moment
@@ -107,7 +107,7 @@ def asked_for(one: Episode, scenes: dict) -> Moment | None:
     """The rendered moment that a query describes; None for real video."""
     if not scenes:
         return None
-    spans = {episode.milliseconds((m.start, m.end)): m for m in scenes[one.gt_video].moments}
+    spans = {moments.span_ms((m.start, m.end)): m for m in scenes[one.gt_video].moments}
     return spans[tuple(one.gt_span_ms)]
 
 
@@ -348,7 +348,7 @@ class Shelf:
 
 
 def _span(moment) -> tuple[int, int] | None:
-    return moment and episode.milliseconds((moment.start, moment.end))
+    return moment and moments.span_ms((moment.start, moment.end))
 
 
 def _reasoning(turn) -> str:
