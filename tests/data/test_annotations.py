@@ -2,19 +2,20 @@
 
 import gzip
 import json
-from collections import Counter, defaultdict
+import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from vsr1.config import InputError
+from vsr1.config import PACKAGE, InputError
 from vsr1.data.annotations import (
+    SPECIAL_TOKEN,
     CorpusWarning,
     find_videos,
     gallery_ids,
-    read_activitynet,
-    read_charades_sta,
-    read_didemo,
+    parse_json,
     read_fig,
     write_fig,
 )
@@ -38,11 +39,6 @@ def fig_file(folder, *rows, name="fig.jsonl"):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (folder / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return folder / name
-
-
-def json_file(folder, value):
-    (folder / "source.json").write_text(json.dumps(value))
-    return folder / "source.json"
 
 
 # --- FIG
@@ -119,14 +115,51 @@ def test_a_missing_key_is_refused_with_file_line_and_key(tmp_path, key):
     + [("fig_desc_score", "high")],
 )
 def test_a_wrong_type_is_refused_with_file_line_and_key(tmp_path, key, value):
-    with pytest.raises(InputError, match=f"fig.jsonl, line 2: '{key}' must be"):
+    with pytest.raises(
+        InputError, match=rf"fig.jsonl, line 2: '{key}(\[[01]\])?': .*, found |line 2: 'time\[1\]'"
+    ):
         read_fig(fig_file(tmp_path, ROW | {"desc_id": 1}, ROW | {key: value}))
 
 
 @pytest.mark.parametrize("line", ["{", "[1, 2]", "nonsense", '{"video": "A"} {}', "[" * 100_000, "1" * 5000])
 def test_a_malformed_line_is_refused_with_file_and_line(tmp_path, line):
-    with pytest.raises(InputError, match=r"fig.jsonl, line 2: not"):
+    with pytest.raises(InputError, match=r"fig.jsonl, line 2: (not JSON|must be an object)"):
         read_fig(fig_file(tmp_path, ROW, line))
+
+
+@pytest.mark.parametrize("key", ["fig_desc", "cog_desc"])
+@pytest.mark.parametrize("token", ["<|video_pad|>", "<|im_end|>", "<|im_start|>", "<REFINE>"])
+def test_a_text_with_a_special_token_is_refused_with_file_line_and_token(tmp_path, key, token):
+    path = fig_file(tmp_path, ROW | {"desc_id": 1}, ROW | {key: f"a person {token} sits"})
+    with pytest.raises(InputError, match=rf"fig.jsonl, line 2: '{key}': holds {re.escape(token)}, a special"):
+        read_fig(path)
+
+
+def test_every_special_token_of_the_shipped_tokenizer_is_known():
+    tokenizer = json.loads((PACKAGE / "mini/weights/policy/tokenizer.json").read_text(encoding="utf-8"))
+    names = [token["content"] for token in tokenizer["added_tokens"] if "|" in token["content"]]
+    assert "<|video_pad|>" in names and all(map(SPECIAL_TOKEN.fullmatch, names))
+    assert not SPECIAL_TOKEN.search("a < b |> c, <|>, <| x |>, <person>")
+
+
+def test_an_entry_of_a_list_is_named_by_its_number_and_key():
+    class Row(BaseModel):
+        times: tuple[float, float]
+
+    rows = [{"times": [1, 2]}, {"times": [1, True]}]
+    with pytest.raises(
+        InputError, match=r"^rows.json, entry 2: 'times\[1\]': must be a valid number, found True$"
+    ):
+        parse_json(json.dumps(rows), "rows.json", kind=list[Row])
+
+
+def test_numbers_are_read_as_python_reads_them():
+    values = [0.1, 1 / 3, 5e-324, 1e22, 123456789012345678901234567890, 1.7976931348623157e308]
+    text = (
+        json.dumps(values)[:-1]
+        + ", 1.00000000000000011102230246251565404236316680908203125, 9007199254740993.0]"
+    )
+    assert parse_json(text, "x") == json.loads(text)
 
 
 def test_a_repeated_id_is_refused_with_file_line_and_id(tmp_path):
@@ -152,101 +185,6 @@ def test_what_is_written_reads_back_and_has_the_seven_keys_in_order(tmp_path):
     assert read_fig(tmp_path / "out.jsonl") == queries
     assert written.isascii() and written.endswith(b"}\n") and b"\r" not in written
     assert [list(json.loads(line)) for line in written.splitlines()] == [list(ROW)] * 2
-
-
-# --- Source releases
-
-
-def test_a_charades_line_is_split_at_the_first_mark_and_swapped_where_reversed(tmp_path):
-    text = "AO8RW 0.0 6.9##a person ## puts a book.\r\n\nLEOL6 8.0 7.0##  a person laughs. \n"
-    (tmp_path / "sta.txt").write_text(text, newline="")
-    with pytest.warns(CorpusWarning, match=r"1 reversed spans swapped, 1 blank lines skipped"):
-        first, second = read_charades_sta(tmp_path / "sta.txt")
-    assert (first.id, first.video, first.span, first.text) == (
-        0,
-        "AO8RW",
-        (0.0, 6.9),
-        "a person ## puts a book.",
-    )
-    assert (second.id, second.span, second.text, second.duration) == (1, (7.0, 8.0), "a person laughs.", None)
-
-
-@pytest.mark.parametrize(
-    "line", ["A 1 2 a#b", "A 1##text", "A 1 2 3##text", "A x 2##text", "A nan 2##t", "##t"]
-)
-def test_a_malformed_charades_line_is_refused_with_its_number(tmp_path, line):
-    (tmp_path / "sta.txt").write_text(f"A 1 2##text\n{line}\n")
-    with pytest.raises(InputError, match=r"sta.txt, line 2: "):
-        read_charades_sta(tmp_path / "sta.txt")
-
-
-DIDEMO = {"annotation_id": 5, "description": " a dog runs ", "video": "1@N00_2_ab.mov", "times": [[0, 0]] * 4}
-
-
-@pytest.mark.parametrize(
-    ("votes", "span"),
-    [
-        ([[3, 3], [2, 3], [3, 3], [3, 4]], (15.0, 20.0)),
-        ([[5, 5], [4, 5], [5, 5], [4, 5]], (25.0, 30.0)),  # a tie: the first listed
-        ([[4, 5], [5, 5], [5, 5], [4, 5]], (20.0, 30.0)),
-        ([[0, 5], [1, 1], [2, 2], [3, 3]], (0.0, 30.0)),  # all differ
-        ([[0, 0], [1, 2], [1, 2], [0, 0], [4, 4], [1, 2], [0, 1]], (5.0, 15.0)),  # seven votes
-    ],
-)
-def test_the_most_frequent_didemo_vote_is_the_span(tmp_path, votes, span):
-    (query,) = read_didemo(json_file(tmp_path, [DIDEMO | {"times": votes}]))
-    assert (query.id, query.span, query.text) == (5, span, "a dog runs")
-
-
-def test_didemo_containers_merge_and_an_empty_extension_is_one(tmp_path):
-    names = ["1@N00_2_ab.mov", "1@N00_2_ab.mp4", "1@N00_2_ab.", "1@N00_2_ab", "a.b.avi"]
-    entries = [DIDEMO | {"video": name, "annotation_id": i} for i, name in enumerate(names)]
-    assert [query.video for query in read_didemo(json_file(tmp_path, entries))] == ["1@N00_2_ab"] * 4 + [
-        "a.b"
-    ]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"times": value} for value in ([], [[0]], [[1, 0]], [[0, 1.5]], [[-1, 0]], [[True, 1]], None)]
-    + [{"annotation_id": "5"}, {"video": None}, {"description": 1}],
-)
-def test_a_malformed_didemo_entry_is_refused_with_its_number(tmp_path, change):
-    with pytest.raises(InputError, match=rf"source.json, entry 2: '{next(iter(change))}' must be"):
-        read_didemo(json_file(tmp_path, [DIDEMO, DIDEMO | {"annotation_id": 6} | change]))
-
-
-def test_a_repeated_didemo_id_and_another_file_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"entry 2: annotation_id 5 "):
-        read_didemo(json_file(tmp_path, [DIDEMO, DIDEMO | {"description": "a cat runs"}]))
-    with pytest.raises(InputError, match=r"not a JSON list"):
-        read_didemo(json_file(tmp_path, {}))
-    with pytest.raises(InputError, match=r"not a JSON object"):
-        read_activitynet(json_file(tmp_path, []))
-
-
-def test_activitynet_sentences_become_queries_in_the_order_of_the_file(tmp_path):
-    spans = [[0, 5.25], [9, 4.5], [3, 3], [90, 100.01]]
-    sentences = ["First.", "  Leading blank.", "A line\nbreak.", "Ünïcode."]
-    entry = {"duration": 100, "timestamps": spans, "sentences": sentences}
-    short = {"duration": 8.5, "timestamps": [[0, 1]], "sentences": ["x"]}
-    path = json_file(tmp_path, {"v_-a_B": entry, "v_c": short})
-    with pytest.warns(CorpusWarning, match=r"1 reversed spans swapped, 1 empty spans kept"):
-        queries = read_activitynet(path)
-    assert [query.span for query in queries] == [(0, 5.25), (4.5, 9), (3, 3), (90, 100.01), (0, 1)]
-    assert [query.text for query in queries[:4]] == ["First.", "Leading blank.", "A line break.", "Ünïcode."]
-    assert [(query.id, query.video) for query in queries[3:]] == [(3, "v_-a_B"), (4, "v_c")]
-    assert [query.duration for query in queries[3:]] == [100.0, 8.5]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"timestamps": []}, {"timestamps": [[1]]}, {"sentences": [3]}, {"duration": None}, {"sentences": 0}],
-)
-def test_a_malformed_activitynet_entry_is_refused_with_its_video(tmp_path, change):
-    entry = {"duration": 9, "timestamps": [[0, 1]], "sentences": ["x"]} | change
-    with pytest.raises(InputError, match=rf"source.json, video 'v_x': .*'{next(iter(change))}'"):
-        read_activitynet(json_file(tmp_path, {"v_x": entry}))
 
 
 # --- Videos
@@ -277,7 +215,17 @@ def test_a_missing_folder_of_videos_is_refused_by_name(tmp_path):
         find_videos(tmp_path / "nowhere", ["a"])
 
 
-# --- The real files: DATASETS 1, 2.1, 2.2 and 2.3
+# --- The real files, as counted in docs/data.md sections 1 and 2
+
+
+def plainly(path):
+    """The same by Python's own json, without any check."""
+    read = gzip.open if path.suffix == ".gz" else open
+    with read(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file if line.strip()]
+    keys = ("desc_id", "video", "time", "fig_desc", "cog_desc", "duration")
+    rows = [[row[key].strip() if isinstance(row[key], str) else row[key] for key in keys] for row in rows]
+    return [(*row[:2], tuple(sorted(row[2])), *row[3:]) for row in rows]
 
 
 @real
@@ -296,76 +244,12 @@ def test_a_missing_folder_of_videos_is_refused_by_name(tmp_path):
 )
 def test_real_fig_files_have_the_counted_rows_videos_and_late_spans(name, rows, videos, late, most):
     queries = read_fig(REAL / name)
+    assert [(q.id, q.video, q.span, q.text, q.coarse, q.duration) for q in queries] == plainly(REAL / name)
     excess = [query.span[1] - query.duration for query in queries if query.span[1] > query.duration]
     assert (len(queries), len(gallery_ids(queries)), len(excess)) == (rows, videos, late)
     assert most is None or round(max(excess), 2) == most
     starts_late = sum(query.span[0] >= query.duration for query in queries)
     assert starts_late == (1 if "charades_fig_train.jsonl" in name else 0)
-
-
-@real
-@pytest.mark.parametrize(
-    ("name", "reader", "rows", "videos"),
-    [
-        ("charades_sta/charades_sta_train.txt.gz", read_charades_sta, 12408, 5338),
-        ("charades_sta/charades_sta_test.txt", read_charades_sta, 3720, 1334),
-        ("fixtures/charades_sta_test.mini.txt", read_charades_sta, 40, None),
-        ("didemo/val_data.json.gz", read_didemo, 4180, 1065),
-        ("didemo/test_data.json.gz", read_didemo, 4021, 1004),
-        ("activitynet_captions/val_1.json.gz", read_activitynet, 17505, 4917),
-        ("activitynet_captions/val_2.json.gz", read_activitynet, 17031, 4885),
-        ("fixtures/anet_val_1.mini.json", read_activitynet, 46, 12),
-        ("fixtures/anet_val_2.mini.json", read_activitynet, 43, 12),
-    ],
-)
-def test_real_source_files_have_the_counted_rows_and_videos(name, reader, rows, videos):
-    queries = reader(REAL / name)
-    assert len(queries) == rows and videos in (None, len(gallery_ids(queries)))
-    assert len({query.id for query in queries}) == rows
-    assert all(query.text and "\n" not in query.text for query in queries)
-
-
-@real
-def test_the_didemo_fixture_holds_three_entries_twice():
-    with pytest.warns(CorpusWarning, match="3 repeated entries skipped"):
-        assert len(read_didemo(REAL / "fixtures/didemo_val.mini.json")) == 35
-
-
-@real
-def test_real_activitynet_train_has_two_reversed_and_two_empty_spans():
-    with pytest.warns(CorpusWarning, match=r"2 reversed spans swapped, 2 empty spans kept"):
-        queries = read_activitynet(REAL / "activitynet_captions/train.json.gz")
-    behind = [round(query.span[1] - query.duration, 2) for query in queries]
-    assert (len(queries), len(gallery_ids(queries)), behind.count(0.01), max(behind)) == (
-        37421,
-        10009,
-        29,
-        0.01,
-    )
-
-
-@real
-@pytest.mark.parametrize(("split", "different"), [("train", 4), ("test", 1)])
-def test_charades_fig_is_charades_sta_but_for_the_stated_rows(split, different):
-    fig = read_fig(REAL / f"verified_fig/charades_fig_{split}.jsonl.gz")
-    (path,) = (REAL / "charades_sta").glob(f"charades_sta_{split}.txt*")
-    sta = read_charades_sta(path)
-    rows = [
-        Counter((query.video, query.span, query.coarse.lower()) for query in queries)
-        for queries in (fig, sta)
-    ]
-    assert sum((rows[0] - rows[1]).values()) == sum((rows[1] - rows[0]).values()) == different
-
-
-@real
-@pytest.mark.parametrize(("split", "dropped", "videos_dropped"), [("val", 5, 1), ("test", 8, 2)])
-def test_the_didemo_rule_gives_every_span_of_the_fig_file(split, dropped, videos_dropped):
-    fig = read_fig(REAL / f"verified_fig/didemo_fig_{split}.jsonl.gz")
-    source = {query.id: query for query in read_didemo(REAL / f"didemo/{split}_data.json.gz")}
-    for query in fig:
-        assert (query.span, query.video) == (source[query.id].span, source[query.id].video), query.id
-    assert len(source) - len(fig) == dropped
-    assert len(gallery_ids(source.values())) - len(gallery_ids(fig)) == videos_dropped
 
 
 @real

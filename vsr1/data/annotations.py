@@ -1,7 +1,7 @@
-"""Queries and videos: annotation files in, `Query` and `Video` out.
+"""Read annotation files into queries, and find the files of their videos.
 
-Four formats are read: the FIG files of VERIFIED (the benchmark) and the three releases they were made from.
-What is odd in them, and how often, is counted in DATASETS section 2. Three rules hold everywhere:
+The files are those of VERIFIED's FIG benchmark, one JSON object a line; `docs/data.md` section 2 counts what is odd in
+them. Three rules hold everywhere:
 
 - a query is known by its id, never by its text: texts repeat, within a video and across videos;
 - the ground truth is never clamped to the video: 543 of the 3,720 Charades-FIG test spans end behind it;
@@ -9,15 +9,27 @@ What is odd in them, and how often, is counted in DATASETS section 2. Three rule
   `CorpusWarning` per file; everything else is an `InputError` that names the file and the line.
 """
 
+import functools
 import gzip
 import json
 import os
+import re
 import sys
+import typing
 import warnings
 import zlib
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FiniteFloat,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
 
 from vsr1.config import InputError
 
@@ -29,6 +41,8 @@ FILES = {
 }
 # A lone dot is real: 119 DiDeMo test rows name `x.`; a file may have lost even the dot.
 CONTAINERS = ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .wmv .flv .3gp .ogv .mts .ts .vob .mod . ".split(" ")
+# What the tokenizer reads as one of the models' own tokens: a turn, a frame, the request to search again.
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|<REFINE>")
 
 
 class CorpusWarning(UserWarning):
@@ -40,11 +54,11 @@ class Query:
     """One sentence, the one video it describes, and the moment in it."""
 
     id: int  # `desc_id`, the only key of a query
-    text: str  # what is searched for: `fig_desc`, or the sentence of a source release
+    text: str  # what is searched for: `fig_desc`
     video: str  # id, without extension
     span: tuple[float, float]  # seconds, start <= end; may end after the video
     coarse: str  # the caption before VERIFIED rewrote it; never a query of the benchmark
-    duration: float | None  # seconds, of the video; None: not in the file (Charades-STA, DiDeMo)
+    duration: float | None  # seconds, of the video; None: unknown
 
 
 @dataclass(frozen=True)
@@ -56,70 +70,11 @@ class Video:
     seconds: float | None  # None: not measured yet
 
 
-# --- What a JSON value may be
-
-
-def is_number(value):
-    """Whether a JSON value is a finite number: neither a boolean, nor NaN, nor too big for a float.
-
-    >>> [is_number(value) for value in (3, 0.5, True, None, "3", float("nan"), 10**400)]
-    [True, True, False, False, False, False, False]
-    """
-    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
-
-
-def is_span(value):
-    """Whether a JSON value is one pair of finite numbers.
-
-    >>> [is_span(value) for value in ([0, 2.5], [0], [0, 1, 2], [[0, 1], [2, 3]], None)]
-    [True, False, False, False, False]
-    """
-    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
-
-
-def _is_vote(value):
-    return is_span(value) and all(type(k) is int for k in value) and 0 <= value[0] <= value[1]
-
-
-def _list_of(test):
-    return lambda value: isinstance(value, list) and all(map(test, value))
-
-
-INTEGER = ("an integer", lambda value: type(value) is int)  # exactly: Python counts `true` as an int
-NUMBER = ("a finite number", is_number)
-TEXT = ("a text", lambda value: isinstance(value, str))
-NAME = ("a text that is not empty", lambda value: isinstance(value, str) and value != "")
-SPAN = ("one [start, end] of finite numbers", is_span)
-SPANS = ("a list of [start, end]", _list_of(is_span))
-TEXTS = ("a list of texts", _list_of(TEXT[1]))
-VOTES = ("votes [first, last segment]", lambda value: value != [] and _list_of(_is_vote)(value))
-SCORE = ("a finite number or null", lambda value: value is None or is_number(value))
-
-# The keys of each format; FIG in the order of the released files. Its score is read by nobody.
-FIG = {
-    **{"video": NAME, "time": SPAN, "desc_id": INTEGER, "duration": NUMBER},
-    **{"cog_desc": TEXT, "fig_desc": TEXT, "fig_desc_score": SCORE},
-}
-DIDEMO = {"annotation_id": INTEGER, "description": TEXT, "video": NAME, "times": VOTES}
-ACTIVITYNET = {"duration": NUMBER, "timestamps": SPANS, "sentences": TEXTS}
-
-
-def check_object(value, kinds, where):
-    """Refuse a JSON value that is no object, lacks a key of `kinds`, or holds something else there."""
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: not a JSON object; it needs the keys {', '.join(kinds)}")
-    for key, (wanted, fits) in kinds.items():
-        if key not in value:
-            raise InputError(f"{where}: no key {key!r}; it must be {wanted}")
-        if not fits(value[key]):
-            raise InputError(f"{where}: {key!r} must be {wanted}, found {value[key]!r:.60}")
-
-
-# --- Files to texts and JSON
+# --- Files to texts and checked values
 
 
 def read_text(path):
-    """Content of a UTF-8 file; `.gz` is unpacked, a byte order mark is dropped."""
+    """Read a UTF-8 file; `.gz` is unpacked, a byte order mark is dropped."""
     try:
         content = Path(path).read_bytes()
         if str(path).endswith(".gz"):
@@ -133,23 +88,55 @@ def read_text(path):
         raise InputError(f"{path}: not UTF-8 (byte {error.start}); convert the file") from error
 
 
-def _parse_int(digits):
-    # Python refuses to read integers of more than 4,300 digits; as a float such a number is merely infinite.
-    return int(digits) if len(digits) < 400 else float(digits)
+def parse_json(text, path, line=None, kind=typing.Any):
+    """Parse a JSON text; InputError names the file, the line, the key, what it must be and what was found.
 
-
-def parse_json(text, path, line=None):
-    """The value of a JSON text; not JSON is an `InputError` that names the line (of the file, from 1)."""
+    line  of the file, from 1, where the text is one line of it
+    kind  what the value must be, a type that pydantic checks: a model, list[model], dict[str, int]; types are strict,
+          so `true` is no integer
+    """
     try:
-        return json.loads(text, parse_int=_parse_int)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {line or error.lineno}: not JSON ({error.msg})") from error
-    except RecursionError as error:
-        raise InputError(f"{path}, line {line or 1}: not readable as JSON (nested too deeply)") from error
+        return _adapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+    where = f"{path}, line {line}" if line else str(path)
+    if fault["type"] == "json_invalid":
+        message, _, place = fault["ctx"]["error"].rpartition(" at line ")
+        line = line or place.split()[0]
+        raise InputError(f"{path}, line {line}: not JSON ({message}); take the file anew")
+    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    found = "" if fault["type"] == "missing" else f", found {fault['input']!r:.60}"
+    raise InputError(f"{where}{_place(fault['loc'])}: {message}{found}")
+
+
+@functools.cache
+def _adapter(kind):
+    return TypeAdapter(kind)
+
+
+def _place(keys):
+    """Where in a JSON value a fault is.
+
+    >>> _place((3, "meta", "times", 0))
+    ", entry 4: 'meta.times[0]'"
+    """
+    entry = f", entry {keys[0] + 1}" if keys and isinstance(keys[0], int) else ""
+    keys = keys[bool(entry) :]
+    path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
+    return f"{entry}: {path!r}" if path else entry
+
+
+def is_number(value):
+    """Whether a JSON value is a finite number: neither a boolean, nor NaN, nor too big for a float.
+
+    >>> [is_number(value) for value in (3, 0.5, True, None, "3", float("nan"), 10**400)]
+    [True, True, False, False, False, False, False]
+    """
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def numbered_lines(text):
-    """(line number from 1, line) of every line that is not blank, and how many are.
+    """Return (line number from 1, line) of every line that is not blank, and how many are blank.
 
     Only a line feed ends a line: JSON strings may hold the other line ends of Unicode as they are.
     """
@@ -158,32 +145,59 @@ def numbered_lines(text):
     return full, len(lines) - len(full)
 
 
-def _in_order(span):
-    return float(min(span)), float(max(span))
-
-
 def _warn_repairs(path, counts):
     """Warn once about all that was repaired in a file; silent when nothing was."""
-    told = [f"{n} {what}" for what, n in counts.items() if n]
-    if told:
-        warnings.warn(f"{path}: {', '.join(told)}", CorpusWarning, stacklevel=3)
+    repairs = [f"{n} {what}" for what, n in counts.items() if n]
+    if repairs:
+        warnings.warn(f"{path}: {', '.join(repairs)}", CorpusWarning, stacklevel=3)
 
 
-# --- The four formats
+# --- FIG files
 
 
-def read_fig(path):
-    """The queries of a FIG file (JSON lines, DATASETS 2.1), in its order."""
+def without_special_tokens(text: str) -> str:
+    """Return `text`; ValueError if it holds a special token, which would end a turn or stand for frames."""
+    if token := SPECIAL_TOKEN.search(text):
+        raise ValueError(f"holds {token[0]}, a special token of the models; remove it")
+    return text
+
+
+Name = typing.Annotated[str, StringConstraints(min_length=1)]
+PlainText = typing.Annotated[str, AfterValidator(without_special_tokens)]
+
+
+class FigRow(BaseModel):
+    """One line of a FIG file; the keys in the order of the released files (`docs/data.md` section 2)."""
+
+    model_config = ConfigDict(strict=True)
+
+    video: Name
+    time: tuple[FiniteFloat, FiniteFloat]
+    desc_id: int
+    duration: FiniteFloat
+    cog_desc: PlainText
+    fig_desc: PlainText
+    fig_desc_score: FiniteFloat | None  # nothing reads it
+
+    def query(self) -> Query:
+        """Return the query, with its times in order and without outer blanks."""
+        span = min(self.time), max(self.time)
+        text, coarse = self.fig_desc.strip(), self.cog_desc.strip()
+        return Query(self.desc_id, text, self.video, span, coarse, self.duration)
+
+
+def read_fig(path) -> list[Query]:
+    """Read the queries of a FIG file, in its order; InputError names file, line and key of what is wrong."""
     lines, blank = numbered_lines(read_text(path))
     queries, swapped = {}, 0
     for n, line in lines:
-        row = parse_json(line, path, n)
-        check_object(row, FIG, f"{path}, line {n}")
-        key, text, coarse = row["desc_id"], row["fig_desc"].strip(), row["cog_desc"].strip()
-        if key in queries:
-            raise InputError(f"{path}, line {n}: desc_id {key} was used before; every query needs its own")
-        swapped += row["time"][0] > row["time"][1]
-        queries[key] = Query(key, text, row["video"], _in_order(row["time"]), coarse, float(row["duration"]))
+        row = parse_json(line, path, n, FigRow)
+        if row.desc_id in queries:
+            raise InputError(
+                f"{path}, line {n}: desc_id {row.desc_id} was used before; every query needs its own"
+            )
+        swapped += row.time[0] > row.time[1]
+        queries[row.desc_id] = row.query()
     _warn_repairs(path, {"reversed spans swapped": swapped, "blank lines skipped": blank})
     return list(queries.values())
 
@@ -193,133 +207,69 @@ def write_fig(path, queries):
     with open(path, "w", encoding="ascii", newline="\n") as file:
         for query in queries:
             values = (query.video, query.span, query.id, query.duration, query.coarse, query.text, None)
-            file.write(json.dumps(dict(zip(FIG, values, strict=True)), allow_nan=False) + "\n")
+            row = dict(zip(FigRow.model_fields, values, strict=True))
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def _charades_line(line, where):
-    head, mark, sentence = line.partition("##")  # the first one: a sentence may hold another
-    try:
-        video, start, end = head.split()
-        span = [float(start), float(end)]
-    except ValueError:
-        span = None
-    if not mark or not is_span(span):
-        raise InputError(f"{where}: not 'VIDEO start end##sentence', found {line!r:.60}")
-    return video, span, sentence.strip()
-
-
-def read_charades_sta(path):
-    """The queries of a Charades-STA file, `VIDEO start end##sentence.` a line; ids count its rows from 0."""
-    lines, blank = numbered_lines(read_text(path))
-    queries, swapped = [], 0
-    for n, line in lines:
-        video, span, text = _charades_line(line, f"{path}, line {n}")
-        swapped += span[0] > span[1]
-        queries.append(Query(len(queries), text, video, _in_order(span), text, None))
-    _warn_repairs(path, {"reversed spans swapped": swapped, "blank lines skipped": blank})
-    return queries
-
-
-def voted_span(votes):
-    """Seconds of the most frequent vote, the first listed on ties; vote [s, e] means segments s to e of 5 s.
-
-    VERIFIED's rule, true of all 8,188 val and test rows. The last segment is not cut at the end of the video.
-
-    >>> voted_span([[3, 3], [2, 3], [2, 3], [3, 3]])
-    (15.0, 20.0)
-    """
-    start, end = Counter(map(tuple, votes)).most_common(1)[0][0]  # equal counts keep the order of the list
-    return 5.0 * start, 5.0 * (end + 1)
-
-
-def read_didemo(path):
-    """The queries of a LocalizingMoments file (a JSON list), one span each by `voted_span`.
-
-    The video is what precedes the last dot, so `x.mov` and `x.mp4` become one; the extension may be empty.
-    An entry that stands there twice, word for word, is one query.
-    """
-    entries = parse_json(read_text(path), path)
-    if not isinstance(entries, list):
-        raise InputError(f"{path}: not a JSON list; expected a DiDeMo file such as val_data.json")
-    queries = {}
-    for n, entry in enumerate(entries, 1):
-        check_object(entry, DIDEMO, f"{path}, entry {n}")
-        key, text, span = entry["annotation_id"], entry["description"].strip(), voted_span(entry["times"])
-        video = entry["video"].rpartition(".")[0] or entry["video"]
-        query = Query(key, text, video, span, text, None)
-        if queries.setdefault(key, query) != query:
-            raise InputError(f"{path}, entry {n}: annotation_id {key} was used before, for another query")
-    _warn_repairs(path, {"repeated entries skipped": len(entries) - len(queries)})
-    return list(queries.values())
-
-
-def read_activitynet(path):
-    """The queries of an ActivityNet Captions file (a JSON object by video); ids count its sentences from 0.
-
-    Line breaks and runs of blanks become one blank. An empty span stays in the count; nothing can hit it.
-    """
-    videos = parse_json(read_text(path), path)
-    if not isinstance(videos, dict):
-        raise InputError(f"{path}: not a JSON object; expected ActivityNet Captions such as val_2.json")
-    queries, swapped, empty = [], 0, 0
-    for video, entry in videos.items():
-        check_object(entry, ACTIVITYNET, f"{path}, video {video!r}")
-        spans, duration = entry["timestamps"], float(entry["duration"])
-        if len(spans) != len(entry["sentences"]):
-            raise InputError(f"{path}, video {video!r}: {len(spans)} 'timestamps', not one for each sentence")
-        swapped += sum(start > end for start, end in spans)
-        empty += sum(start == end for start, end in spans)
-        for span, sentence in zip(spans, entry["sentences"], strict=True):
-            text = " ".join(sentence.split())
-            queries.append(Query(len(queries), text, video, _in_order(span), text, duration))
-    _warn_repairs(path, {"reversed spans swapped": swapped, "empty spans kept": empty})
-    return queries
-
-
-# --- Videos
+# --- Queries and videos of a split
 
 
 def gallery_ids(queries):
-    """Ids of the videos that are searched, sorted: those of the queries of one split, each once."""
+    """Return the ids of the videos that are searched, sorted: those of the queries of one split, each once."""
     return sorted({query.video for query in queries})
 
 
 def split_validation(queries, share):
-    """(queries to learn from, queries held out): all of a video on one side, every 1/share-th video held out."""
+    """Return (queries to learn from, queries held out); every 1/share-th video is held out, with all its queries."""
     videos = gallery_ids(queries)
     count = round(share * len(videos))
-    held = {videos[(2 * at + 1) * len(videos) // (2 * count)] for at in range(count)}
-    return [q for q in queries if q.video not in held], [q for q in queries if q.video in held]
-
-
-def find_videos(folder, ids):
-    """One `Video` per id, in the order of ids; where several files have the id, `.mp4` first, then by name.
-
-    The folder is listed once and names are compared whole: an id holds `@` or `-` and is never a pattern.
-    """
-    try:
-        files = [Path(entry.path) for entry in os.scandir(folder) if entry.is_file()]
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be listed ({error.strerror}); name the folder of videos"
-        ) from error
-    found = {}
-    for file in sorted(files, key=lambda file: (file.suffix.lower() != ".mp4", file.name)):
-        stem, ending = os.path.splitext(file.name)
-        if ending.lower() in CONTAINERS:
-            found.setdefault(stem, []).append(file)
-    ids = list(ids)
-    _warn_repairs(
-        folder, {"ids with several files, first taken": sum(len(found.get(id, [])) > 1 for id in set(ids))}
-    )
-    return [Video(id, found.get(id, [None])[0], None) for id in ids]
+    held_out = {videos[(2 * i + 1) * len(videos) // (2 * count)] for i in range(count)}
+    return [q for q in queries if q.video not in held_out], [q for q in queries if q.video in held_out]
 
 
 def evenly_spaced(queries: list, count: int | None) -> list:
-    """At most `count` of the queries, spread evenly, in their order; all of them without a count.
+    """Return at most `count` of the queries, spread evenly, in their order; all of them without a count.
 
     >>> evenly_spaced([0, 1, 2, 3, 4, 5, 6], 3)
     [0, 2, 4]
     """
     count = len(queries) if count is None else min(count, len(queries))
     return [queries[i * len(queries) // count] for i in range(count)]
+
+
+def find_videos(folder, ids):
+    """Return one `Video` per id, in the order of ids; where several files have the id, `.mp4` first, then by name.
+
+    The folder is listed once and names are compared whole: an id holds `@` or `-` and is never a pattern.
+    """
+    try:
+        paths = [Path(entry.path) for entry in os.scandir(folder) if entry.is_file()]
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be listed ({error.strerror}); name the folder of videos"
+        ) from error
+    files = {}
+    for path in sorted(paths, key=lambda path: (path.suffix.lower() != ".mp4", path.name)):
+        stem, ending = os.path.splitext(path.name)
+        if ending.lower() in CONTAINERS:
+            files.setdefault(stem, []).append(path)
+    ids = list(ids)
+    several = sum(len(files.get(id, [])) > 1 for id in set(ids))
+    _warn_repairs(folder, {"ids with several files, first taken": several})
+    return [Video(id, files.get(id, [None])[0], None) for id in ids]
+
+
+# --- Until training/sft_data reads its rows with `parse_json`
+
+NAME = ("a text that is not empty", lambda value: isinstance(value, str) and value != "")
+
+
+def check_object(value, kinds, where):
+    """Refuse a JSON value that is no object, lacks a key of `kinds`, or holds something else there."""
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: not a JSON object; it needs the keys {', '.join(kinds)}")
+    for key, (wanted, fits) in kinds.items():
+        if key not in value:
+            raise InputError(f"{where}: no key {key!r}; it must be {wanted}")
+        if not fits(value[key]):
+            raise InputError(f"{where}: {key!r} must be {wanted}, found {value[key]!r:.60}")

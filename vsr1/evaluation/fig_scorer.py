@@ -12,23 +12,13 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat
 
 from vsr1.config import InputError
-from vsr1.data.annotations import (
-    INTEGER,
-    NAME,
-    SPAN,
-    check_object,
-    is_number,
-    numbered_lines,
-    parse_json,
-    read_text,
-)
+from vsr1.data.annotations import Name, is_number, numbered_lines, parse_json, read_text
 from vsr1.evaluation import metrics
 
 TASKS = ("VCMR", "SVMR", "VR")  # the order of the output
-INDICES = ("an object that gives each video id an integer", lambda value: isinstance(value, dict))
-QUERY_ID = ("an integer or a text", lambda value: INTEGER[1](value) or isinstance(value, str))
 
 
 @dataclass(frozen=True)
@@ -59,13 +49,14 @@ def refuse(path, faults):
 # --- Ground truth
 
 
-def _truth_row(line, path, n):
-    """(desc_id, video, time) of one line, under FIG or TVR keys; FIG wins."""
-    row = parse_json(line, path, n)
-    video = "vid_name" if isinstance(row, dict) and "video" not in row and "vid_name" in row else "video"
-    time = "ts" if isinstance(row, dict) and "time" not in row and "ts" in row else "time"
-    check_object(row, {"desc_id": QUERY_ID, video: NAME, time: SPAN}, f"{path}, line {n}")
-    return row["desc_id"], row[video], row[time]
+class TruthRow(BaseModel):
+    """One line of the ground truth, under FIG or TVR keys; FIG wins."""
+
+    model_config = ConfigDict(strict=True)
+
+    desc_id: int | str
+    video: Name = Field(validation_alias=AliasChoices("video", "vid_name"))
+    time: tuple[FiniteFloat, FiniteFloat] = Field(validation_alias=AliasChoices("time", "ts"))
 
 
 def read_truth(path):
@@ -73,7 +64,8 @@ def read_truth(path):
     rows, faults, first = [], [], {}
     for n, line in numbered_lines(read_text(path))[0]:
         try:
-            rows.append((n, *_truth_row(line, path, n)))
+            row = parse_json(line, path, n, TruthRow)
+            rows.append((n, row.desc_id, row.video, row.time))
         except InputError as error:
             faults.append(str(error).removeprefix(f"{path}, "))
     refuse(path, faults)
@@ -125,7 +117,7 @@ def _entries(task, entries, truth, path):
         elif not isinstance(entry["predictions"], list):
             faults.append(f"{task}: 'predictions' of entry {n} (desc_id {entry['desc_id']!r}) is not a list")
     refuse(path, faults)
-    known = [QUERY_ID[1](entry["desc_id"]) and entry["desc_id"] in truth.row for entry in entries]
+    known = [type(entry["desc_id"]) in (int, str) and entry["desc_id"] in truth.row for entry in entries]
     strangers = [entry["desc_id"] for entry, ok in zip(entries, known, strict=True) if not ok]
     refuse(path, [f"{task}: desc_id {query!r} is not in the ground truth" for query in strangers])
     found = {}
@@ -176,7 +168,8 @@ def read_submission(path, truth):
         content = parse_json(read_text(path), path)
     finally:
         gc.enable()
-    check_object(content, {"video2idx": INDICES}, path)
+    if not isinstance(content, dict) or not isinstance(content.get("video2idx"), dict):
+        raise InputError(f"{path}: 'video2idx' must be an object that gives each video id an integer")
     tasks = [task for task in TASKS if task in content]
     if not tasks:
         raise InputError(f"{path}: none of the tasks {', '.join(TASKS)} is there")
