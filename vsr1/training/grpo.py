@@ -458,7 +458,7 @@ def train(profile, dataset: str, name: str = "vsr1", watch=None) -> Path:
         "latent_noise_std",
         "infonce_temperature",
     ]
-    used += ["val_fraction", "max_new_tokens", "seed"]
+    used += ["val_fraction", "max_new_tokens", "seed", "scale_rewards", "disabled_rewards"]
     inputs = {
         "sft": cache.metadata(home / "sft").get("key"),
         "recipe": [name, *vars(rollout.VARIANTS[name]).values()],

@@ -272,7 +272,7 @@ def train(profile, dataset: str, name: str = "sft", watch=None) -> Path:
         profile.n_soft,
         profile.refine_init,
     ]
-    retrieval += [profile.ambiguity_filter]
+    retrieval += [profile.ambiguity_filter, profile.infonce_prefixes, profile.infonce_rows]
     inputs = {
         "vectors": cache.metadata(profile.data_dir(dataset) / "embed" / "engine" / "train").get("key"),
         "traces": None if told is None else cache.file_digest(told),
