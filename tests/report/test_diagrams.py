@@ -169,13 +169,13 @@ def test_without_episodes_there_is_a_drawing_that_says_so_and_its_bytes_stand_st
 
 
 def test_the_example_shows_its_ranks_and_its_frames_unless_they_are_of_real_video(run):
-    home, dataset = run.runs("charades"), "charades"
+    home, data, dataset = run.runs("charades"), run.data_dir("charades"), "charades"
     for name in ("corpus", "videos"):
-        (home / name).mkdir(parents=True)
-    scenes = renderer.write(run, dataset, profile.data_dir(dataset) / "corpus", {"test": 3}, {"test": 1})
+        (data / name).mkdir(parents=True)
+    scenes = renderer.write(run, dataset, data / "corpus", {"test": 3}, {"test": 1})
     for scene in scenes:
-        renderer.film(scene, dataset, profile.data_dir(dataset) / "videos" / f"{scene.video}.mp4", 64, 4)
-    query = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")[0]
+        renderer.film(scene, dataset, data / "videos" / f"{scene.video}.mp4", 64, 4)
+    query = annotations.read_fig(data / "corpus" / "test.jsonl")[0]
     others = [scene.video for scene in scenes if scene.video != query.video]
     names = {"gt": query.video, "wrong": others[0], "other": others[1]}
     pair = [walk(3, ranks, "any", text=query.text) for ranks in ([12, 1], [12, 9])]
@@ -194,7 +194,7 @@ def test_the_example_shows_its_ranks_and_its_frames_unless_they_are_of_real_vide
     words = said(figure)
     assert len(figure.axes[0].images) == 8 and words.count("rank 12") == 2
     assert words.count("rank 9") == words.count("rank 1 ") + words.endswith("rank 1") == 1
-    (home / "episodes").mkdir()
+    (home / "episodes").mkdir(parents=True)
     for name, one in (("vsr1", soft), ("hqr-reasoned-sample", hard)):
         records.write_episodes(home / "episodes" / f"{name}.jsonl", one.run, [one])
     seen = []

@@ -70,27 +70,27 @@ def run(tmp_path_factory):
     """Six rendered videos, a hostile query among those about them, and the searches of PLAN, as files."""
     with pytest.MonkeyPatch.context() as patch:
         run = record(fake_profile(tmp_path_factory.mktemp("cards"), patch))
-        home = run.runs("charades")
-        for name in ("corpus", "videos", "episodes"):
-            (home / name).mkdir(parents=True)
+        home, data = run.runs("charades"), run.data_dir("charades")
+        for path in (data / "corpus", data / "videos", home / "episodes"):
+            path.mkdir(parents=True)
         scenes = renderer.write(
-            run, "charades", profile.data_dir(dataset) / "corpus", {"test": 6}, {"test": 1}
+            run, "charades", data / "corpus", {"test": 6}, {"test": 1}
         )
         for scene in scenes:
             renderer.film(
                 scene,
                 "charades",
-                profile.data_dir(dataset) / "videos" / f"{scene.video}.mp4",
+                data / "videos" / f"{scene.video}.mp4",
                 64,
                 2 * qualitative.FPS,
             )
         first = {
             query.video: query
-            for query in annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
+            for query in annotations.read_fig(data / "corpus" / "test.jsonl")
         }
         queries = [replace(query, id=n) for n, query in enumerate(first.values())]
         queries[1] = replace(queries[1], text=f"{queries[1].text} {HOSTILE}")
-        annotations.write_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl", queries)
+        annotations.write_fig(data / "corpus" / "test.jsonl", queries)
         for system, (name, _) in qualitative.SYSTEMS.items():
             path = home / "episodes" / f"{name}.jsonl"
             records.write_episodes(path, *walked(queries, sorted(first), system))

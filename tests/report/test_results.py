@@ -218,7 +218,7 @@ def test_provenance_names_commit_device_libraries_and_what_stages_cost(run):
     assert (
         origin["libraries"]["numpy"] and origin["device"]["cores"] >= 1 and origin["digest"] == run.digest()
     )
-    assert list(origin["stages"]) == ["didemo/embed/engine", "variants/no-ret/didemo/grpo"]
+    assert list(origin["stages"]) == ["didemo/embed/engine", "didemo/seed-42/variants/no-ret/grpo"]
 
 
 # --- Every item of the paper, there or missing by name
@@ -250,7 +250,7 @@ def test_the_report_shows_the_items_of_the_paper_in_its_order_then_ours(run):
 
 def test_links_and_anchors_of_the_report_resolve(run, tmp_path):
     (tmp_path / "notebooks").mkdir()
-    executed = [run.runs("didemo") / "notebooks", run.runs("didemo").parent / "notebooks"]
+    executed = [run.runs("didemo") / "notebooks", run.run_root() / "notebooks"]
     for folder, name in zip(executed, ("05_evaluation", "09_paper"), strict=True):
         folder.mkdir(parents=True)
         for path in (folder, tmp_path / "notebooks"):
@@ -294,9 +294,9 @@ def test_minutes_are_those_of_the_stages_that_an_item_names(run):
         cache.build(run.runs("didemo") / name, {"a": 1}, lambda folder: (folder / "x").touch())
     origin = results.provenance(run)
     origin["stages"] = {
-        f"didemo/{name}": {"minutes": m} for name, m in (("sft", 2.0), ("ft", 3.0), ("ladder", 9.0))
+        f"didemo/seed-42/{name}": {"minutes": m} for name, m in (("sft", 2.0), ("ft", 3.0), ("ladder", 9.0))
     }
-    origin["stages"] |= {"variants/no-ret/didemo/grpo": {"minutes": 7.0}}
+    origin["stages"] |= {"didemo/seed-42/variants/no-ret/grpo": {"minutes": 7.0}}
     shown = {
         item.id: html_report._minutes(item, origin) for item in html_report.items(run, results.collect(run))
     }

@@ -1,14 +1,12 @@
 """Searches on plates are those that the rules name, and nothing moves between two drawings."""
 
-import json
 from dataclasses import replace
 
 import pytest
 from fake import profile as fake_profile
 from PIL import Image
-from test_episode_metrics import episode as walk
-from test_episode_metrics import turn
-from test_evaluate import agent, made, random_one, read, run, world  # noqa: F401
+from searches import episode as walk
+from searches import turn
 
 from vsr1.data import annotations, video_reader
 from vsr1.loop import moments, records
@@ -124,9 +122,9 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         home = fake_profile(tmp_path_factory.mktemp("plates"), patch)
         for dataset, own in FIT.items():
-            folder = home.runs(dataset)
-            for name in ("corpus", "videos", "episodes"):
-                (folder / name).mkdir(parents=True)
+            folder = home.data_dir(dataset)
+            for path in (folder / "corpus", folder / "videos", home.runs(dataset) / "episodes"):
+                path.mkdir(parents=True)
             scenes = renderer.write(home, dataset, folder / "corpus", {"test": 3}, {"test": 1})
             for scene in scenes:
                 renderer.film(scene, dataset, folder / "videos" / f"{scene.video}.mp4", WIDTH, 2)
@@ -137,7 +135,7 @@ def home(tmp_path_factory):
             for column, system in enumerate(("vsr1", "hqr-reasoned-sample")):
                 ran = records.Run(dataset, "test", system, 3, 1, 42)
                 walked = [about(one[column], ran, query, names) for one in own.values() if one[column]]
-                records.write_episodes(folder / "episodes" / f"{system}.jsonl", ran, walked)
+                records.write_episodes(home.runs(dataset) / "episodes" / f"{system}.jsonl", ran, walked)
         yield home
 
 
@@ -299,14 +297,3 @@ def test_without_the_policy_or_with_other_ranks_than_recorded_there_are_no_curve
     made_of = growing(home, monkeypatch, by_depth)
     assert list(made_of) == ["F1"] and "the rejected one" not in made_of["F1"][1].partition("Paper")[0]
     assert capsys.readouterr().out.startswith("left out: figures F6: the trained policy of charades is gone")
-
-
-def test_ranks_computed_again_are_those_that_the_loop_recorded(world, agent, run, tmp_path):  # noqa: F811
-    walked = run(agent, "sqr")
-    search_figures._rank(world, "charades", "its weights", walked, tmp_path)
-    kept = json.loads((tmp_path / "ranks.json").read_text())
-    for one in walked:
-        ranks, first = kept[str(one.desc_id)], one.turns[0]
-        assert ranks[one.gt_video] == list(first.rank_by_depth)
-        assert all(ranks[video][depth] == 1 for depth, video in enumerate(first.top1_by_depth))
-    assert len({tuple(one.turns[0].rank_by_depth) for one in walked}) > 3

@@ -8,6 +8,7 @@ import base64
 import functools
 import io
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from vsr1.config import ROOT, Profile
 from vsr1.evaluation import claims
 from vsr1.report import diagrams, plots, qualitative, results, search_figures, tables
 from vsr1.report.tables import CAVEAT, rows
+
+
+OF_RUN = re.compile(rf"{'|'.join(config.DATASETS)}|seed-\d+")  # parts of a path that every step has
 
 
 def publish(profile: Profile) -> Path:
@@ -206,7 +210,7 @@ def departures() -> dict[str, list[str]]:
 def _minutes(item, origin):
     """What the stages of an item took, over all data sets."""
     names = tuple(item.about.get("stages", ()))
-    bare = lambda name: "/".join(part for part in name.split("/") if part not in config.DATASETS)  # noqa: E731
+    bare = lambda name: "/".join(part for part in name.split("/") if not OF_RUN.fullmatch(part))  # noqa: E731
     own = [one["minutes"] for name, one in origin["stages"].items() if bare(name).startswith(names)]
     return f"Its stages ({', '.join(names)}) took {sum(own):.1f} minutes." if own else ""
 
@@ -220,12 +224,12 @@ def _device(origin):
 def _folders(profile):
     """Where executed notebooks lie."""
     homes = [profile.runs(dataset) for dataset in profile.datasets]
-    return [home / "notebooks" for home in (*homes, homes[0].parent)]
+    return [home / "notebooks" for home in (*homes, profile.run_root())]
 
 
 def _copies(profile, name):
     """{executed copy or source of a notebook: its data set, or profile, or "source"}."""
-    paths = {folder / f"{name}.ipynb": folder.parent.name for folder in _folders(profile)}
+    paths = {folder / f"{name}.ipynb": _place(profile, folder) for folder in _folders(profile)}
     paths |= {config.ROOT / "notebooks" / f"{name}.ipynb": "source"}
     return {path: words for path, words in paths.items() if path.exists()}
 
@@ -233,4 +237,9 @@ def _copies(profile, name):
 def _notebooks(profile):
     """{executed copy: its data set and name}."""
     paths = [path for folder in _folders(profile) for path in sorted(folder.glob("*.ipynb"))]
-    return {path: f"{path.parent.parent.name}: {path.stem}" for path in paths if "." not in path.stem}
+    return {path: f"{_place(profile, path.parent)}: {path.stem}" for path in paths if "." not in path.stem}
+
+
+def _place(profile, folder):
+    """The data set of a folder of notebooks; the profile's name where they are about all of them."""
+    return folder.relative_to(profile.run_root().parent).parts[:-1][:2][-1]
