@@ -31,7 +31,7 @@ from vsr1.loop import episode, records, runner
 from vsr1.mini import pretraining_tasks
 from vsr1.models import checkpoints, embedding, engine, loading, policy, search_index
 from vsr1.report import results
-from vsr1.training import grpo, rollout, sft, sft_data
+from vsr1.training import grpo, rollout, sft, sft_examples
 
 SHAPES = {  # of Qwen3-VL-2B-Instruct and Qwen3-VL-Embedding-2B, as their config.json has them
     "text_config": {
@@ -211,7 +211,7 @@ def stage_one(bed: Bed, rounds: int):
     )
     step, row = (
         profile.sft_batch * profile.sft_accumulate,
-        sft_data.SFTExample(0, speed.QUERY, "v0", "v1", tuple(wrong), REPLY),
+        sft_examples.SFTExample(0, speed.QUERY, "v0", "v1", tuple(wrong), REPLY),
     )
     agent = sft.build_policy(profile, bed.made)
     tokens, rows = bed.tokens(agent), [row] * (step * (1 + rounds))

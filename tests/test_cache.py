@@ -300,3 +300,20 @@ def test_the_digest_sees_content_and_names_but_not_times(tmp_path):
     assert cache.file_digest(folder) == first
     (folder / "a.txt").rename(folder / "b.txt")
     assert cache.file_digest(folder) != first
+
+
+def test_a_log_goes_on_behind_its_whole_lines_wherever_it_was_cut(tmp_path):
+    rows, path = [{"step": 1, "text": "é\u2028"}, {"step": 2}, {"step": 4}], tmp_path / "log.jsonl"
+    cache.JsonlLog(path).append(*rows)
+    whole = path.read_bytes()
+    ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        log = cache.JsonlLog(path)
+        assert log.rows == rows[: sum(end <= cut for end in ends)]
+        log.append(*rows[len(log.rows) :])
+        assert path.read_bytes() == whole
+    log.truncate_after(3)
+    assert cache.JsonlLog(path).rows == log.rows == rows[:2]
+    log.truncate_after(0)
+    assert path.read_bytes() == b"" and log.rows == []

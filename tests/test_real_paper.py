@@ -11,9 +11,9 @@ import yaml
 
 from vsr1 import config
 from vsr1.data import annotations
-from vsr1.mini import renderer
+from vsr1.mini import renderer, source
 from vsr1.report import results
-from vsr1.training import sft_data
+from vsr1.training import released_replies, sft_examples
 
 # What `paper-24gb` takes from the hub, and how much is done of everything: as in `smoke`.
 SMALL = "engine engine_large policy max_frame_pixels sft_negatives grpo_negatives max_zero_std "
@@ -54,11 +54,11 @@ def lay(home, drawn):
         if film.stem != missing:
             shutil.copy(film, profile.data_dir(dataset) / "videos" / "from the owners")
     queries, rows = annotations.read_fig(told / "train.jsonl"), []
-    tell = sft_data.teller(profile, renderer.read_scenes(told))
+    tell, _ = source.writers(profile, renderer.read_scenes(told))
     for at, query in enumerate(queries):
         shown = queries[at - 3].video if at % 3 else query.video
-        rows.append(sft_data.SFTExample(query.id, query.text, query.video, shown, (), tell(query, shown)))
-    (home / "sft_data" / sft_data.FILE).write_text(json.dumps([sft_data.to_released(row) for row in rows]))
+        rows.append(sft_examples.SFTExample(query.id, query.text, query.video, shown, (), tell(query, shown)))
+    (home / "sft_data" / released_replies.FILE).write_text(json.dumps([released_replies.to_released(row) for row in rows]))
     return missing
 
 

@@ -302,3 +302,35 @@ def updated_json(path: Path):
         value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         yield value
         write_json(path, value)
+
+
+class JsonlLog:
+    """A file of JSON lines that a resumed run goes on with: `rows` are those it has.
+
+    A line that a kill cut short is dropped at once. One process writes.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.path.touch()
+        lines = self.path.read_bytes().split(b"\n")[:-1]
+        self.rows = [json.loads(line) for line in lines]
+        self._sizes = [len(line) + 1 for line in lines]  # bytes
+        self.truncate(len(lines))
+
+    def truncate(self, count: int) -> None:
+        """Keep the first `count` lines."""
+        del self.rows[count:], self._sizes[count:]
+        os.truncate(self.path, sum(self._sizes))
+
+    def truncate_after(self, step: int) -> None:
+        """Keep the lines up to a step, which each line names; 0: none, for the run begins again."""
+        self.truncate(sum(row["step"] <= step for row in self.rows) if step else 0)
+
+    def append(self, *rows: dict) -> None:
+        """Write rows at the end, all at once."""
+        lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
+        with open(self.path, "ab") as file:
+            file.write(b"".join(lines))
+        self.rows += rows
+        self._sizes += map(len, lines)

@@ -13,7 +13,7 @@ from vsr1.experiments import soft_token_bound
 from vsr1.loop import sqr
 from vsr1.models import decoding, inputs, policy, prompt_text, soft_heads
 from vsr1.report import results
-from vsr1.training import common, sft_data
+from vsr1.training import common, released_replies, sft_data, sft_examples
 
 PROFILE = config.load("smoke")
 
@@ -46,7 +46,7 @@ def agent(made):
 def rows():
     replies = ["<think> a dog </think>", "<answer>not_matched</answer>", "<think> no blue dog </think> yes"]
     return [
-        sft_data.SFTExample(i, text, "v", "w", (), reply)
+        sft_examples.SFTExample(i, text, "v", "w", (), reply)
         for i, (text, reply) in enumerate(zip(QUERIES, replies, strict=True))
     ]
 
@@ -235,13 +235,13 @@ def test_numbers_are_shares_of_the_right_queries(tmp_path, monkeypatch):
 
 def test_real_queries_take_the_replies_of_stage_1(monkeypatch, tmp_path):
     """Those about held-out videos to be asked, the others to learn from; without either it is one line."""
-    profile = replace(PROFILE, world=None, val_fraction=0.25)
+    profile = replace(PROFILE, world=None, val_fraction=0.25, data_source="vsr1.data.real_datasets")
     queries = [annotations.Query(n, "q", f"v{n}", (0.0, 1.0), "c", 2.0) for n in range(8)]
     learn, held = ({query.id for query in part} for part in annotations.split_validation(queries, 0.25))
-    released = [sft_data.SFTExample(query.id, "q", query.video, "w", (), "reply") for query in queries]
-    file = tmp_path / sft_data.FILE
-    for name, given in (("source", file), ("read_released", (released, {}))):
-        monkeypatch.setattr(sft_data, name, lambda *_, given=given: given)
+    released = [sft_examples.SFTExample(query.id, "q", query.video, "w", (), "reply") for query in queries]
+    file = tmp_path / released_replies.FILE
+    monkeypatch.setattr(sft_data, "reply_file", lambda *_: file)
+    monkeypatch.setattr(released_replies, "read_released", lambda *_: (released, {}))
     ours, asked = soft_token_bound.taught(profile, "charades", queries, None)
     assert {row.desc_id for row in ours} == learn and {row.desc_id for row in asked} == held
     released[:] = ours

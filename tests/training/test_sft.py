@@ -20,7 +20,7 @@ from tiny import (
 from vsr1 import config
 from vsr1.loop import sqr
 from vsr1.models import checkpoints, prompt_text, search_index
-from vsr1.training import common, fsdp, sft, sft_data
+from vsr1.training import common, fsdp, sft, sft_examples
 
 REPLY = "<think> does jumps - waves no. </think> <answer>not_matched</answer>"
 
@@ -53,7 +53,7 @@ def vectors():
 def made_rows():
     shown = ("v0", "v3", "v5")
     return [
-        sft_data.SFTExample(
+        sft_examples.SFTExample(
             n + 1, text, f"v{n}", shown[n], tuple(v for v in ("v5", "v3", "v4") if v != f"v{n}"), REPLY
         )
         for n, text in enumerate(QUERIES)
@@ -101,7 +101,7 @@ def test_the_reply_and_nothing_else_is_learned(trainer, rows):
 def by_replay(trainer, rows, tau, lam):
     """Both losses another way: the policy's own replay of the replies, and a softmax written out."""
     agent, shelf = trainer.agent, trainer.data_collator.clips
-    shown = [row.told or shelf.clips[row.shown] for row in rows]
+    shown = [row.caption or shelf.clips[row.shown] for row in rows]
     prompts = [
         agent.prompt(agent.settings.system, row.query, clip) for row, clip in zip(rows, shown, strict=True)
     ]
@@ -139,7 +139,7 @@ def test_the_loss_and_its_gradients_equal_those_of_a_replay(trainer, rows, profi
     trainer.knobs = profile = dataclasses.replace(profile, sft_negatives=negatives, **knobs)
     assert [row.shown == row.right for row in rows] == [True, False, False]
     words = "0.0 to 2.0: A person waves."
-    rows = [dataclasses.replace(row, told=words if at in told else None) for at, row in enumerate(rows)]
+    rows = [dataclasses.replace(row, caption=words if at in told else None) for at, row in enumerate(rows)]
     agent, grads = trainer.agent, []
     losses = (
         lambda: trainer.compute_loss(agent.model, batch(trainer, rows)),
@@ -458,7 +458,7 @@ def short_course(folder, agent, search, batch=2):
     """A trainer of three steps of up to four rows: all told in words, one of them, and no more than two rows."""
     profile = dataclasses.replace(config.load("smoke"), sft_batch=batch, sft_accumulate=4 // batch)
     rows = (made_rows() * 4)[:10]
-    rows[:5] = [dataclasses.replace(row, told="0.0 to 2.0: A person waves.") for row in rows[:5]]
+    rows[:5] = [dataclasses.replace(row, caption="0.0 to 2.0: A person waves.") for row in rows[:5]]
     trainer = sft.make_trainer(profile, agent, rows, Shelf(), folder, "short")
     return trainer.teach(agent, search, made_vectors(), profile)
 

@@ -11,12 +11,12 @@ import torch
 from tiny import clip, random_policy
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
-from vsr1 import config
+from vsr1 import cache, config
 from vsr1.data import annotations, clip_cache, video_reader
 from vsr1.loop.replies import read_reply
-from vsr1.mini import pretraining_tasks, renderer, teacher
-from vsr1.models import inputs, loading, policy, prompt_text, search_index
-from vsr1.training import sft_data, teacher_model
+from vsr1.mini import pretraining_tasks, renderer, source
+from vsr1.models import embedding, inputs, loading, policy, prompt_text, search_index
+from vsr1.training import released_replies, sft_data, sft_examples, teacher_model
 
 VIDEOS = [f"v{n}" for n in range(10)]
 
@@ -48,7 +48,7 @@ def both(vectors):
 
 def test_rows_are_balanced_and_their_negatives_are_the_wrong_videos_that_rank_highest(vectors, queries):
     tell = lambda query, shown: f"{query.id} {shown}"  # noqa: E731
-    rows = sft_data.make_rows(queries, vectors, tell, most=4, negatives=5, seed=1)
+    rows = sft_examples.choose_examples(queries, vectors, tell, most=4, negatives=5, seed=1)
     hits = [row for row in rows if row.shown == row.right]
     assert len(hits) == 4 and len(rows) == 8
     assert [row.desc_id for row in rows] == sorted(row.desc_id for row in rows)
@@ -56,13 +56,13 @@ def test_rows_are_balanced_and_their_negatives_are_the_wrong_videos_that_rank_hi
         order = by_sorting(vectors, row.desc_id)
         assert row.shown == order[0] and row.reply == f"{row.desc_id} {row.shown}"
         assert list(row.negatives) == [video for video in order if video != row.right][:5]
-    plain = sft_data.make_rows(queries, vectors, tell, most=60, negatives=5, seed=1)
-    more = sft_data.make_rows(queries, vectors, tell, most=60, negatives=5, seed=1, copies=True)
+    plain = sft_examples.choose_examples(queries, vectors, tell, most=60, negatives=5, seed=1)
+    more = sft_examples.choose_examples(queries, vectors, tell, most=60, negatives=5, seed=1, copies=True)
     assert more[: len(plain)] == plain
-    copies = [row for row in more[len(plain) :] if not row.search]
+    copies = [row for row in more[len(plain) :] if not row.contrast]
     assert copies and all(by_sorting(vectors, row.desc_id)[0] != row.right == row.shown for row in copies)
-    near = [row for row in more[len(plain) :] if row.search]
-    assert len(near) == round(sft_data.NEAR * len(plain))
+    near = [row for row in more[len(plain) :] if row.contrast]
+    assert len(near) == round(sft_examples.NEAREST_SHARE * len(plain))
     failed = sum(row.shown != row.right for row in plain)
     assert len(copies) == min(failed, 2 * failed - len(plain) + len(near))
     for row in near:
@@ -71,7 +71,7 @@ def test_rows_are_balanced_and_their_negatives_are_the_wrong_videos_that_rank_hi
         assert row.shown == max((v for v in alike if v != row.right), key=alike.get) == row.negatives[0]
     assert all(row.reply == f"{row.desc_id} {row.shown}" for row in more)
     with pytest.raises(config.InputError, match=r"sft_negatives: 10 .* has 10 videos"):
-        sft_data.make_rows(queries, vectors, str, most=4, negatives=10, seed=1)
+        sft_examples.choose_examples(queries, vectors, str, most=4, negatives=10, seed=1)
 
 
 # --- the released file -----------------------------------------------------------------------------------------------
@@ -102,9 +102,9 @@ def released(number, shown, right=None, reply=None, **changes):
 @pytest.fixture
 def read(tmp_path, vectors, queries):
     def go(entries, negatives=5):
-        path = tmp_path / sft_data.FILE
+        path = tmp_path / released_replies.FILE
         path.write_text(entries if isinstance(entries, str) else json.dumps(entries))
-        return sft_data.read_released(path, queries, vectors, negatives)
+        return released_replies.read_released(path, queries, vectors, negatives)
 
     return go
 
@@ -162,28 +162,25 @@ def without(key, of="meta"):
     [
         ('[{"qid": ', "line 1: not JSON"),
         ({"qid": "1_fig"}, "not a JSON list"),
-        ([released(2, "v2"), ["a row"]], "row 2: not a JSON object"),
-        ([without("video_id")], "row 1, meta: no key 'video_id'"),
-        ([without("query_pos_video_id")], "row 1, meta: no key 'query_pos_video_id'"),
-        ([without("gold_label")], "row 1, meta: no key 'gold_label'; it must be 'pos' or 'neg'"),
-        ([without("meta", None)], "row 1: no key 'meta'"),
-        ([without("messages", None)], "row 1: no key 'messages'"),
-        ([released(2, "v2", meta=None)], "row 1: 'meta' must be an object, found None"),
-        ([released(2, "v2", qid=2)], "row 1: 'qid' must be a text like '17_fig', found 2"),
-        ([released(2, "v2", qid="2_cog")], "row 1: 'qid' must be a text like '17_fig', found '2_cog'"),
-        ([released(2, "v2", messages=[])], "row 1: 'messages' must be messages"),
-        (
-            [released(2, "v2", messages=released(2, "v2")["messages"][:2])],
-            "row 1: 'messages' must be messages",
-        ),
-        ([released(2, "v2", messages=[{"role": "assistant", "content": " "}])], "row 1: 'messages' must be"),
+        ([released(2, "v2"), ["a row"]], "row 2: Input should be a valid dictionary"),
+        ([without("video_id")], "row 1, meta.video_id: Field required"),
+        ([without("query_pos_video_id")], "row 1, meta.query_pos_video_id: Field required"),
+        ([without("gold_label")], "row 1, meta.gold_label: Field required"),
+        ([without("meta", None)], "row 1, meta: Field required"),
+        ([without("messages", None)], "row 1, messages: Field required"),
+        ([released(2, "v2", meta=None)], "row 1, meta: "),
+        ([released(2, "v2", qid=2)], "row 1, qid: Input should be a valid string, found 2"),
+        ([released(2, "v2", qid="2_cog")], "row 1, qid: "),
+        ([released(2, "v2", messages=[])], "row 1, messages: "),
+        ([released(2, "v2", messages=released(2, "v2")["messages"][:2])], "row 1, messages: "),
+        ([released(2, "v2", messages=[{"role": "assistant", "content": " "}])], "row 1, messages: "),
     ],
 )
 def test_a_broken_file_is_one_line_that_names_row_and_key(read, content, words):
     with pytest.raises(config.InputError) as caught:
         read(content)
     message = str(caught.value)
-    assert words in message and sft_data.FILE in message and "\n" not in message
+    assert words in message and released_replies.FILE in message and "\n" not in message
 
 
 # --- a teacher -------------------------------------------------------------------------------------------------------
@@ -236,7 +233,7 @@ def clone(tmp_path, monkeypatch, vectors, queries):
     """clone(name) -> a profile without a world, with annotations and vectors, in a scratch folder of its own."""
     monkeypatch.setattr(sft_data, "ROOT", tmp_path)
     monkeypatch.setattr(config, "ROOT", tmp_path)
-    monkeypatch.setattr(teacher_model, "LIMIT", 24)
+    monkeypatch.setattr(teacher_model, "MAX_NEW_TOKENS", 24)
     monkeypatch.setattr(clip_cache, "ClipCache", Shelf)
     monkeypatch.setattr(video_reader, "reader_pool", lambda *_: contextlib.nullcontext())
     (tmp_path / "runs").mkdir()
@@ -245,7 +242,14 @@ def clone(tmp_path, monkeypatch, vectors, queries):
     )  # known once, it need not be at hand
 
     def make(name):
-        knobs = {"world": None, "teacher": "some/teacher", "sft_rows": 5, "sft_negatives": 5, "eval_batch": 4}
+        knobs = {
+            "world": None,
+            "data_source": "vsr1.data.real_datasets",
+            "teacher": "some/teacher",
+            "sft_rows": 5,
+            "sft_negatives": 5,
+            "eval_batch": 4,
+        }
         profile = dataclasses.replace(
             config.load("smoke"), name=name, val_fraction=0.0, sft_text_only_rows=0, **knobs
         )
@@ -257,6 +261,10 @@ def clone(tmp_path, monkeypatch, vectors, queries):
         (folder / "ids.json").write_text(json.dumps(ids))
         np.save(folder / "video_vecs.npy", vectors.video_vecs)
         np.save(folder / "query_vecs.npy", vectors.query_vecs)
+        cache.write_json(folder / cache.RECORD, {"key": "random vectors"})
+        monkeypatch.setattr(
+            embedding, "embed_corpus", lambda run, *_: run.data_dir("charades") / "embed" / "engine" / "train"
+        )
         return profile
 
     return make
@@ -264,7 +272,7 @@ def clone(tmp_path, monkeypatch, vectors, queries):
 
 def written(monkeypatch, profile, agent):
     monkeypatch.setattr(teacher_model, "load_teacher", lambda _: agent)
-    return sft_data.source(profile, "charades")
+    return sft_data.reply_file(profile, "charades")
 
 
 def test_a_killed_teacher_goes_on_to_the_same_end_and_is_not_asked_twice(clone, monkeypatch, random_one):
@@ -280,7 +288,7 @@ def test_a_killed_teacher_goes_on_to_the_same_end_and_is_not_asked_twice(clone, 
     again = talker(random_one)
     other = written(monkeypatch, parts, again)
     assert again.asked == agent.asked[1:]
-    for name in (sft_data.FILE, "rows.jsonl", "notes.json"):
+    for name in (released_replies.FILE, "rows.jsonl", "notes.json"):
         assert (other.parent / name).read_bytes() == (file.parent / name).read_bytes(), name
     assert written(monkeypatch, whole, talker(random_one, end=1)) == file, "nothing is left to ask"
 
@@ -312,7 +320,9 @@ def test_what_a_teacher_wrote_is_read_back_as_the_rows_it_was_asked_about(
     profile = clone("one")
     written(monkeypatch, profile, talker(random_one))
     wanted, dropped = [], {"video unreadable": [], "cut off": []}
-    asked = sft_data.make_rows(queries, vectors, lambda *_: "", most=5, negatives=5, seed=profile.seed)
+    asked = sft_examples.choose_examples(
+        queries, vectors, lambda *_: "", most=5, negatives=5, seed=profile.seed
+    )
     for row in asked:
         if row.shown == "v1":
             dropped["video unreadable"].append(row.desc_id)
@@ -333,14 +343,14 @@ def test_what_a_teacher_wrote_is_read_back_as_the_rows_it_was_asked_about(
             continue
         verdict = "<answer>not_matched</answer>"
         if row.shown == row.right:
-            times = teacher.seconds(start), teacher.seconds(end)
+            times = prompt_text.seconds_text(start), prompt_text.seconds_text(end)
             verdict = "<answer>matched</answer> <start>{}</start> <end>{}</end>".format(*times)
         reply = f"<think> {' '.join(map(str, said))} </think> {verdict}"
         wanted.append(dataclasses.replace(row, reply=reply))
     rows, notes = sft_data.load(profile, "charades", vectors)
     rows = sorted(rows, key=lambda row: row.desc_id)
     assert rows == wanted and {row.shown == row.right for row in rows} == {True, False}
-    assert notes == {"file": sft_data.FILE, "rows": len(wanted), "left_out": {}}
+    assert notes == {"file": released_replies.FILE, "rows": len(wanted), "left_out": {}}
     assert all(read_reply(row.reply, ()).strict for row in rows)
     told = json.loads((profile.runs("charades") / "traces" / "notes.json").read_text())
     assert told["rows"] == len(asked) and all(dropped.values()), "every kind is needed here"
@@ -367,8 +377,8 @@ class Sayer:
         ]
 
 
-RIGHT = sft_data.SFTExample(13, "query 13", "v3", "v3", (), "")
-WRONG = sft_data.SFTExample(7, "query 7", "v7", "v2", (), "")
+RIGHT = sft_examples.SFTExample(13, "query 13", "v3", "v3", (), "")
+WRONG = sft_examples.SFTExample(7, "query 7", "v7", "v2", (), "")
 SPANS = {13: (0.5, 11.6), 7: (5.0, 9.0)}
 
 
@@ -448,33 +458,32 @@ def test_a_mixture_of_experts_is_loaded_and_speaks_as_with_the_library(tmp_path)
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
-def test_the_renderer_comes_before_the_released_file_and_that_before_a_teacher(
-    clone, monkeypatch, random_one
-):
+def test_a_released_file_comes_before_a_teacher(clone, monkeypatch, random_one):
     profile = dataclasses.replace(clone("order"), sft_data="data/{dataset}/traces.json")
     agent = talker(random_one)
     assert written(monkeypatch, profile, agent).parent.name == "traces", "no file there"
     (folder := config.ROOT / "data" / "charades").mkdir(parents=True)
     (folder / "traces.json").write_text("[]")
-    assert sft_data.source(profile, "charades") == folder / "traces.json"
-    assert sft_data.source(dataclasses.replace(profile, world=config.load("smoke").world), "charades") is None
+    assert sft_data.reply_file(profile, "charades") == folder / "traces.json"
     for knobs in ({"sft_data": None}, {"sft_data": "data/{dataset}/other.json"}):
         with pytest.raises(config.InputError) as caught:
-            sft_data.source(dataclasses.replace(profile, teacher=None, **knobs), "charades")
+            sft_data.reply_file(dataclasses.replace(profile, teacher=None, **knobs), "charades")
         message = str(caught.value)
         assert all(word in message for word in ("`sft_data`", "`teacher`", "`world`")) and "\n" not in message
     assert "data/charades/other.json" in message
 
 
 def test_a_course_begins_with_words_then_mixes_batches_and_goes_through_every_row_once_an_epoch():
-    rows = [sft_data.SFTExample(n, "q", "v0", "v1", (), "r") for n in range(10)]
+    rows = [sft_examples.SFTExample(n, "q", "v0", "v1", (), "r") for n in range(10)]
     profile = dataclasses.replace(config.load("smoke"), sft_text_only_rows=20, sft_epochs=2.0, sft_batch=2)
-    made = sft_data.order_batches(profile, [dataclasses.replace(row, told="w") for row in rows], rows[:6])
-    kinds = [{row.told is not None for row in made[at : at + 2]} for at in range(0, len(made), 2)]
+    made = sft_data.order_batches(profile, [dataclasses.replace(row, caption="w") for row in rows], rows[:6])
+    kinds = [{row.caption is not None for row in made[at : at + 2]} for at in range(0, len(made), 2)]
     assert all(len(kind) == 1 for kind in kinds)
     kinds = [kind.pop() for kind in kinds]
     assert kinds == [True] * 4 + [True, False] * 6  # the first four of ten batches alone, then one of each
-    told, seen = ([row.desc_id for row in made if (row.told is not None) == kind] for kind in (True, False))
+    told, seen = (
+        [row.desc_id for row in made if (row.caption is not None) == kind] for kind in (True, False)
+    )
     assert sorted(told[:10]) == sorted(told[10:]) == list(range(10))
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
     assert sft_data.order_batches(dataclasses.replace(profile, sft_text_only_rows=0), [], rows[:6])[:6] == [
@@ -493,7 +502,8 @@ def test_the_mini_teacher_names_only_times_that_stand_between_the_frames(tmp_pat
     printed = {f"{time:.1f}" for time in inputs.pair_times(clip.timestamps)}
     for moment in scene.moments:
         query = annotations.Query(0, "q", scene.video, (moment.start, moment.end), "", scene.seconds)
-        reply = read_reply(sft_data.teller(profile, {scene.video: scene})(query, scene.video), [1])
+        write_reply, _ = source.writers(profile, {scene.video: scene})
+        reply = read_reply(write_reply(query, scene.video), [1])
         assert reply.matched and {f"{time:.1f}" for time in reply.span} <= printed
         shift = max(abs(a - b) for a, b in zip(reply.span, query.span, strict=True))
         assert shift <= 2 * float(np.diff(inputs.pair_times(clip.timestamps)).max())
@@ -504,8 +514,8 @@ def test_real_videos_cannot_be_told_in_words(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     annotations.write_fig(folder / "train.jsonl", [annotations.Query(1, "q", "v0", (0.0, 1.0), "c", 2.0)])
     monkeypatch.setattr(config, "ROOT", tmp_path)
-    monkeypatch.setattr(sft_data, "source", lambda *_: tmp_path / "train_oneturn.json")
-    profile = dataclasses.replace(config.load("smoke"), name="real", world=None, sft_text_only_rows=8)
+    knobs = {"world": None, "data_source": "vsr1.data.real_datasets", "sft_text_only_rows": 8}
+    profile = dataclasses.replace(config.load("smoke"), name="real", **knobs)
     with pytest.raises(
         config.InputError, match="real: sft_text_only_rows: 8, but only rendered videos can be told"
     ):

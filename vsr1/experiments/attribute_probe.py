@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from vsr1 import cache
 from vsr1.data import annotations
-from vsr1.mini import renderer
+from vsr1.mini import renderer, source
 from vsr1.mini.pretraining_tasks import features, probe_vecs
 from vsr1.models import embedding, engine, search_index
 
@@ -33,11 +33,6 @@ def headroom(profile, dataset: str, which: str = "engine") -> dict:
     return json.loads((target / "headroom.json").read_text(encoding="utf-8"))
 
 
-def moment_of(scenes: dict[str, renderer.Scene], query: annotations.Query) -> renderer.Moment:
-    """The moment that a query of the mini world is about."""
-    return next(m for m in scenes[query.video].moments if (m.start, m.end) == query.span)
-
-
 def _headroom(profile, dataset, which, train_folder, test_folder):
     """Plain and walk-down from the vectors; the probe trained on the train gallery (MINIWORLD.md, point 6)."""
     torch.manual_seed(profile.seed)
@@ -50,7 +45,7 @@ def _headroom(profile, dataset, which, train_folder, test_folder):
             for query in annotations.read_fig(profile.data_dir(dataset) / "corpus" / f"{split}.jsonl")
             if vectors.has_video(query.video)
         ]
-        moments = [moment_of(scenes, query) for query in queries]
+        moments = [source.moment_of(scenes, query) for query in queries]
         sides.append((vectors, moments, vectors.columns([query.video for query in queries])))
     (train_vectors, train_moments, train_column), (vectors, moments, column) = sides
     kept = np.isin(

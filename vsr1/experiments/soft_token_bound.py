@@ -21,14 +21,13 @@ import torch.nn.functional as F
 
 from vsr1 import cache
 from vsr1.config import InputError
-from vsr1.data import annotations
+from vsr1.data import annotations, source
 from vsr1.data.annotations import evenly_spaced
 from vsr1.evaluation import metrics, statistics
 from vsr1.loop import sqr
-from vsr1.mini import renderer
 from vsr1.models import checkpoints, decoding, engine, loading, policy, prompt_text, search_index, soft_heads
 from vsr1.report.results import Estimate
-from vsr1.training import common, sft_data
+from vsr1.training import common, released_replies, sft_data, sft_examples
 
 INITS = ("zero", "default", "scaled")
 DEPTHS = (1, 2, 4, 8)  # soft tokens
@@ -98,7 +97,7 @@ def ranks_of(vecs, gallery, right):
 # --- heads on a policy that reads
 
 
-def read(agent: policy.Policy, rows: list[sft_data.SFTExample]) -> list[decoding.Context]:
+def read(agent: policy.Policy, rows: list[sft_examples.SFTExample]) -> list[decoding.Context]:
     """All that the policy has read when it comes to the <REFINE> of each row's reply; the video is left out."""
     prompts = [agent.prompt(agent.settings.system, row.query) for row in rows]
     said = [
@@ -119,7 +118,7 @@ def read_once(agent, rows, batch=32) -> list[decoding.Context]:
 class QueryBatch:
     """Rows that heads learn from or are asked about, in one gallery."""
 
-    rows: list[sft_data.SFTExample]
+    rows: list[sft_examples.SFTExample]
     contexts: list[decoding.Context] | None  # None: the policy learns too, and reads anew each time
     gallery: torch.Tensor  # (V, D)
     right: torch.Tensor  # (R,) columns
@@ -192,7 +191,7 @@ def scored(vecs, gallery, right, tau) -> dict:
 
 def ladder(profile, dataset: str) -> dict[str, dict]:
     """{system: ranks, InfoNCE and right videos of its queries, curve over its steps}, a stage: see `numbers`."""
-    home, told = profile.runs(dataset), sft_data.source(profile, dataset)
+    home = profile.runs(dataset)
     knobs = {name: value for name, value in asdict(profile).items() if name.startswith("ladder_")}
     shared = (
         "infonce_temperature",
@@ -208,7 +207,7 @@ def ladder(profile, dataset: str) -> dict[str, dict]:
             cache.metadata(profile.data_dir(dataset) / "embed" / "engine" / split).get("key")
             for split in ("train", "test")
         ],
-        "traces": None if told is None else cache.file_digest(told),
+        "replies": sft_data.digest(profile, dataset),
         "policy": loading.version(profile.policy),
         "knobs": knobs | {name: getattr(profile, name) for name in shared},
         "code": cache.source_digest(__name__),
@@ -275,14 +274,15 @@ def plan(profile) -> list[HeadRun]:
     )
 
 
-def taught(profile, dataset, queries, vectors) -> list[list[sft_data.SFTExample]]:
+def taught(profile, dataset, queries, vectors) -> list[list[sft_examples.SFTExample]]:
     """Rows of train queries to learn from, and of those held out, with what a teacher says: the replies of stage 1."""
     parts, negatives = annotations.split_validation(queries, profile.val_fraction), profile.grpo_negatives
-    if (file := sft_data.source(profile, dataset)) is None:
-        tell = sft_data.teller(profile, renderer.read_scenes(profile.data_dir(dataset) / "corpus"))
+    writer = source.of(profile).reply_writer(profile, dataset)
+    if writer is not None:
         many = {"most": len(queries), "negatives": negatives, "seed": profile.seed}
-        return [sft_data.make_rows(part, vectors, tell, **many) for part in parts]
-    rows, _ = sft_data.read_released(file, queries, vectors, negatives)
+        return [sft_examples.choose_examples(part, vectors, writer[0], **many) for part in parts]
+    file = sft_data.reply_file(profile, dataset)
+    rows, _ = released_replies.read_released(file, queries, vectors, negatives)
     ids = [{query.id for query in part} for part in parts]
     parts = [[row for row in rows if row.desc_id in some] for some in ids]
     if not all(parts):
@@ -314,7 +314,7 @@ class Workshop:
         settings = replace(policy.new_settings(self.profile, self.made.instruction), refine_init=init)
         return policy.new_heads(bare, settings, self.profile.seed, self.made)
 
-    def asked(self, rows: list[sft_data.SFTExample]) -> QueryBatch:
+    def asked(self, rows: list[sft_examples.SFTExample]) -> QueryBatch:
         """Rows with what the base policy has read of them, whatever its heads."""
         right = torch.tensor([self.column(row.right) for row in rows], device=self.gallery.device)
         return QueryBatch(rows, read_once(self.fresh("zero"), rows), self.gallery, right)

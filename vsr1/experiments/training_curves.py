@@ -16,7 +16,7 @@ from vsr1.loop.records import Episode
 from vsr1.models import engine, policy, prompt_text, search_index, soft_heads
 from vsr1.report import plots
 from vsr1.report.results import Estimate
-from vsr1.training import rollout, sft_data
+from vsr1.training import rollout, sft_examples
 
 MOMENTS = (*(f"vcmr@{m}" for m in metrics.THRESHOLDS), "ver")
 
@@ -40,29 +40,29 @@ def series(table: str, dataset: str, system: str, log: list[dict], keys, width: 
 # --- 03
 
 
-def counts(rows: list[sft_data.SFTExample]) -> pd.DataFrame:
+def counts(rows: list[sft_examples.SFTExample]) -> pd.DataFrame:
     """How many rows there are of each kind."""
-    kinds = [("video seen" if r.told is None else "video told in words", r.shown == r.right) for r in rows]
+    kinds = [("video seen" if r.caption is None else "video told in words", r.shown == r.right) for r in rows]
     table = pd.DataFrame(kinds, columns=["learned from", "right"])
     named = table.right.map({True: "matched", False: "not_matched"})
     return pd.crosstab(table["learned from"], named.rename("the reply says"))
 
 
-def example(rows: list[sft_data.SFTExample], matched: bool) -> sft_data.SFTExample:
+def example(rows: list[sft_examples.SFTExample], matched: bool) -> sft_examples.SFTExample:
     """The row with the smallest query id that sees a video, of those to be accepted or of those to be rejected."""
-    seen = [row for row in rows if row.told is None and (row.shown == row.right) == matched]
+    seen = [row for row in rows if row.caption is None and (row.shown == row.right) == matched]
     return min(seen, key=lambda row: row.desc_id)
 
 
-def row_text(row: sft_data.SFTExample) -> str:
+def row_text(row: sft_examples.SFTExample) -> str:
     """A row in words."""
     shown = f"shown: {row.shown} ({'right' if row.shown == row.right else f'wrong; right is {row.right}'})"
-    shown = shown if row.told is None else f"told: {row.told}"
+    shown = shown if row.caption is None else f"told: {row.caption}"
     reply = textwrap.fill(f"{row.reply} {prompt_text.REFINE}", 116, subsequent_indent="  ")
     return f"query {row.desc_id}: {row.query}\n{shown}\nreply: {reply}"
 
 
-def wrong_strips(profile: Profile, dataset: str, vectors, row: sft_data.SFTExample) -> list[plots.Strip]:
+def wrong_strips(profile: Profile, dataset: str, vectors, row: sft_examples.SFTExample) -> list[plots.Strip]:
     """The right video of a row, and the three wrong ones that rank highest: what InfoNCE holds apart."""
     scores = vectors.scores(vectors.query_vec(row.desc_id))
     order = [vectors.video_ids[column] for column in np.argsort(-scores, kind="stable")]

@@ -23,3 +23,12 @@ REWRITE = (  # blind and seen
 def user_message(query: str, video: str) -> str:
     """The user's words: a query, and the retrieved video as text."""
     return f'Query: "{query}"\nRetrieved video: {video}'
+
+
+def seconds_text(seconds: float) -> str:
+    """Write a time as replies have it: at least one decimal, none that says nothing.
+
+    >>> seconds_text(18), seconds_text(11.60)
+    ('18.0', '11.6')
+    """
+    return f"{seconds:.1f}" if seconds == int(seconds) else f"{seconds:.6f}".rstrip("0")

@@ -43,13 +43,13 @@ class Collator:
 
     def __call__(self, rows: list[dict]) -> dict:
         agent, asked, prompts, lengths = self.agent, [], [], []
-        seeing = [row["shown"] for row in rows if row["told"] is None]
+        seeing = [row["shown"] for row in rows if row["caption"] is None]
         clips = dict(zip(seeing, self.clips.get(seeing), strict=True))
         system = prompt_text.SYSTEM_ZS if agent.heads is None else agent.settings.system
         ending = "" if agent.heads is None else f" {prompt_text.REFINE}"
         for row in rows:
             prompt = agent.prompt(
-                system, row["query"], clips[row["shown"]] if row["told"] is None else row["told"]
+                system, row["query"], clips[row["shown"]] if row["caption"] is None else row["caption"]
             )
             said = agent.tokenizer(f"{row['reply'] or ''}{ending}", add_special_tokens=False)["input_ids"]
             assert agent.heads is None or said[-1] == agent.mark
@@ -134,7 +134,7 @@ class Trainer(SFTTrainer):
     def asks(self, row) -> bool:
         """Whether soft tokens learn from a row: no blank, no copy (`traces.make_rows`), and as `infonce_rows` says."""
         rejected = self.knobs.infonce_rows == "all" or row["shown"] != row["right"]
-        return row["reply"] is not None and row["search"] and rejected
+        return row["reply"] is not None and row["contrast"] and rejected
 
     def rows_of_step(self):
         """How many rows the current step learns from, over all batches and processes: fewer in the last."""
@@ -265,7 +265,6 @@ def train(profile, dataset: str, name: str = "sft", watch=None) -> Path:
     profile = profile if name == "sft" else dataclasses.replace(profile, sft_text_only_rows=0)
     knobs = {key: value for key, value in dataclasses.asdict(profile).items() if key.startswith("sft_")}
     del knobs["sft_data"]  # where it lies does not matter, what it says does
-    told = sft_data.source(profile, dataset)
     retrieval = [
         profile.infonce_weight,
         profile.infonce_temperature,
@@ -275,7 +274,7 @@ def train(profile, dataset: str, name: str = "sft", watch=None) -> Path:
     retrieval += [profile.ambiguity_filter, profile.infonce_prefixes, profile.infonce_rows]
     inputs = {
         "vectors": cache.metadata(profile.data_dir(dataset) / "embed" / "engine" / "train").get("key"),
-        "traces": None if told is None else cache.file_digest(told),
+        "replies": sft_data.digest(profile, dataset),
         "policy": loading.version(profile.policy),
         "knobs": [name, knobs, profile.lora_rank, profile.val_fraction, *retrieval],
         "sight": [

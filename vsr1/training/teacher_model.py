@@ -1,8 +1,6 @@
-"""Write the replies of stage 1 with a local teacher model."""
+"""Write the replies of stage 1 with a local teacher model, in the released layout."""
 
 import functools
-import json
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +12,14 @@ from transformers import AutoModelForImageTextToText
 from vsr1 import cache
 from vsr1.config import InputError
 from vsr1.data import annotations, clip_cache, video_reader
-from vsr1.mini import teacher
-from vsr1.models import loading, policy, search_index
-from vsr1.training import sft_data
+from vsr1.models import embedding, loading, policy, prompt_text, search_index
+from vsr1.training import released_replies
+from vsr1.training.sft_examples import choose_examples
 
-# --- a local teacher -------------------------------------------------------------------------------------------------
+TEMPERATURE, TOP_P = 0.4, 0.9  # official
+MAX_NEW_TOKENS = 16384  # official; the teacher's thinking counts too
 
-TEMPERATURE, TOP_P, LIMIT = 0.4, 0.9, 16384  # official; the limit holds its thinking too
-
-# What the teacher is asked (METHOD.md 4: the content; the wording is ours).
+# What the teacher is asked (docs/method.md section 4: the content; the wording is ours).
 _ANSWER = "Name only what is visible. Answer with one line that begins with `Reasoning:`."
 FITS = (
     "You see a query and a video in which it comes true from {start} to {end} seconds. In one to three sentences, say "
@@ -35,105 +32,124 @@ LACKS = (
 )
 
 
-def teacher_prompt(row, span: tuple[float, float]) -> tuple[str, str]:
-    """What the teacher is told, and the verdict that will follow its reasoning; the true span, in seconds, in both."""
-    if row.shown != row.right:
+def teacher_prompt(example, span: tuple[float, float]) -> tuple[str, str]:
+    """Return the teacher's system prompt and the verdict that will follow its reasoning.
+
+    span  the true moment in seconds; both texts name it where the video shown is right
+    """
+    if example.shown != example.right:
         return LACKS, "<answer>not_matched</answer>"
-    start, end = map(teacher.seconds, span)
+    start, end = map(prompt_text.seconds_text, span)
     verdict = f"<answer>matched</answer> <start>{start}</start> <end>{end}</end>"
     return FITS.format(start=start, end=end), verdict
 
 
 def reasoning(text: str) -> str | None:
-    """What a teacher's reply says behind `Reasoning:`, on one line and without anything like a tag; None: nothing.
+    """Extract what follows `Reasoning:` in a teacher's reply, on one line and without tags; None: nothing does.
 
     >>> reasoning("Reasoning: no.</think>\\n**Reasoning:** From <b>3 s</b> on\\nit </answer>rains.")
     'From 3 s on it rains.'
     """
-    found = re.search(r"(?ims)^[\s*]*reasoning[\s*]*:[\s*]*(.*)", text.rpartition("</think>")[2])
-    words = re.sub(r"</?\|?\w+\|?>|[<>]", " ", found[1] if found else "")
+    match = re.search(r"(?ims)^[\s*]*reasoning[\s*]*:[\s*]*(.*)", text.rpartition("</think>")[2])
+    words = re.sub(r"</?\|?\w+\|?>|[<>]", " ", match[1] if match else "")
     return " ".join(words.split()) if re.search(r"\w", words) else None
 
 
-def ask(agent: policy.Policy, clips, spans: dict, seed: int, rows: list) -> list[dict]:
-    """Rows in the released layout, each with its reply, or with why it has none: `dropped`, and what was `said`.
+def ask(teacher: policy.Policy, clips, spans: dict, seed: int, examples: list) -> list[dict]:
+    """Ask the teacher about examples; return one entry of the released layout each, or why it has none.
 
-    The draws of a row depend on seed and row alone: the batch that it is asked in makes no difference to it.
+    An entry without a usable reply has `dropped`, the reason, and `said`, the teacher's text. The random draws of an
+    example depend on seed and example alone, not on its batch.
     """
-    shown = clips.get([row.shown for row in rows])
-    told = [teacher_prompt(row, spans[row.desc_id]) for row in rows]
-    good = [at for at, clip in enumerate(shown) if clip.problem is None]
-    prompts = [agent.prompt(told[at][0], rows[at].query, shown[at]) for at in good]
-    rngs = [np.random.default_rng([seed, rows[at].desc_id]) for at in good]
-    how = {"max_new_tokens": LIMIT, "temperature": TEMPERATURE, "top_p": TOP_P, "rng": rngs}
-    replies, made = dict(zip(good, agent.reply(prompts, **how) if good else [], strict=True)), []
-    for at, row in enumerate(rows):
-        if at not in replies:
-            why, said = "video unreadable", shown[at].problem
-        else:
-            said, thought = replies[at].text, reasoning(replies[at].text)
-            why = "cut off" if not replies[at].ended else "no reasoning" if thought is None else None
-        if why is None:
-            made.append(sft_data.to_released(replace(row, reply=f"<think> {thought} </think> {told[at][1]}")))
-        else:
-            made.append({"qid": f"{row.desc_id}_fig", "dropped": why, "said": said})
-    return made
+    shown = clips.get([example.shown for example in examples])
+    prompts = [teacher_prompt(example, spans[example.desc_id]) for example in examples]
+    readable = [row for row, clip in enumerate(shown) if clip.problem is None]
+    replies = (
+        teacher.reply(
+            [teacher.prompt(prompts[row][0], examples[row].query, shown[row]) for row in readable],
+            max_new_tokens=MAX_NEW_TOKENS,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            rng=[np.random.default_rng([seed, examples[row].desc_id]) for row in readable],
+        )
+        if readable
+        else []
+    )
+    entries = [
+        _dropped(example, "video unreadable", clip.problem)
+        for example, clip in zip(examples, shown, strict=True)
+    ]
+    for row, reply in zip(readable, replies, strict=True):
+        entries[row] = _entry(examples[row], reply, prompts[row][1])
+    return entries
 
 
-def finish(rows: list, ask, size: int, path: Path, what: str) -> list[dict]:
-    """ask(batch) of all rows, `size` at a time, a line of `path` for each; whole batches there are not asked again."""
-    path.touch()
-    lines = path.read_bytes().split(b"\n")[:-1]  # a kill may have cut what follows the last line feed
-    lines = lines[: len(lines) // size * size]
-    os.truncate(path, sum(len(line) + 1 for line in lines))
-    done = [json.loads(line) for line in lines]
-    for at in cache.progress(range(len(done), len(rows), size), what):
-        made = ask(rows[at : at + size])
-        with open(path, "a", encoding="utf-8", newline="\n") as file:
-            file.write("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in made))
-        done += made
-    return done
+def _entry(example, reply, verdict):
+    thought = reasoning(reply.text)
+    if not reply.ended or thought is None:
+        return _dropped(example, "no reasoning" if reply.ended else "cut off", reply.text)
+    return released_replies.to_released(replace(example, reply=f"<think> {thought} </think> {verdict}"))
+
+
+def _dropped(example, reason, text):
+    return {"qid": f"{example.desc_id}_fig", "dropped": reason, "said": text}
+
+
+def finish(examples: list, ask, size: int, path: Path, what: str) -> list[dict]:
+    """Return ask(batch) of all examples, `size` at a time; batches that stand in the log at `path` are not asked again."""
+    log = cache.JsonlLog(path)
+    log.truncate(len(log.rows) // size * size)
+    for start in cache.progress(range(len(log.rows), len(examples), size), what):
+        log.append(*ask(examples[start : start + size]))
+    return log.rows
 
 
 def write(profile, dataset: str) -> Path:
-    """The stage: `train_oneturn.json` by `profile.teacher`, in runs/<profile>/<dataset>/traces. Resumes after a kill.
+    """Write `train_oneturn.json` with `profile.teacher` into the step `traces`, whose folder is returned.
 
-    rows.jsonl  every row asked, also those without a usable reply     notes.json  how many of those there are, and why
+    rows.jsonl  the entry of every example, also without a usable reply
+    notes.json  how many have none, and why
     """
-    home = profile.runs(dataset)
-    sight = [profile.video_fps, profile.max_frames, profile.max_frame_pixels, profile.dtype]
+    vectors = embedding.embed_corpus(profile, dataset, "train")
     inputs = {
-        "vectors": cache.metadata(profile.data_dir(dataset) / "embed" / "engine" / "train").get("key"),
+        "vectors": cache.metadata(vectors)["key"],
         "teacher": loading.version(profile.teacher),
-        "knobs": [profile.sft_rows, profile.eval_batch, profile.seed, *sight],
+        "knobs": [profile.sft_rows, profile.seed],
+        "sight": [profile.video_fps, profile.max_frames, profile.max_frame_pixels, profile.dtype],
         "code": cache.source_digest(__name__),
     }
-    return cache.build(home / "traces", inputs, lambda folder: _write(profile, dataset, folder))
+    work = functools.partial(_write, profile, dataset, search_index.load_vectors(vectors))
+    return cache.build(profile.runs(dataset) / "traces", inputs, work)
 
 
-def _write(profile, dataset, folder):
+def _write(profile, dataset, vectors, folder):
     path = folder / "rows.jsonl"
     queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl")
-    vectors = search_index.load_vectors(profile.data_dir(dataset) / "embed" / "engine" / "train")
-    rows = sft_data._chosen(profile, queries, vectors, lambda *_: "")
-    agent, spans = load_teacher(profile), {query.id: query.span for query in queries}
-    with video_reader.reader_pool(
-        video_reader.Reader(profile.video_fps, profile.max_frames), profile.decode_workers
-    ) as read:
+    examples = choose_examples(
+        queries,
+        vectors,
+        lambda *_: "",
+        most=profile.sft_rows,
+        negatives=profile.sft_negatives,
+        seed=profile.seed,
+    )
+    teacher, spans = load_teacher(profile), {query.id: query.span for query in queries}
+    reader = video_reader.Reader(profile.video_fps, profile.max_frames)
+    with video_reader.reader_pool(reader, profile.decode_workers) as read:
         clips = clip_cache.ClipCache(profile.data_dir(dataset) / "videos", vectors.video_ids, read)
-        asked = functools.partial(ask, agent, clips, spans, profile.seed)
-        done = finish(rows, asked, profile.eval_batch, path, f"teacher {dataset}")
-    kept = [one for one in done if "dropped" not in one]
-    if not kept:
+        ask_batch = functools.partial(ask, teacher, clips, spans, profile.seed)
+        entries = finish(examples, ask_batch, profile.eval_batch, path, f"teacher {dataset}")
+    usable = [entry for entry in entries if "dropped" not in entry]
+    if not usable:
         raise InputError(f"{path}: {profile.teacher} gave no reasoning for any row; read there what it said")
-    dropped = sft_data.count_reasons([(one["dropped"], one["qid"]) for one in done if "dropped" in one])
-    notes = {"teacher": profile.teacher, "device": str(agent.model.device), "rows": len(done)}
-    cache.write_json(folder / sft_data.FILE, kept)
-    cache.write_json(folder / "notes.json", notes | {"dropped": dropped})
+    dropped = [(entry["dropped"], entry["qid"]) for entry in entries if "dropped" in entry]
+    notes = {"teacher": profile.teacher, "device": str(teacher.model.device), "rows": len(entries)}
+    cache.write_json(folder / released_replies.FILE, usable)
+    cache.write_json(folder / "notes.json", notes | {"dropped": released_replies.count_reasons(dropped)})
 
 
 def load_teacher(profile) -> policy.Policy:
-    """The teacher, dense or a mixture of experts, as a policy without heads."""
+    """Load the teacher, dense or a mixture of experts, as a policy without heads."""
     torch.set_num_threads(profile.threads)
     device = loading.pick_device(profile.device)
     model, tokenizer = loading.load(AutoModelForImageTextToText, profile.teacher, profile.dtype, device)

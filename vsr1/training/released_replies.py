@@ -1,0 +1,146 @@
+"""Read and write replies in the layout of the released `train_oneturn.json` (docs/method.md section 8)."""
+
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
+
+from vsr1.config import InputError
+from vsr1.data import annotations
+from vsr1.loop.replies import read_reply
+from vsr1.models import prompt_text, search_index
+from vsr1.training.sft_examples import SFTExample, rankings, wrong_videos
+
+FILE = "train_oneturn.json"  # its released name
+CLOSING = re.compile(rf"(\s*({prompt_text.REFINE}|<\|im_end\|>))+\s*$")
+
+
+def to_released(example: SFTExample) -> dict:
+    """Write one example as an entry of the released layout."""
+    user = f'Query: "{example.query}"\nRetrieved video: <video>'
+    texts = {"system": prompt_text.SYSTEM, "user": user, "assistant": f"{example.reply} {prompt_text.REFINE}"}
+    label = "pos" if example.shown == example.right else "neg"
+    ids = {"video_id": example.shown, "query_pos_video_id": example.right, "top1_video_id": example.shown}
+    return {
+        "qid": f"{example.desc_id}_fig",
+        "query": example.query,
+        "messages": [{"role": role, "content": text} for role, text in texts.items()],
+        "videos": [example.shown],
+        "meta": {"gold_label": label} | ids,
+    }
+
+
+def _assistant_text(messages: list) -> str:
+    """What the assistant says in the last of some messages, as a string or in parts."""
+    last = messages[-1] if messages else None
+    text = last.get("content") if isinstance(last, dict) and last.get("role") == "assistant" else None
+    if isinstance(text, list) and all(isinstance(part, dict) for part in text):
+        text = "".join(str(part.get("text", "")) for part in text)
+    if not (isinstance(text, str) and text.strip()):
+        raise ValueError("the last message must be a text of the assistant's")
+    return text
+
+
+VideoId = Annotated[str, Field(min_length=1)]
+
+
+class Meta(BaseModel, strict=True):
+    """What an entry says of its videos."""
+
+    gold_label: Literal["pos", "neg"]
+    video_id: VideoId  # the video shown
+    query_pos_video_id: VideoId  # the right one
+
+
+class Entry(BaseModel, strict=True):
+    """One entry of the file, as far as it is used. `messages` keeps the assistant's text alone."""
+
+    qid: Annotated[str, Field(pattern=r"^[0-9]+_fig$")]  # like '17_fig'
+    messages: Annotated[list, AfterValidator(_assistant_text)]
+    meta: Meta
+
+    def example(self) -> SFTExample:
+        """The example without its query and negatives; blanks in the reply are single, and no <REFINE> closes it."""
+        reply = " ".join(CLOSING.sub("", self.messages).split())
+        number = int(self.qid.removesuffix("_fig"))
+        return SFTExample(number, "", self.meta.query_pos_video_id, self.meta.video_id, (), reply)
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """Parse all entries of a file; InputError names the first row and key that is not as it should be."""
+    content = annotations.parse_json(annotations.read_text(path), path)
+    if not isinstance(content, list):
+        raise InputError(f"{path}: not a JSON list; take {FILE}")
+    try:
+        return TypeAdapter(list[Entry]).validate_python(content)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        row, *keys = fault["loc"]
+        key = f", {'.'.join(map(str, keys))}" if keys else ""
+        raise InputError(
+            f"{path}, row {row + 1}{key}: {fault['msg']}, found {fault['input']!r:.60}"
+        ) from error
+
+
+def read_released(
+    path: Path, queries, vectors: search_index.Vectors, negatives: int | None
+) -> tuple[list[SFTExample], dict]:
+    """Return all examples of a file that can be learned from here, in its order, and notes on those that cannot.
+
+    The query's text is the annotation's, whose vector is known. The video shown need not rank first here.
+    """
+    entries = read_entries(path)
+    known = {query.id: query for query in queries if vectors.has_query(query.id)}
+    examples, rejected = {}, []
+    for entry in entries:
+        example = entry.example()
+        problem = "with the qid of an earlier row" if example.desc_id in examples else None
+        problem = problem or _problem(example, entry.meta.gold_label == "pos", known, vectors)
+        if problem is None:
+            examples[example.desc_id] = replace(example, query=known[example.desc_id].text)
+        else:
+            rejected.append((problem, entry.qid))
+    notes = {"file": Path(path).name, "rows": len(entries), "left_out": count_reasons(rejected)}
+    _warn_left_out(path, notes, bool(examples))
+    top = rankings([known[number] for number in examples], vectors, negatives)
+    found = zip(examples.values(), top, strict=True)
+    return [
+        replace(example, negatives=wrong_videos(order, example.shown, example.right))
+        for example, order in found
+    ], notes
+
+
+def _problem(example, labelled_right, known, vectors):
+    """Why an example cannot be learned from here; None: it can."""
+    if example.desc_id not in known:
+        return "with a query that is unknown here"
+    if not (vectors.has_video(example.right) and vectors.has_video(example.shown)):
+        return "with a video that is unknown here"
+    if example.right != known[example.desc_id].video:
+        return "whose right video is another one here"
+    reply = read_reply(example.reply, ())
+    agree = reply.matched == labelled_right == (example.shown == example.right)
+    agree = agree and (reply.span is not None or not labelled_right)
+    return None if agree else "whose reply, label and videos do not agree"
+
+
+def _warn_left_out(path, notes, any_left):
+    counts = [f"{c['rows']} {problem} (first: {c['first']})" for problem, c in notes["left_out"].items()]
+    if not any_left:
+        raise InputError(
+            f"{path}: none of {notes['rows']} rows is of use here: {', '.join(counts)}; another data set's?"
+        )
+    if counts:
+        message = f"{path}: rows left out: {', '.join(counts)}"
+        warnings.warn(message, annotations.CorpusWarning, stacklevel=3)
+
+
+def count_reasons(rejected: list[tuple[str, str]]) -> dict:
+    """Count the rows that each reason left out, and name the first of them, from (reason, qid) of each."""
+    counts = {}
+    for reason, name in rejected:
+        counts.setdefault(reason, {"rows": 0, "first": name})["rows"] += 1
+    return counts
