@@ -1,7 +1,5 @@
 """The paper's claims against one run: differences by plain loops over episodes, and what is said of them."""
 
-import json
-
 import pytest
 from fake import profile as fake_profile
 from test_episode_metrics import RUN, episode, turn
@@ -9,7 +7,7 @@ from test_episode_metrics import RUN, episode, turn
 from vsr1.config import InputError
 from vsr1.evaluation import claims, metrics
 from vsr1.loop import records
-from vsr1.report import results
+from vsr1.report import results, verdicts
 
 
 def refined(key, first, after, depths):
@@ -49,7 +47,7 @@ def run(tmp_path, monkeypatch):
 
 def test_differences_are_what_a_loop_over_queries_counts(run):
     mine, other = final(), down()
-    numbers = claims.record(run, "charades")
+    numbers = verdicts.record(run, "charades")
     gained = [
         metrics.vcmr_hits([a], 0.5)[0] * 1 - metrics.vcmr_hits([b], 0.5)[0]
         for a, b in zip(mine, other, strict=True)
@@ -75,16 +73,16 @@ def test_differences_are_what_a_loop_over_queries_counts(run):
 
 
 def test_what_was_not_run_is_not_measured_and_never_zero(run):
-    numbers = claims.record(run, "charades")
+    numbers = verdicts.record(run, "charades")
     assert not [name for name in numbers if "/vsr1-zs" in name or "/grpo" in name]
-    told = {one.name: one for one in claims.judged(results.collect(run), ["charades"])}
+    told = {one.name: one for one in verdicts.judge(results.collect(run), ["charades"])}
     assert (
         told["vsr1-zs"].verdict == told["tokens"].verdict == "not measured" and told["vsr1-zs"].value == "—"
     )
-    assert "**not measured**" in claims.answer([told["vsr1-zs"]])
+    assert "**not measured**" in verdicts.as_markdown([told["vsr1-zs"]])
     with pytest.raises(InputError, match="no data set has episodes"):
-        claims.places(results.dataclasses.replace(run, name="another"))
-    assert claims.places(run) == ["charades"]
+        claims.datasets_with_episodes(results.dataclasses.replace(run, name="another"))
+    assert claims.datasets_with_episodes(run) == ["charades"]
 
 
 def test_a_damaged_line_of_episodes_stops_the_claims_by_name(run):
@@ -92,25 +90,4 @@ def test_a_damaged_line_of_episodes_stops_the_claims_by_name(run):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:2], lines[2][:40], *lines[3:]]))
     with pytest.raises(InputError, match=r"vsr1.jsonl, line 3: not JSON"):
-        claims.of_run(run, "charades")
-
-
-def test_every_seed_must_agree_before_a_claim_holds_over_seeds(run):
-    entry = {"value": 4.0, "ci": [1.0, 7.0]}
-    numbers = {
-        f"R1/charades/refined/{key}": entry | {"value": value}
-        for key, value in (("points", 4.0), ("lowest", -0.1))
-    }
-    (told, *_) = claims.judged(numbers, ["charades"])
-    assert (told.verdict, told.verdict_seeds) == ("not measured", "not shown") and "lowest -0.1" in told.seeds
-    numbers["R1/charades/refined/lowest"]["value"] = 0.1
-    assert claims.judged(numbers, ["charades"])[0].verdict_seeds == "holds"
-
-
-def test_soft_tokens_are_held_against_the_shortest_rewrite():
-    values = {"sqr": 8.0, "hqr-blind": 26.0, "hqr-seen": 9.0, "hqr-reasoned": 27.0}
-    numbers = {f"S1/charades/{name}/tokens": {"value": value, "ci": None} for name, value in values.items()}
-    last = claims.judged(numbers, ["charades"])[-1]
-    assert (last.value, last.verdict) == ("8.0 against 9.0 or more", "holds")
-    numbers["S1/charades/hqr-seen/tokens"]["value"] = 7.0
-    assert claims.judged(json.loads(json.dumps(numbers)), ["charades"])[-1].verdict == "does not hold"
+        claims.hits_of_run(run, "charades")

@@ -48,14 +48,14 @@ def by_loop(run, dataset, claim):
     paths = [run.results() / "seeds" / f"{dataset}-{seed}.json" for seed in (1, 2, 3)]
     seeds_hits, points = [json.loads(path.read_text())["hits"] for path in paths], []
     for told in seeds_hits:
-        ours, theirs, gained = told[claim.ours], told[claim.theirs], []
+        ours, theirs, gained = told[claim.system], told[claim.baseline], []
         for at, key in enumerate(theirs["ids"]):
-            if not all(key in one[side]["ids"] for one in seeds_hits for side in (claim.ours, claim.theirs)):
+            if not all(key in one[side]["ids"] for one in seeds_hits for side in (claim.system, claim.baseline)):
                 continue
             place = ours["ids"].index(key)
-            if claim.failed and ours["vr@1_orig"][place] == "1":
+            if claim.failed_only and ours["vr@1_orig"][place] == "1":
                 continue
-            gained.append(int(ours[claim.metric][place]) - int(theirs[claim.from_ or claim.metric][at]))
+            gained.append(int(ours[claim.metric][place]) - int(theirs[claim.baseline_metric or claim.metric][at]))
         points.append(100 * sum(gained) / len(gained))
     return points, len(gained)
 

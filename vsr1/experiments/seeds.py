@@ -54,7 +54,7 @@ def _one_shot(own, dataset):
     found = retrieval.first_search(queries, search_index.load_vectors(home / "embed" / "engine" / "test"))
     values = two_stage.hits(own, found, two_stage.known_spans(folder, queries))
     return {"ids": [query.id for query in queries]} | {
-        name: claims.bits(values[name]) for name in KEPT if name in values
+        name: claims.digits(values[name]) for name in KEPT if name in values
     }
 
 
@@ -92,11 +92,11 @@ def means(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, Estimat
     for system in ("twostage", "ft", "walkdown", "sft", "vsr1", "skip"):
         ids = runs[0]["hits"][system]["ids"]
         for metric in (name for name in KEPT if name in runs[0]["hits"][system] and name != "vr@1_orig"):
-            values = np.array(
-                [[claims.column(one["hits"][system], metric)[key] for key in ids] for one in runs]
+            by_query = [claims.by_query(run["hits"][system], metric) for run in runs]
+            values = np.array([[hits[key] for key in ids] for hits in by_query])
+            numbers[f"R2/{dataset}/{system}/{metric}"] = claims.mean_over_runs(
+                profile, values, ids, runs, note=_note(runs)
             )
-            place = f"R2/{dataset}/{system}"
-            numbers |= claims.spread(profile, place, values, ids, runs, (metric,), _note(runs))
     return numbers
 
 

@@ -18,8 +18,7 @@ from PIL import Image
 
 from vsr1 import config
 from vsr1.config import ROOT, Profile
-from vsr1.evaluation import claims
-from vsr1.report import diagrams, plots, qualitative, results, search_figures, tables
+from vsr1.report import diagrams, plots, qualitative, results, search_figures, tables, verdicts
 from vsr1.report.tables import CAVEAT, rows
 
 
@@ -142,7 +141,7 @@ def report(profile: Profile, searches: list[Path] = ()) -> Path:
     facts = {key: origin[key] for key in ("commit", "tree", "digest", "seed", "date", "python")}
     facts |= {"device": _device(origin), "libraries": ", ".join(map(" ".join, origin["libraries"].items()))}
     told = {}
-    for one in claims.judged(numbers, profile.datasets):
+    for one in verdicts.judge(numbers, profile.datasets):
         cell = f"{one.verdict} / {one.verdict_seeds}".replace("not measured", "—")
         told.setdefault(one.claim, []).append(cell)  # a cell a data set
     text = qualitative.fill(

@@ -4,8 +4,7 @@ import re
 
 from vsr1 import config
 from vsr1.config import InputError, Profile
-from vsr1.evaluation import claims
-from vsr1.report import html_report, results, tables
+from vsr1.report import html_report, results, tables, verdicts
 
 SYSTEMS = {
     "zs": "ZS",
@@ -75,7 +74,7 @@ def _pair(numbers, dataset, system):
 def _told(profile, numbers):
     """A row a claim, a cell a data set: over seeds, and the tokens of a refinement in this run."""
     rows = {}
-    for one in claims.judged(numbers, profile.datasets):
+    for one in verdicts.judge(numbers, profile.datasets):
         value, verdict = one.value, one.verdict
         if one.name != "tokens":
             keys = [f"R1/{one.dataset}/{one.name}/{key}" for key in ("points", "lowest", "highest")]
