@@ -127,7 +127,7 @@ class Bed:
         settings = policy.new_settings(self.profile, self.made.instruction)
         agent = policy.new_heads(base, settings, self.profile.seed, self.made)
         agent = speed.Speaker(agent.model, agent.tokenizer, agent.heads, settings, agent.max_frame_pixels)
-        agent.banned[agent.stop] = True
+        agent.banned_tokens[agent.stop_token_id] = True
         return agent
 
     def tokens(self, agent) -> int:

@@ -83,7 +83,7 @@ def random_policy(large: bool, seed: int = 0) -> policy.Policy:
     model = Qwen3VLForConditionalGeneration(make_config(large, len(tokenizer) + 8)).eval()
     base = policy.Policy(model, tokenizer, None, None, 4096)
     made = policy.new_heads(base, soft_heads.Settings(refine_init="default"), seed)
-    made.banned[made.stop] = True
+    made.banned_tokens[made.stop_token_id] = True
     return made
 
 
@@ -101,7 +101,7 @@ def long_clip(made: policy.Policy, tokens: int, seed: int = 0) -> video_reader.C
 def by_full_forwards(made: policy.Policy, prompt: inputs.Prompt, reply: list[int], n: int) -> torch.Tensor:
     """(n, D) soft tokens by n forwards over prompt, video, reply and latents: no cache, as in the official code."""
     core, heads = made.model.model, made.heads
-    ids = prompt.ids + reply[: len(reply) - reply[::-1].index(made.mark)]
+    ids = prompt.ids + reply[: len(reply) - reply[::-1].index(made.refine_token_id)]
     batch = inputs.collate([inputs.Prompt(ids, prompt.video)], made.model, made.tokenizer.pad_token_id)
     words, where = core.get_input_embeddings()(batch["input_ids"]), batch["position_ids"]
     video = {name: batch[name] for name in ("pixel_values_videos", "video_grid_thw")}
@@ -127,19 +127,19 @@ class Speaker(policy.Policy):
     def prompt(self, *what):
         """As every policy does; or, the plain way, of a video that nobody has looked at."""
         if not Speaker.sharing:
-            self.seen.clear()
+            self.video_cache.clear()
         return super().prompt(*what)
 
-    def begin(self, prompts, group=1):
+    def prefill(self, prompts, group=1):
         """As every policy does; or, the plain way, with each prompt in the batch as often as it is replied to."""
         if Speaker.sharing:
-            return super().begin(prompts, group)
+            return super().prefill(prompts, group)
         counts = group if isinstance(group, list) else [group] * len(prompts)
         each = [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
-        return super().begin([replace(prompt, video=replace(prompt.video)) for prompt in each], share=False)
+        return super().prefill([replace(prompt, video=replace(prompt.video)) for prompt in each], share=False)
 
     def _completion(self, said, columns):
-        said.ids[-1] = self.mark  # weights that are random would not say it
+        said.ids[-1] = self.refine_token_id  # weights that are random would not say it
         return super()._completion(said, columns)
 
 
@@ -160,7 +160,7 @@ class Step:
         vectors = search_index.Vectors([f"v{n}" for n in range(32)], vecs[:32], [0], vecs[32:])
         made = policy.new_heads(made, soft_heads.Settings(refine_init="default"), 0, search)
         made = Speaker(made.model, made.tokenizer, made.heads, made.settings, made.max_frame_pixels)
-        made.banned[made.stop] = True
+        made.banned_tokens[made.stop_token_id] = True
         clip = long_clip(made, read)
         shelf = types.SimpleNamespace(get=lambda ids: [clip for _ in ids])
         query = annotations.Query(0, QUERY, "v0", (0.0, 1.0), "", clip.seconds)
@@ -276,15 +276,15 @@ def measure_latents(
     """Soft tokens behind a prompt of at least `read` tokens and a reply of `said` tokens."""
     made = random_policy(large)
     prompt = made.prompt(prompt_text.SYSTEM, QUERY, long_clip(made, read))
-    reply = [*made.reply([prompt], max_new_tokens=said - 1)[0].ids, made.mark]
+    reply = [*made.reply([prompt], max_new_tokens=said - 1)[0].ids, made.refine_token_id]
     size = sum(weight.numel() for weight in made.model.parameters()) / 1e6
 
     @torch.no_grad()
     def from_nothing():
-        return sqr.soft_tokens(made, made.replay([prompt], [reply]).branches, LATENTS)[0]
+        return sqr.soft_tokens(made, made.replay([prompt], [reply]).refine_contexts, LATENTS)[0]
 
     with torch.no_grad():
-        branches = made.replay([prompt], [reply]).branches
+        branches = made.replay([prompt], [reply]).refine_contexts
 
     @torch.no_grad()
     def from_cache():

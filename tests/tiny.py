@@ -70,7 +70,7 @@ def coming_to_an_end(made, prompts):
     often = sorted(
         {token for ids in said for token in ids}, key=lambda token: -sum(token in ids for ids in said)
     )
-    return changed(made, stop=often[0], mark=often[1])
+    return changed(made, stop_token_id=often[0], refine_token_id=often[1])
 
 
 class Writer:

@@ -37,8 +37,8 @@ class Scripted(policy.Policy):
         told = [self.asked[id(prompt)][1:] for prompt in prompts]
         self.told += told
         texts = [self.script(*one) for one in told]
-        ids = [[*self.tokenizer(text)["input_ids"], self.stop] for text in texts]
-        branches = self.replay(prompts, ids).branches
+        ids = [[*self.tokenizer(text)["input_ids"], self.stop_token_id] for text in texts]
+        branches = self.replay(prompts, ids).refine_contexts
         return [
             policy.Completion(row, [0.0] * len(row), True, text, branch)
             for row, text, branch in zip(ids, texts, branches, strict=True)
@@ -173,7 +173,7 @@ def test_a_soft_query_of_the_loop_is_the_one_made_by_hand_for_one_row(
             clip = read(films / f"{turn.shown_id}.mp4").result()
             prompt = policy.Policy.prompt(agent, prompt_text.SYSTEM, query.text, clip)
             with torch.no_grad():
-                branches = agent.replay([prompt], [list(turn.reply.ids)]).branches
+                branches = agent.replay([prompt], [list(turn.reply.ids)]).refine_contexts
                 carried = [*carried, sqr.soft_tokens(agent, branches, n)][-blocks:]
                 soft = torch.cat(carried, dim=1)
                 vec = sqr.soft_query(made, agent.heads, [query.text], soft)[0].numpy()

@@ -217,8 +217,8 @@ def test_each_depth_of_a_sweep_is_a_query_with_that_many_latents(agent, made):
     """By depth in one go, or each prefix of the latents embedded alone and ranked by a sort."""
     ids = [
         *agent.tokenizer("<think> a dog </think> <answer>not_matched</answer>")["input_ids"],
-        agent.mark,
-        agent.stop,
+        agent.refine_token_id,
+        agent.stop_token_id,
     ]
     reply = replies.read_reply("<think> a dog </think> <answer>not_matched</answer> <REFINE>", ids)
     first = replace(turn(1, "x", "b", 3, False), reply=reply)
@@ -231,9 +231,9 @@ def test_each_depth_of_a_sweep_is_a_query_with_that_many_latents(agent, made):
     swept = refinement.sweep(made, agent, vectors, one, clip(4), prompt_text.SYSTEM_ZS)
     with torch.no_grad():
         prompt = agent.prompt(prompt_text.SYSTEM_ZS, one.query, clip(4))
-        latents = sqr.soft_tokens(agent, agent.replay([prompt], [ids]).branches, agent.settings.n_soft)
+        latents = sqr.soft_tokens(agent, agent.replay([prompt], [ids]).refine_contexts, agent.settings.n_soft)
     for depth in range(agent.settings.n_soft + 1):
-        vec = made.embed_texts([one.query], agent.heads.B(latents[:, :depth]).detach())[0]
+        vec = made.embed_texts([one.query], agent.heads.to_engine(latents[:, :depth]).detach())[0]
         assert np.allclose(swept.vecs[depth], vec, atol=1e-5)
         order = np.argsort(-(vectors.video_vecs @ vec), kind="stable")
         assert swept.ranks[depth] == list(order).index(2) + 1
@@ -253,10 +253,10 @@ def test_marked_replies_branch_where_a_reply_that_says_the_token_would(agent):
     words = [
         agent.tokenizer(text)["input_ids"] for text in ("<think> no </think>", "<answer>not_matched</answer>")
     ]
-    bare = [[*words[0], agent.stop], words[1]]  # one ended by itself, one was cut
-    said = [[*ids, agent.mark, agent.stop] for ids in words]
+    bare = [[*words[0], agent.stop_token_id], words[1]]  # one ended by itself, one was cut
+    said = [[*ids, agent.refine_token_id, agent.stop_token_id] for ids in words]
     with torch.no_grad():
-        want = sqr.soft_tokens(agent, agent.replay(prompts, said).branches, 2)
-    marked = agent.marked(prompts, bare)
+        want = sqr.soft_tokens(agent, agent.replay(prompts, said).refine_contexts, 2)
+    marked = agent.append_refine(prompts, bare)
     assert [ids for ids, _ in marked] == said
     assert torch.allclose(sqr.soft_tokens(agent, [branch for _, branch in marked], 2), want, atol=1e-5)

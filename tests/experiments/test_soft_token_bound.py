@@ -142,7 +142,7 @@ def test_the_gallery_loss_is_info_nce_with_all_others_as_negatives(made, gallery
 
 def test_scaled_heads_hand_out_token_lengths_and_are_default_heads_otherwise(agent, made):
     latents = drawn((5, made.width))
-    for inputs, reader in ((agent.heads.A(latents), agent), (agent.heads.B(latents), made)):
+    for inputs, reader in ((agent.heads.to_policy(latents), agent), (agent.heads.to_engine(latents), made)):
         tokens = reader.model.get_input_embeddings().weight[: len(reader.tokenizer)].detach()
         assert torch.allclose(inputs.norm(dim=-1), tokens.norm(dim=1).mean(), rtol=2e-2)
     plain = policy.new_heads(agent, soft_heads.Settings(refine_init="default"), 0, made).heads.state_dict()
@@ -179,7 +179,7 @@ def test_what_is_read_is_prompt_and_reply_without_a_gap(agent):
         pair = [
             sqr.soft_tokens(agent, branch, 3) for branch in ([context], soft_token_bound.read(agent, [row]))
         ]
-    assert said[-1] == agent.mark and torch.allclose(*pair, atol=1e-5)
+    assert said[-1] == agent.refine_token_id and torch.allclose(*pair, atol=1e-5)
 
 
 def weights(module):

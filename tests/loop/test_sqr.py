@@ -92,7 +92,7 @@ def test_rollout_and_replay_give_the_same_soft_tokens(made, prompts):
 def test_a_reply_cut_right_at_the_token_can_still_refine(made, prompts, replies):
     """The limit may fall on <REFINE> itself, which decoding then never reads."""
     said = sampled(made, prompts[:1], limit=3)[0].ids
-    quick = changed(made, mark=said[-1])
+    quick = changed(made, refine_token_id=said[-1])
     cut = sampled(quick, prompts[:1], limit=3)[0]
     assert not cut.ended and cut.ids[-1] == quick.mark
     tokens = sqr.soft_tokens(quick, [cut.branch], 3)[0]

@@ -65,7 +65,7 @@ def test_videos_that_do_not_fit_together_are_embedded_in_halves_with_a_warning(m
     with pytest.warns(UserWarning, match="4 at once do not fit in memory: half of batch_tokens from now on"):
         np.testing.assert_allclose(small.embed_clips(clips), whole, atol=1e-5)
     np.testing.assert_allclose(small.embed_clips(clips), whole, atol=1e-5)
-    assert sizes == [4, 2, 2, 2, 2] and made.portions.parts == 1
+    assert sizes == [4, 2, 2, 2, 2] and made.splitter.parts == 1
 
 
 def test_a_stream_of_videos_is_embedded_while_it_is_read(made, monkeypatch):
@@ -115,7 +115,7 @@ def test_a_query_over_the_limit_loses_words_not_the_template(made):
         dataclasses.replace(config.load("smoke"), max_query_tokens=30), made.model, made.tokenizer, "small"
     )
     prompt, end = small.query_prompt(TEXTS[0] * 5)
-    assert len(prompt.ids) == 30 and end == 24 and small.cut == 1
+    assert len(prompt.ids) == 30 and end == 24 and small.num_truncated == 1
     assert made.tokenizer.decode(prompt.ids[24:]) == "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
 
 

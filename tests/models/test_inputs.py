@@ -163,7 +163,7 @@ def test_a_choice_by_side_reaches_both_sides_and_the_record(tiny, tmp_path, monk
         decoding.prefill(one, [row], tokenizer.pad_token_id) for one in (plain, other)
     )
     torch.testing.assert_close(then, now, atol=1e-5, rtol=0)
-    assert decoding.extend(other, context, now[:, None])[0].seen.shape[1] == len(row.ids) + 1
+    assert decoding.extend(other, context, now[:, None])[0].attention_mask.shape[1] == len(row.ids) + 1
 
 
 def test_work_that_does_not_fit_is_done_in_halves_from_then_on_once_and_loudly():

@@ -67,7 +67,7 @@ def test_greedy_replies_equal_the_library_s_own_generation(made, prompts):
     for prompt, reply in zip(prompts, replies, strict=True):
         batch = inputs.collate([prompt], made.model, made.tokenizer.pad_token_id)
         batch.pop("position_ids")  # generate makes its own
-        banned = made.banned.nonzero()[:, 0].tolist()
+        banned = made.banned_tokens.nonzero()[:, 0].tolist()
         ids = made.model.generate(**batch, do_sample=False, max_new_tokens=12, suppress_tokens=banned)
         assert reply.ids == ids[0, len(prompt.ids) :].tolist()
 
@@ -76,7 +76,7 @@ def full_forward(made, prompt, ids):
     """Log-probabilities of a reply from one forward over everything, without a cache."""
     whole = dataclasses.replace(prompt, ids=prompt.ids + ids)
     logits = made.model(**inputs.collate([whole], made.model, made.tokenizer.pad_token_id)).logits[0]
-    logits = logits[len(prompt.ids) - 1 : -1].masked_fill(made.banned, -torch.inf)
+    logits = logits[len(prompt.ids) - 1 : -1].masked_fill(made.banned_tokens, -torch.inf)
     return logits.log_softmax(-1)[torch.arange(len(ids)), ids]
 
 
@@ -104,11 +104,16 @@ def test_rows_that_end_early_leave_the_others_as_they_are(made, prompts):
     assert shrinks(lengths) >= 2, lengths
     draws = torch.from_numpy(np.random.default_rng(0).random((12, 24)))
     for row, reply in enumerate(together):
-        context, now = quick.begin([prompts[row // 4]])
-        alone = decoding.decode(quick.model, context, now, quick.rules(24, COLD), draws[row : row + 1])[0]
+        context, now = quick.prefill([prompts[row // 4]])
+        alone = decoding.decode(
+            quick.model, context, now, quick.sampling_params(24, COLD), draws[row : row + 1]
+        )[0]
         assert alone.ids == reply.ids
         np.testing.assert_allclose(alone.logps, reply.logps, atol=1e-5 / COLD)
-        assert reply.ended == (reply.ids[-1] == quick.stop) and quick.stop not in reply.ids[:-1]
+        assert (
+            reply.ended == (reply.ids[-1] == quick.stop_token_id)
+            and quick.stop_token_id not in reply.ids[:-1]
+        )
         assert reply.ended or len(reply.ids) == 24
 
 
@@ -120,9 +125,9 @@ def test_a_replayed_reply_has_the_log_probabilities_of_the_rollout_also_in_train
         again = quick.replay(prompts, [reply.ids for reply in replies], group=4, temperature=temperature)
         made.model.eval()
         for row, reply in enumerate(replies):
-            own = again.logps[row][again.said[row]].tolist()
+            own = again.logps[row][again.completion_mask[row]].tolist()
             np.testing.assert_allclose(own, reply.logps, atol=1e-5 / temperature)
-            assert (again.logps[row][~again.said[row]] == 0).all()
+            assert (again.logps[row][~again.completion_mask[row]] == 0).all()
     made.model.zero_grad()
     again.logps.sum().backward()
     assert all(weight.grad.isfinite().all() for weight in made.model.parameters() if weight.grad is not None)
@@ -151,11 +156,11 @@ def test_replies_follow_the_model_s_distribution():
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
 def test_top_p_keeps_the_tokens_that_the_library_keeps_and_shares_their_mass(made, prompts, top_p):
-    _, now = made.begin(prompts)
-    logits = made.model.lm_head(now).masked_fill(made.banned, -torch.inf)
+    _, now = made.prefill(prompts)
+    logits = made.model.lm_head(now).masked_fill(made.banned_tokens, -torch.inf)
     theirs = TopPLogitsWarper(top_p)(None, logits / 0.4).log_softmax(-1)
-    ours = decoding.log_probs(made.model.lm_head(now), made.rules(1, 0.4, top_p))
-    assert 0 < (ours > -torch.inf).sum() < (~made.banned).sum() * len(prompts)
+    ours = decoding.log_probs(made.model.lm_head(now), made.sampling_params(1, 0.4, top_p))
+    assert 0 < (ours > -torch.inf).sum() < (~made.banned_tokens).sum() * len(prompts)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
@@ -168,11 +173,11 @@ def test_a_reply_with_its_own_rng_does_not_depend_on_those_beside_it(made, promp
 
 
 def test_vision_ids_and_rows_without_a_token_are_never_said(made):
-    loud = torch.where(made.banned, 50.0, 0.0)
-    assert (decoding.log_probs(loud, made.rules(1, 1.0))[made.banned] == -torch.inf).all()
-    names = made.tokenizer.convert_ids_to_tokens(made.banned.nonzero()[:, 0].tolist())
+    loud = torch.where(made.banned_tokens, 50.0, 0.0)
+    assert (decoding.log_probs(loud, made.sampling_params(1, 1.0))[made.banned_tokens] == -torch.inf).all()
+    names = made.tokenizer.convert_ids_to_tokens(made.banned_tokens.nonzero()[:, 0].tolist())
     assert names[:4] == ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    assert int(made.banned.sum()) == 4 + 7, "eight spare rows, one of them taken by <REFINE>"
+    assert int(made.banned_tokens.sum()) == 4 + 7, "eight spare rows, one of them taken by <REFINE>"
 
 
 def test_a_video_is_read_once_for_all_replies_to_it(made, prompts, monkeypatch):
@@ -191,7 +196,7 @@ def test_what_is_kept_of_a_video_is_what_the_eyes_see_again(made, prompts, monke
     )
     film, other = clip(6, 1), clip(6, 2)
     asked = lambda one, *clips: [one.prompt(prompt_text.SYSTEM, "Who?", shown) for shown in clips]  # noqa: E731
-    replies = [[5, 6, made.stop], [6, 5, made.stop]]
+    replies = [[5, 6, made.stop_token_id], [6, 5, made.stop_token_id]]
     learning = [made.replay(asked(made, film, other), replies).logps for _ in range(2)]
     assert looks == [2, 2]
     fixed = copy.deepcopy(made.model).requires_grad_(False)
@@ -209,11 +214,13 @@ def test_words_that_all_begin_with_are_read_once_with_the_same_states_and_gradie
     asked = [*prompts[:2], made.prompt(prompt_text.SYSTEM, "Who?")]
     found, grads = [], []
     for share in (True, False):
-        context, now = made.begin(asked, share=share)
+        context, now = made.prefill(asked, share=share)
         context, _, post = decoding.extend(
             made.model, context.rows(torch.tensor([2, 0, 1, 1])), now[[2, 0, 1, 1], None]
         )
-        parts = [decoding.stack_contexts([context.cut(row, context.seen.shape[1])]) for row in range(4)]
+        parts = [
+            decoding.stack_contexts([context.slice(row, context.attention_mask.shape[1])]) for row in range(4)
+        ]
         found.append(
             [now, post, torch.cat([decoding.extend(made.model, part, now[:1, None])[1] for part in parts])]
         )
@@ -240,10 +247,10 @@ def test_merged_adapters_speak_alike_and_leave_the_weights_as_they_were():
             if "lora_B" in name:
                 weight.normal_(std=0.05)
     before = {name: weight.clone() for name, weight in made.model.named_parameters()}
-    with made.bare():
+    with made.adapters_disabled():
         bare = sampled(made, prompts, 2)
     apart = sampled(made, prompts, 2)
-    with made.merged():
+    with made.adapters_merged():
         merged = sampled(made, prompts, 2)
         read = made.replay(prompts, [reply.ids for reply in merged], group=2, temperature=1.0).logps
     for one, other, logps in zip(apart, merged, read.detach(), strict=True):
@@ -280,7 +287,7 @@ def test_a_saved_policy_comes_back_with_heads_settings_and_the_same_replies(made
     assert dataclasses.replace(loaded.settings, code="unknown") == made.settings
     for key, value in made.heads.state_dict().items():
         assert torch.equal(loaded.heads.state_dict()[key], value)
-    assert loaded.mark == made.mark
+    assert loaded.refine_token_id == made.refine_token_id
     assert [r.ids for r in loaded.reply(prompts, max_new_tokens=5)] == [
         r.ids for r in made.reply(prompts, max_new_tokens=5)
     ]
@@ -294,7 +301,7 @@ def test_a_base_model_has_no_heads_and_can_reply(made, tmp_path, prompts):
     loaded = checkpoints.load(str(tmp_path), profile())
     assert loaded.heads is loaded.settings is None
     reply = loaded.reply([loaded.prompt(prompt_text.SYSTEM_ZS, QUERIES[0], clip(4))], max_new_tokens=3)[0]
-    assert len(reply.ids) == 3 and not reply.ended and reply.branch is None
+    assert len(reply.ids) == 3 and not reply.ended and reply.refine_context is None
 
 
 def break_json(key, value):
@@ -470,11 +477,13 @@ def test_a_released_checkpoint_does_not_load_as_a_base_model(released):
 def test_fresh_heads_take_the_mean_of_the_used_rows_and_need_a_spare_one():
     one = random_policy(spare=2)
     weight = one.model.get_input_embeddings().weight
-    torch.testing.assert_close(weight[one.mark], weight[: one.mark].mean(dim=0))
-    assert one.mark == len(one.tokenizer) - 1
+    torch.testing.assert_close(weight[one.refine_token_id], weight[: one.refine_token_id].mean(dim=0))
+    assert one.refine_token_id == len(one.tokenizer) - 1
     before = weight.clone()
     again = policy.new_heads(one, one.settings, seed=9)
-    assert again.mark == one.mark and torch.equal(weight, before), "a row that is in use is left alone"
+    assert again.refine_token_id == one.refine_token_id and torch.equal(weight, before), (
+        "a row that is in use is left alone"
+    )
     with pytest.raises(config.InputError, match="leave none for <REFINE>"):
         random_policy(spare=0)
 
@@ -492,8 +501,8 @@ def test_fresh_heads_follow_the_method_and_the_seed():
 
 def test_an_engine_of_another_width_or_instruction_is_refused(made):
     torch.manual_seed(0)
-    config = pretraining_tasks.make_config(made.tokenizer)
-    core = Qwen3VLModel(config)
+    model_config = pretraining_tasks.make_config(made.tokenizer)
+    core = Qwen3VLModel(model_config)
     sqr.check_fit(made, engine.Engine(profile(), core, made.tokenizer, "mine"))
     other = engine.Engine(profile(instruction="Find it!"), core, made.tokenizer, "other")
     with pytest.raises(

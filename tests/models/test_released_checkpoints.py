@@ -109,10 +109,12 @@ def by_hand(folder, film, reply):
 def test_a_released_name_gives_the_latents_and_the_query_vector_made_by_hand(hub, profile):
     """From the hub's cache through conversion to refinement, with the engine that came along."""
     made, agent = runner.load_pair(profile, runner.SYSTEMS["sqr"], NAME)
-    film, reply = clip(4), [40, 41, agent.mark]
-    assert made.name == agent.embedder and made.name.startswith(str(profile.runs("charades")))
+    film, reply = clip(4), [40, 41, agent.refine_token_id]
+    assert made.name == agent.query_embedder and made.name.startswith(str(profile.runs("charades")))
     prompt = agent.prompt(agent.settings.system, QUERY, film)
-    latents = sqr.soft_tokens(agent, agent.replay([prompt], [[*reply, agent.stop]]).branches, 8)
+    latents = sqr.soft_tokens(
+        agent, agent.replay([prompt], [[*reply, agent.stop_token_id]]).refine_contexts, 8
+    )
     wanted, vec = by_hand(hub, film, reply)
     torch.testing.assert_close(latents[0], wanted, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(sqr.soft_query(made, agent.heads, [QUERY], latents)[0], vec, atol=1e-5, rtol=0)

@@ -88,8 +88,8 @@ def profile():
 
 def few_words(made):
     """A random policy that knows six words, of which one ends a reply and one asks for a search."""
-    number = torch.arange(len(made.banned))
-    return changed(made, banned=(number < 20) | (number > 25), stop=20, mark=21)
+    number = torch.arange(len(made.banned_tokens))
+    return changed(made, banned_tokens=(number < 20) | (number > 25), stop_token_id=20, refine_token_id=21)
 
 
 def sampler(profile, search, vectors, recipe="m3", shelf=None):
@@ -238,11 +238,13 @@ def test_rewards_are_those_of_the_soft_tokens_that_stood_in_the_query(walked):
     marked = [row for row in rows if row.taken is not None]
     assert {len(row.earlier) for row in marked} == {0, 1}
     for row in marked:
-        branch = made.agent.replay([row.prompt], [row.ids]).branches[0]
+        branch = made.agent.replay([row.prompt], [row.ids]).refine_contexts[0]
         latents = sqr.soft_tokens(made.agent, [branch], 3)
         carried = torch.cat([*(block[None] for block in row.earlier), latents], dim=1)
         vec = sqr.soft_query(made.engine, made.agent.heads, [row.start.text], carried)[0].detach()
-        scores = {v: float(made.gallery[made.vectors.column(v)] @ vec) / 0.1 for v in (row.start.video, *row.wrong)}
+        scores = {
+            v: float(made.gallery[made.vectors.column(v)] @ vec) / 0.1 for v in (row.start.video, *row.wrong)
+        }
         chance = np.exp(scores[row.start.video]) / np.exp(list(scores.values())).sum()
         assert row.chance == pytest.approx(chance, abs=1e-5)
         assert (row.shown in scores) and len(scores) == 1 + len(row.wrong)
@@ -298,7 +300,7 @@ def test_the_objective_is_trl_s_in_value_and_gradient(tmp_path, beta):
     )
     trainer.beta, trainer.current_gradient_accumulation_steps = beta, 1
     prompts = [made.prompt("S", text) for text in QUERIES[:2]]
-    made.banned = torch.zeros_like(made.banned)  # its softmax is over the whole vocabulary
+    made.banned_tokens = torch.zeros_like(made.banned_tokens)  # its softmax is over the whole vocabulary
     replies = [
         r.ids for r in made.reply(prompts, max_new_tokens=9, temperature=1.0, rng=np.random.default_rng(0))
     ]
@@ -311,16 +313,20 @@ def test_the_objective_is_trl_s_in_value_and_gradient(tmp_path, beta):
         if way == "ours":
             shifts = torch.from_numpy(noise.normal(0, 0.3, (2, *seen.logps.shape))).float()
             old, anchor = (seen.logps.detach() + shift for shift in shifts)
-            loss = rewards.policy_loss(seen.logps, old, anchor, gains, seen.said, clip=0.2, beta=beta)[
-                0
-            ].mean()
+            loss = rewards.policy_loss(
+                seen.logps, old, anchor, gains, seen.completion_mask, clip=0.2, beta=beta
+            )[0].mean()
         else:
             batch = inputs.collate(prompts, made.model, made.tokenizer.pad_token_id)
             said = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in replies], batch_first=True)
             options = {"prompt_ids": batch["input_ids"], "prompt_mask": batch["attention_mask"]}
-            options |= {"completion_ids": said, "completion_mask": seen.said.int(), "advantages": gains}
+            options |= {
+                "completion_ids": said,
+                "completion_mask": seen.completion_mask.int(),
+                "advantages": gains,
+            }
             options |= {"old_per_token_logps": old, "ref_per_token_logps": anchor}
-            options |= {"num_items_in_batch": seen.said.sum()}
+            options |= {"num_items_in_batch": seen.completion_mask.sum()}
             loss = trainer._compute_loss(made.model, options)
         loss.backward()
         grads = {name: w.grad.clone() for name, w in made.model.named_parameters() if w.grad is not None}
@@ -433,7 +439,7 @@ def test_without_its_adapters_the_policy_is_the_anchor_that_a_copy_would_be(walk
     for weight in weights.values():  # as if they had learned
         weight += 0.05 * torch.randn(weight.shape, generator=torch.manual_seed(0))
     read = lambda one: one.replay([prompts], [replies]).logps  # noqa: E731
-    with learner.anchor.bare():
+    with learner.anchor.adapters_disabled():
         assert (read(learner.anchor) == read(copied)).all()
         assert learner.anchor.model is made.agent.model
     assert (read(made.agent) - read(copied)).abs().max() > 1e-3
@@ -483,7 +489,7 @@ def test_noisy_soft_tokens_are_the_actions_that_were_rewarded(profile, search, v
     members = [dataclasses.replace(starts[0], member=m) for m in range(4)]
     rows = [r for rows in made.walk(members, [1]) for r in rows if r.taken is not None]
     for row in rows:
-        branch = made.agent.replay([row.prompt], [row.ids]).branches
+        branch = made.agent.replay([row.prompt], [row.ids]).refine_contexts
         with torch.no_grad():
             means = sqr.soft_tokens(made.agent, branch, 3, taken=row.taken[None])
             plain = sqr.soft_tokens(made.agent, branch, 3)

@@ -106,11 +106,11 @@ def by_replay(trainer, rows, tau, lam):
         agent.prompt(agent.settings.system, row.query, clip) for row, clip in zip(rows, shown, strict=True)
     ]
     told = agent.tokenizer(f"{REPLY} {prompt_text.REFINE}", add_special_tokens=False)["input_ids"] + [
-        agent.stop
+        agent.stop_token_id
     ]
-    agent.banned = torch.zeros_like(agent.banned)  # TRL's loss is over the whole vocabulary
+    agent.banned_tokens = torch.zeros_like(agent.banned_tokens)  # TRL's loss is over the whole vocabulary
     seen = agent.replay(prompts, [told] * len(rows))
-    latents = sqr.soft_tokens(agent, seen.branches, agent.settings.n_soft)
+    latents = sqr.soft_tokens(agent, seen.refine_contexts, agent.settings.n_soft)
     losses = []
     for depth in {*trainer.knobs.infonce_prefixes, latents.shape[1]}:
         few = latents[:, :depth]
@@ -121,7 +121,7 @@ def by_replay(trainer, rows, tau, lam):
             loss = torch.logsumexp(torch.stack(list(scores.values())), 0) - scores[row.right]
             counts = trainer.knobs.infonce_rows == "all" or row.shown != row.right
             losses.append(loss if counts else 0 * loss)
-    return -seen.logps.sum() / seen.said.sum() + lam * torch.stack(losses).mean()
+    return -seen.logps.sum() / seen.completion_mask.sum() + lam * torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def adapted():
 def heard(agent):
     """Log-probabilities of a reply to each query, and the soft tokens at its end."""
     prompts = [agent.prompt("S", text, clip(4)) for text in QUERIES]
-    seen = agent.replay(prompts, [[30, 31, agent.mark, agent.stop]] * len(QUERIES))
-    return seen.logps, sqr.soft_tokens(agent, seen.branches, agent.settings.n_soft)
+    seen = agent.replay(prompts, [[30, 31, agent.refine_token_id, agent.stop_token_id]] * len(QUERIES))
+    return seen.logps, sqr.soft_tokens(agent, seen.refine_contexts, agent.settings.n_soft)
 
 
 def test_a_policy_that_could_not_learn_to_say_the_token_gets_no_adapters():
@@ -221,7 +221,7 @@ def test_adapters_learn_beside_a_model_that_stays_and_are_merged_into_its_checkp
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
             assert (one - old).abs().max() > 1e-3
     rows_of = [one.model.get_input_embeddings().weight for one in (again, before)]
-    assert (rows_of[0] != rows_of[1]).any(dim=1).nonzero().tolist() == [[agent.mark]]
+    assert (rows_of[0] != rows_of[1]).any(dim=1).nonzero().tolist() == [[agent.refine_token_id]]
     assert again.model.lm_head.weight is again.model.get_input_embeddings().weight
 
 
@@ -436,7 +436,7 @@ def test_the_baseline_learns_the_same_replies_without_the_token_and_without_a_se
     tmp_path, profile, search, vectors, rows
 ):
     agent = random_policy()
-    agent.heads = agent.mark = None
+    agent.heads = agent.refine_token_id = None
     made = sft.make_trainer(profile, agent, rows, Shelf(), tmp_path, "ft").teach(
         agent, search, vectors, profile
     )
@@ -445,10 +445,12 @@ def test_the_baseline_learns_the_same_replies_without_the_token_and_without_a_se
     for labels in inputs["labels"]:
         assert agent.tokenizer.decode(labels[labels != sft.IGNORED]) == f"{REPLY}<|im_end|>"
     prompts = [agent.prompt(prompt_text.SYSTEM_ZS, row.query, Shelf().clips[row.shown]) for row in rows]
-    told = agent.tokenizer(REPLY, add_special_tokens=False)["input_ids"] + [agent.stop]
-    agent.banned = torch.zeros_like(agent.banned)
+    told = agent.tokenizer(REPLY, add_special_tokens=False)["input_ids"] + [agent.stop_token_id]
+    agent.banned_tokens = torch.zeros_like(agent.banned_tokens)
     seen = agent.replay(prompts, [told] * len(rows))
-    torch.testing.assert_close(made.compute_loss(agent.model, inputs), -seen.logps.sum() / seen.said.sum())
+    torch.testing.assert_close(
+        made.compute_loss(agent.model, inputs), -seen.logps.sum() / seen.completion_mask.sum()
+    )
     made.train()
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
     assert [row["step"] for row in log] == [1] and log[0]["info_nce"] is None

@@ -450,7 +450,7 @@ def test_a_mixture_of_experts_is_loaded_and_speaks_as_with_the_library(tmp_path)
     for prompt, reply in zip(prompts, made.reply(prompts, max_new_tokens=8), strict=True):
         batch = inputs.collate([prompt], made.model, tokenizer.pad_token_id)
         batch.pop("position_ids")
-        banned = made.banned.nonzero()[:, 0].tolist()
+        banned = made.banned_tokens.nonzero()[:, 0].tolist()
         ids = made.model.generate(**batch, do_sample=False, max_new_tokens=8, suppress_tokens=banned)
         assert reply.ids == ids[0, len(prompt.ids) :].tolist()
 

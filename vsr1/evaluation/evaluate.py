@@ -87,7 +87,7 @@ def _run_episodes(profile, dataset, name, system, weights, count, split, folder)
     )
     vectors = search_index.load_vectors(profile.data_dir(dataset) / "embed" / "engine" / SPLITS[split])
     made, agent = runner.load_pair(profile, system, weights)
-    if agent.embedder:
+    if agent.query_embedder:
         runner.warn_engine_mismatch(made, vectors, queries)
     with video_reader.reader_pool(
         video_reader.Reader(profile.video_fps, profile.max_frames), profile.decode_workers
@@ -108,9 +108,9 @@ def _run_episodes(profile, dataset, name, system, weights, count, split, folder)
         portions, cut = batching.OOMSplitter("eval_batch"), []
 
         def walk(some):
-            before = wired.long.cut
+            before = wired.long.num_truncated
             walked = episode.run_episodes(some, wired.search, wired.ask, wired.refine, run)
-            cut.append(wired.long.cut - before)
+            cut.append(wired.long.num_truncated - before)
             return walked
 
         for part, batch in cache.progress(own, f"{name} {dataset}"):

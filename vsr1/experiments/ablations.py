@@ -154,7 +154,7 @@ class Retry(runner.EpisodeRunner):
 
     def _say(self, prompts):
         said = super()._say(prompts)
-        mute = [i for i, (one, _) in enumerate(said) if self.agent.mark not in one.ids]
+        mute = [i for i, (one, _) in enumerate(said) if self.agent.refine_token_id not in one.ids]
         if self.system.refine == "sqr" and mute:
             marked = self._mark([prompts[i] for i in mute], [said[i] for i in mute])
             for i, one in zip(mute, marked, strict=True):
@@ -394,7 +394,7 @@ def _softened(profile, dataset, walked, typed, weights):
                 agent.prompt(agent.settings.system, one.query, clip)
                 for one, clip in zip(batch, seen, strict=True)
             ]
-            branches = agent.replay(prompts, [list(one.turns[0].reply.ids) for one in batch]).branches
+            branches = agent.replay(prompts, [list(one.turns[0].reply.ids) for one in batch]).refine_contexts
             latents = sqr.soft_tokens(agent, branches, agent.settings.n_soft)
             soft = sqr.soft_query(made, agent.heads, [one.query for one in batch], latents)
             vecs[rows[at : at + 16]] = soft.cpu().numpy()

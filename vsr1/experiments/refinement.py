@@ -114,10 +114,10 @@ def sweep(
     n = agent.settings.n_soft
     prompt = agent.prompt(asked, one.query, clip)
     ids = list(one.turns[0].reply.ids)
-    if agent.mark in ids:
-        branches = agent.replay([prompt], [ids]).branches
+    if agent.refine_token_id in ids:
+        branches = agent.replay([prompt], [ids]).refine_contexts
     else:  # it asked for no search: as if it had
-        branches = [branch for _, branch in agent.marked([prompt], [ids])]
+        branches = [branch for _, branch in agent.append_refine([prompt], [ids])]
     latents = sqr.soft_tokens(agent, branches, n)  # (1, N, D)
     vecs = sqr.prefix_queries(made, agent.heads, [one.query], latents)[0].cpu().numpy()  # (N + 1, D)
     scores = vectors.scores(vecs)  # (N + 1, V)
@@ -129,7 +129,7 @@ def sweep(
         vecs,
         search_index.ranks(scores, np.full(n + 1, right)),
         cosines | {"typed": vecs @ vecs[0]},
-        *(values[0].norm(dim=-1).cpu().numpy() for values in (latents, agent.heads.B(latents))),
+        *(values[0].norm(dim=-1).cpu().numpy() for values in (latents, agent.heads.to_engine(latents))),
         words.float().norm(dim=-1).cpu().numpy(),
     )
 

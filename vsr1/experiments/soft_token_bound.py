@@ -104,7 +104,7 @@ def read(agent: policy.Policy, rows: list[sft_examples.SFTExample]) -> list[deco
         agent.tokenizer(f"{row.reply} {prompt_text.REFINE}", add_special_tokens=False)["input_ids"]
         for row in rows
     ]
-    return agent.replay(prompts, [[*ids, agent.stop] for ids in said]).branches
+    return agent.replay(prompts, [[*ids, agent.stop_token_id] for ids in said]).refine_contexts
 
 
 @torch.no_grad()

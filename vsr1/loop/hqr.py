@@ -32,5 +32,5 @@ def compose_query(query: str, updates: list[str], mode: str, count: int = 1) -> 
 def with_query_limit(engine, tokens: int = 512):
     """The same engine with room for longer texts, so that updates are not cut where queries are."""
     other = copy.copy(engine)
-    other.limit, other.cut = tokens, 0
+    other.max_query_tokens, other.num_truncated = tokens, 0
     return other

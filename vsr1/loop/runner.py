@@ -100,11 +100,15 @@ class EpisodeRunner:
             replies = self._mark(prompts, replies)
         for row, prompt, (said, seconds) in zip(good, prompts, replies, strict=True):
             reply = read_reply(
-                said.text, said.ids, layout=self.layout, refine_id=self.agent.mark, ended=said.ended
+                said.text,
+                said.ids,
+                layout=self.layout,
+                refine_id=self.agent.refine_token_id,
+                ended=said.ended,
             )
             cost = Cost(seconds, len(said.ids), len(prompt.ids) + len(said.ids), 0)
             # A branch holds the KV cache of its whole batch: only where soft tokens are made from it.
-            branch = said.branch if self.system.refine == "sqr" else None
+            branch = said.refine_context if self.system.refine == "sqr" else None
             looks[row] = Verification(reply, clips[row].seconds, cost, state=(branch, clips[row]))
         return looks
 
@@ -117,9 +121,9 @@ class EpisodeRunner:
 
     def _mark(self, prompts, replies):
         """The same replies with <REFINE> at their end, and their branches there."""
-        branches = self.agent.marked(prompts, [said.ids for said, _ in replies])
+        branches = self.agent.append_refine(prompts, [said.ids for said, _ in replies])
         return [
-            (replace(said, ids=ids, text=f"{said.text} {prompt_text.REFINE}", branch=branch), seconds)
+            (replace(said, ids=ids, text=f"{said.text} {prompt_text.REFINE}", refine_context=branch), seconds)
             for (said, seconds), (ids, branch) in zip(replies, branches, strict=True)
         ]
 
@@ -192,7 +196,7 @@ def load_pair(profile, system: System, weights: str):
     """
     agent = checkpoints.load(weights, profile)
     agent.model.requires_grad_(False)  # a video is looked at once, then (`qwen.prefill`)
-    made = engine.load(replace(profile, engine=agent.embedder) if agent.embedder else profile)
+    made = engine.load(replace(profile, engine=agent.query_embedder) if agent.query_embedder else profile)
     if system.refine == "sqr":
         if agent.heads is None:
             settings = policy.new_settings(profile, made.instruction)

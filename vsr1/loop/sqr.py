@@ -42,21 +42,23 @@ def soft_tokens(
     """
     model, heads, context = policy.model, policy.heads, decoding.stack_contexts(branches)
     memory = decoding.inplace_cache(context)
-    embeds = model.get_input_embeddings()(torch.full_like(context.last, policy.mark))[:, None]  # (B, 1, H)
+    embeds = model.get_input_embeddings()(torch.full_like(context.last_position, policy.refine_token_id))[
+        :, None
+    ]  # (B, 1, H)
     tokens = [torch.zeros(len(branches), 0, heads.width, device=embeds.device)]
     for step in range(n):
         context, pre, post = decoding.extend(model, context, embeds, memory)
         state = pre if step == 0 else post
         tokens.append(
-            heads.P(state) if noise is None else heads.P(state) + noise[:, step : step + 1]
+            heads.project(state) if noise is None else heads.project(state) + noise[:, step : step + 1]
         )  # (B, 1, D)
-        embeds = heads.A(tokens[-1] if taken is None else taken[:, step : step + 1]).to(embeds.dtype)
+        embeds = heads.to_policy(tokens[-1] if taken is None else taken[:, step : step + 1]).to(embeds.dtype)
     return torch.cat(tokens, dim=1)
 
 
 def soft_query(engine, heads: soft_heads.SoftHeads, texts: list[str], latents: torch.Tensor) -> torch.Tensor:
     """(B, D) unit vectors of queries with their soft tokens (B, N, D); N = 0 gives the plain queries."""
-    return engine.pool(engine.text_batch(texts, heads.B(latents)))
+    return engine.pool(engine.text_batch(texts, heads.to_engine(latents)))
 
 
 def stack_blocks(blocks: list[torch.Tensor], count: int) -> torch.Tensor:
@@ -83,7 +85,7 @@ def check_fit(policy: policy.Policy, engine) -> None:
     for what, ours, theirs in (
         ("width", policy.heads.width, engine.width),
         ("instruction", made.instruction, engine.instruction),
-        ("max_query_tokens", made.max_query_tokens, engine.limit),
+        ("max_query_tokens", made.max_query_tokens, engine.max_query_tokens),
     ):
         if ours != theirs:
             raise InputError(

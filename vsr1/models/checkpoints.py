@@ -36,7 +36,7 @@ def load(name: str, profile) -> Policy:
     model, tokenizer = _model(name, profile)
     heads = None if own is None else _read_heads(folder, held, model)
     policy = Policy(model, tokenizer, heads, own, profile.max_frame_pixels)
-    policy.embedder = str(folder / EMBEDDER) if (folder / EMBEDDER).is_dir() else None
+    policy.query_embedder = str(folder / EMBEDDER) if (folder / EMBEDDER).is_dir() else None
     return policy
 
 

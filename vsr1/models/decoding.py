@@ -21,37 +21,39 @@ class Context:
     its own gradient.
     """
 
-    memory: tuple  # of each layer: keys and values, (B, heads, L, width of a head)
-    seen: torch.Tensor  # (B, L) True where a later token may look: not at padding
-    last: torch.Tensor  # (B,) position of the last token: one number, not three, since it is text
+    kv_cache: tuple  # of each layer: keys and values, (B, heads, L, width of a head)
+    attention_mask: torch.Tensor  # (B, L) True where a later token may look: not at padding
+    last_position: torch.Tensor  # (B,) position of the last token: one number, not three, since it is text
 
     def rows(self, some: torch.Tensor) -> "Context":
         """The rows that `some` picks, by number or by mask; a number may repeat."""
-        memory = tuple((keys[some], values[some]) for keys, values in self.memory)
-        return Context(memory, self.seen[some], self.last[some])
+        memory = tuple((keys[some], values[some]) for keys, values in self.kv_cache)
+        return Context(memory, self.attention_mask[some], self.last_position[some])
 
-    def cut(self, row: int, length: int) -> "Context":
+    def slice(self, row: int, length: int) -> "Context":
         """One row alone, as it was when `length` columns had been read, without padding before it. All are views.
 
         Padding behind an `opening` stays, and is not seen.
         """
-        start = int(self.seen[row].int().argmax())
+        start = int(self.attention_mask[row].int().argmax())
         one, columns = slice(row, row + 1), slice(start, length)
-        memory = tuple((keys[one, :, columns], values[one, :, columns]) for keys, values in self.memory)
-        unread = self.seen.shape[1] - length  # all of it text, one position each
-        return Context(memory, self.seen[one, columns], self.last[one] - unread)
+        memory = tuple((keys[one, :, columns], values[one, :, columns]) for keys, values in self.kv_cache)
+        unread = self.attention_mask.shape[1] - length  # all of it text, one position each
+        return Context(memory, self.attention_mask[one, columns], self.last_position[one] - unread)
 
 
 def stack_contexts(contexts: list[Context]) -> Context:
     """Contexts of one row each as one batch, padded on the right: what is not seen may stand anywhere."""
-    spare = [-context.seen.shape[1] for context in contexts]
+    spare = [-context.attention_mask.shape[1] for context in contexts]
     spare = [n - min(spare) for n in spare]
     side = lambda layer, k: torch.cat(  # noqa: E731
-        [F.pad(context.memory[layer][k], (0, 0, 0, n)) for context, n in zip(contexts, spare, strict=True)]
+        [F.pad(context.kv_cache[layer][k], (0, 0, 0, n)) for context, n in zip(contexts, spare, strict=True)]
     )
-    memory = tuple((side(layer, 0), side(layer, 1)) for layer in range(len(contexts[0].memory)))
-    seen = torch.cat([F.pad(context.seen, (0, n)) for context, n in zip(contexts, spare, strict=True)])
-    return Context(memory, seen, torch.cat([context.last for context in contexts]))
+    memory = tuple((side(layer, 0), side(layer, 1)) for layer in range(len(contexts[0].kv_cache)))
+    seen = torch.cat(
+        [F.pad(context.attention_mask, (0, n)) for context, n in zip(contexts, spare, strict=True)]
+    )
+    return Context(memory, seen, torch.cat([context.last_position for context in contexts]))
 
 
 class KVCache:
@@ -89,7 +91,7 @@ class PreallocatedKVCache(KVCache):
 
 def inplace_cache(context: Context) -> KVCache:
     """The memory of a context that is read on in place, for `read`; where there are gradients, in copies."""
-    return (KVCache if torch.is_grad_enabled() else PreallocatedKVCache)(context.memory)
+    return (KVCache if torch.is_grad_enabled() else PreallocatedKVCache)(context.kv_cache)
 
 
 @contextmanager
@@ -187,10 +189,10 @@ def extend(
     Words and soft tokens are read alike: one position each. `memory` is that of the context, unless it is handed over.
     """
     core, (rows, count) = model.model.language_model, embeds.shape[:2]
-    memory = memory or KVCache(context.memory)
-    new = context.seen.new_ones(rows, count, count).tril()  # each sees itself and those before it
-    sight = torch.cat([context.seen[:, None].expand(-1, count, -1), new], dim=2)[:, None]
-    positions = context.last[:, None] + torch.arange(1, count + 1, device=embeds.device)  # (B, L)
+    memory = memory or KVCache(context.kv_cache)
+    new = context.attention_mask.new_ones(rows, count, count).tril()  # each sees itself and those before it
+    sight = torch.cat([context.attention_mask[:, None].expand(-1, count, -1), new], dim=2)[:, None]
+    positions = context.last_position[:, None] + torch.arange(1, count + 1, device=embeds.device)  # (B, L)
     options = {
         "attention_mask": sight,
         "position_ids": positions.expand(3, -1, -1),
@@ -198,7 +200,7 @@ def extend(
     }
     with _final_norm(core) as inputs:
         post = core(inputs_embeds=embeds, **options).last_hidden_state
-    seen = torch.cat([context.seen, new[:, -1]], dim=1)
+    seen = torch.cat([context.attention_mask, new[:, -1]], dim=1)
     return Context(tuple(memory.layers), seen, positions[:, -1]), inputs[0], post
 
 
@@ -209,9 +211,9 @@ def extend(
 class SamplingParams:
     """How a reply is spoken."""
 
-    stop: int  # the token that ends it
-    banned: torch.Tensor  # (vocabulary,) True where a token may not be said
-    limit: int  # tokens of the longest reply
+    stop_token_id: int  # the token that ends it
+    banned_tokens: torch.Tensor  # (vocabulary,) True where a token may not be said
+    max_new_tokens: int  # tokens of the longest reply
     temperature: float = 0.0  # 0: always the likeliest token
     top_p: float = 1.0  # only the likeliest tokens that together hold this much of the mass may be said
 
@@ -226,18 +228,18 @@ class Generation:
     row: int
 
 
-def log_probs(logits: torch.Tensor, rules: SamplingParams) -> torch.Tensor:
+def log_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Log-probabilities (..., vocabulary), float32, of the distribution that replies are drawn from.
 
     Rollout and replay share it. At temperature 0 it is that of temperature 1.
     """
-    logits = logits.float() / (rules.temperature or 1.0)
-    logp = logits.masked_fill(rules.banned, -torch.inf).log_softmax(dim=-1)
-    if rules.top_p == 1.0:
+    logits = logits.float() / (params.temperature or 1.0)
+    logp = logits.masked_fill(params.banned_tokens, -torch.inf).log_softmax(dim=-1)
+    if params.top_p == 1.0:
         return logp
     ordered, tokens = logp.sort(dim=-1, descending=True, stable=True)
     mass = ordered.exp()
-    beyond = mass.cumsum(dim=-1) - mass >= rules.top_p  # likelier tokens hold it without this one
+    beyond = mass.cumsum(dim=-1) - mass >= params.top_p  # likelier tokens hold it without this one
     return logp.masked_fill(torch.zeros_like(beyond).scatter(-1, tokens, beyond), -torch.inf).log_softmax(-1)
 
 
@@ -251,7 +253,9 @@ def sample_token(logp: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor
 
 
 @torch.no_grad()
-def decode(model, context: Context, now: torch.Tensor, rules: SamplingParams, draws=None) -> list[Generation]:
+def decode(
+    model, context: Context, now: torch.Tensor, params: SamplingParams, draws=None
+) -> list[Generation]:
     """Every row continued in step, from the state (B, H) of its last token to `stop` or the limit.
 
     draws  (B, limit) float64, uniform in [0, 1), for sampling; each row has its own, so no row depends on the others
@@ -259,17 +263,17 @@ def decode(model, context: Context, now: torch.Tensor, rules: SamplingParams, dr
     When half of the rows have ended, the other half goes on alone: one endless reply costs a row, not a batch.
     """
     rows = torch.arange(len(now), device=now.device)  # which reply each row of the batch is
-    ids = rows.new_full((len(rows), rules.limit), rules.stop)
+    ids = rows.new_full((len(rows), params.max_new_tokens), params.stop_token_id)
     logps, homes = torch.zeros(ids.shape, device=ids.device), {}
     ended, memory = torch.zeros_like(rows, dtype=torch.bool), inplace_cache(context)
-    for step in range(rules.limit):
-        logp = log_probs(model.lm_head(now), rules)  # (B, vocabulary)
+    for step in range(params.max_new_tokens):
+        logp = log_probs(model.lm_head(now), params)  # (B, vocabulary)
         token = sample_token(logp, None if draws is None else draws[rows, step]).masked_fill(
-            ended, rules.stop
+            ended, params.stop_token_id
         )
         ids[rows, step], logps[rows, step] = token, logp.gather(1, token[:, None])[:, 0]
-        ended = ended | (token == rules.stop)
-        if ended.all() or step + 1 == rules.limit:
+        ended = ended | (token == params.stop_token_id)
+        if ended.all() or step + 1 == params.max_new_tokens:
             break
         if 2 * ended.sum() > len(rows):
             homes |= {row: (context, at) for at, row in enumerate(rows.tolist()) if ended[at]}
@@ -280,14 +284,18 @@ def decode(model, context: Context, now: torch.Tensor, rules: SamplingParams, dr
     homes |= {row: (context, at) for at, row in enumerate(rows.tolist())}
     said = []
     for row, spoken in enumerate(ids.tolist()):
-        end = spoken.index(rules.stop) + 1 if rules.stop in spoken else rules.limit
+        end = (
+            spoken.index(params.stop_token_id) + 1
+            if params.stop_token_id in spoken
+            else params.max_new_tokens
+        )
         said.append(Generation(spoken[:end], logps[row, :end].tolist(), *homes[row]))
     return said
 
 
-def replay(model, context: Context, now: torch.Tensor, ids: torch.Tensor, rules: SamplingParams):
+def replay(model, context: Context, now: torch.Tensor, ids: torch.Tensor, params: SamplingParams):
     """What the model has read after given replies (B, L), and log-probabilities (B, L) of them; differentiable."""
     context, _, post = extend(model, context, model.get_input_embeddings()(ids))
     before = torch.cat([now[:, None], post[:, :-1]], dim=1)  # (B, L, H): what each token was chosen from
-    logp = log_probs(model.lm_head(before), rules)  # (B, L, vocabulary)
+    logp = log_probs(model.lm_head(before), params)  # (B, L, vocabulary)
     return context, logp.gather(2, ids[..., None])[..., 0]

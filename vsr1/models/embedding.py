@@ -81,7 +81,7 @@ def _embed(profile, dataset, split, which, folder):
         csv.writer(file).writerows((name, split, why) for bad in _each(made, "bad") for name, why in bad)
     cache.write_json(folder / "ids.json", {"videos": video_ids, "queries": [query.id for query in queries]})
     notes = {"videos_per_second": round(len(paths) / spent, 2) if paths else None}
-    notes |= {"texts_cut": loaded.cut, "skipped": len(videos) - len(video_ids)}
+    notes |= {"texts_cut": loaded.num_truncated, "skipped": len(videos) - len(video_ids)}
     cache.write_json(folder / "notes.json", notes | loading.model_facts(loaded.model) | found)
     for part in folder.glob("shard-*"):
         part.unlink()

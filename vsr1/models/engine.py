@@ -24,11 +24,11 @@ class Engine:
 
     def __init__(self, profile, model: Qwen3VLModel, tokenizer, name: str):
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.instruction, self.limit = _sentence(profile.instruction), profile.max_query_tokens
+        self.instruction, self.max_query_tokens = _sentence(profile.instruction), profile.max_query_tokens
         self.max_pixels, self.batch_tokens = profile.max_frame_pixels, profile.batch_tokens
         self.width = self.model.config.text_config.hidden_size
-        self.cut = 0  # query texts shortened to the limit so far
-        self.portions = batching.OOMSplitter("batch_tokens")
+        self.num_truncated = 0  # query texts shortened to the limit so far
+        self.splitter = batching.OOMSplitter("batch_tokens")
 
     def query_prompt(self, text: str) -> tuple[inputs.Prompt, int]:
         """The prompt of a query and the position right after its last word, where soft tokens go.
@@ -44,10 +44,10 @@ class Engine:
             raise InputError(
                 f"{self.name}: unexpected end of the query template {tail!r}; this engine is not supported"
             )
-        if len(ids) > self.limit:  # shorten the text, never the tail
-            self.cut += 1
-            ids = ids[: self.limit - 6] + ids[end:]
-            end = self.limit - 6
+        if len(ids) > self.max_query_tokens:  # shorten the text, never the tail
+            self.num_truncated += 1
+            ids = ids[: self.max_query_tokens - 6] + ids[end:]
+            end = self.max_query_tokens - 6
         return inputs.Prompt(ids), end
 
     def video_prompt(self, clip: video_reader.Clip) -> inputs.Prompt:
@@ -119,7 +119,7 @@ class Engine:
             vecs[rows] = self.pool(batch).cpu().numpy()
 
         for rows in batching.batches([len(prompt.ids) for prompt in prompts], self.batch_tokens):
-            self.portions.run(embed, rows)
+            self.splitter.run(embed, rows)
         return vecs
 
 

@@ -30,7 +30,9 @@ class Completion:
     logps: list[float]  # log-probability of each id
     ended: bool  # False: cut at the limit
     text: str  # special tokens kept, <|im_end|> dropped
-    branch: decoding.Context | None  # all that was read before the last <REFINE>; None: it was not said
+    refine_context: (
+        decoding.Context | None
+    )  # all that was read before the last <REFINE>; None: it was not said
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Replay:
     """Replies of a batch read once more, for training."""
 
     logps: torch.Tensor  # (B, L) of each token; 0 in the padding
-    said: torch.Tensor  # (B, L) True on the sampled tokens: all of a reply, nothing else
-    branches: list[decoding.Context | None]  # as in `Completion`
+    completion_mask: torch.Tensor  # (B, L) True on the sampled tokens: all of a reply, nothing else
+    refine_contexts: list[decoding.Context | None]  # as in `Completion`
 
 
 class Policy:
@@ -56,19 +58,23 @@ class Policy:
         self.model, self.tokenizer, self.heads, self.settings = model, tokenizer, heads, settings
         self.max_frame_pixels, self.name = pixels, tokenizer.name_or_path or "policy"
         self.adapters = None  # of LoRA, while it learns (`sft.adapt`)
-        self.seen = weakref.WeakKeyDictionary()  # {clip: its `qwen.Video`}, as long as the clip is kept
-        self.embedder = None  # folder of the engine that came with it, if one did
-        self.stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        self.mark = None if heads is None else find_refine_token(tokenizer, model)  # the id of <REFINE>
+        self.video_cache = (
+            weakref.WeakKeyDictionary()
+        )  # {clip: its `qwen.Video`}, as long as the clip is kept
+        self.query_embedder = None  # folder of the engine that came with it, if one did
+        self.stop_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.refine_token_id = (
+            None if heads is None else find_refine_token(tokenizer, model)
+        )  # the id of <REFINE>
         config, rows = model.config, model.get_input_embeddings().num_embeddings
         # A vision id in a reply is a placeholder without a picture (STACK.md 2.6); the rows above the tokenizer's own
         # are no tokens at all.
-        self.banned = torch.arange(rows, device=model.device) >= len(tokenizer)
+        self.banned_tokens = torch.arange(rows, device=model.device) >= len(tokenizer)
         for kind in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
-            self.banned[getattr(config, kind)] = True
+            self.banned_tokens[getattr(config, kind)] = True
 
     @contextlib.contextmanager
-    def bare(self):
+    def adapters_disabled(self):
         """Inside, the policy is what it was before it got adapters; without any, what it is."""
         if self.adapters is None:
             yield
@@ -80,7 +86,7 @@ class Policy:
             self.adapters.enable_adapter_layers()
 
     @contextlib.contextmanager
-    def merged(self):
+    def adapters_merged(self):
         """Inside, the weights hold what adapters add to them: to speak takes a third of the products then.
 
         Not weights in 16 bits: in the sum most of what was learned would be lost.
@@ -110,9 +116,11 @@ class Policy:
                 )
             )
         config = self.model.config.vision_config
-        if clip not in self.seen:
-            self.seen[clip] = inputs.Video(*inputs.patchify(clip.frames, config, self.max_frame_pixels))
-        video = self.seen[clip]
+        if clip not in self.video_cache:
+            self.video_cache[clip] = inputs.Video(
+                *inputs.patchify(clip.frames, config, self.max_frame_pixels)
+            )
+        video = self.video_cache[clip]
         per_pair = video.grid[1] * video.grid[2] // config.spatial_merge_size**2
         by_number = self.settings is not None and self.settings.time_axis == "frame_index"
         timestamps = np.arange(len(clip.frames), dtype=float) if by_number else clip.timestamps
@@ -137,7 +145,7 @@ class Policy:
         temperature 0 is greedy and takes no rng.
         """
         assert (rng is None) == (temperature == 0), "an rng is for sampling, and sampling needs one"
-        context, now = self.begin(prompts, group)
+        context, now = self.prefill(prompts, group)
         draws = None
         if rng is not None:
             counts = [group] * len(prompts) if isinstance(group, int) else group
@@ -145,12 +153,12 @@ class Policy:
             draws = [one.random((count, max_new_tokens)) for one, count in zip(rngs, counts, strict=True)]
             draws = torch.from_numpy(np.concatenate(draws)).to(now.device)
         said = decoding.decode(
-            self.model, context, now, self.rules(max_new_tokens, temperature, top_p), draws
+            self.model, context, now, self.sampling_params(max_new_tokens, temperature, top_p), draws
         )
-        return [self._completion(one, context.seen.shape[1]) for one in said]
+        return [self._completion(one, context.attention_mask.shape[1]) for one in said]
 
     def _completion(self, said, columns):
-        ended = said.ids[-1] == self.stop
+        ended = said.ids[-1] == self.stop_token_id
         text = self.tokenizer.decode(said.ids[:-1] if ended else said.ids, skip_special_tokens=False)
         branch = self._branch(said.context, said.row, said.ids, columns)
         return Completion(said.ids, said.logps, ended, text, branch)
@@ -159,23 +167,32 @@ class Policy:
         self, prompts: list[inputs.Prompt], replies: list[list[int]], *, group=1, temperature=0.0
     ) -> Replay:
         """Given replies, read in one forward with gradients: what `reply` recorded comes out again, token for token."""
-        context, now = self.begin(prompts, group)
-        columns, lengths = context.seen.shape[1], torch.tensor([[len(reply)] for reply in replies])
+        context, now = self.prefill(prompts, group)
+        columns, lengths = context.attention_mask.shape[1], torch.tensor([[len(reply)] for reply in replies])
         ids = [torch.tensor(reply) for reply in replies]
-        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.stop).to(now.device)
+        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.stop_token_id).to(
+            now.device
+        )
         said = (torch.arange(ids.shape[1]) < lengths).to(now.device)
-        rules = self.rules(ids.shape[1], temperature)
+        rules = self.sampling_params(ids.shape[1], temperature)
         context, logps = decoding.replay(self.model, context, now, ids, rules)
         branches = [self._branch(context, row, reply, columns) for row, reply in enumerate(replies)]
         return Replay(logps.masked_fill(~said, 0.0), said, branches)
 
     @torch.no_grad()
-    def marked(self, prompts: list[inputs.Prompt], replies: list[list[int]]) -> list[tuple]:
+    def append_refine(self, prompts: list[inputs.Prompt], replies: list[list[int]]) -> list[tuple]:
         """(ids, branch) of each reply as if it ended in <REFINE>: what heads on a model that never says it can read."""
-        asked = [[*(token for token in ids if token != self.stop), self.mark, self.stop] for ids in replies]
-        return list(zip(asked, self.replay(prompts, asked).branches, strict=True))
+        asked = [
+            [
+                *(token for token in ids if token != self.stop_token_id),
+                self.refine_token_id,
+                self.stop_token_id,
+            ]
+            for ids in replies
+        ]
+        return list(zip(asked, self.replay(prompts, asked).refine_contexts, strict=True))
 
-    def begin(
+    def prefill(
         self, prompts: list[inputs.Prompt], group=1, share=True
     ) -> tuple[decoding.Context, torch.Tensor]:
         """What the policy has read when it starts on `group` replies to each prompt, and its states (B, H) there."""
@@ -186,13 +203,13 @@ class Policy:
 
     def _branch(self, context, row, ids, columns):
         """All that was read before the last <REFINE> of a reply that begins at column `columns`."""
-        if self.mark not in ids:
+        if self.refine_token_id not in ids:
             return None
-        return context.cut(row, columns + len(ids) - 1 - ids[::-1].index(self.mark))
+        return context.slice(row, columns + len(ids) - 1 - ids[::-1].index(self.refine_token_id))
 
-    def rules(self, limit: int, temperature: float, top_p: float = 1.0) -> decoding.SamplingParams:
+    def sampling_params(self, limit: int, temperature: float, top_p: float = 1.0) -> decoding.SamplingParams:
         """How this policy speaks."""
-        return decoding.SamplingParams(self.stop, self.banned, limit, temperature, top_p)
+        return decoding.SamplingParams(self.stop_token_id, self.banned_tokens, limit, temperature, top_p)
 
 
 def find_refine_token(tokenizer, model) -> int:

@@ -66,15 +66,15 @@ class SoftHeads(nn.Module):
             for way_in, length in zip(ways_in, lengths, strict=True):
                 nn.init.constant_(way_in[0].weight, length / width**0.5)
 
-    def P(self, states: torch.Tensor) -> torch.Tensor:
+    def project(self, states: torch.Tensor) -> torch.Tensor:
         """Soft tokens (..., D) from states of the policy (..., H)."""
         return _full(self.refine_projector, states)
 
-    def A(self, latents: torch.Tensor) -> torch.Tensor:
+    def to_policy(self, latents: torch.Tensor) -> torch.Tensor:
         """Inputs of the policy (..., H) from soft tokens (..., D)."""
         return _full(self.refine_latent_input_projector, latents)
 
-    def B(self, latents: torch.Tensor) -> torch.Tensor:
+    def to_engine(self, latents: torch.Tensor) -> torch.Tensor:
         """Inputs of the engine (..., D) from soft tokens (..., D)."""
         return _full(self.refine_append_input_projector, latents)
 

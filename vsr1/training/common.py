@@ -33,7 +33,7 @@ def add_lora(agent: policy.Policy, rank: int, seed: int, mergers=False) -> None:
     mean is never the largest. The heads are no part of the model and learn in full.
     """
     where = r".*language_model\.layers\..*_proj" + r"|.*merger.*linear_fc\d" * mergers
-    rows = None if agent.mark is None else [agent.mark]
+    rows = None if agent.refine_token_id is None else [agent.refine_token_id]
     if rows and not agent.model.config.tie_word_embeddings:
         raise InputError(
             f"{agent.name}: the output row of {prompt_text.REFINE} is not tied to its embedding and would not learn; "

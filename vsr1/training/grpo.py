@@ -68,7 +68,7 @@ class Learner(nn.Module):
             {"group": counts, "temperature": knobs.rollout_temperature},
         )
         seen = sampler.agent.replay(prompts, replies, **options)
-        with torch.no_grad(), self.anchor.bare():
+        with torch.no_grad(), self.anchor.adapters_disabled():
             anchored = self.anchor.replay(prompts, replies, **options).logps
         sampled = nn.utils.rnn.pad_sequence([torch.tensor(row.logps) for row in rows], batch_first=True)
         gains = torch.tensor([row.advantage for row in rows]).to(anchored)
@@ -77,13 +77,13 @@ class Learner(nn.Module):
             sampled.to(anchored),
             anchored,
             gains,
-            seen.said,
+            seen.completion_mask,
             clip=knobs.grpo_clip,
             beta=knobs.grpo_beta,
         )
         loss, contrast = losses.sum() / totals[0], 0.0
         if sampler.recipe.latents != "frozen":
-            soft, contrast = self._soft(rows, seen.branches)
+            soft, contrast = self._soft(rows, seen.refine_contexts)
             loss = loss + knobs.grpo_infonce_weight * soft / max(1, totals[1])
         return loss, {"kl": float(kl.sum()), "clipped": float(cut.sum()), "info_nce": contrast}
 
@@ -160,7 +160,7 @@ class GRPOTrainer:
             for member in range(members)
         ]
         try:
-            with self.accelerator.autocast(), self.sampler.agent.merged():
+            with self.accelerator.autocast(), self.sampler.agent.adapters_merged():
                 return [row for walked in self.sampler.walk(some, seed) for row in walked]
         except torch.OutOfMemoryError:
             if self.counts["halved"] or len(share) < 2:

@@ -166,7 +166,7 @@ class RolloutWorker(runner.EpisodeRunner):
         order = [at for some in good.values() for at in some]
         for at, row, said in zip(order, *self._answer([pairs[at] for at in order], clips), strict=True):
             self.rows[row.start.group, row.start.member].append(row)
-            own = {"layout": self.layout, "refine_id": self.agent.mark, "ended": said.ended}
+            own = {"layout": self.layout, "refine_id": self.agent.refine_token_id, "ended": said.ended}
             reply = replies.read_reply(said.text, said.ids, **own)
             looks[at] = Verification(reply, clips[row.start.group, row.shown].seconds, state=row)
         return looks
@@ -184,7 +184,9 @@ class RolloutWorker(runner.EpisodeRunner):
             for (start, video), one in zip(pairs, said, strict=True)
         ]
         answered = zip(rows, said, noise, strict=True)
-        self._soften([(row, one.branch, eps) for row, one, eps in answered if one.branch is not None])
+        self._soften(
+            [(row, one.refine_context, eps) for row, one, eps in answered if one.refine_context is not None]
+        )
         return rows, said
 
     def _sample(self, prompts, counts):

@@ -52,9 +52,9 @@ class Collator:
                 system, row["query"], clips[row["shown"]] if row["caption"] is None else row["caption"]
             )
             said = agent.tokenizer(f"{row['reply'] or ''}{ending}", add_special_tokens=False)["input_ids"]
-            assert agent.heads is None or said[-1] == agent.mark
+            assert agent.heads is None or said[-1] == agent.refine_token_id
             asked.append(prompt)
-            prompts.append(dataclasses.replace(prompt, ids=[*prompt.ids, *said, agent.stop]))
+            prompts.append(dataclasses.replace(prompt, ids=[*prompt.ids, *said, agent.stop_token_id]))
             lengths.append(0 if row["reply"] is None else len(said) + 1)
         words = decoding.common_prefix(asked, agent.model.config.vision_start_token_id)
         batch = inputs.collate(prompts, agent.model, agent.tokenizer.pad_token_id, len(words))
@@ -116,7 +116,7 @@ class Trainer(SFTTrainer):
         memory = tuple((layer.keys, layer.values) for layer in cache.layers)
         context = decoding.Context(memory, inputs["attention_mask"].bool(), inputs["position_ids"][0, :, -1])
         columns = inputs["attention_mask"].shape[1]  # <REFINE> stands last but one
-        branches = [context.cut(row, columns - 2) for row in range(len(self.rows))]
+        branches = [context.slice(row, columns - 2) for row in range(len(self.rows))]
         latents = sqr.soft_tokens(self.agent, branches, self.agent.settings.n_soft)
         texts = [row["query"] for row in self.rows]
         n = latents.shape[1]
