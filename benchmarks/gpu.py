@@ -1,4 +1,4 @@
-"""What a 2B policy and a 2B engine cost on one GPU: `python -m vsr1 bench gpu`, into results/bench/gpu.{json,csv}.
+"""What a 2B policy and a 2B engine cost on one GPU: `python benchmarks/gpu.py`, into results/bench/gpu.{json,csv}.
 
 With `--cpu` the same on a CPU, for the memory: into results/bench/cpu.{json,csv}, steps of few rows (`LESS`).
 
@@ -24,7 +24,6 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VL
 
 from benchmarks import speed
 from vsr1 import config
-from vsr1.config import InputError
 from vsr1.data import annotations, video_reader
 from vsr1.data.video_writer import write_video
 from vsr1.loop import episode, records, runner
@@ -267,9 +266,9 @@ def measure(part: str, profile, folder: Path, said: int, rounds: int) -> list[Me
     ]
 
 
-def main(argv: list[str]) -> int:
-    """Seconds and memory of 2B models on this GPU: minutes of work, 9 GB of scratch files in runs/."""
-    parser = argparse.ArgumentParser(prog="python -m vsr1 bench gpu", description=main.__doc__)
+def main(argv: list[str] | None = None) -> None:
+    """Measure seconds and memory of 2B models on this GPU: minutes of work, 9 GB of scratch files in runs/."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--profiles", nargs="+", default=["paper", "paper-24gb"], metavar="NAME")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART")
     parser.add_argument("--cpu", action="store_true", help="on the CPU, with few rows a step: for the memory")
@@ -278,9 +277,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     profiles = [config.load(name) for name in args.profiles]
     if not torch.cuda.is_available() and not args.cpu:
-        raise InputError(
-            "bench gpu: torch sees no GPU; with --cpu the models of 2B parameters are measured here"
-        )
+        parser.error("torch sees no GPU; with --cpu the models of 2B parameters are measured here")
     if args.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the processes that measure
         profiles = [replace(one, threads=len(os.sched_getaffinity(0)), **LESS) for one in profiles]
@@ -300,4 +297,7 @@ def main(argv: list[str]) -> int:
     facts = {"seconds": "of the clock", "minutes": round((time.time() - started) / 60, 1)}
     facts |= {"rows_a_step": LESS} if args.cpu else {"device": results.device()["gpu"]}
     speed.write(rows, config.ROOT / "results" / "bench", "cpu" if args.cpu else "gpu", **facts)
-    return 0
+
+
+if __name__ == "__main__":
+    main()
