@@ -31,13 +31,13 @@ REPLIES = ([5, 9, "R"], [11, "R", 12, 13, "R", 40, 41], ["R", 300, 7, 8, 9, 10])
 @pytest.fixture(scope="module")
 def replies(made):
     """Replies of different lengths with <REFINE> at the end, twice, and right at the start."""
-    return [[made.mark if token == "R" else token for token in reply] for reply in REPLIES]
+    return [[made.refine_token_id if token == "R" else token for token in reply] for reply in REPLIES]
 
 
 @pytest.fixture(scope="module")
 def branches(made, prompts, replies):
     with torch.no_grad():
-        return made.replay(prompts, replies).branches
+        return made.replay(prompts, replies).refine_contexts
 
 
 # --- soft ------------------------------------------------------------------------------------------------------------
@@ -79,11 +79,11 @@ def test_rollout_and_replay_give_the_same_soft_tokens(made, prompts):
     quick = coming_to_an_end(made, prompts)
     rolled = sampled(quick, prompts, 4, temperature=COLD)
     again = quick.replay(prompts, [reply.ids for reply in rolled], group=4)
-    replayed = again.branches
+    replayed = again.refine_contexts
     without = [branch is None for branch in replayed]
-    assert without == [reply.branch is None for reply in rolled] and set(without) == {True, False}
+    assert without == [reply.refine_context is None for reply in rolled] and set(without) == {True, False}
     assert len({len(reply.ids) for reply in rolled}) > 2
-    pairs = [(reply.branch, branch) for reply, branch in zip(rolled, replayed, strict=True) if branch]
+    pairs = [(reply.refine_context, branch) for reply, branch in zip(rolled, replayed, strict=True) if branch]
     with torch.no_grad():
         first, second = (sqr.soft_tokens(quick, list(side), 4) for side in zip(*pairs, strict=True))
     torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
@@ -94,8 +94,8 @@ def test_a_reply_cut_right_at_the_token_can_still_refine(made, prompts, replies)
     said = sampled(made, prompts[:1], limit=3)[0].ids
     quick = changed(made, refine_token_id=said[-1])
     cut = sampled(quick, prompts[:1], limit=3)[0]
-    assert not cut.ended and cut.ids[-1] == quick.mark
-    tokens = sqr.soft_tokens(quick, [cut.branch], 3)[0]
+    assert not cut.ended and cut.ids[-1] == quick.refine_token_id
+    tokens = sqr.soft_tokens(quick, [cut.refine_context], 3)[0]
     torch.testing.assert_close(
         tokens, speed.by_full_forwards(quick, prompts[0], cut.ids, 3), atol=1e-5, rtol=1e-5
     )
@@ -116,16 +116,16 @@ def test_a_refinement_reads_one_token_per_latent_and_no_prompt(made, branches, m
 @torch.no_grad()
 def test_the_first_soft_token_reads_the_state_before_the_norm(made, branches):
     first = sqr.soft_tokens(made, branches, 1)[:, 0]
-    words = made.model.get_input_embeddings().weight[made.mark].expand(3, 1, -1)
+    words = made.model.get_input_embeddings().weight[made.refine_token_id].expand(3, 1, -1)
     states = decoding.extend(made.model, decoding.stack_contexts(branches), words)[1][:, 0]
-    torch.testing.assert_close(first, made.heads.P(states), atol=1e-6, rtol=1e-6)
-    normed = made.heads.P(made.model.model.language_model.norm(states))
+    torch.testing.assert_close(first, made.heads.project(states), atol=1e-6, rtol=1e-6)
+    normed = made.heads.project(made.model.model.language_model.norm(states))
     assert (first - normed).abs().max() > 0.01
 
 
 def loss_of(made, search, prompts, replies, target):
     """A ranking loss as training will have it: cosine of the refined queries with given vectors."""
-    branches = made.replay(prompts, replies).branches
+    branches = made.replay(prompts, replies).refine_contexts
     latents = sqr.soft_tokens(made, branches, 4)
     return (sqr.soft_query(search, made.heads, QUERIES, latents) * target).sum()
 
@@ -203,7 +203,7 @@ def test_zero_heads_insert_the_same_soft_tokens_whatever_was_seen(search):
     """The official start: eight zero latents. Not a no-op: B turns them into eight zero embeddings in the query."""
     fresh = random_policy(init="zero")
     prompts = [fresh.prompt(prompt_text.SYSTEM, QUERIES[0], clip(4, n)) for n in (0, 1)]
-    branches = fresh.replay(prompts, [[fresh.mark]] * 2).branches
+    branches = fresh.replay(prompts, [[fresh.refine_token_id]] * 2).refine_contexts
     latents = sqr.soft_tokens(fresh, branches, 8)
     assert not latents.any()
     query = sqr.soft_query(search, fresh.heads, QUERIES[:2], latents)
@@ -239,6 +239,6 @@ def test_a_long_update_fits_where_a_query_would_be_cut(search):
     text = "a red dog by the lake " * 30
     long = hqr.with_query_limit(search)
     long.embed_texts([text])
-    assert (long.cut, search.cut) == (0, 0)
+    assert (long.num_truncated, search.num_truncated) == (0, 0)
     search.embed_texts([text])
-    assert (long.cut, search.cut) == (0, 1)
+    assert (long.num_truncated, search.num_truncated) == (0, 1)

@@ -140,7 +140,7 @@ def test_batches_cover_every_row_once_and_respect_the_limit():
 )
 def test_attention_is_chosen_by_what_is_there(monkeypatch, installed, dtype, device, found):
     """All of an engine, but only the eyes of what reads on from a cache."""
-    monkeypatch.setattr(inputs, "is_flash_attn_2_available", lambda: installed)
+    monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: installed)
     whole = loading.attention(Qwen3VLModel, dtype, device)
     part = loading.attention(Qwen3VLForConditionalGeneration, dtype, device)
     assert whole == ({"attn_implementation": found} if found else {})
