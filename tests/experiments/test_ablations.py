@@ -4,6 +4,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,18 +53,23 @@ def test_turns_are_cut_from_one_run_and_the_last_is_the_run_itself(world, three)
         assert found[f"vsr1/vcmr@{m}_t3"] == metrics.percent(metrics.vcmr_hits(three, m))
 
 
-def test_a_variant_works_beside_the_main_run_on_what_it_is_lent(tmp_path, monkeypatch):
-    run = fake_profile(tmp_path, monkeypatch)
-    for part in ("corpus", "videos", "embed"):
-        (run.runs("didemo") / part).mkdir(parents=True)
-    (run.data_dir("didemo") / "embed" / "here").touch()
-    for _ in range(2):
-        own = ablations.with_overrides(run, "didemo", "no-ret", "embed", disabled_rewards=("retrieve",))
-    assert own.disabled_rewards == ("retrieve",) and own.seed == run.seed
-    assert (own.data_dir("didemo") / "embed" / "here").exists() and not (own.runs("didemo") / "sft").exists()
-    tmp_path.rename(tmp_path.with_name("moved"))  # a clone that moves takes its runs along
-    moved = tmp_path.with_name("moved") / own.runs("didemo").relative_to(tmp_path)
-    assert (moved / "embed" / "here").exists()
+def test_a_variant_trains_what_it_changes_and_starts_from_the_main_run(tmp_path, monkeypatch):
+    """One that changes rewards has the stage 1 of the main run; one that changes soft tokens has its own."""
+    run, trained = fake_profile(tmp_path, monkeypatch), []
+    monkeypatch.setattr(ablations.sft, "train", lambda profile, dataset: profile.runs(dataset) / "sft")
+    monkeypatch.setattr(
+        ablations.grpo, "train", lambda profile, dataset, name, stage_1: trained.append(stage_1) or Path(name)
+    )
+    monkeypatch.setattr(
+        ablations.refinement, "episodes", lambda profile, dataset, name, like, weights: weights
+    )
+    assert (
+        ablations.trained(run, "didemo", "no-ret") == "vsr1"
+        and ablations.trained(run, "didemo", "m3") == "m3"
+    )
+    assert trained == [run.runs("didemo") / "sft"] * 2
+    stage_1 = Path(ablations.trained(run, "didemo", "n2"))
+    assert stage_1 == run.with_overrides("n2").runs("didemo") / "sft" != trained[0]
 
 
 def test_what_is_kept_grows_and_forgets_other_knobs(tmp_path, monkeypatch):

@@ -92,13 +92,3 @@ def test_the_mean_of_the_data_sets_waits_for_all_of_them_and_the_same_seeds(run,
     for path in (run.results() / "seeds").glob(f"{run.datasets[-1]}-{lost}.json"):
         path.unlink()
     assert not [name for name in numbers(run) if name.startswith("R1/mean/")]
-
-
-def test_another_seed_gets_rooms_of_its_own_and_the_same_corpora(run):
-    for part in ("corpus", "videos", "embed"):
-        (run.runs("charades") / part).mkdir(parents=True)
-    own = seeds.of_seed(run, "charades", 7)
-    assert (own.seed, own.name) == (7, f"{run.name}-seed7") and own.runs("charades") != run.runs("charades")
-    for part in ("corpus", "videos", "embed"):
-        assert (own.runs("charades") / part).samefile(run.runs("charades") / part)
-    assert seeds.of_seed(run, "charades", run.seed) is run

@@ -143,8 +143,12 @@ def test_nothing_is_learned_from_held_out_videos_and_the_cost_is_bounded(world, 
 def split_of(profile):
     """(folder, queries, vectors) of the test split."""
     home = profile.runs("charades")
-    queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
-    return home, queries, search_index.load_vectors(profile.data_dir(dataset) / "embed" / "engine" / "test")
+    queries = annotations.read_fig(profile.data_dir("charades") / "corpus" / "test.jsonl")
+    return (
+        home,
+        queries,
+        search_index.load_vectors(profile.data_dir("charades") / "embed" / "engine" / "test"),
+    )
 
 
 def test_the_evaluator_and_t1_agree(world, folder, capsys):
@@ -169,7 +173,7 @@ def test_the_evaluator_and_t1_agree(world, folder, capsys):
     assert not found.ties()
     assert (
         fig_scorer.main(
-            [str(home / "submission.json"), str(profile.data_dir(dataset) / "corpus" / "test.jsonl")]
+            [str(home / "submission.json"), str(profile.data_dir("charades") / "corpus" / "test.jsonl")]
         )
         == 0
     )

@@ -206,7 +206,7 @@ def test_what_changes_the_outcome_is_in_the_key_of_the_stage(monkeypatch, profil
 
 def test_stage_2_asks_for_stage_1(monkeypatch, tmp_path, profile):
     monkeypatch.setattr(config, "ROOT", tmp_path)
-    with pytest.raises(config.InputError, match="charades/sft: not there; stage 1 comes first: vsr1 train"):
+    with pytest.raises(config.InputError, match="sft: not there; stage 1 comes first: vsr1 train"):
         grpo.train(profile, "charades")
 
 
@@ -744,15 +744,14 @@ def test_fresh_starts_are_queries_that_stage_1_did_not_learn_from(tmp_path, monk
     profile = dataclasses.replace(profile, val_fraction=1 / 3)
     home = profile.runs("charades")
     prepared(profile, random_policy(), vectors)
-    every, held = rollout.choose_prompts(profile, "charades", vectors)
+    every, held = rollout.choose_prompts(profile, "charades", vectors, home / "sft")
     first, second = sorted({start.id for start in every})
 
     def fresh(*told):
         rows = home / "sft" / "rows.jsonl"
         rows.write_text("".join(json.dumps({"desc_id": number}) + "\n" for number in told))
-        return rollout.choose_prompts(
-            dataclasses.replace(profile, grpo_exclude_sft_queries=True), "charades", vectors
-        )
+        unseen = dataclasses.replace(profile, grpo_exclude_sft_queries=True)
+        return rollout.choose_prompts(unseen, "charades", vectors, home / "sft")
 
     assert fresh() == (every, held), "nothing was told"
     starts, watched = fresh(first, 999)

@@ -65,9 +65,8 @@ def trained(profile: Profile, dataset: str, name: str) -> list[Episode]:
         own = profile.with_overrides(name, **variant.knobs)
         weights = sft.train(own, dataset)
     else:
-        sft.train(profile, dataset)
         own = profile.with_overrides(name, **variant.knobs)
-        weights = grpo.train(own, dataset, variant.recipe)
+        weights = grpo.train(own, dataset, variant.recipe, stage_1=sft.train(profile, dataset))
     return refinement.episodes(own, dataset, name, like="sqr", weights=str(weights))
 
 

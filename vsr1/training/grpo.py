@@ -443,11 +443,16 @@ def _keep(path, steps):
 # --- the stage -------------------------------------------------------------------------------------------------------
 
 
-def train(profile, dataset: str, name: str = "vsr1", watch=None) -> Path:
-    """The checkpoint of stage 2 by one of RECIPES, with its logs: runs/<profile>/<dataset>/grpo/<name>. Resumes."""
+def train(profile, dataset: str, name: str = "vsr1", watch=None, stage_1: Path | None = None) -> Path:
+    """The checkpoint of stage 2 by one of RECIPES, with its logs: runs/<profile>/<dataset>/grpo/<name>. Resumes.
+
+    stage_1  folder of the checkpoint that it starts from; None: that of this profile. A variant that changes stage 2
+             only starts from the main run's.
+    """
     if name not in rollout.VARIANTS:
         raise InputError(f"{name}: no such recipe; there are {', '.join(rollout.VARIANTS)}")
     home = profile.runs(dataset)
+    stage_1 = stage_1 or home / "sft"
     knobs = dataclasses.asdict(profile)
     used = [key for key in knobs if key.startswith(("grpo_", "re"))]
     used += [
@@ -460,23 +465,23 @@ def train(profile, dataset: str, name: str = "vsr1", watch=None) -> Path:
     ]
     used += ["val_fraction", "max_new_tokens", "seed", "scale_rewards", "disabled_rewards"]
     inputs = {
-        "sft": cache.metadata(home / "sft").get("key"),
+        "sft": cache.metadata(stage_1).get("key"),
         "recipe": [name, *vars(rollout.VARIANTS[name]).values()],
         "knobs": {key: knobs[key] for key in used},
         "sight": [profile.video_fps, profile.max_frames, profile.max_frame_pixels, profile.dtype],
         "code": cache.source_digest(__name__),
     }
-    work = lambda folder: _train(profile, dataset, name, folder, watch)  # noqa: E731
+    work = lambda folder: _train(profile, dataset, name, folder, stage_1, watch)  # noqa: E731
     return cache.build(home / "grpo" / name, inputs, work, distributed=True)
 
 
-def _train(profile, dataset, name, folder, watch=None):
-    home, recipe = profile.runs(dataset), rollout.VARIANTS[name]
-    if not (home / "sft").exists():
-        raise InputError(f"{home / 'sft'}: not there; stage 1 comes first: vsr1 train --stage sft")
+def _train(profile, dataset, name, folder, stage_1, watch=None):
+    recipe = rollout.VARIANTS[name]
+    if not stage_1.exists():
+        raise InputError(f"{stage_1}: not there; stage 1 comes first: vsr1 train --stage sft")
     vectors = search_index.load_vectors(profile.data_dir(dataset) / "embed" / "engine" / "train")
-    starts, held = rollout.choose_prompts(profile, dataset, vectors)
-    made, agent = engine.load(profile), checkpoints.load(str(home / "sft"), profile)
+    starts, held = rollout.choose_prompts(profile, dataset, vectors, stage_1)
+    made, agent = engine.load(profile), checkpoints.load(str(stage_1), profile)
     agent.settings = dataclasses.replace(agent.settings, carry_blocks=recipe.carry, turns=recipe.turns)
     with video_reader.reader_pool(
         video_reader.Reader(profile.video_fps, profile.max_frames), profile.decode_workers

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -70,23 +71,22 @@ def make_prompts(queries, vectors: search_index.Vectors, *, negatives: int, seed
 
 
 def choose_prompts(
-    profile, dataset: str, vectors: search_index.Vectors
+    profile, dataset: str, vectors: search_index.Vectors, stage_1: Path
 ) -> tuple[list[RolloutPrompt], list[RolloutPrompt]]:
-    """(starts to learn from, starts that are only watched) of a data set whose stage 1 is done.
+    """(starts to learn from, starts that are only watched) of a data set whose stage 1 lies in the folder `stage_1`.
 
     Raises InputError where `grpo_exclude_sft_queries` asks for queries that stage 1 did not learn from and there are none.
     """
-    home = profile.runs(dataset)
     learn, held = annotations.split_validation(
         annotations.read_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl"), profile.val_fraction
     )
     if profile.grpo_exclude_sft_queries:
-        with open(home / "sft" / "rows.jsonl", encoding="utf-8") as file:
+        with open(stage_1 / "rows.jsonl", encoding="utf-8") as file:
             told = {json.loads(line)["desc_id"] for line in file}
         learn = [query for query in learn if query.id not in told]
         if not learn:
             raise InputError(
-                f"{home / 'sft' / 'rows.jsonl'}: stage 1 learned from every query; set grpo_exclude_sft_queries: false in the "
+                f"{stage_1 / 'rows.jsonl'}: stage 1 learned from every query; set grpo_exclude_sft_queries: false in the "
                 "profile, or fewer sft_rows"
             )
     options = {"negatives": profile.grpo_negatives, "seed": profile.seed}
