@@ -82,11 +82,51 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "line", ["sft_warmup: 1.0", "sft_warmup: -0.1", "infonce_prefixes: [0, 2]", "infonce_prefixes: [2, -1]"]
+    "line",
+    [
+        *(
+            "eval_batch: 0",
+            "grpo_batch: 0",
+            "grpo_rollout_batch: 0",
+            "decode_workers: 0",
+            "threads: 0",
+            "seed: -1",
+        ),
+        *(
+            "grpo_group: 1",
+            "max_frames: 63",
+            "max_frames: 0",
+            "val_fraction: 1.5",
+            "val_fraction: 0",
+            "n_soft: 0",
+        ),
+        *(
+            "rollout_temperature: 0.0",
+            "infonce_temperature: 0.0",
+            "dtype: fp8",
+            "device: cuda:1",
+            "grpo_clip: 0",
+        ),
+        *(
+            "disabled_rewards: [tyme]",
+            "datasets: []",
+            "vr_ks: []",
+            "vr_ks: [0]",
+            "video_fps: .inf",
+            "max_zero_std: 2",
+        ),
+        *("sft_warmup: 1.0", "sft_warmup: -0.1", "infonce_prefixes: [0, 2]", "infonce_prefixes: [2, -1]"),
+        *("display_rule: second_if_repeat", "max_frame_pixels: 100", "engine: ''", "sft_lr: -1.0"),
+        *("world: {train_videos: 3, test_videos: 0, foundation_videos: 1}", "two_stage: {epochs: 0}"),
+        *("soft_token_bound: {train_queries: []}", "studies: {probe_steps: none}"),
+    ],
 )
-def test_a_warm_up_or_a_depth_out_of_range_is_refused(tmp_path, line):
-    """The library takes a warm-up from one on for steps; a depth below one would be another query."""
-    assert line.split(":")[0] in refused(tmp_path, GOOD + line + "\n")
+def test_a_value_that_cannot_work_is_refused_by_name(tmp_path, line):
+    key = line.split(":")[0]
+    lines = [other for other in GOOD.splitlines() if not other.startswith(f"{key}:")]
+    assert f"mine.yaml: {key}: " in refused(tmp_path, "\n".join([*lines, line])).replace(
+        "no such knob 'grpo_batch'", "grpo_batch: "
+    )
 
 
 def test_an_unknown_data_set_in_a_profile_is_refused(tmp_path):
@@ -104,7 +144,28 @@ def test_the_digest_changes_with_every_knob_that_a_result_depends_on_and_with_no
         value = getattr(profile, field.name)
         other = dataclasses.replace(profile, **{field.name: None if value is not None else 0})
         assert (other.digest() == profile.digest()) is (field.name in config.NO_RESULT), field.name
+    bound = dataclasses.replace(profile.soft_token_bound, n_soft=5)
+    assert dataclasses.replace(profile, soft_token_bound=bound).digest() != profile.digest()
     assert {"parallel_datasets", "decode_workers", "threads", "device"} < config.NO_RESULT
+
+
+def test_a_new_knob_with_its_default_changes_no_digest():
+    """Committed seeds and ablations stay valid when the code learns to do something more."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Studies(config.StudyConfig):
+        another: int = 1
+
+    @dataclasses.dataclass(frozen=True)
+    class Newer(config.Profile):
+        a_new_knob: tuple[int, ...] = (1, 2)
+        world_of_its_own: Studies = Studies()
+
+    profile = config.load("smoke")
+    knobs = {field.name: getattr(profile, field.name) for field in dataclasses.fields(profile)}
+    studies = Studies(**dataclasses.asdict(profile.studies))
+    assert Newer(**knobs | {"studies": studies}).digest() == profile.digest()
+    assert Newer(**knobs, a_new_knob=(1,)).digest() != profile.digest()
 
 
 def test_the_committed_studies_belong_to_the_profile_that_ships():

@@ -17,8 +17,7 @@ from vsr1.training import released_replies, sft_examples
 
 # What `paper-24gb` takes from the hub, and how much is done of everything: as in `smoke`.
 SMALL = "engine engine_large policy max_frame_pixels sft_negatives grpo_negatives max_zero_std "
-SMALL += "bootstrap_samples sample_queries twostage_videos twostage_epochs ladder_free_queries ladder_free_steps ladder_few "
-SMALL += "ladder_rows ladder_held ladder_batch ladder_steps ladder_long"
+SMALL += "bootstrap_samples studies two_stage soft_token_bound"
 LESS = {
     "max_turns": 2,
     "max_new_tokens": 64,
@@ -72,6 +71,7 @@ def made(tmp_path_factory):
         shutil.copy(config.ROOT / name, clone)
     missing = lay(clone / "data" / "activitynet", drawn)
     profile = knobs("paper-24gb") | {name: knobs("smoke")[name] for name in SMALL.split()} | LESS | TAUGHT
+    profile["soft_token_bound"] |= {"policy_steps": 0}  # as in paper-24gb
     (clone / "real.yaml").write_text(yaml.safe_dump(profile))
     words = ["make", "paper", "PROFILE=real.yaml", "DATASETS=activitynet", f"PY={sys.executable}"]
     env = os.environ | {"PYTHONPATH": str(clone)}

@@ -105,7 +105,7 @@ def test_a_retry_refines_every_failed_query_whatever_is_said(world, made, agent,
     agent.script = lambda system, query, clip: says
     world = dataclasses.replace(world, seed=len(says))  # else the other answer stands
     walked = ablations.retry(world, "charades", "sqr")
-    assert [one.desc_id for one in walked] == failed_ids(world)[: world.sample_queries]
+    assert [one.desc_id for one in walked] == failed_ids(world)[: world.studies.sample_queries]
     assert all(len(one.turns) == 1 and one.turns[0].rank_by_depth for one in walked)
     if says == REJECT:  # then it is the loop's own first turn
         name = evaluate.run_system(world, "charades", "retry-check", like="sqr")

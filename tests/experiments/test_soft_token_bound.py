@@ -207,7 +207,9 @@ def test_heads_learn_alone_or_with_the_policy(agent, made, gallery):
 def test_courses_differ_from_the_reference_in_one_thing():
     profile = config.load("mini")
     courses = soft_token_bound.plan(profile)
-    reference = soft_token_bound.HeadRun("scaled", profile.ladder_soft, profile.ladder_rows[-1])
+    reference = soft_token_bound.HeadRun(
+        "scaled", profile.soft_token_bound.n_soft, profile.soft_token_bound.train_queries[-1]
+    )
     assert reference in courses and len({course.name for course in courses}) == len(courses)
     for course in courses:
         assert sum(vars(course)[key] != value for key, value in vars(reference).items()) <= 1

@@ -26,7 +26,7 @@ def world(tmp_path_factory):
         patch.setattr(engine, "load", lambda profile, which="engine": made)
         profile = config.load("smoke")
         small = dataclasses.replace(profile.world, train_videos=10, test_videos=5)
-        knobs = {"max_frames": 8, "twostage_videos": 4, "twostage_epochs": 2, "twostage_width": 8}
+        knobs = {"max_frames": 8, "two_stage": config.TwoStageConfig(videos=4, epochs=2, width=8)}
         profile = dataclasses.replace(profile, world=small, **knobs)
         renderer.render(profile, "charades")
         for split in ("train", "test"):
@@ -115,7 +115,7 @@ def test_the_head_learns_the_moments_it_is_shown():
     rng = np.random.default_rng(0)
     windows, profile = (
         windows_of([8] * 60, width=16),
-        dataclasses.replace(config.load("smoke"), twostage_epochs=40),
+        dataclasses.replace(config.load("smoke"), two_stage=config.TwoStageConfig(videos=8, epochs=40)),
     )
     first = rng.integers(0, 6, 60)
     query = torch.nn.functional.normalize(torch.randn(60, 16), dim=-1)
@@ -137,7 +137,7 @@ def test_nothing_is_learned_from_held_out_videos_and_the_cost_is_bounded(world, 
     learn, held = map(annotations.gallery_ids, annotations.split_validation(queries, profile.val_fraction))
     used = set(two_stage.load_windows(folder, "train").row)
     assert len(used & set(learn)) == 4 and len(used & set(held)) == 1 and len(used) == 5
-    assert len(training_curves.lines(folder)) == profile.twostage_epochs
+    assert len(training_curves.lines(folder)) == profile.two_stage.epochs
 
 
 def split_of(profile):

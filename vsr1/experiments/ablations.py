@@ -170,13 +170,18 @@ class Retry(runner.EpisodeRunner):
 
 
 def retry(profile: Profile, dataset: str, system: str, weights: str | None = None) -> list[Episode]:
-    """One refinement of queries whose first search failed, at most `sample_queries` of them, right after the look."""
+    """One refinement of at most `studies.sample_queries` queries whose first search failed, right after the look."""
     home, weights = profile.runs(dataset), weights or profile.policy
     vectors = search_index.load_vectors(profile.data_dir(dataset) / "embed" / "engine" / "test")
     inputs = {
         "vectors": cache.metadata(profile.data_dir(dataset) / "embed" / "engine" / "test").get("key"),
         "policy": loading.version(weights),
-        "system": [system, *vars(runner.SYSTEMS[system]).values(), profile.sample_queries, profile.seed],
+        "system": [
+            system,
+            *vars(runner.SYSTEMS[system]).values(),
+            profile.studies.sample_queries,
+            profile.seed,
+        ],
         "sight": [
             profile.video_fps,
             profile.max_frames,
@@ -200,7 +205,7 @@ def retry(profile: Profile, dataset: str, system: str, weights: str | None = Non
             clips = clip_cache.ClipCache(profile.data_dir(dataset) / "videos", vectors.video_ids, read)
             wired = Retry(profile, kind, made, agent, vectors, clips)
             run = records.Run(dataset, "test", system, 1, 1, profile.seed, "top1")
-            asked = annotations.evenly_spaced(failures(vectors, queries), profile.sample_queries)
+            asked = annotations.evenly_spaced(failures(vectors, queries), profile.studies.sample_queries)
             walked = []
             for at in range(0, len(asked), profile.eval_batch):
                 batch = asked[at : at + profile.eval_batch]

@@ -24,7 +24,7 @@ def headroom(profile, dataset: str, which: str = "engine") -> dict:
         "vectors": [cache.metadata(folder)["key"] for folder in folders],
         "code": cache.source_digest(__name__),
     }
-    inputs["knobs"] = [profile.probe_steps, profile.neutral_tokens, profile.seed]
+    inputs["knobs"] = [profile.studies.probe_steps, profile.neutral_tokens, profile.seed]
 
     def work(folder):
         cache.write_json(folder / "headroom.json", _headroom(profile, dataset, which, *folders))
@@ -54,7 +54,7 @@ def _headroom(profile, dataset, which, train_folder, test_folder):
     probe = torch.nn.Parameter(0.05 * torch.randn(len(features()), vectors.video_vecs.shape[1]))
     gallery, wanted = torch.from_numpy(train_vectors.video_vecs), torch.from_numpy(train_column)
     optimizer = torch.optim.Adam([probe], lr=0.02)
-    for _ in cache.progress(range(profile.probe_steps), f"probe {dataset}"):
+    for _ in cache.progress(range(profile.studies.probe_steps), f"probe {dataset}"):
         loss = F.cross_entropy(probe_vecs(probe, train_moments) @ gallery.T / 0.1, wanted)
         optimizer.zero_grad()
         loss.backward()

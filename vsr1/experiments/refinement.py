@@ -182,7 +182,7 @@ def becomes(turn: records.Turn) -> str:
 
 def sampled(profile: Profile, dataset: str, system: str) -> list[Episode]:
     """The episodes of one system on the sample of queries that refinements are compared on."""
-    return episodes(profile, dataset, f"{system}-sample", like=system, count=profile.sample_queries)
+    return episodes(profile, dataset, f"{system}-sample", like=system, count=profile.studies.sample_queries)
 
 
 SHARES = ("vr@1_orig", "vr@1", "vr@1_failed", "vr@1_shown", "vcmr@0.5", "ver")

@@ -76,8 +76,8 @@ def free_latents(made, way: Way, texts, gallery, right, profile):
         len(texts), profile.n_soft, made.width, generator=torch.Generator().manual_seed(profile.seed)
     )
     free = way.start * F.normalize(noise, dim=-1).to(gallery)
-    adam, ranks = torch.optim.Adam([free], profile.ladder_free_rate), []
-    for _ in range(profile.ladder_free_steps + 1):
+    adam, ranks = torch.optim.Adam([free], profile.soft_token_bound.free_lr), []
+    for _ in range(profile.soft_token_bound.free_steps + 1):
         _, free.grad, now = free_step(made, way, texts, free, gallery, right, profile.infonce_temperature)
         ranks.append(now)
         adam.step()
@@ -147,16 +147,16 @@ def vecs_of(made, agent, asked: QueryBatch, n: int) -> torch.Tensor:
 def learn(made, agent, asked: QueryBatch, n: int, steps: int, profile) -> list[float]:
     """Losses of `steps` steps that train the heads of `agent`; and the policy too, unless it has read already."""
     learned = [weight for weight in agent.heads.parameters() if weight.requires_grad]
-    groups = [{"params": learned, "lr": profile.ladder_rate}]
+    groups = [{"params": learned, "lr": profile.soft_token_bound.head_lr}]
     if asked.contexts is None:
-        groups.append({"params": list(agent.model.parameters()), "lr": profile.ladder_policy_rate})
+        groups.append({"params": list(agent.model.parameters()), "lr": profile.soft_token_bound.policy_lr})
     adam = torch.optim.Adam(groups)
     fade = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, steps)
     rng, order, losses = np.random.default_rng([profile.seed, 12]), [], []
     for _ in cache.progress(range(steps), f"heads {agent.settings.refine_init}"):
         if not order:
             order = np.array_split(
-                rng.permutation(len(asked.rows)), -(-len(asked.rows) // profile.ladder_batch)
+                rng.permutation(len(asked.rows)), -(-len(asked.rows) // profile.soft_token_bound.batch)
             )
         batch = asked.some(order.pop())
         vecs = vecs_of(made, agent, batch, n)
@@ -191,8 +191,7 @@ def scored(vecs, gallery, right, tau) -> dict:
 
 def ladder(profile, dataset: str) -> dict[str, dict]:
     """{system: ranks, InfoNCE and right videos of its queries, curve over its steps}, a stage: see `numbers`."""
-    home = profile.runs(dataset)
-    knobs = {name: value for name, value in asdict(profile).items() if name.startswith("ladder_")}
+    home, knobs = profile.runs(dataset), asdict(profile.soft_token_bound)
     shared = (
         "infonce_temperature",
         "n_soft",
@@ -230,7 +229,7 @@ def climb_free(profile, dataset, made) -> dict[str, dict]:
         for q in annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
         if vectors.has_video(q.video)
     ]
-    queries = evenly_spaced(queries, profile.ladder_free_queries)
+    queries = evenly_spaced(queries, profile.soft_token_bound.free_queries)
     texts, videos = [query.text for query in queries], [query.video for query in queries]
     gallery = torch.from_numpy(vectors.video_vecs).to(made.model.device)
     right = torch.from_numpy(vectors.columns(videos)).to(gallery.device)
@@ -252,7 +251,7 @@ class HeadRun:
     n: int  # soft tokens
     rows: int  # train queries at most
     hard: bool = False  # negatives: the hard ones of stage 1 only, not the whole gallery
-    long: bool = False  # goes on for `ladder_long` steps
+    long: bool = False  # goes on for `long_steps`
 
     @property
     def name(self) -> str:
@@ -262,11 +261,11 @@ class HeadRun:
 
 def plan(profile) -> list[HeadRun]:
     """What the last rung compares: one thing changed at a time."""
-    n, most = profile.ladder_soft, profile.ladder_rows[-1]
+    n, most = profile.soft_token_bound.n_soft, profile.soft_token_bound.train_queries[-1]
     courses = [HeadRun(init, n, most) for init in INITS] + [
         HeadRun("scaled", depth, most) for depth in DEPTHS
     ]
-    courses += [HeadRun("scaled", n, rows) for rows in profile.ladder_rows]
+    courses += [HeadRun("scaled", n, rows) for rows in profile.soft_token_bound.train_queries]
     return list(
         dict.fromkeys(
             [*courses, HeadRun("scaled", n, most, hard=True), HeadRun("scaled", n, most, long=True)]
@@ -303,9 +302,9 @@ class Workshop:
         self.gallery = torch.from_numpy(vectors.video_vecs).to(made.model.device)
         self.base = checkpoints.load(profile.policy, profile)
         self.base.model.requires_grad_(False)
-        self.ours = self.asked(ours[: profile.ladder_rows[-1]])
-        self.held = self.asked(held[: profile.ladder_held])
-        self.few = self.ours.some(range(min(profile.ladder_few, len(self.ours.rows))))
+        self.ours = self.asked(ours[: profile.soft_token_bound.train_queries[-1]])
+        self.held = self.asked(held[: profile.soft_token_bound.val_queries])
+        self.few = self.ours.some(range(min(profile.soft_token_bound.overfit_queries, len(self.ours.rows))))
 
     def fresh(self, init: str, learns: bool = False) -> policy.Policy:
         """The policy with new heads; a copy of it if it `learns` too."""
@@ -330,14 +329,18 @@ class Workshop:
 
 def climb_heads(profile, dataset, made) -> dict[str, dict]:
     """The other rungs, on train queries in the train gallery."""
-    shop, n, tau = Workshop(profile, dataset, made), profile.ladder_soft, profile.infonce_temperature
+    shop, n, tau = (
+        Workshop(profile, dataset, made),
+        profile.soft_token_bound.n_soft,
+        profile.infonce_temperature,
+    )
     few, held, agent = shop.few, shop.held, shop.fresh("scaled")
     found = {"overfit-plain": ask(made, agent, few, 0, tau), "held-plain": ask(made, agent, held, 0, tau)}
     found["range-own"] = scored(held.gallery[held.right], held.gallery, held.right, tau)
     for init in INITS:
         found[f"range-{init}"] = ask(made, shop.fresh(init), held, n, tau)
-    brief, whole = profile.ladder_policy_steps, replace(few, contexts=None)
-    courses = [("heads", few, profile.ladder_steps)]
+    brief, whole = profile.soft_token_bound.policy_steps, replace(few, contexts=None)
+    courses = [("heads", few, profile.soft_token_bound.steps)]
     courses += [("heads", few, brief), ("policy", whole, brief)] if brief else []
     for who, asked, steps in courses:
         agent = shop.fresh("scaled", learns=who == "policy")
@@ -345,7 +348,7 @@ def climb_heads(profile, dataset, made) -> dict[str, dict]:
         found[f"overfit-{who}-s{steps}"] = ask(made, agent, asked, n, tau) | {"curve": losses}
     for course in plan(profile):
         agent = shop.fresh(course.init)
-        steps = profile.ladder_long if course.long else profile.ladder_steps
+        steps = profile.soft_token_bound.long_steps if course.long else profile.soft_token_bound.steps
         losses = learn(made, agent, shop.lessons(course), course.n, steps, profile)
         found[course.name] = ask(made, agent, held, course.n, tau) | {"curve": losses}
     for name, one in found.items():

@@ -180,8 +180,8 @@ def right_first(found: retrieval.FirstSearch) -> np.ndarray:
 def train(profile, head: Head, ours: QueryBatch, held: QueryBatch, windows: Windows, what: str) -> list[dict]:
     """The log, a line an epoch; `head` is left as it was when its spans of held-out queries overlapped most."""
     rng, adam = np.random.default_rng([profile.seed, 5]), torch.optim.AdamW(head.parameters())
-    batches, epochs, device = -(-len(ours.rows) // BATCH), profile.twostage_epochs, ours.query.device
-    pace = torch.optim.lr_scheduler.OneCycleLR(adam, profile.twostage_rate, total_steps=epochs * batches)
+    batches, epochs, device = -(-len(ours.rows) // BATCH), profile.two_stage.epochs, ours.query.device
+    pace = torch.optim.lr_scheduler.OneCycleLR(adam, profile.two_stage.lr, total_steps=epochs * batches)
     at, shifts = targets(windows.edges[ours.rows], ours.spans)
     at, shifts = torch.from_numpy(at).to(device), torch.from_numpy(shifts).float().to(device)  # (Q, 2)
     log, best, kept = [], -1.0, None
@@ -215,7 +215,12 @@ def train(profile, head: Head, ours: QueryBatch, held: QueryBatch, windows: Wind
 def run(profile, dataset: str) -> Path:
     """The folder of the trained head and its answers to all test queries; made once, resumed after a kill."""
     home = profile.runs(dataset)
-    knobs = [profile.twostage_videos, profile.twostage_epochs, profile.twostage_rate, profile.twostage_width]
+    knobs = [
+        profile.two_stage.videos,
+        profile.two_stage.epochs,
+        profile.two_stage.lr,
+        profile.two_stage.width,
+    ]
     inputs = {
         "vectors": [
             cache.metadata(profile.data_dir(dataset) / "embed" / "engine" / s).get("key")
@@ -238,7 +243,7 @@ def _run(profile, dataset, folder):
         for split in queries
     }
     sides = annotations.split_validation(queries["train"], profile.val_fraction)  # (learned from, held out)
-    most = profile.twostage_videos, max(1, profile.twostage_videos // HELD)
+    most = profile.two_stage.videos, max(1, profile.two_stage.videos // HELD)
     readable = set(vectors["train"].video_ids)
     galleries = [[video for video in annotations.gallery_ids(side) if video in readable] for side in sides]
     chosen = [video for pair in zip(galleries, most, strict=True) for video in evenly_spaced(*pair)]
@@ -246,7 +251,7 @@ def _run(profile, dataset, folder):
     embed(profile, dataset, made, "test", vectors["test"].video_ids, folder)
     train_windows, test_windows = (load_windows(folder, s, made.model.device) for s in ("train", "test"))
     torch.manual_seed(profile.seed)
-    head = Head(made.width, profile.twostage_width).to(made.model.device)
+    head = Head(made.width, profile.two_stage.width).to(made.model.device)
     ours, held = (asked(side, vectors["train"], train_windows) for side in sides)
     log = train(profile, head, ours, held, train_windows, f"spans {dataset}")
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
