@@ -179,3 +179,44 @@ def test_the_committed_studies_belong_to_the_profile_that_ships():
 def test_a_seed_given_by_hand_wins_over_the_file():
     assert config.load("mini", 7).seed == 7 != config.load("mini").seed
     assert config.load("mini", 0).seed == 0, "zero is a seed"
+
+
+@pytest.mark.parametrize(
+    ("seed", "datasets", "expected"),
+    [
+        (None, (), "results/mini"),
+        (42, ("activitynet", "charades", "didemo"), "results/mini"),
+        (7, (), "runs/mini/results-seed7"),
+        (None, ("charades",), "runs/mini/results-charades"),
+        (7, ("didemo", "charades"), "runs/mini/results-charades-didemo-seed7"),
+    ],
+)
+def test_a_run_of_another_seed_or_other_data_sets_reports_below_runs(seed, datasets, expected):
+    profile = config.load("mini", seed, datasets)
+    assert profile.results() == config.ROOT / expected
+    assert set(profile.datasets) == set(datasets or config.DATASETS)
+    if seed in (None, 42):
+        assert profile.digest() == config.load("mini").digest(), "numbers of a data set count in both reports"
+
+
+def test_a_private_file_with_the_name_of_a_profile_of_vsr1_is_refused(tmp_path):
+    path = tmp_path / "mini.yaml"
+    path.write_text(GOOD)
+    with pytest.raises(config.InputError, match=r"mini.yaml: mini is a profile of vsr1, .*; rename it"):
+        config.load(str(path))
+    assert config.load(str(config.PROFILES / "mini.yaml")) == config.load("mini")
+
+
+def test_of_two_private_files_with_one_name_the_second_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "ROOT", tmp_path / "clone")
+    paths = [tmp_path / folder / "mine.yaml" for folder in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(GOOD)
+        if path == paths[0]:
+            config.claim(path)
+            config.claim(path)
+    with pytest.raises(config.InputError, match=r"b/mine.yaml: runs/mine belongs to .*a/mine.yaml"):
+        config.claim(paths[1])
+    paths[0].unlink()
+    config.claim(paths[1])

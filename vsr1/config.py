@@ -20,8 +20,9 @@ from pydantic import Field
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent  # the clone: profiles name their files relative to it
 PROFILES = PACKAGE / "profiles"
-# Knobs that no result depends on, but for the rounding of sums: they enter no key and no digest.
-NO_RESULT = {"name", "variant", "parallel_datasets", "decode_workers", "threads", "device", "tensorboard"}
+# Knobs that no result of a data set depends on, but for the rounding of sums: they enter no key and no digest.
+NO_RESULT = {"name", "variant", "part", "datasets"}
+NO_RESULT |= {"parallel_datasets", "decode_workers", "threads", "device", "tensorboard"}
 
 Dataset = Literal["charades", "didemo", "activitynet"]
 DATASETS = typing.get_args(Dataset)
@@ -100,6 +101,7 @@ class Profile:
     engine_large: Text  # "Qwen3-VL-Embedding-8B", for table A2
     policy: Text  # "Qwen3-VL-2B-Instruct"
     variant: str = ""  # not a knob: set by `with_overrides`, part of the path of what it computes
+    part: str = ""  # not a knob: set by `load` where seed or data sets are not the profile's own
     data_source: str = "vsr1.data.real_datasets"  # the module that provides corpus, videos and replies
     world: WorldConfig | None = None  # None: real annotations and videos under `data`
     data: Text = "data"  # <data>/<dataset>/{annotations,videos}/ for real data
@@ -223,8 +225,8 @@ class Profile:
         return ROOT / "runs" / self.name
 
     def results(self) -> Path:
-        """Return where this profile's numbers, tables and figures go."""
-        return ROOT / "results" / self.name
+        """Return where numbers, tables and figures go; those of a part of a run never touch the committed ones."""
+        return self.run_root() / f"results-{self.part}" if self.part else ROOT / "results" / self.name
 
     def with_overrides(self, variant: str, **knobs) -> "Profile":
         """Return the profile with other knobs, whose results lie in variants/<variant>."""
@@ -250,28 +252,63 @@ def _set_knobs(config):
     return knobs
 
 
-def load(name: str, seed: int | None = None) -> Profile:
+def load(name: str, seed: int | None = None, datasets: typing.Sequence[str] = ()) -> Profile:
     """Read the profile called `name`, or the file `name` if that is a path that ends in .yaml.
 
-    seed  replaces the profile's own
+    seed, datasets  replace the profile's own; results then lie below runs/, beside no committed ones
 
     >>> load("mini").max_frames
     64
+    >>> load("mini", 7, ["charades"]).results().relative_to(ROOT).as_posix()
+    'runs/mini/results-charades-seed7'
     """
-    path = Path(name) if name.endswith(".yaml") else PROFILES / f"{name}.yaml"
-    if not path.exists():
-        known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
-        raise InputError(f"{path}: no such profile; there are {known}")
+    path = _profile_path(name)
     try:
         knobs = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not readable as yaml: {' '.join(str(error).split())}") from error
     if not isinstance(knobs, dict):
         raise InputError(f"{path}: expected `key: value` lines")
-    knobs["name"] = path.stem
-    if seed is not None:
-        knobs["seed"] = seed
-    return parse(Profile, knobs, str(path))
+    profile = parse(Profile, knobs | {"name": path.stem}, str(path))
+    return _part_of(profile, seed, [check_dataset(dataset) for dataset in datasets])
+
+
+def _profile_path(name):
+    path = Path(name) if name.endswith(".yaml") else PROFILES / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
+        raise InputError(f"{path}: no such profile; there are {known}")
+    shipped = PROFILES / path.name
+    if shipped.exists() and not path.samefile(shipped):
+        raise InputError(
+            f"{path}: {path.stem} is a profile of vsr1, whose results this one would replace; rename it"
+        )
+    return path
+
+
+def _part_of(profile, seed, datasets):
+    """Return the profile with this seed and these data sets, if there are any; `part` says how it differs."""
+    own = set(datasets) in (set(), set(profile.datasets))
+    datasets = profile.datasets if own else tuple(name for name in DATASETS if name in datasets)
+    part = [] if own else [*datasets]
+    if seed not in (None, profile.seed):
+        part.append(f"seed{seed}")
+        if seed < 0:
+            raise InputError(f"SEED: {seed}: should be 0 or more")
+        profile = dataclasses.replace(profile, seed=seed)
+    return dataclasses.replace(profile, datasets=datasets, part="-".join(part))
+
+
+def claim(path: Path) -> None:
+    """Let the private profile file `path` own its folder below runs/, or raise InputError if another file does."""
+    owner = ROOT / "runs" / path.stem / ".profile"
+    other = Path(owner.read_text(encoding="utf-8")) if owner.exists() else path
+    if other.exists() and not other.samefile(path):
+        raise InputError(
+            f"{path}: runs/{path.stem} belongs to {other}; give one of the two files another name"
+        )
+    owner.parent.mkdir(parents=True, exist_ok=True)
+    owner.write_text(str(path.resolve()), encoding="utf-8")
 
 
 def check_dataset(dataset: str, where: str = "DATASETS") -> str:
