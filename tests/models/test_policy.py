@@ -336,7 +336,7 @@ def other_weights(folder):
         (lambda folder: (folder / "vsr1.json").write_text("{"), "vsr1.json: not readable"),
         (
             lambda folder: (folder / "vsr1.json").unlink(),
-            "soft-query heads but no vsr1.json; see policy.at",
+            "soft-query heads but no vsr1.json that says how",
         ),
         (other_weights, "model.safetensors: not the file that vsr1.json was written for"),
         (lambda folder: (folder / "refine.safetensors").unlink(), "refine.safetensors: not the file"),
@@ -470,7 +470,7 @@ def test_a_damaged_released_checkpoint_is_one_line_that_names_file_and_key(relea
 
 
 def test_a_released_checkpoint_does_not_load_as_a_base_model(released):
-    with pytest.raises(config.InputError, match=r"soft-query heads but no vsr1\.json; see"):
+    with pytest.raises(config.InputError, match=r"soft-query heads but no vsr1\.json that"):
         checkpoints.load(str(released[0]), profile())
 
 

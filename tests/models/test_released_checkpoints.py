@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 import warnings
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -57,7 +59,7 @@ def profile(hub, tmp_path, monkeypatch):
 
 
 def by_hand(folder, film, reply):
-    """Soft tokens (8, D) and query vector (D,) of a reply up to its <REFINE>, by full forwards: METHOD.md 3 as is."""
+    """Soft tokens (8, D) and query vector (D,) of a reply up to its <REFINE>, by full forwards: docs/method.md section 3 as is."""
     tensors, tokenizer = load_file(folder / "model.safetensors"), AutoTokenizer.from_pretrained(folder)
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder).eval()
 
@@ -133,6 +135,37 @@ def test_it_is_converted_once_and_again_for_another_prompt(hub, profile, monkeyp
     assert checkpoints.load(NAME, profile).settings.system == "The other prompt <REFINE>." and made == [1, 1]
 
 
+def test_our_own_checkpoint_on_the_hub_is_loaded_with_its_heads(hub, profile):
+    """A snapshot folder is where `vsr1.json` lies, not a folder that is called like the hub name."""
+    home, agent = hub.parents[2] / "models--me--mine", random_policy(seed=5)
+    checkpoints.save(agent, home / "snapshots" / COMMIT)
+    (home / "refs").mkdir(exist_ok=True)
+    (home / "refs" / "main").write_text(COMMIT)
+    loaded = checkpoints.load("me/mine", profile)
+    for key, tensor in agent.heads.state_dict().items():
+        torch.testing.assert_close(loaded.heads.state_dict()[key], tensor, atol=0, rtol=0)
+    assert loaded.settings.system == agent.settings.system
+    assert search_folder.pick(profile, weights="me/mine") == ("me/mine", "sqr")
+    (home / "snapshots" / COMMIT / "vsr1.json").unlink()
+    with pytest.raises(config.InputError, match="soft-query heads but no vsr1.json"):
+        checkpoints.load("me/mine", profile)
+
+
+def test_sqr_without_heads_is_refused_but_for_the_untrained_control(profile):
+    with pytest.raises(config.InputError, match="no soft-query heads in it, which sqr needs"):
+        runner.load_pair(profile, runner.SYSTEMS["sqr"], profile.policy)
+    assert runner.load_pair(profile, runner.SYSTEMS["sqr-untrained"], profile.policy)[1].heads is not None
+
+
+def test_two_commits_of_one_name_are_converted_side_by_side(hub, profile):
+    other = hub.parent / ("a" * 40)
+    if not other.exists():
+        shutil.copytree(hub, other)
+    folders = [checkpoints.resolve_checkpoint(f"{NAME}@{commit}", profile) for commit in (COMMIT, "a" * 40)]
+    assert folders[0] != folders[1] and all((Path(folder) / "vsr1.json").exists() for folder in folders)
+    assert loading.revisions() == {f"{NAME}@{commit}": commit for commit in (COMMIT, "a" * 40)}
+
+
 def test_a_name_stays_at_the_commit_of_its_first_use(hub, profile):
     """The hub moves `main` on; this clone does not, and knows what it used even where the files are gone."""
     assert loading.version(NAME) == COMMIT and loading.download(NAME) == hub
@@ -206,6 +239,5 @@ def test_doctor_finds_weights_in_the_cache_only_at_the_commit_that_a_run_asks_fo
     index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
     assert doctor.weights(NAME).status == "limited", "one of its files has not come yet"
     index.unlink()
-    (config.ROOT / "runs").mkdir(exist_ok=True)
     (config.ROOT / loading.REVISIONS).write_text(json.dumps({NAME: COMMIT[::-1]}))
     assert doctor.weights(NAME).found == "not on this machine", "what is called main now is another commit"

@@ -228,7 +228,7 @@ def pick(profile, dataset=None, weights=None, system=None) -> tuple[str, str]:
     elif not weights.startswith(checkpoints.AUTHORS) and (Path(weights).exists() or weights[0] in "./~"):
         weights = str(_policy_folder(Path(weights).absolute()))  # else a name on the hub
     weights = checkpoints.resolve_checkpoint(weights, profile)
-    soft = (Path(loading.local_path(weights)) / "vsr1.json").exists()
+    soft = checkpoints.has_heads(weights)
     if system == "sqr" and not soft:
         raise InputError(f"{weights}: no soft-query heads in it; train it, or choose --system walkdown")
     return weights, system or ("sqr" if soft else "walkdown")

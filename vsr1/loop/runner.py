@@ -192,12 +192,16 @@ def find_system(name):
 def load_pair(profile, system: System, weights: str):
     """(engine, policy) that fit each other: the profile's engine, or the one that came with the policy.
 
-    A policy without heads gets new, untrained ones where SQR needs them.
+    Raises InputError for SQR with a policy without heads; only the untrained control (`System.marked`) gets new ones.
     """
     agent = checkpoints.load(weights, profile)
     agent.model.requires_grad_(False)  # a video is looked at once, then (`qwen.prefill`)
     made = engine.load(replace(profile, engine=agent.query_embedder) if agent.query_embedder else profile)
     if system.refine == "sqr":
+        if agent.heads is None and not system.marked:
+            raise InputError(
+                f"{weights}: no soft-query heads in it, which sqr needs; train it, or choose sqr-untrained or walkdown"
+            )
         if agent.heads is None:
             settings = policy.new_settings(profile, made.instruction)
             agent = policy.new_heads(agent, settings, profile.seed, made)

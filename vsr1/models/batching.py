@@ -1,12 +1,13 @@
 """Group rows into batches, and halve a batch that does not fit in memory."""
 
+import gc
 import warnings
 
 import torch
 
 
 def batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Row numbers in groups of similar length whose padded size stays within `max_tokens`; longest first.
+    """Group row numbers by similar length, padded size at most `max_tokens`, longest first.
 
     Longest first, so that a batch too large for the memory fails at once and not after an hour.
 
@@ -23,21 +24,32 @@ def batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 
 class OOMSplitter:
-    """Work on rows all at once; where memory does not suffice, in halves from then on. It is said, and happens once."""
+    """Run work on whole batches until one does not fit in memory, and on half batches from then on.
+
+    The first out-of-memory error is a warning that names `knob`. A second one is raised.
+    """
 
     def __init__(self, knob: str):
         self.knob, self.parts = knob, 1
 
     def run(self, work, rows: list) -> list:
-        """[work(some of the rows)], in their order; what had been done when memory ran out is done again."""
-        size = -(-len(rows) // self.parts)
+        """Return [work(part)] for the parts of `rows` in their order; parts done before the error are done again."""
+
+        def in_parts(parts):
+            size = -(-len(rows) // parts)
+            return [work(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+        return self.call(in_parts, len(rows), can_halve=len(rows) > 1)
+
+    def call(self, work, size: int, can_halve=True):
+        """Return `work(parts)`, where parts is 1, or 2 once memory did not suffice for `size` rows at once."""
         try:
-            return [work(rows[at : at + size]) for at in range(0, len(rows), size)]
+            return work(self.parts)
         except torch.OutOfMemoryError:
-            if self.parts > 1 or len(rows) < 2:
+            if self.parts > 1 or not can_halve:
                 raise
         self.parts = 2
-        warnings.warn(
-            f"{len(rows)} at once do not fit in memory: half of {self.knob} from now on", stacklevel=2
-        )
-        return self.run(work, rows)
+        warnings.warn(f"{size} at once do not fit in memory: half of {self.knob} from now on", stacklevel=3)
+        gc.collect()  # a trainer's parts refer to each other
+        torch.cuda.empty_cache()
+        return work(self.parts)

@@ -12,60 +12,66 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
 from vsr1 import cache, config
-from vsr1.config import ROOT, InputError
+from vsr1.config import InputError
 
 hf_logging.disable_progress_bar()
 hf_logging.set_verbosity_error()  # of tensors: a missing one is refused here, and soft-query heads belong to no model
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # all that is fetched: no pickle, no code
-REVISIONS = "runs/revisions.json"  # the commits of hub names
+REVISIONS = (
+    "revisions.json"  # in the clone, not in runs/: `make clean` must not move a model to another commit
+)
 
 
 def local_path(name: str) -> str:
-    """Where a model lives: a folder of the clone if there is one of that name, else a hub name, untouched."""
-    return str(ROOT / name) if (ROOT / name).is_dir() else name
+    """Return the folder of the clone that is called `name` if there is one, else the hub name, untouched."""
+    return str(config.ROOT / name) if (config.ROOT / name).is_dir() else name
 
 
 def download(name: str) -> Path:
-    """The folder of a model: `place`, or what of it the hub has; `name@revision` asks for one commit, tag or branch.
+    """Return the folder of a model: that of the clone, or the hub's snapshot, fetched if it is not on this machine.
 
-    The commit of its first use is kept (`PINS`) and asked for from then on: the hub may move a name, a run stays.
+    `name@revision` asks for one commit, tag or branch. The commit of the first use is kept in `REVISIONS` and asked
+    for from then on: the hub may move a name, a run stays. Raises InputError where nothing can be fetched.
     """
     if Path(local_path(name)).is_dir():
         return Path(local_path(name))
+    if name.startswith("vsr1/"):
+        raise InputError(
+            f"{name}: the mini model is missing; restore it with `git checkout {name}` or `make foundation`"
+        )
     if Path(name).is_absolute():
         raise InputError(f"{name}: no such folder")
     repository, _, revision = name.partition("@")
-    wanted, file = revisions().get(name) or revision or None, config.ROOT / REVISIONS
+    wanted = revisions().get(name) or revision or None
     try:
         folder = Path(snapshot_download(repository, revision=wanted, allow_patterns=FILES))
     except (OSError, HFValidationError) as error:
-        raise InputError(f"{name}: cannot fetch this model: {' '.join(str(error).split())[:300]}") from error
-    known = revisions()  # read again: another process may have written while this one downloaded
-    if name not in known:
-        file.parent.mkdir(exist_ok=True)
-        cache.write_json(file, known | {name: folder.name})  # a snapshot is called after its commit
-    return folder
+        raise InputError(f"{name}: cannot fetch this model: {_one_line(error)}") from error
+    if name in revisions():
+        return folder
+    with cache.updated_json(config.ROOT / REVISIONS) as commits:
+        commit = commits.setdefault(name, folder.name)  # a snapshot folder is called after its commit
+    return folder if commit == folder.name else download(name)  # another process was first, at another commit
 
 
 def revisions() -> dict[str, str]:
-    """{hub name: the commit that it stands for in this clone}; empty before the first was fetched."""
-    file = config.ROOT / REVISIONS
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    """Return {hub name: the commit that it stands for in this clone}; empty before the first was fetched."""
+    path = config.ROOT / REVISIONS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def version(name: str) -> str:
-    """What tells a model from any other: the digest of its files; of a hub name, its commit, once that is known."""
+    """Return what tells a model from any other: the digest of its folder's files, or the commit of a hub name."""
     folder = Path(local_path(name))
     return cache.file_digest(folder) if folder.is_dir() else revisions().get(name) or download(name).name
 
 
 def load(kind, name: str, dtype: str = "float32", device: str = "cpu"):
-    """(model, tokenizer) of class `kind`, in eval mode; safetensors only, no code from the checkpoint."""
-    if name.startswith("vsr1/") and not Path(local_path(name)).is_dir():
-        raise InputError(
-            f"{name}: the mini model is missing; restore it with `git checkout {name}` or `make foundation`"
-        )
+    """Load (model, tokenizer) of class `kind` in eval mode; safetensors only, no code from the checkpoint.
+
+    Raises InputError for a missing, unreadable or misshapen tensor: the library would fill it with random numbers.
+    """
     folder = download(name)
     _check_shards(folder)
     options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "ignore_mismatched_sizes": True}
@@ -74,31 +80,35 @@ def load(kind, name: str, dtype: str = "float32", device: str = "cpu"):
         model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{name}: cannot load this model: {' '.join(str(error).split())[:300]}") from error
-    if report["mismatched_keys"]:  # the library would fill both kinds with random numbers and go on
-        key, found, wanted = sorted(report["mismatched_keys"])[0]
-        raise InputError(f"{name}: tensor {key} is {list(found)}, but config.json asks for {list(wanted)}")
+        raise InputError(f"{name}: cannot load this model: {_one_line(error)}") from error
+    if report["mismatched_keys"]:
+        key, shape, wanted = sorted(report["mismatched_keys"])[0]
+        raise InputError(f"{name}: tensor {key} is {list(shape)}, but config.json asks for {list(wanted)}")
     if report["missing_keys"]:
         raise InputError(f"{name}: tensor {min(report['missing_keys'])} is missing from its safetensors")
     return model.to(device).eval(), tokenizer
 
 
+def _one_line(error):
+    return " ".join(str(error).split())[:300]
+
+
 def _check_shards(folder):
-    """An index of safetensors that lists a pickle is refused: the library would open it."""
+    """Refuse an index of safetensors that lists a pickle: the library would open it."""
     for index in folder.glob("*.safetensors.index.json"):
         try:
-            listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index}: not readable ({error!r}); fetch it again") from error
-        if odd := sorted(str(name) for name in listed if not str(name).endswith(".safetensors")):
-            raise InputError(f"{index}: lists {odd[0]}, which is no safetensors file; convert it first")
+        if others := sorted(str(name) for name in files if not str(name).endswith(".safetensors")):
+            raise InputError(f"{index}: lists {others[0]}, which is no safetensors file; convert it first")
 
 
 def attention(kind, dtype: str, device: str) -> dict:
-    """The option that makes a model of class `kind` use flash-attention: where its package, a GPU, 16 bits are there.
+    """Return the option that turns on flash-attention where its package, a GPU and 16-bit weights are there, else {}.
 
-    Else none: torch's own (sdpa). What speaks reads on from a cache under a mask of four dimensions (`read`), which
-    flash-attention does not take: only its eyes get it, the search engine all of it.
+    The policy decodes with a KV cache under a mask of four dimensions (`decoding.extend`), which flash-attention does
+    not take: only its vision tower gets it. The search engine gets it in both towers.
     """
     if not (is_flash_attn_2_available() and device == "cuda" and dtype in ("bfloat16", "float16")):
         return {}
@@ -108,15 +118,15 @@ def attention(kind, dtype: str, device: str) -> dict:
 
 
 def model_facts(model) -> dict:
-    """What a record of work says of a model: device, attention of language side and eyes, commit if the hub had it."""
-    folder, config = Path(model.name_or_path), model.config
-    kinds = [part._attn_implementation for part in (config.text_config, config.vision_config)]
+    """Return what a record says of a model: device, attention of text and vision tower, commit if it is the hub's."""
+    folder, towers = Path(model.name_or_path), (model.config.text_config, model.config.vision_config)
     commit = folder.name if folder.parent.name == "snapshots" else None
-    return {"device": str(model.device), "attention": kinds, "commit": commit}
+    attentions = [tower._attn_implementation for tower in towers]
+    return {"device": str(model.device), "attention": attentions, "commit": commit}
 
 
 def pick_device(wish: str) -> str:
-    """The device a profile means: `auto` is the first GPU where there is one, else the CPU."""
+    """Return the device that a profile names; `auto` is the GPU where there is one, else the CPU."""
     if wish == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "device: cuda asked for, but torch sees no GPU; set device: auto or cpu in the profile"

@@ -13,14 +13,14 @@ from vsr1.models import prompt_text
 
 @dataclass(frozen=True)
 class Settings:
-    """What a checkpoint must say about how its soft queries were made; a default is the official code's value."""
+    """What a checkpoint must say about how its soft queries were made; a default is the official code's value.
+
+    The rest is the same in all: no gate, the soft tokens before the closing <|im_end|>, the last state as the vector.
+    """
 
     system: str = prompt_text.SYSTEM  # the exact system prompt
     n_soft: int = 8
-    gate: Literal["off"] = "off"
     first_latent_state: Literal["pre"] = "pre"  # the state at <REFINE>, before the final norm
-    insertion: Literal["before the closing <|im_end|>"] = "before the closing <|im_end|>"
-    pooling: Literal["last"] = "last"
     carry_blocks: int = 1  # C: soft tokens of how many turns stand in a query
     instruction: str = "Represent the user's input."
     max_query_tokens: int = 128
@@ -31,7 +31,7 @@ class Settings:
 
 
 class SoftHeads(nn.Module):
-    """The modules of soft query refinement, named as in the released checkpoints (METHOD.md 3.1); float32.
+    """The modules of soft query refinement, named as in the released checkpoints (docs/method.md section 3); float32.
 
     init  "zero": the last layer of P starts at zero, as in the official code; "default": at the library's random
           values; "scaled" (ours): the same, and what A and B hand out is as long as a token embedding
