@@ -11,7 +11,7 @@ import yaml
 
 from vsr1 import config
 from vsr1.data import annotations
-from vsr1.mini import renderer, source
+from vsr1.mini import renderer, source, world
 from vsr1.report import results
 from vsr1.training import released_replies, sft_examples
 
@@ -53,7 +53,7 @@ def lay(home, drawn):
         if film.stem != missing:
             shutil.copy(film, profile.data_dir(dataset) / "videos" / "from the owners")
     queries, rows = annotations.read_fig(told / "train.jsonl"), []
-    tell, _ = source.writers(profile, renderer.read_scenes(told))
+    tell, _ = source.writers(profile, world.read_scenes(told))
     for at, query in enumerate(queries):
         shown = queries[at - 3].video if at % 3 else query.video
         rows.append(sft_examples.SFTExample(query.id, query.text, query.video, shown, (), tell(query, shown)))

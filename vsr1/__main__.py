@@ -186,13 +186,12 @@ def _parser():
 
 
 def corpus(profile, datasets):
-    """Every corpus under runs/: rendered where the profile has a world, else brought in from the real files."""
-    from vsr1.data import real_datasets
-    from vsr1.mini import renderer
+    """Every corpus under runs/: rendered, or brought in from the real files."""
+    from vsr1.data import source
 
     for dataset in datasets:
         started = time.time()
-        (renderer.render if profile.world else real_datasets.import_dataset)(profile, dataset)
+        source.of(profile).prepare(profile, dataset)
         _say(f"corpus {dataset}", started)
 
 

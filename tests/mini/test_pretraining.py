@@ -16,7 +16,7 @@ from safetensors import safe_open
 from vsr1 import cache, config
 from vsr1.data import annotations
 from vsr1.evaluation import metrics
-from vsr1.mini import pretraining, pretraining_tasks, renderer, teacher
+from vsr1.mini import drawing, pretraining, pretraining_tasks, renderer, teacher, world
 from vsr1.models import embedding, inputs, search_index
 
 SHIPPED = ("backbone", "policy", "engine-small", "engine-large")
@@ -37,11 +37,11 @@ def films(tmp_path_factory):
     folder, index, total = tmp_path_factory.mktemp("films"), {"size": [64, 64]}, 0
     index |= {"datasets": [], "starts": [], "timestamps": [], "scenes": []}
     with open(folder / "frames.raw", "wb") as file:
-        for scene in renderer.write_scenes("didemo", "foundation", 12, 1):
+        for scene in world.make_scenes("didemo", "foundation", 12, 1):
             times = np.arange(0, scene.seconds - 1, 2.0)
             for second in times:
-                which, busy = scene.on(second)
-                shot = renderer.picture("didemo", scene.moments[which], busy, 0.3, scene.extras, 64)
+                which, busy = scene.moment_at(second)
+                shot = drawing.draw_frame(scene.moments[which], busy, 0.3, scene.extras, 64)
                 file.write(shot.tobytes())
             index["datasets"].append("didemo")
             index["starts"].append(total)
@@ -125,7 +125,7 @@ def test_the_text_side_learns_while_the_index_is_held_in_place(tmp_path, monkeyp
 
 
 def test_partial_captions_name_and_mistake_attributes_about_as_often_as_the_recipe_says():
-    moment = renderer.Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "garage", "night")
+    moment = world.Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "garage", "night")
     rng = np.random.default_rng(0)
     texts = [
         pretraining_tasks.partial_caption(moment, small(detail=0.4, wrong=0.5), rng) for _ in range(3000)
@@ -162,7 +162,9 @@ def test_a_window_shows_the_moments_it_says_it_shows(films):
         at = films.timestamps[number].tolist().index(clip.timestamps[0])
         assert np.array_equal(clip.frames, films.frames[films.starts[number] + at :][: len(clip.frames)])
         for moment in moments:
-            inside = [films.scenes[number].on(t) for t in clip.timestamps if moment.start <= t < moment.end]
+            inside = [
+                films.scenes[number].moment_at(t) for t in clip.timestamps if moment.start <= t < moment.end
+            ]
             assert len(inside) >= 2 and all(busy for _, busy in inside) and len(set(inside)) == 1
 
 
@@ -174,11 +176,14 @@ def test_a_moment_is_placed_by_times_that_the_text_of_its_video_carries(films):
         times = [
             float(time) for time in re.findall(r"<([\d.]+) seconds>", inputs.video_text(clip.timestamps, 4))
         ]
-        on = {time: films.scenes[number].on(time) for time in times}
+        on = {time: films.scenes[number].moment_at(time) for time in times}
         for moment in moments:
             first, last = times.index(moment.start), times.index(moment.end)
             shown = {on[time] for time in times[first:last]}
-            assert len(shown) == 1 and films.scenes[number].moments[shown.pop()[0]].look() == moment.look()
+            assert (
+                len(shown) == 1
+                and films.scenes[number].moments[shown.pop()[0]].attributes() == moment.attributes()
+            )
             assert first == 0 or on[times[first - 1]] != on[times[first]]
             assert last == len(times) - 1 or on[times[last]] != on[times[first]]
 
@@ -224,8 +229,8 @@ def test_the_whole_foundation_is_made_by_one_command_and_then_left_alone(tmp_pat
 def test_a_probe_vector_is_the_normalised_sum_of_its_attributes_rows():
     table = pretraining_tasks.features()
     probe = torch.randn(len(table), 8)
-    moment = renderer.Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "garage", "night")
-    rows = sum(probe[table[name, getattr(moment, name)]] for name in renderer.ATTRIBUTES)
+    moment = world.Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "garage", "night")
+    rows = sum(probe[table[name, getattr(moment, name)]] for name in world.ATTRIBUTES)
     torch.testing.assert_close(pretraining_tasks.probe_vecs(probe, [moment])[0], rows / rows.norm())
 
 
@@ -255,7 +260,7 @@ def test_the_shipped_engine_finds_films_of_a_new_world_far_more_often_than_chanc
     folder = embedding.embed_corpus(profile, "charades", "test")
     vectors, scenes = (
         search_index.load_vectors(folder),
-        renderer.read_scenes(profile.data_dir("charades") / "corpus"),
+        world.read_scenes(profile.data_dir("charades") / "corpus"),
     )
     queries = {q.id: q for q in annotations.read_fig(profile.data_dir("charades") / "corpus" / "test.jsonl")}
     column = np.array([vectors.video_ids.index(queries[number].video) for number in vectors.query_ids])

@@ -1,6 +1,7 @@
 """The rendered corpora: what the annotations promise is what the films show."""
 
 import dataclasses
+import hashlib
 from itertools import pairwise
 
 import numpy as np
@@ -8,14 +9,19 @@ import pytest
 
 from vsr1 import cache, config
 from vsr1.data import annotations, video_reader
-from vsr1.mini import renderer
-from vsr1.mini.renderer import ATTRIBUTES
+from vsr1.mini import captions, drawing, renderer, teacher, world
+from vsr1.mini.world import ATTRIBUTES
 
 DATASETS = config.DATASETS
+GOLDEN = {  # of scenes, queries, texts of the teacher, frames, and one file
+    "charades": ["c11813316df0", "b47d0be8a5ba", "9a90aed2ffbd", "b82408bcc4a1", "8b14baff31ea"],
+    "didemo": ["249850513af7", "2fd38fb0a32f", "6441b61c2e10", "f196b00d324f", "152910a626f7"],
+    "activitynet": ["52df5fe3a27b", "b83edace486e", "c289b743023f", "bab5d8522ce7", "644813782494"],
+}
 
 
 def scenes_of(dataset, split, count=160):
-    return renderer.write_scenes(dataset, split, count, config.load("mini").world.seed)
+    return world.make_scenes(dataset, split, count, config.load("mini").world.seed)
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -26,9 +32,9 @@ def test_exactly_one_video_of_the_gallery_fits_each_fine_query(dataset, split):
     fitting = {}
     for scene in scenes:
         for moment in scene.moments:
-            fitting.setdefault(moment.look(), set()).add(scene.video)
+            fitting.setdefault(moment.attributes(), set()).add(scene.video)
     assert all(len(videos) == 1 for videos in fitting.values())
-    queries = renderer.captions(scenes, 0, {"train": 2, "test": 1}[split], world.seed)
+    queries = captions.make_queries(scenes, 0, {"train": 2, "test": 1}[split], world.seed)
     assert len(queries) >= {"train": 3000, "test": 300}[split]
     assert len(scenes) >= {"train": 600, "test": 120}[split]
 
@@ -51,7 +57,7 @@ def test_members_of_a_family_differ_in_one_attribute_of_every_moment(dataset):
     for first, *others in families.values():
         for other in others:
             for a, b in zip(first.moments, other.moments, strict=True):
-                assert sum(x != y for x, y in zip(a.look(), b.look(), strict=True)) == 1
+                assert sum(x != y for x, y in zip(a.attributes(), b.attributes(), strict=True)) == 1
                 assert (a.start, a.end) == (b.start, b.end)
 
 
@@ -72,12 +78,12 @@ def test_spans_have_the_character_of_their_data_set(dataset):
 def test_a_fine_caption_names_every_attribute_and_a_coarse_one_only_two():
     scene = scenes_of("charades", "test")[0]
     for moment in scene.moments:
-        for style in range(renderer.STYLES):
-            fine = renderer.caption(moment, style)
+        for style in range(captions.STYLES):
+            fine = captions.caption(moment, style)
             named = (moment.shirt + " shirt", moment.trousers + " trousers", moment.place, moment.object)
-            named += (moment.colour, renderer.ACTIONS[moment.action], renderer.LIGHTS[moment.light])
+            named += (moment.colour, captions.ACTIONS[moment.action], captions.LIGHTS[moment.light])
             assert all(word.lower() in fine.lower() for word in named), fine
-            coarse = renderer.caption(moment, style, ("action", "object"))
+            coarse = captions.caption(moment, style, ("action", "object"))
             assert not any(word in coarse for word in (moment.place, "shirt", "trousers")), coarse
 
 
@@ -86,10 +92,10 @@ def test_every_attribute_changes_the_picture_enough_for_the_models_to_see(attrib
     """Frames as the mini models get them, 64 x 64: the smallest change moves at least 20 pixels by a visible amount."""
     scene = scenes_of("didemo", "test")[0]
     moment = scene.moments[0]
-    look = lambda m: renderer.picture("didemo", m, True, 0.2, scene.extras, 128)[::2, ::2].astype(int)  # noqa: E731
+    look = lambda m: drawing.draw_frame(m, True, 0.2, scene.extras, 128)[::2, ::2].astype(int)  # noqa: E731
     pictures = {
         value: look(dataclasses.replace(moment, **{attribute: value}))
-        for value in renderer.values(attribute, "didemo")
+        for value in world.values(attribute, "didemo")
     }
     for a in pictures:
         for b in pictures:
@@ -99,26 +105,49 @@ def test_every_attribute_changes_the_picture_enough_for_the_models_to_see(attrib
 def test_the_same_seed_films_the_same_bytes_and_another_seed_other_videos(tmp_path):
     scene = scenes_of("charades", "test")[0]
     for name in ("a.mp4", "b.mp4"):
-        renderer.film(scene, "charades", tmp_path / name, 128, 8)
+        renderer.render_video(scene, tmp_path / name, 128, 8)
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     assert scenes_of("charades", "test") == scenes_of("charades", "test")
-    other = renderer.write_scenes("charades", "test", 160, 1)
+    other = world.make_scenes("charades", "test", 160, 1)
     assert not {s.video for s in other} & {s.video for s in scenes_of("charades", "test")}
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_scenes_texts_pixels_and_files_are_those_of_the_committed_results(dataset, tmp_path):
+    """Digests of GOLDEN: after a change on purpose, every result of the mini profile is to be renewed."""
+    scenes = world.make_scenes(dataset, "test", 12, 1)
+    queries = captions.make_queries(scenes, 3, 2, 1)
+    rng, texts, frames = np.random.default_rng(2), [], []
+    for scene in scenes:
+        shown = scenes[int(rng.integers(len(scenes)))]
+        for moment in scene.moments:
+            texts += [teacher.verdict(moment, shown.moments), teacher.verdict(moment, scene.moments)]
+            texts += [teacher.rewrite(moment, None, rng), *teacher.question(moment, rng)]
+    for number, name in enumerate(ATTRIBUTES):
+        scene = scenes[number]
+        for value in world.values(name, dataset):
+            moment = dataclasses.replace(scene.moments[0], **{name: value})
+            frames += [drawing.draw_frame(moment, True, phase, scene.extras, 64) for phase in (0.1, 0.8)]
+        frames.append(drawing.draw_frame(moment, False, 0.5, scene.extras, 64))
+    renderer.render_video(scenes[3], tmp_path / "a.mp4", 64, 4)
+    parts = repr(scenes), repr(queries), "".join(texts), np.stack(frames), (tmp_path / "a.mp4").read_bytes()
+    parts = [part.encode() if isinstance(part, str) else part for part in parts]
+    assert [hashlib.sha256(part).hexdigest()[:12] for part in parts] == GOLDEN[dataset]
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_the_film_shows_what_the_scene_says_when_it_says(dataset, tmp_path):
     """Decoded frames against pictures drawn for the moment on at that second; H.264 costs a few grey levels."""
     scene = scenes_of(dataset, "test")[3]
-    renderer.film(scene, dataset, tmp_path / "film.mp4", 128, 8)
+    renderer.render_video(scene, tmp_path / "film.mp4", 128, 8)
     clip = video_reader.Reader().read(tmp_path / "film.mp4")
     assert clip.problem is None and abs(clip.seconds - scene.seconds) < 0.13
     busy = 0
     for pixels, second in zip(clip.frames, clip.timestamps, strict=True):
         on = [moment for moment in scene.moments if moment.start <= second < moment.end]
         next_up = on or [moment for moment in scene.moments if second < moment.end] or [scene.moments[-1]]
-        phase = round(second * 8) % renderer.PHASES / renderer.PHASES
-        drawn = renderer.picture(dataset, next_up[0], bool(on), phase, scene.extras, 128)
+        phase = round(second * 8) % drawing.PHASES / drawing.PHASES
+        drawn = drawing.draw_frame(next_up[0], bool(on), phase, scene.extras, 128)
         assert np.abs(pixels.astype(int) - drawn.astype(int)).mean() < 8, second
         busy += bool(on)
     assert busy >= 2 * len(scene.moments), "every moment must be seen in at least a pair of frames"

@@ -172,9 +172,9 @@ def test_the_example_shows_its_ranks_and_its_frames_unless_they_are_of_real_vide
     home, data, dataset = run.runs("charades"), run.data_dir("charades"), "charades"
     for name in ("corpus", "videos"):
         (data / name).mkdir(parents=True)
-    scenes = renderer.write(run, dataset, data / "corpus", {"test": 3}, {"test": 1})
+    scenes = renderer.write_corpus(data / "corpus", dataset, {"test": 3}, {"test": 1}, run.world.seed)
     for scene in scenes:
-        renderer.film(scene, dataset, data / "videos" / f"{scene.video}.mp4", 64, 4)
+        renderer.render_video(scene, data / "videos" / f"{scene.video}.mp4", 64, 4)
     query = annotations.read_fig(data / "corpus" / "test.jsonl")[0]
     others = [scene.video for scene in scenes if scene.video != query.video]
     names = {"gt": query.video, "wrong": others[0], "other": others[1]}

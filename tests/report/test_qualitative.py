@@ -19,7 +19,7 @@ from vsr1.data import annotations, video_reader
 from vsr1.experiments import retrieval
 from vsr1.loop import episode, records, replies
 from vsr1.loop.records import Cost, Ranking, Refinement, Verification
-from vsr1.mini import renderer
+from vsr1.mini import renderer, world
 from vsr1.report import html_report, qualitative
 
 HOSTILE = '<script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">'
@@ -73,13 +73,12 @@ def run(tmp_path_factory):
         home, data = run.runs("charades"), run.data_dir("charades")
         for path in (data / "corpus", data / "videos", home / "episodes"):
             path.mkdir(parents=True)
-        scenes = renderer.write(
-            run, "charades", data / "corpus", {"test": 6}, {"test": 1}
+        scenes = renderer.write_corpus(
+            data / "corpus", "charades", {"test": 6}, {"test": 1}, run.world.seed
         )
         for scene in scenes:
-            renderer.film(
+            renderer.render_video(
                 scene,
-                "charades",
                 data / "videos" / f"{scene.video}.mp4",
                 64,
                 2 * qualitative.FPS,
@@ -175,12 +174,12 @@ def test_outcomes_are_those_of_the_plan_and_of_the_files(run, made, seen):
 
 
 def test_what_differs_in_the_video_found_first_is_marked_in_the_query(run, seen):
-    scenes = renderer.read_scenes(run.data_dir("charades") / "corpus")
+    scenes = world.read_scenes(run.data_dir("charades") / "corpus")
     walk = next(walk for walk in qualitative.walks(run, "charades") if walk["sqr"].desc_id == 1)
     one, wrong = walk["sqr"], walk["sqr"].turns[0].shown_id
     asked = qualitative.asked_for(one, scenes)
     nearest = min(
-        scenes[wrong].moments, key=lambda m: sum(a != b for a, b in zip(m.look(), asked.look(), strict=True))
+        scenes[wrong].moments, key=lambda m: sum(a != b for a, b in zip(m.attributes(), asked.attributes(), strict=True))
     )
     told = retrieval.differences(
         replace(scenes[wrong], moments=(asked,)), replace(scenes[wrong], moments=(nearest,))

@@ -10,7 +10,7 @@ from searches import turn
 
 from vsr1.data import annotations, video_reader
 from vsr1.loop import moments, records
-from vsr1.mini import renderer
+from vsr1.mini import renderer, world
 from vsr1.report import canvas, search_figures
 
 WIDTH = 64  # pixels of the rendered films
@@ -125,9 +125,11 @@ def home(tmp_path_factory):
             folder = home.data_dir(dataset)
             for path in (folder / "corpus", folder / "videos", home.runs(dataset) / "episodes"):
                 path.mkdir(parents=True)
-            scenes = renderer.write(home, dataset, folder / "corpus", {"test": 3}, {"test": 1})
+            scenes = renderer.write_corpus(
+                folder / "corpus", dataset, {"test": 3}, {"test": 1}, home.world.seed
+            )
             for scene in scenes:
-                renderer.film(scene, dataset, folder / "videos" / f"{scene.video}.mp4", WIDTH, 2)
+                renderer.render_video(scene, folder / "videos" / f"{scene.video}.mp4", WIDTH, 2)
             names = dict(zip("abc", (scene.video for scene in scenes), strict=True))
             query = next(
                 q for q in annotations.read_fig(folder / "corpus" / "test.jsonl") if q.video == names["a"]
@@ -267,7 +269,7 @@ def growing(home, monkeypatch, by_depth, recorded=(25, 2, 1)):
     """The profile's singles where one search has three videos on top, with ranks that were computed as `by_depth`."""
     one = next(one for one, _ in search_figures.searches(home)["charades"] if one.desc_id == 7)
     names = [one.turns[0].shown_id, one.turns[1].shown_id]
-    third = next(v for v in renderer.read_scenes(home.data_dir("charades") / "corpus") if v not in names)
+    third = next(v for v in world.read_scenes(home.data_dir("charades") / "corpus") if v not in names)
     tops = (names[0], third, one.gt_video)
     first = replace(one.turns[0], rank_in=25, rank_by_depth=recorded, top1_by_depth=tops)
     one = replace(one, rank_orig=25, turns=(first, one.turns[1]))

@@ -14,7 +14,7 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from vsr1 import cache, config
 from vsr1.data import annotations, clip_cache, video_reader
 from vsr1.loop.replies import read_reply
-from vsr1.mini import pretraining_tasks, renderer, source
+from vsr1.mini import pretraining_tasks, renderer, source, world
 from vsr1.models import embedding, inputs, loading, policy, prompt_text, search_index
 from vsr1.training import released_replies, sft_data, sft_examples, teacher_model
 
@@ -495,8 +495,8 @@ def test_a_course_begins_with_words_then_mixes_batches_and_goes_through_every_ro
 def test_the_mini_teacher_names_only_times_that_stand_between_the_frames(tmp_path, dataset):
     """Computed from the scene, against the frames that are really read: the longest video passes 64 frames."""
     profile = config.load("mini")
-    scene = max(renderer.write_scenes(dataset, "train", 40, 1), key=lambda one: one.seconds)
-    renderer.film(scene, dataset, tmp_path / "film.mp4", 128, profile.world.fps)
+    scene = max(world.make_scenes(dataset, "train", 40, 1), key=lambda one: one.seconds)
+    renderer.render_video(scene, tmp_path / "film.mp4", 128, profile.world.fps)
     with video_reader.Reader(profile.video_fps, profile.max_frames) as reader:
         clip = reader.read(tmp_path / "film.mp4")
     printed = {f"{time:.1f}" for time in inputs.pair_times(clip.timestamps)}

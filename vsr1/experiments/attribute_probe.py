@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from vsr1 import cache
 from vsr1.data import annotations
-from vsr1.mini import renderer, source
+from vsr1.mini import source, world
 from vsr1.mini.pretraining_tasks import features, probe_vecs
 from vsr1.models import embedding, engine, search_index
 
@@ -36,7 +36,7 @@ def headroom(profile, dataset: str, which: str = "engine") -> dict:
 def _headroom(profile, dataset, which, train_folder, test_folder):
     """Plain and walk-down from the vectors; the probe trained on the train gallery (MINIWORLD.md, point 6)."""
     torch.manual_seed(profile.seed)
-    scenes = renderer.read_scenes(profile.data_dir(dataset) / "corpus")
+    scenes = world.read_scenes(profile.data_dir(dataset) / "corpus")
     sides = []
     for split, folder in (("train", train_folder), ("test", test_folder)):
         vectors = search_index.load_vectors(folder)

@@ -23,9 +23,10 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 from vsr1 import cache
 from vsr1.config import InputError
 from vsr1.data import video_reader
-from vsr1.mini import renderer, teacher
-from vsr1.mini.renderer import ATTRIBUTES
+from vsr1.mini import captions, renderer, teacher, world
+from vsr1.mini.world import ATTRIBUTES
 from vsr1.models import engine, inputs, loading, prompt_text
+from vsr1.models.prompt_text import seconds_text
 
 SPECIALS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -108,15 +109,15 @@ def vocabulary() -> list[str]:
     parts = [numbers, roles, own, " " + own.title(), said, ASK, *FILLER]
     parts += [prompt_text.SYSTEM, prompt_text.SYSTEM_ZS, prompt_text.SYSTEM_HQR, prompt_text.REWRITE]
     for table in (
-        renderer.COLOURS,
-        renderer.OBJECTS,
-        renderer.LIGHTS.values(),
-        renderer.ACTIONS.values(),
+        world.COLOURS,
+        world.OBJECTS,
+        captions.LIGHTS.values(),
+        captions.ACTIONS.values(),
     ):
         parts += [f" {word}" for word in table]
-    for dataset, places in renderer.PLACES.items():
+    for dataset, places in world.PLACES.items():
         for place in places:
-            for style in range(renderer.STYLES):
+            for style in range(captions.STYLES):
                 for named in (
                     ATTRIBUTES,
                     ("action", "object"),
@@ -125,8 +126,8 @@ def vocabulary() -> list[str]:
                     ("place",),
                     ("light",),
                 ):
-                    look = {name: renderer.values(name, dataset)[0] for name in ATTRIBUTES} | {"place": place}
-                    parts.append(renderer.caption(renderer.Moment(0, 1, **look), style, named))
+                    look = {name: world.values(name, dataset)[0] for name in ATTRIBUTES} | {"place": place}
+                    parts.append(captions.caption(world.Moment(0, 1, **look), style, named))
     parts += [part.lower() for part in parts]
     return (parts + [f" {part}" for part in parts]) * 3
 
@@ -172,7 +173,7 @@ class Films:
         self.datasets, self.starts = index["datasets"], index["starts"]
         self.timestamps = [np.array(times) for times in index["timestamps"]]
         self.scenes = [
-            renderer.Scene(**(row | {"moments": tuple(renderer.Moment(**m) for m in row["moments"])}))
+            world.Scene(**(row | {"moments": tuple(world.Moment(**m) for m in row["moments"])}))
             for row in index["scenes"]
         ]
         families = {}
@@ -188,7 +189,7 @@ class Films:
         pixels = self.frames[self.starts[number] + some]
         return video_reader.Clip(pixels, times[some], self.scenes[number].seconds, None)
 
-    def window(self, number: int, count: int, rng) -> tuple[video_reader.Clip, tuple[renderer.Moment, ...]]:
+    def window(self, number: int, count: int, rng) -> tuple[video_reader.Clip, tuple[world.Moment, ...]]:
         """`count` frames in a row, and the moments of which they show at least two, cut to what is shown."""
         times = self.timestamps[number]
         count = min(count, len(times)) // 2 * 2
@@ -206,7 +207,10 @@ class Films:
         while True:
             number = int(rng.integers(len(self.scenes)))
             at = int(rng.integers(len(self.timestamps[number]) - 1))
-            on = {self.scenes[number].on(float(second)) for second in self.timestamps[number][at : at + 2]}
+            on = {
+                self.scenes[number].moment_at(float(second))
+                for second in self.timestamps[number][at : at + 2]
+            }
             if len(on) == 1:
                 return at, *on.pop(), number
 
@@ -214,14 +218,17 @@ class Films:
 def load_films(profile) -> Films:
     """Render and decode the foundation split of every data set, once."""
     homes = [renderer.render(profile, dataset, ("foundation",)) for dataset in profile.datasets]
-    inputs = {"videos": [cache.metadata(home)["key"] for home in homes], "pixels": profile.max_frame_pixels}
+    step_inputs = {
+        "videos": [cache.metadata(home)["key"] for home in homes],
+        "pixels": profile.max_frame_pixels,
+    }
     target = profile.data_dir("foundation") / "films"
 
     def decode(folder):
         index, total = {"datasets": [], "starts": [], "timestamps": [], "scenes": []}, 0
         with open(folder / "frames.raw", "wb") as file:  # one after the other: they need not fit into memory
             for dataset, home in zip(profile.datasets, homes, strict=True):
-                scenes = list(renderer.read_scenes(home.parent / "corpus").values())
+                scenes = list(world.read_scenes(home.parent / "corpus").values())
                 reader = video_reader.Reader(profile.video_fps, profile.max_frames)
                 clips = video_reader.read_videos(
                     [home / f"{s.video}.mp4" for s in scenes], reader, os.cpu_count()
@@ -239,7 +246,7 @@ def load_films(profile) -> Films:
                     total += len(clip.frames)
         cache.write_json(folder / "films.json", index)
 
-    return Films(cache.build(target, inputs, decode))
+    return Films(cache.build(target, step_inputs, decode))
 
 
 def shrink(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -444,9 +451,9 @@ def seen_pair(films: Films, rng) -> tuple[np.ndarray, dict]:
     return films.frames[films.starts[number] + at : films.starts[number] + at + 2], look
 
 
-def on_view(scene: renderer.Scene, second: float) -> dict:
+def on_view(scene: world.Scene, second: float) -> dict:
     """The attributes on view at a time."""
-    which, busy = scene.on(float(second))
+    which, busy = scene.moment_at(float(second))
     look = {name: getattr(scene.moments[which], name) for name in ATTRIBUTES}
     return look | ({} if busy else dict.fromkeys(("action", "object", "colour")))
 
@@ -539,8 +546,8 @@ def caption_row(lesson, count, rng):
 
 def told_row(lesson, clip, moments, rng):
     """A clip and its dense caption."""
-    when = [f"{teacher.seconds(m.start)} to {teacher.seconds(m.end)}" for m in moments]
-    what = [renderer.caption(m, int(rng.integers(renderer.STYLES))) for m in moments]
+    when = [f"{seconds_text(m.start)} to {seconds_text(m.end)}" for m in moments]
+    what = [captions.caption(m, int(rng.integers(captions.STYLES))) for m in moments]
     told = [f"{span}: {caption}" for span, caption in zip(when, what, strict=True)]
     return lesson.row("Watch the video.", (lesson.video(clip), ASK), "\n".join(told) or "Nothing.")
 
@@ -554,7 +561,7 @@ def picture_row(lesson, count, rng):
             break
     some = slice(films.starts[number] + at, films.starts[number] + at + 2)
     clip = video_reader.Clip(films.frames[some], films.timestamps[number][at : at + 2], 2.0, None)
-    answer = renderer.caption(films.scenes[number].moments[which], int(rng.integers(renderer.STYLES)))
+    answer = captions.caption(films.scenes[number].moments[which], int(rng.integers(captions.STYLES)))
     return lesson.row("Watch the video.", (lesson.video(clip), "Describe the picture."), answer)
 
 
@@ -567,7 +574,7 @@ def question_row(lesson, count, rng):
     return lesson.row("Watch the video.", (lesson.video(clip), ask), answer, looks, asdict(moment))
 
 
-def looks_of(scene: renderer.Scene, clip: video_reader.Clip) -> tuple[dict, ...]:
+def looks_of(scene: world.Scene, clip: video_reader.Clip) -> tuple[dict, ...]:
     """What each pair of frames shows, its whole second, and the action of the pair before."""
     seconds = inputs.pair_times(clip.timestamps)
     looks = [on_view(scene, second) for second in seconds]
@@ -576,13 +583,13 @@ def looks_of(scene: renderer.Scene, clip: video_reader.Clip) -> tuple[dict, ...]
     return tuple(looks)
 
 
-def a_window(films: Films, count: int, rng) -> tuple[int, video_reader.Clip, tuple[renderer.Moment, ...]]:
+def a_window(films: Films, count: int, rng) -> tuple[int, video_reader.Clip, tuple[world.Moment, ...]]:
     """(video, clip, moments): a window of any film that shows something; times as the video's text tells them."""
     while True:
         number = int(rng.integers(len(films.scenes)))
         clip, moments = films.window(number, count, rng)
         times = inputs.pair_times(clip.timestamps).round(1)
-        if told := tuple(filter(None, (teacher.as_told(moment, times) for moment in moments))):
+        if told := tuple(filter(None, (teacher.at_printed_times(moment, times) for moment in moments))):
             return number, clip, told
 
 
@@ -592,15 +599,15 @@ def reading_row(lesson, count, rng):
     number = int(rng.integers(len(films.scenes)))
     seen = films.scenes[number].moments[0]
     asked = changed(seen, films.datasets[number], [name for name in ATTRIBUTES if rng.random() < 0.5], rng)
-    styles = [int(rng.integers(renderer.STYLES)) for _ in range(2)]
-    shown = prompt_text.user_message(renderer.caption(asked, styles[0]), teacher.caption(seen, styles[1]))
+    styles = [int(rng.integers(captions.STYLES)) for _ in range(2)]
+    shown = prompt_text.user_message(captions.caption(asked, styles[0]), teacher.caption(seen, styles[1]))
     return lesson.row(prompt_text.SYSTEM_ZS, (shown,), teacher.verdict(asked, (seen,)))
 
 
-def changed(moment, dataset, names, rng) -> renderer.Moment:
+def changed(moment, dataset, names, rng) -> world.Moment:
     """The moment with other values of some attributes."""
     for name in names:
-        rest = [value for value in renderer.values(name, dataset) if value != getattr(moment, name)]
+        rest = [value for value in world.values(name, dataset) if value != getattr(moment, name)]
         moment = replace(moment, **{name: str(rng.choice(rest))})
     return moment
 
@@ -619,7 +626,7 @@ def task_row(lesson, count, rng):
         return told_row(lesson, clip, moments, rng)
     asked = asked_moment(films, number, moments, rng)
     seen = teacher.closest(asked, moments)
-    query = f'Query: "{renderer.caption(asked, int(rng.integers(renderer.STYLES)))}"'
+    query = f'Query: "{captions.caption(asked, int(rng.integers(captions.STYLES)))}"'
     update = teacher.rewrite(asked, seen, rng) if teacher.differing(asked, seen) else None
     shown = (f"{query}\nRetrieved video: ", lesson.video(clip))
     if kind == "blind":
@@ -633,16 +640,16 @@ def task_row(lesson, count, rng):
     return lesson.row(prompt_text.SYSTEM_ZS, shown, teacher.verdict(asked, moments), looks, asdict(asked))
 
 
-def asked_moment(films, number, moments, rng) -> renderer.Moment:
+def asked_moment(films, number, moments, rng) -> world.Moment:
     """What a query about a film asks for: half of the time a moment that is there, else mostly almost one."""
     mine = moments[int(rng.integers(len(moments)))]
-    kind, there = rng.random(), {moment.look() for moment in moments}
+    kind, there = rng.random(), {moment.attributes() for moment in moments}
     if kind < 0.5:
         return mine
     family = films.families[films.family_of[number]]
     if kind < 0.65 and len(family) > 1:  # of a near-duplicate
         scene = films.scenes[int(rng.choice([other for other in family if other != number]))]
-        asked = scene.moments[scene.on(mine.start)[0]]
+        asked = scene.moments[scene.moment_at(mine.start)[0]]
     elif kind < 0.92:  # the same with one to four attributes changed
         asked = changed(
             mine, films.datasets[number], rng.choice(ATTRIBUTES, int(rng.integers(1, 5)), replace=False), rng
@@ -651,7 +658,7 @@ def asked_moment(films, number, moments, rng) -> renderer.Moment:
         others = [n for n, name in enumerate(films.datasets) if name == films.datasets[number]]
         scene = films.scenes[int(rng.choice(others))]
         asked = scene.moments[int(rng.integers(len(scene.moments)))]
-    return mine if asked.look() in there else asked
+    return mine if asked.attributes() in there else asked
 
 
 def index(lesson, recipe: PhaseConfig, folder: Path):
@@ -718,13 +725,13 @@ def features() -> dict[tuple[str, str], int]:
     pairs = [
         (name, value)
         for name in ATTRIBUTES
-        for dataset in renderer.PLACES
-        for value in renderer.values(name, dataset)
+        for dataset in world.PLACES
+        for value in world.values(name, dataset)
     ]
     return {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
 
 
-def probe_vecs(probe: torch.Tensor, moments: list[renderer.Moment]) -> torch.Tensor:
+def probe_vecs(probe: torch.Tensor, moments: list[world.Moment]) -> torch.Tensor:
     """(M, D) unit vectors: a linear map of the seven attributes of each moment."""
     table = features()
     rows = torch.tensor(
@@ -733,17 +740,17 @@ def probe_vecs(probe: torch.Tensor, moments: list[renderer.Moment]) -> torch.Ten
     return F.normalize(probe[rows].sum(dim=1), dim=-1)
 
 
-def partial_caption(moment: renderer.Moment, recipe: PhaseConfig, rng) -> str:
+def partial_caption(moment: world.Moment, recipe: PhaseConfig, rng) -> str:
     """A caption for the text side: action, object or both; the other attributes as often as the recipe says."""
     share = {"place": recipe.place, "light": recipe.light}
     named = {name for name in ATTRIBUTES if rng.random() < share.get(name, recipe.detail)}
     named |= set((("action",), ("object",), ("action", "object"))[int(rng.choice(3, p=(0.1, 0.1, 0.8)))])
-    colours = [name for name in renderer.DIFFERING if rng.random() < recipe.wrong]
-    told = replace(moment, **{name: str(rng.choice(list(renderer.COLOURS))) for name in colours})
-    style, lead = int(rng.integers(renderer.STYLES)), str(rng.choice(FILLER))
+    colours = [name for name in world.DIFFERING if rng.random() < recipe.wrong]
+    told = replace(moment, **{name: str(rng.choice(list(world.COLOURS))) for name in colours})
+    style, lead = int(rng.integers(captions.STYLES)), str(rng.choice(FILLER))
     if rng.random() < 0.25:  # in the manner of a rewritten query
         return lead + teacher.rewrite(told, None, rng, style, tuple(named))
-    return lead + renderer.caption(told, style, tuple(named))
+    return lead + captions.caption(told, style, tuple(named))
 
 
 def neutral_tokens(model, rows: int, size: float, rng) -> torch.Tensor:

@@ -6,7 +6,7 @@ The contract is that of `vsr1.data.source`.
 import numpy as np
 
 from vsr1.data import annotations, video_reader
-from vsr1.mini import renderer, teacher
+from vsr1.mini import captions, renderer, teacher, world
 from vsr1.models import inputs
 
 
@@ -17,10 +17,10 @@ def prepare(profile, dataset: str) -> None:
 
 def reply_writer(profile, dataset: str):
     """Return (reply, caption) of somebody who knows what was rendered; both take a query and a shown video's id."""
-    return writers(profile, renderer.read_scenes(profile.data_dir(dataset) / "corpus"))
+    return writers(profile, world.read_scenes(profile.data_dir(dataset) / "corpus"))
 
 
-def writers(profile, scenes: dict[str, renderer.Scene]):
+def writers(profile, scenes: dict[str, world.Scene]):
     """Return (reply, caption) for queries about rendered scenes."""
 
     def reply(query, shown):
@@ -28,20 +28,20 @@ def writers(profile, scenes: dict[str, renderer.Scene]):
 
     def caption(query, shown):
         closest = teacher.closest(moment_of(scenes, query), printed_moments(profile, scenes[shown]))
-        return teacher.caption(closest, query.id % renderer.STYLES)
+        return teacher.caption(closest, query.id % captions.STYLES)
 
     return reply, caption
 
 
-def moment_of(scenes: dict[str, renderer.Scene], query: annotations.Query) -> renderer.Moment:
+def moment_of(scenes: dict[str, world.Scene], query: annotations.Query) -> world.Moment:
     """Find the moment that a query is about."""
     return next(m for m in scenes[query.video].moments if (m.start, m.end) == query.span)
 
 
-def printed_moments(profile, scene: renderer.Scene) -> tuple[renderer.Moment, ...]:
-    """Return the moments of a scene with the times that the policy reads between the frames (`teacher.as_told`)."""
+def printed_moments(profile, scene: world.Scene) -> tuple[world.Moment, ...]:
+    """Return the moments of a scene at the times that the policy reads between the frames."""
     fps = profile.world.fps
     length = round(scene.seconds * fps) / fps
     wanted = video_reader.sample_times(length, profile.video_fps, profile.max_frames)
     times = inputs.pair_times(np.floor(wanted * fps + 1e-6) / fps).round(1)  # of the frames on screen then
-    return tuple(teacher.as_told(moment, times) or moment for moment in scene.moments)
+    return tuple(teacher.at_printed_times(moment, times) or moment for moment in scene.moments)

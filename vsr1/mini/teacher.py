@@ -1,97 +1,114 @@
-"""What somebody who knows the rendered truth would say: reasoning traces, verdicts, rewrites, answers.
+"""Say what somebody who knows the rendered truth would say: reasoning, verdicts, rewrites, answers.
 
-It stands where the paper has a 30B teacher model. The mini policy's foundation and stage 1 on the mini profile learn
-from it; nothing that is evaluated calls it.
+This stands where the paper has a 30B teacher model. Pretraining of the mini policy and stage 1 on the mini profile
+learn from it; nothing that is evaluated calls it.
 """
 
 from dataclasses import replace
 
 import numpy as np
 
-from vsr1.mini import renderer
-from vsr1.mini.renderer import ACTIONS, ATTRIBUTES, LIGHTS, Moment
+from vsr1.mini import captions
+from vsr1.mini.captions import phrase
+from vsr1.mini.world import ATTRIBUTES, Moment
+from vsr1.models.prompt_text import seconds_text
 
 WEIGHT = {"action": 2, "object": 2}  # of an attribute when a video's closest moment is sought; else 1
-
-
-CHECKLIST = {
-    "action": "does",
-    "object": "object",
-    "colour": "colour",
-    "shirt": "shirt",
-    "trousers": "trousers",
+CHECKLIST = ("action", "object", "colour", "shirt", "trousers", "place", "light")
+QUESTIONS = {
+    "shirt": "What colour is the shirt",
+    "trousers": "What colour are the trousers",
+    "action": "What does the person do",
+    "object": "Which object is there",
+    "colour": "What colour is the object",
+    "place": "Where is it",
+    "light": "When is it",
 }
-CHECKLIST |= {"place": "place", "light": "light"}
 
 
-def closest(asked: Moment, moments: tuple[Moment, ...]) -> Moment:
-    """The moment of a video that has most in common with the one asked for; the earliest of equals."""
-    shared = [
-        sum(WEIGHT.get(name, 1) * (getattr(moment, name) == getattr(asked, name)) for name in ATTRIBUTES)
-        for moment in moments
-    ]
-    return moments[shared.index(max(shared))]
+# --- The verdict on a video
 
 
-def differing(asked: Moment, seen: Moment) -> list[str]:
-    """The attributes in which two moments differ, in the order of ATTRIBUTES."""
-    return [name for name in ATTRIBUTES if getattr(asked, name) != getattr(seen, name)]
+def closest(query_moment: Moment, moments: tuple[Moment, ...]) -> Moment:
+    """Return the moment of a video that has most in common with the one asked for; the earliest of equals."""
+
+    def shared(moment):
+        return sum(WEIGHT.get(n, 1) for n in ATTRIBUTES if getattr(moment, n) == getattr(query_moment, n))
+
+    return max(moments, key=shared)
 
 
-def phrase(name: str, moment: Moment) -> str:
-    """One attribute in words.
+def differing(query_moment: Moment, shown: Moment) -> list[str]:
+    """Return the attributes in which two moments differ, in the order of ATTRIBUTES."""
+    return [name for name in ATTRIBUTES if getattr(query_moment, name) != getattr(shown, name)]
 
-    >>> moment = Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night")
-    >>> [phrase(name, moment) for name in ("shirt", "action", "colour", "place")]
-    ['red shirt', 'jumps up and down', 'green', 'in the kitchen']
+
+def verdict(query_moment: Moment, moments: tuple[Moment, ...], update: str | None = None) -> str:
+    """Return the whole reply to a query about a video: reasoning, verdict, span.
+
+    update  a rewritten query that closes a not_matched reply (HQR)
     """
-    value = getattr(moment, name)
-    where = renderer.WHERE.get(value, f"in the {value}")
-    words = {"action": ACTIONS.get(value), "place": where, "light": LIGHTS.get(value)}
-    return words.get(name) or (f"{value} {name}" if name in ("shirt", "trousers") else value)
+    shown = closest(query_moment, moments)
+    reasoning = f"<think> {checklist(query_moment, shown)} </think>"
+    if not differing(query_moment, shown):
+        return f"{reasoning} <answer>matched</answer> {span(shown)}"
+    ending = f" <query_update>{update}</query_update>" if update else ""
+    return f"{reasoning} <answer>not_matched</answer>{ending}"
 
 
-def trace(asked: Moment, seen: Moment) -> str:
-    """A checklist: what the query asks for, what the closest moment shows, and whether that is the same.
+def checklist(query_moment: Moment, shown: Moment) -> str:
+    """Compare what the query asks for with what the closest moment shows, attribute by attribute.
 
-    One word each, side by side: a small model learns to compare what stands next to each other (LOG.md).
+    One word each, side by side: a small model learns to compare what stands next to each other.
 
     >>> asked = Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night")
-    >>> seen = Moment(12, 18.5, "red", "blue", "jump", "umbrella", "black", "kitchen", "night")
-    >>> trace(asked, seen)[:79]
+    >>> shown = Moment(12, 18.5, "red", "blue", "jump", "umbrella", "black", "kitchen", "night")
+    >>> checklist(asked, shown)[:79]
     'does jumps - jumps yes. object umbrella - umbrella yes. colour green - black no'
     """
     lines = []
-    for name, label in CHECKLIST.items():
-        same = "yes" if getattr(asked, name) == getattr(seen, name) else "no"
-        lines.append(f"{label} {word(name, asked)} - {word(name, seen)} {same}.")
+    for name in CHECKLIST:
+        label = "does" if name == "action" else name
+        same = "yes" if getattr(query_moment, name) == getattr(shown, name) else "no"
+        lines.append(f"{label} {word(name, query_moment)} - {word(name, shown)} {same}.")
     return " ".join(lines)
 
 
 def word(name: str, moment: Moment) -> str:
-    """One attribute in one word."""
+    """Return one attribute in one word."""
     words = phrase(name, moment).split()
     return words[0] if name in ("action", "shirt", "trousers") else words[-1]
 
 
-def seconds(time: float) -> str:
-    """A time as the targets write it (METHOD section 4).
+# --- Times
 
-    >>> seconds(18), seconds(11.60)
-    ('18.0', '11.6')
+
+def span(moment: Moment) -> str:
+    """Return when a moment happens, in tags."""
+    return f"<start>{seconds_text(moment.start)}</start> <end>{seconds_text(moment.end)}</end>"
+
+
+def caption(moment: Moment, style: int) -> str:
+    """Return a moment in words, with its times.
+
+    >>> caption(Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night"), 0)[:12]
+    '0.0 to 5.0: '
     """
-    return f"{time:.1f}" if time == int(time) else f"{time:.6f}".rstrip("0")
+    times = f"{seconds_text(moment.start)} to {seconds_text(moment.end)}"
+    return f"{times}: {captions.caption(moment, style)}"
 
 
-def as_told(moment: Moment, times) -> Moment | None:
-    """The moment with times that the video's text carries, (P,) seconds of its pairs of frames as printed there.
+def at_printed_times(moment: Moment, times) -> Moment | None:
+    """Return the moment with start and end among the times that are printed in the video's prompt.
 
-    It starts at its first pair and ends at the first pair after it, or at the last; None: no two pairs tell it. A small
-    model copies times, it does not compute them (LOG.md).
+    It starts at its first pair of frames and ends at the first pair after it, or at the last. None: no two pairs tell
+    when it is. A small model copies times, it does not compute them.
+
+    times  (P,) seconds of the pairs of frames, as printed
 
     >>> moment = Moment(1.2, 4.7, "red", "blue", "jump", "umbrella", "green", "kitchen", "night")
-    >>> told = as_told(moment, np.array([0.5, 2.5, 4.5, 6.5]))
-    >>> told.start, told.end
+    >>> printed = at_printed_times(moment, np.array([0.5, 2.5, 4.5, 6.5]))
+    >>> printed.start, printed.end
     (2.5, 6.5)
     """
     inside = np.flatnonzero((times >= moment.start) & (times < moment.end))
@@ -101,56 +118,31 @@ def as_told(moment: Moment, times) -> Moment | None:
     return replace(moment, start=float(times[inside[0]]), end=float(times[last]))
 
 
-def span(moment: Moment) -> str:
-    """When a moment happens, in tags."""
-    return f"<start>{seconds(moment.start)}</start> <end>{seconds(moment.end)}</end>"
+# --- Rewrites and questions
 
 
-def caption(moment: Moment, style: int) -> str:
-    """A moment in words, with its times: a video told instead of shown.
-
-    >>> caption(Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night"), 0)[:12]
-    '0.0 to 5.0: '
-    """
-    return f"{seconds(moment.start)} to {seconds(moment.end)}: {renderer.caption(moment, style)}"
-
-
-def verdict(asked: Moment, moments: tuple[Moment, ...], update: str | None = None) -> str:
-    """The whole reply to a query about a video: trace, verdict, span; `update` closes a not_matched one (HQR)."""
-    seen = closest(asked, moments)
-    thought = f"<think> {trace(asked, seen)} </think>"
-    if not differing(asked, seen):
-        return f"{thought} <answer>matched</answer> {span(seen)}"
-    ending = f" <query_update>{update}</query_update>" if update else ""
-    return f"{thought} <answer>not_matched</answer>{ending}"
-
-
-def rewrite(asked: Moment, seen: Moment | None, rng, style: int | None = None, named=ATTRIBUTES) -> str:
-    """The query in other words, and where to look: at what the shown video lacked, or at any detail without one."""
-    style = int(rng.integers(renderer.STYLES)) if style is None else style
-    name = str(rng.choice(differing(asked, seen) if seen else sorted(named)))
-    focus = {"colour": f"the {asked.colour} {asked.object}", "object": f"the {asked.object}"}
-    focus |= {"action": f"someone who {ACTIONS[asked.action]}", "light": f"the scene {LIGHTS[asked.light]}"}
-    focus |= {"place": f"the {asked.place}"}
-    where = focus.get(name, f"the {phrase(name, asked)}")
-    return f"{renderer.caption(asked, style, named)} Focus on {where}."
+def rewrite(
+    query_moment: Moment, shown: Moment | None, rng, style: int | None = None, named=ATTRIBUTES
+) -> str:
+    """Return the query in other words, and what to look for: what the shown video lacks, or any detail in `named`."""
+    style = int(rng.integers(captions.STYLES)) if style is None else style
+    name = str(rng.choice(differing(query_moment, shown) if shown else sorted(named)))
+    focus = {
+        "colour": f"the {query_moment.colour} {query_moment.object}",
+        "action": f"someone who {phrase('action', query_moment)}",
+        "light": f"the scene {phrase('light', query_moment)}",
+        "place": f"the {query_moment.place}",
+    }.get(name, f"the {phrase(name, query_moment)}")
+    return f"{captions.caption(query_moment, style, named)} Focus on {focus}."
 
 
 def question(moment: Moment, rng) -> tuple[str, str]:
-    """A question about a moment, and its answer: when something happens, or one attribute of a time."""
+    """Return a question about a moment and its answer: when something happens, or one attribute of a time."""
     if rng.random() < 0.7:
-        named = ("action", "object") if rng.random() < 0.5 else ATTRIBUTES
-        ask = renderer.caption(moment, int(rng.integers(renderer.STYLES)), named)
-        return f'When does this happen? "{ask}"', span(moment)
+        named = captions.COARSE if rng.random() < 0.5 else ATTRIBUTES
+        text = captions.caption(moment, int(rng.integers(captions.STYLES)), named)
+        return f'When does this happen? "{text}"', span(moment)
     name = str(rng.choice(ATTRIBUTES))
-    ask = {
-        "shirt": "What colour is the shirt",
-        "trousers": "What colour are the trousers",
-        "action": "What does the person do",
-        "object": "Which object is there",
-        "colour": "What colour is the object",
-        "place": "Where is it",
-        "light": "When is it",
-    }[name]
     answer = getattr(moment, name) if name in ("shirt", "trousers") else phrase(name, moment)
-    return f"{ask} from {seconds(moment.start)} to {seconds(moment.end)}?", f"{answer}."
+    times = f"from {seconds_text(moment.start)} to {seconds_text(moment.end)}"
+    return f"{QUESTIONS[name]} {times}?", f"{answer}."

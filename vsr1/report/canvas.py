@@ -16,8 +16,8 @@ from vsr1.data import annotations, video_reader
 from vsr1.experiments import retrieval
 from vsr1.loop import replies
 from vsr1.loop.records import Episode, Turn
-from vsr1.mini import renderer, teacher
-from vsr1.mini.renderer import ATTRIBUTES
+from vsr1.mini import captions, teacher, world
+from vsr1.mini.world import ATTRIBUTES
 from vsr1.report import plots, qualitative
 from vsr1.report.plots import BLACK, BLUE, GREY, ORANGE, RED, SKY
 
@@ -106,7 +106,7 @@ class Films:
 
     def __init__(self, profile: Profile, dataset: str, reader: video_reader.Reader):
         self.dataset, self.folder, self.reader = dataset, profile.data_dir(dataset) / "videos", reader
-        self.scenes = renderer.read_scenes(profile.data_dir(dataset) / "corpus") if profile.world else {}
+        self.scenes = world.read_scenes(profile.data_dir(dataset) / "corpus") if profile.world else {}
         self.seconds = {}  # of the videos that were read
 
     def moments(self, one: Episode, video: str):
@@ -289,7 +289,7 @@ def growing(one: Episode, films: Films, ranks: dict[str, list[int]]) -> Figure:
         asked, seen = films.moments(one, video)
         for attribute in ATTRIBUTES if asked else ():
             has = getattr(asked, attribute) == getattr(seen, attribute)
-            told = f"{'✓' if has else '✗'} {teacher.phrase(attribute, seen)}"
+            told = f"{'✓' if has else '✗'} {captions.phrase(attribute, seen)}"
             y = sheet.words(2.35, y, 2, [(told, {"color": BLUE if has else RED})])
         y = max(y, below) + 0.08
     figure = sheet.cut(y)

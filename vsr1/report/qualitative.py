@@ -31,8 +31,8 @@ from vsr1.data.video_writer import write_video
 from vsr1.evaluation import metrics
 from vsr1.loop import moments, records
 from vsr1.loop.records import Episode, Turn
-from vsr1.mini import renderer, teacher
-from vsr1.mini.renderer import ATTRIBUTES, Moment
+from vsr1.mini import captions, teacher, world
+from vsr1.mini.world import ATTRIBUTES, Moment
 
 PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -120,7 +120,7 @@ def contrast(asked: Moment | None, seen: Moment | None) -> dict[str, str]:
 def _words(name, moment):
     """One attribute as captions have it; an object and its colour are one phrase."""
     thing = name in ("object", "colour")
-    return f"{moment.colour} {moment.object}" if thing else teacher.phrase(name, moment)
+    return f"{moment.colour} {moment.object}" if thing else captions.phrase(name, moment)
 
 
 def dropped(query: str, updates: list[str]) -> list[str]:
@@ -235,7 +235,7 @@ class Shelf:
     def __init__(self, profile: Profile, dataset: str, films: dict[str, dict]):
         self.dataset, self.films = dataset, films
         home = profile.data_dir(dataset) / "corpus"
-        self.scenes = renderer.read_scenes(home) if profile.world else {}
+        self.scenes = world.read_scenes(home) if profile.world else {}
         self.queries = annotations.read_fig(home / "test.jsonl")
         self.videos = len(annotations.gallery_ids(self.queries))
 

@@ -1,0 +1,377 @@
+"""Draw the frames of the mini world: a person, an object, a place and a light, from a few shapes each."""
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vsr1.mini.world import COLOURS, PLACES, Moment
+
+PHASES = 10  # frames of one movement; at 8 fps its period of 1.25 s never locks to the 1 fps the models see
+HORIZON, GROUND = 80, 116  # where wall meets floor, where feet stand, in the 128 x 128 units of every drawing
+SKINS = ((250, 215, 185), (225, 175, 130), (165, 110, 75), (105, 70, 50))
+HAIRS = ((45, 35, 30), (110, 70, 40), (200, 165, 95), (130, 130, 130))
+TINTS = {"day": (1.0, 1.0, 1.0), "dusk": (1.0, 0.84, 0.72), "night": (0.72, 0.76, 0.94)}
+SKIES = {"day": (135, 205, 250), "dusk": (250, 130, 60), "night": (15, 20, 60)}
+LAMPS = {  # the sun or the moon: height, radius, colour
+    "day": (20, 8, (255, 240, 90)),
+    "dusk": (27, 8, (255, 60, 20)),
+    "night": (20, 5, (235, 235, 220)),
+}
+INDOORS = PLACES["charades"]
+BACKDROPS = {  # wall or sky, floor or ground, motif
+    "kitchen": ((240, 225, 160), (170, 130, 90), "tiles"),
+    "bedroom": ((200, 180, 225), (150, 110, 100), "bed"),
+    "bathroom": ((165, 220, 225), (205, 215, 220), "tiles"),
+    "office": ((190, 195, 200), (90, 95, 110), "desk"),
+    "garage": ((120, 120, 120), (80, 80, 80), "shelves"),
+    "hallway": ((225, 190, 150), (120, 60, 50), "door"),
+    "library": ((130, 85, 50), (95, 70, 55), "shelves"),
+    "basement": ((150, 80, 65), (110, 100, 90), "bricks"),
+    "beach": ((150, 205, 240), (235, 215, 150), "waves"),
+    "park": ((170, 215, 240), (110, 180, 80), "trees"),
+    "street": ((185, 190, 200), (85, 85, 90), "towers"),
+    "forest": ((70, 110, 70), (60, 80, 45), "trees"),
+    "desert": ((240, 200, 140), (220, 170, 90), "hills"),
+    "lake": ((140, 190, 230), (60, 120, 180), "hills"),
+    "harbour": ((120, 150, 180), (130, 110, 90), "towers"),
+    "snow": ((205, 225, 240), (240, 245, 250), "hills"),
+    "gym": ((210, 170, 120), (200, 140, 70), "bars"),
+    "stadium": ((110, 140, 190), (70, 150, 70), "crowd"),
+    "pool": ((190, 230, 240), (50, 150, 210), "waves"),
+    "stage": ((110, 25, 45), (100, 70, 45), "curtain"),
+    "court": ((90, 130, 100), (190, 95, 60), "net"),
+    "studio": ((225, 225, 215), (175, 175, 170), "bars"),
+    "rink": ((160, 185, 215), (225, 240, 250), "crowd"),
+    "track": ((175, 205, 230), (185, 75, 60), "lanes"),
+}
+EDGE, WHITE = (90, 90, 90), (235, 235, 235)
+
+
+def draw_frame(moment: Moment, active: bool, phase: float, extras: dict, size: int) -> np.ndarray:
+    """Return one frame (size, size, 3) uint8; a person who is not `active` stands there without the object.
+
+    phase   of the movement, in [0, 1)
+    extras  those of the scene
+    """
+    canvas = Image.new("RGB", (2 * size, 2 * size))
+    pen = Pen(canvas)
+    _draw_place(pen, moment.place, moment.light, extras)
+    if active:
+        side, sway = extras["side"], 2 * float(np.sin(2 * np.pi * phase))
+        OBJECTS[moment.object](pen, 64 + side * 34, COLOURS[moment.colour], side, sway)
+    _draw_person(pen, moment, moment.action if active else "stand", phase, extras)
+    tint = [int(value * channel) for channel in TINTS[moment.light] for value in range(256)]
+    return np.asarray(canvas.point(tint).reduce(2))
+
+
+class Pen:
+    """An ImageDraw whose lengths are 128ths of the picture's width."""
+
+    def __init__(self, picture):
+        self.draw, self.scale = ImageDraw.Draw(picture), picture.width / 128
+
+    def _scaled(self, *points):
+        return [(x * self.scale, y * self.scale) for x, y in points]
+
+    def box(self, x0, y0, x1, y1, colour):
+        """Fill a rectangle."""
+        self.draw.rectangle(self._scaled((min(x0, x1), y0), (max(x0, x1), y1)), fill=colour)
+
+    def disc(self, x, y, r, colour, tall=1.0):
+        """Fill an ellipse, `tall` times as high as it is wide."""
+        self.draw.ellipse(self._scaled((x - r, y - r * tall), (x + r, y + r * tall)), fill=colour)
+
+    def ring(self, x, y, r, colour, width):
+        """Draw a circle."""
+        corners = self._scaled((x - r, y - r), (x + r, y + r))
+        self.draw.ellipse(corners, outline=colour, width=int(width * self.scale))
+
+    def line(self, points, colour, width):
+        """Draw a line through points, with round ends."""
+        points = self._scaled(*points)
+        self.draw.line(points, fill=colour, width=int(width * self.scale), joint="curve")
+        for x, y in (points[0], points[-1]):
+            r = width * self.scale / 2
+            self.draw.ellipse([x - r, y - r, x + r, y + r], fill=colour)
+
+    def upright(self, x, y0, y1, colour, width):
+        """Draw a vertical line."""
+        self.line([(x, y0), (x, y1)], colour, width)
+
+    def level(self, x0, x1, y, colour, width):
+        """Draw a horizontal line."""
+        self.line([(x0, y), (x1, y)], colour, width)
+
+    def shape(self, points, colour):
+        """Fill a polygon."""
+        self.draw.polygon(self._scaled(*points), fill=colour)
+
+
+# --- Places
+
+
+def _draw_place(pen, place, light, extras):
+    """Draw wall or sky, floor or ground, the place's motif, and the window or the sky that shows the light."""
+    wall, floor, motif = BACKDROPS[place]
+    wall = tuple(int(np.clip(c + t, 0, 255)) for c, t in zip(wall, extras["tone"], strict=True))
+    pen.box(0, 0, 128, HORIZON, wall)
+    pen.box(0, HORIZON, 128, 128, floor)
+    MOTIFS[motif](pen, tuple(int(c * 0.72) for c in wall))
+    pen.level(0, 128, HORIZON, tuple(int(c * 0.8) for c in floor), 2)
+    x = 64 - extras["side"] * 46
+    if place in INDOORS:
+        pen.box(x - 15, 5, x + 15, 35, (250, 250, 250))
+        pen.box(x - 13, 7, x + 13, 33, SKIES[light])
+    else:
+        pen.box(0, 0, 128, 11, SKIES[light])
+    height, radius, colour = LAMPS[light]
+    pen.disc(x, height, radius, colour)
+
+
+def _tiles(pen, dark):
+    for x in range(0, 128, 16):
+        pen.upright(x, 40, HORIZON, dark, 1)
+    for y in (40, 53, 66):
+        pen.level(0, 128, y, dark, 1)
+
+
+def _rows(pen, dark, draw_item):
+    """Draw rows of small things in all colours; draw_item(x, y, colour)."""
+    colours = list(COLOURS.values())
+    for y in range(18, HORIZON - 4, 15):
+        pen.level(0, 128, y + 11, dark, 2)
+        for x in range(4, 128, 9):
+            draw_item(x, y, colours[(x * 7 + y) % 8])
+
+
+def _shelves(pen, dark):
+    _rows(pen, dark, lambda x, y, colour: pen.box(x, y, x + 5, y + 10, tuple(c // 2 + 40 for c in colour)))
+
+
+def _crowd(pen, dark):
+    _rows(pen, dark, lambda x, y, colour: pen.disc(x, y + 6, 3, tuple(c // 2 + 60 for c in colour)))
+
+
+def _bricks(pen, dark):
+    for y in range(0, HORIZON, 10):
+        pen.level(0, 128, y, dark, 1)
+        for x in range((y // 10 % 2) * 10, 128, 20):
+            pen.upright(x, y, y + 10, dark, 1)
+
+
+def _furniture(body, detail):
+    """Return a motif of two boxes: a dark one, and a light detail of it."""
+
+    def draw(pen, dark):
+        pen.box(*body, dark)
+        pen.box(*detail, (235, 235, 240))
+
+    return draw
+
+
+def _trees(pen, dark):
+    for x in (8, 36, 92, 120):
+        pen.box(x - 3, 50, x + 3, HORIZON + 4, (95, 65, 40))
+        pen.disc(x, 42, 15, (35, 110, 45))
+
+
+def _towers(pen, dark):
+    for x, top in ((0, 30), (26, 48), (52, 38), (78, 54), (104, 26)):
+        pen.box(x, top, x + 20, HORIZON, dark)
+        for y in range(top + 5, HORIZON - 4, 9):
+            pen.box(x + 4, y, x + 8, y + 4, (240, 225, 150))
+
+
+def _hills(pen, dark):
+    for x, top in ((10, 45), (60, 30), (112, 42)):
+        pen.shape([(x - 42, HORIZON), (x, top), (x + 42, HORIZON)], dark)
+
+
+def _waves(pen, dark):
+    for y in range(HORIZON - 22, HORIZON, 8):
+        pen.box(0, y, 128, y + 4, (45, 120, 200))
+
+
+def _stripes(distance, width):
+    """Return a motif of vertical lines."""
+
+    def draw(pen, dark):
+        for x in range(4, 128, distance):
+            pen.upright(x, 12, HORIZON, dark, width)
+
+    return draw
+
+
+def _net(pen, dark):
+    for x in range(0, 128, 8):
+        pen.upright(x, 56, HORIZON, WHITE, 1)
+    for y in (56, 64, 72):
+        pen.level(0, 128, y, WHITE, 1)
+
+
+def _lanes(pen, dark):
+    for y in range(HORIZON + 6, 128, 10):
+        pen.level(0, 128, y, (240, 240, 240), 1)
+
+
+MOTIFS = {  # each tells places of similar colour apart: draw(pen, dark), in a darker tone of the wall
+    "tiles": _tiles,
+    "shelves": _shelves,
+    "crowd": _crowd,
+    "bricks": _bricks,
+    "bed": _furniture((4, 62, 124, 90), (8, 56, 34, 66)),
+    "desk": _furniture((6, 66, 122, 72), (84, 46, 112, 64)),
+    "door": _furniture((82, 26, 112, HORIZON), (104, 52, 108, 56)),
+    "trees": _trees,
+    "towers": _towers,
+    "hills": _hills,
+    "waves": _waves,
+    "bars": _stripes(24, 3),
+    "curtain": _stripes(12, 5),
+    "net": _net,
+    "lanes": _lanes,
+}
+
+
+# --- Objects, in their colour, around x on the person's free side
+
+
+def _umbrella(pen, x, colour, side, sway):
+    pen.upright(x, 62, GROUND, EDGE, 3)
+    angles = np.linspace(np.pi, 2 * np.pi, 16)
+    for r, ink in ((28, EDGE), (26.5, colour)):
+        pen.shape([(x + r * np.cos(a), 64 + 0.85 * r * np.sin(a)) for a in angles], ink)
+
+
+def _balloon(pen, x, colour, side, sway):
+    pen.line([(x, 40), (x - 4, 90)], EDGE, 1.5)
+    pen.disc(x + sway, 30, 16, EDGE, tall=1.15)
+    pen.disc(x + sway, 30, 15, colour, tall=1.15)
+
+
+def _ball(pen, x, colour, side, sway):
+    pen.disc(x, GROUND - 12 - 2 * abs(sway), 13, EDGE)
+    pen.disc(x, GROUND - 12 - 2 * abs(sway), 12, colour)
+
+
+def _box(pen, x, colour, side, sway):
+    pen.box(x - 19, GROUND - 34, x + 19, GROUND + 2, EDGE)
+    pen.box(x - 17.5, GROUND - 32.5, x + 17.5, GROUND + 0.5, colour)
+    pen.level(x - 17, x + 17, GROUND - 22, EDGE, 2)
+
+
+def _flag(pen, x, colour, side, sway):
+    pen.upright(x - 12, 22, GROUND, EDGE, 3)
+    pen.box(x - 11, 23, x + 23, 50, EDGE)
+    pen.shape([(x - 10, 24), (x + 22, 26 + sway), (x + 22, 48 + sway), (x - 10, 48)], colour)
+
+
+def _bicycle(pen, x, colour, side, sway):
+    for dx in (-16, 16):
+        pen.ring(x + dx, GROUND - 12, 13, (50, 50, 50), 3)
+    back, saddle = (x - 16, GROUND - 12), (x - 6, GROUND - 32)
+    frame = [back, saddle, (x + 12, GROUND - 32), (x, GROUND - 12), back]
+    pen.line(frame, EDGE, 8)
+    pen.line([*frame, saddle], colour, 6.5)
+    pen.line([(x + 10, GROUND - 40), (x + 16, GROUND - 12)], colour, 5)
+
+
+def _dog(pen, x, colour, side, sway):
+    for dx in (-12, -6, 6, 12):
+        pen.upright(x + dx, GROUND - 14, GROUND, colour, 4)
+    pen.disc(x, GROUND - 18, 17.5, EDGE, tall=0.55)
+    pen.disc(x, GROUND - 18, 16.5, colour, tall=0.55)
+    pen.disc(x - side * 17, GROUND - 30, 8.5, colour)
+    pen.line([(x + side * 15, GROUND - 22), (x + side * (20 + sway), GROUND - 36)], colour, 3.5)
+
+
+def _ladder(pen, x, colour, side, sway):
+    for dx in (-10, 10):
+        pen.line([(x + dx * 0.8, 34), (x + dx, GROUND)], colour, 5)
+    for y in range(42, GROUND, 11):
+        pen.level(x - 9, x + 9, y, colour, 4)
+
+
+OBJECTS = dict(umbrella=_umbrella, balloon=_balloon, ball=_ball, box=_box)
+OBJECTS |= dict(flag=_flag, bicycle=_bicycle, dog=_dog, ladder=_ladder)
+
+
+# --- The person
+
+
+STANDING = {
+    "hip": (0, -30), "neck": (0, -62), "head": (0, -73),
+    "knees": [(-5, -15), (5, -15)], "feet": [(-6, 0), (6, 0)], "hands": [(-14, -36), (14, -36)],
+}  # fmt: skip
+# The joints that differ from those of standing: s is the side a person turns to (-1 or 1), sin and cos are the phase's
+# sine and cosine, up is |sin|.
+POSES = {
+    "stand": lambda s, sin, cos, up: {},
+    "sit": lambda s, sin, cos, up: {
+        "hip": (0, -20), "neck": (0, -52), "head": (0, -63),
+        "knees": [(-s * 16, -21), (-s * 18, -17)], "feet": [(-s * 17, 0), (-s * 21, 0)],
+        "hands": [(-s * 14, -26 - 3 * up), (-s * 10, -30)],
+    },
+    "lie": lambda s, sin, cos, up: {
+        "hip": (0, -6), "neck": (-s * 30, -6), "head": (-s * 41, -8),
+        "knees": [(s * 10, -8 - 8 * up), (s * 12, -5)], "feet": [(s * 24, -4), (s * 26, -4)],
+        "hands": [(-s * 12, -16 - 5 * up), (-s * 14, -2)],
+    },
+    "jump": lambda s, sin, cos, up: {
+        "hip": (0, -32 - 18 * up), "neck": (0, -64 - 18 * up), "head": (0, -75 - 18 * up),
+        "knees": [(-11, -17 - 18 * up), (11, -17 - 18 * up)],
+        "feet": [(-14, -3 - 18 * up), (14, -3 - 18 * up)],
+        "hands": [(-20, -60 - 18 * up), (20, -60 - 18 * up)],
+    },
+    "wave": lambda s, sin, cos, up: {"hands": [(-s * (16 + 7 * sin), -88), (s * 14, -36)][::s]},  # left, right
+    "kneel": lambda s, sin, cos, up: {
+        "hip": (0, -17), "neck": (-s * 3, -48), "head": (-s * 4, -59),
+        "knees": [(-s * 10, -2), (-s * 6, -2)], "feet": [(s * 12, -1), (s * 16, -1)],
+        "hands": [(-s * 18, -34 - 4 * up), (-s * 16, -30 - 4 * up)],
+    },
+    "bend": lambda s, sin, cos, up: {
+        "hip": (s * 6, -32), "neck": (-s * 20, -42 + 3 * up), "head": (-s * 31, -38 + 3 * up),
+        "hands": [(-s * 20, -12 + 4 * up), (-s * 25, -12 + 4 * up)],
+    },
+    "dance": lambda s, sin, cos, up: {
+        "hip": (5 * sin, -28),
+        "knees": [(-12, -15), (12, -15)], "feet": [(-17, 0), (17, 0)],
+        "hands": [(-18, -78 + 12 * sin), (18, -78 - 12 * sin)],
+    },
+    "walk": lambda s, sin, cos, up: {
+        "hip": (13 * cos, -30), "neck": (13 * cos + 3, -62), "head": (13 * cos + 4, -73),
+        "knees": [(13 * cos - 10 * sin, -16), (13 * cos + 10 * sin, -16)],
+        "feet": [(13 * cos - 15 * sin, 0), (13 * cos + 15 * sin, 0)],
+        "hands": [(13 * cos + 13 * sin, -40), (13 * cos - 13 * sin, -40)],
+    },
+}  # fmt: skip
+
+
+def pose(action: str, phase: float, side: int) -> dict:
+    """Return the joints (hip, neck, head, knees, feet, hands) as offsets from the spot a person stands on."""
+    sin, cos = float(np.sin(2 * np.pi * phase)), float(np.cos(2 * np.pi * phase))
+    return STANDING | POSES[action](side, sin, cos, abs(sin))
+
+
+def _draw_person(pen, moment, action, phase, extras):
+    """Draw the person in an action, dressed as the moment says."""
+    side, size = extras["side"], extras["size"]
+    x0 = 64 - side * 18 + extras["shift"]
+    joints = pose(action, phase, side)
+    at = lambda p: (x0 + p[0] * size, GROUND + p[1] * size)  # noqa: E731  a joint on the canvas
+    hip, neck, (head_x, head_y) = at(joints["hip"]), at(joints["neck"]), joints["head"]
+    shoulder = at((joints["neck"][0], joints["neck"][1] + 5))
+    shirt, trousers, skin = COLOURS[moment.shirt], COLOURS[moment.trousers], SKINS[extras["skin"]]
+    if action == "sit":
+        pen.box(x0 - 9, GROUND - 14 * size, x0 + 9, GROUND, (110, 80, 55))
+    for knee, foot in zip(map(at, joints["knees"]), map(at, joints["feet"]), strict=True):
+        pen.line([hip, knee, foot], EDGE, 12 * size)
+        pen.line([hip, knee, foot], trousers, 10.5 * size)
+        pen.disc(*foot, 4, (60, 45, 40), tall=0.7)
+    pen.line([hip, neck], EDGE, 22 * size)
+    for hand in map(at, joints["hands"]):
+        pen.line([shoulder, hand], EDGE, 9 * size)
+        pen.line([shoulder, hand], shirt, 7.5 * size)
+        pen.disc(*hand, 4.2 * size, skin)
+    pen.line([hip, neck], shirt, 20 * size)
+    pen.disc(*at((head_x, head_y - 2)), 10 * size, HAIRS[extras["hair"]])
+    pen.disc(*at((head_x, head_y + 1.5)), 8.2 * size, skin)
