@@ -1,5 +1,7 @@
 """The index of large galleries, against the same index made in memory by FAISS, and against exact search."""
 
+import shutil
+
 import faiss
 import numpy as np
 import pytest
@@ -43,21 +45,21 @@ def in_memory(shards, nprobe):
     return index
 
 
-def test_the_file_is_to_the_byte_what_faiss_writes_of_the_same_index_made_in_memory(built, tmp_path):
-    path, told, shards, _ = built
+def test_a_mapped_index_finds_what_the_same_index_made_in_memory_finds(built, tmp_path, capfd):
+    """Also where its folder has another name than when it was built."""
+    path, told, shards, queries = built
     assert told["vectors"] == 3000 and told["lists"] == 55
-    faiss.write_index(in_memory(shards, told["nprobe"]), str(tmp_path / "plain.faiss"))
-    assert path.read_bytes() == (tmp_path / "plain.faiss").read_bytes()
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-def test_a_mapped_index_finds_what_one_in_memory_finds(built):
-    path, _, _, queries = built
-    mapped, loaded = ivf_index.open_index(path), faiss.read_index(str(path))
-    assert isinstance(faiss.downcast_InvertedLists(mapped.invlists), faiss.OnDiskInvertedLists)
-    assert isinstance(faiss.downcast_InvertedLists(loaded.invlists), faiss.ArrayInvertedLists)
-    for mine, other in zip(mapped.search(queries, 10), loaded.search(queries, 10), strict=True):
-        np.testing.assert_array_equal(mine, other)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["index.faiss", "index.ivfdata"]
+    moved = shutil.copytree(path.parent, tmp_path / "moved") / path.name
+    mapped, loaded = ivf_index.open_index(moved), in_memory(shards, told["nprobe"])
+    lists = faiss.downcast_InvertedLists(mapped.invlists)
+    assert isinstance(lists, faiss.OnDiskInvertedLists) and lists.filename == str(
+        tmp_path / "moved/index.ivfdata"
+    )
+    assert mapped.ntotal == 3000 and mapped.nprobe == told["nprobe"]
+    for by_map, plain in zip(mapped.search(queries, 10), loaded.search(queries, 10), strict=True):
+        np.testing.assert_array_equal(by_map, plain)
+    assert capfd.readouterr().out == ""
 
 
 def test_the_recall_that_is_told_is_that_against_a_matrix_product_and_a_sort(built):
@@ -87,41 +89,38 @@ def test_the_recall_that_is_told_is_that_against_a_matrix_product_and_a_sort(bui
 def test_a_killed_build_goes_on_to_the_same_file(built, tmp_path, monkeypatch):
     path, told, shards, queries = built
     monkeypatch.setattr(ivf_index, "BLOCK", 700)
-    encode, calls = ivf_index._encode, []
+    write, calls = ivf_index._write, []
 
-    def killed(*block):
-        calls.append(block[2])
-        if len(calls) == 3:
+    def killed(index, file):
+        calls.append(file.name)
+        if len(calls) == 4:
             raise KeyboardInterrupt
-        encode(*block)
+        write(index, file)
 
-    monkeypatch.setattr(ivf_index, "_encode", killed)
+    monkeypatch.setattr(ivf_index, "_write", killed)
     with pytest.raises(KeyboardInterrupt):
         ivf_index.build(tmp_path / "index.faiss", lambda: shards, queries)
     assert not (tmp_path / "index.faiss").exists()
     monkeypatch.setattr(faiss.IndexIVFScalarQuantizer, "train", None)  # the centroids stand
     assert ivf_index.build(tmp_path / "index.faiss", lambda: shards, queries) == told
-    assert calls == [0, 700, 1000, 1000, 1100, 1800, 2500]
-    assert (tmp_path / "index.faiss").read_bytes() == path.read_bytes()
+    rows = [0, 700, 1000, 1000, 1100, 1800, 2500]
+    assert calls == ["trained.faiss", *(f"{row:012}.part" for row in rows), "index.faiss"]
+    assert (tmp_path / "index.ivfdata").read_bytes() == path.with_suffix(".ivfdata").read_bytes()
 
 
 def test_what_is_damaged_is_one_line(built, tmp_path, monkeypatch):
     path, _, shards, queries = built
+    lists = path.with_suffix(".ivfdata").read_bytes()
+    (tmp_path / "index.ivfdata").write_bytes(lists[:-1])
+    (tmp_path / "index.faiss").write_bytes(path.read_bytes())
+    with pytest.raises(InputError, match=r"index.ivfdata: a broken index \(\d+ of \d+ bytes\); delete it"):
+        ivf_index.open_index(tmp_path / "index.faiss")
     for size in (10, 2000, path.stat().st_size - 1):
         (tmp_path / "index.faiss").write_bytes(path.read_bytes()[:size])
         with pytest.raises(InputError, match=r"index.faiss: a broken index \([^\n]*\); delete it"):
             ivf_index.open_index(tmp_path / "index.faiss")
     with pytest.raises(InputError, match=r"none\.faiss: a broken index .*No such file"):
         ivf_index.open_index(tmp_path / "none.faiss")
-    np.save(tmp_path / "shard.npy", shards[0])
-    np.testing.assert_array_equal(ivf_index.read_shard(tmp_path / "shard.npy"), shards[0])
-    for size in (0, 50, 5000):
-        (tmp_path / "cut.npy").write_bytes((tmp_path / "shard.npy").read_bytes()[:size])
-        with pytest.raises(InputError, match=r"cut\.npy: a broken shard of vectors"):
-            ivf_index.read_shard(tmp_path / "cut.npy")
-    np.save(tmp_path / "double.npy", shards[0].astype(float))
-    with pytest.raises(InputError, match=r"double.npy: float64 of shape \(1000, 32\)"):
-        ivf_index.read_shard(tmp_path / "double.npy")
     for row in (1500, 1501):  # the first is looked at for k-means
         holes = shards[3].copy()
         holes[row, 3] = np.nan
@@ -134,7 +133,7 @@ def test_what_is_damaged_is_one_line(built, tmp_path, monkeypatch):
 
     merge = ivf_index._merge
     monkeypatch.setattr(ivf_index, "_merge", cut)
-    with pytest.raises(InputError, match=r"000000000000\.part: a broken part of an index; delete it"):
+    with pytest.raises(InputError, match=r"000000000000\.part: a broken index .*; delete it"):
         ivf_index.build(tmp_path / "cut.faiss", lambda: shards, queries)
 
 

@@ -1,17 +1,14 @@
-"""An index for galleries beyond one machine's memory: FAISS IVF by inner product, built in passes, searched on disk.
+"""Build and open an index for galleries beyond one machine's memory: FAISS IVF by inner product, searched on disk.
 
-Vectors lie in lists by the nearest of about sqrt(V) centroids, in 16 bits; a search reads the `nprobe` lists nearest to
-its query, whatever the others hold. How many these are is measured, against exact search, and kept in the file.
+Vectors lie in lists by the nearest of about sqrt(V) centroids, in 16 bits. A search reads the `nprobe` lists nearest to
+its query. `nprobe` is chosen by comparison with exact search, and kept in the index.
 
-That file is what `faiss.write_index` would write of the same index made in memory, to the byte; FAISS reads it into
-memory, or maps it. It is put together here because FAISS's own way (OnDiskInvertedLists, merge_ondisk) maps all that it
-merges, keeps the lists in a second file under a path that must not change, and tells stdout when it looks elsewhere.
+An index is two files: `index.faiss` with the centroids, and beside it `index.ivfdata` with the lists, which is mapped.
 """
 
 import math
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -34,56 +31,46 @@ BLOCK = 1 << 15  # vectors encoded at once, 256 MB of 2048 dimensions: what a ki
 CHECKS = 1000  # at most so many queries are searched exactly
 
 
-def read_shard(path: Path) -> np.ndarray:
-    """The (n, D) vectors of a .npy file, mapped: what is not looked at is not read."""
-    try:
-        vecs = np.load(path, mmap_mode="r")  # numpy reads no pickles unless told to
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path}: a broken shard of vectors ({error}); make it again") from error
-    if vecs.ndim != 2 or vecs.dtype != np.float32:
-        raise InputError(
-            f"{path}: {vecs.dtype} of shape {vecs.shape}; a shard is float32, (vectors, dimensions)"
-        )
-    return vecs
-
-
 def open_index(path: Path) -> faiss.Index:
-    """The index in a file, mapped: lists are read from disk as searches ask for them, for `engine.search`.
+    """Open an index; its lists are read from disk as searches ask for them.
 
-    Where the lists it looks at hold fewer than k vectors, its last rows are -1. One query has one thread: two that
-    share its lists (`parallel_mode` 1) wait for each other where a machine has other work.
+    Where the lists of a query hold fewer than k vectors, its last columns are -1. Raises InputError for a broken file.
     """
-    try:
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-    except RuntimeError as error:
-        why = str(error).splitlines()[0].rpartition("Error: ")[2]
-        raise InputError(f"{path}: a broken index ({why}); delete it and make it again") from error
+    index = _read(path, faiss.IO_FLAG_SKIP_IVF_DATA)
+    lists, data = faiss.downcast_InvertedLists(index.invlists), path.with_suffix(".ivfdata")
+    size = data.stat().st_size if data.exists() else 0
+    if size != lists.totsize:  # a map beyond the end of a file would end the process
+        raise InputError(
+            f"{data}: a broken index ({size} of {lists.totsize} bytes); delete it and make it again"
+        )
+    lists.filename, lists.read_only = str(data), True  # the folder may have been renamed since
+    lists.do_mmap()
+    return index
 
 
 def exact(stream: Stream, queries: np.ndarray, k: int) -> np.ndarray:
-    """(Q, k) rows of the vectors nearest to each query, best first: one pass, all of them compared."""
+    """Return the rows (Q, k) of the vectors nearest to each query, best first, by comparison with all vectors."""
     return knn_ground_truth(queries, _blocks(stream), k, faiss.METRIC_INNER_PRODUCT)[1]
 
 
-def recalls(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """For each query, (Q,), the share of the truth's rows, (Q, k), that were found.
+def recalls(rows: np.ndarray, true_rows: np.ndarray) -> np.ndarray:
+    """Return for each query, (Q,), the share of the true rows, (Q, k), that were found.
 
     >>> recalls(np.array([[7, 5], [1, 2]]), np.array([[5, 7], [1, 3]]))
     array([1. , 0.5])
     """
-    pairs = zip(found, truth, strict=True)
-    return np.array([len(np.intersect1d(one, other)) for one, other in pairs]) / truth.shape[1]
+    pairs = zip(rows, true_rows, strict=True)
+    return np.array([len(np.intersect1d(found, true)) for found, true in pairs]) / true_rows.shape[1]
 
 
-def build(path: Path, stream: Stream, queries: np.ndarray, wanted: float = RECALL) -> dict:
-    """Makes the index file of a stream; says what was measured. A stopped build goes on where it was.
+def build(path: Path, stream: Stream, queries: np.ndarray, target: float = RECALL) -> dict:
+    """Build the index files of a stream and return what was measured; a killed build resumes at its last block.
 
-    A vector's row is its place in the stream. Four passes: sizes, a sample for k-means, the lists, exact search. Each
-    block of lists is a file; they are merged last. Who calls sees to it that the vectors are still the same when a
-    build goes on, as `stages.run` does.
+    A vector's row is its place in the stream. There are four passes: shape, a sample for k-means, the lists, exact
+    search. The caller makes sure that a resumed build gets the same vectors, as `cache.build` does.
 
-    queries  (Q, D) like those that will be asked, two at least. On half of them `nprobe` grows until it surely finds
-             `wanted` of the K best; the recall that is told is that of the other half
+    queries  (Q, D), two at least. On half of them `nprobe` grows until it surely finds `target` of the K best. The
+             returned recall is that of the other half
     """
     count, dim = _shape(stream)
     if queries.shape[1] != dim:
@@ -92,33 +79,34 @@ def build(path: Path, stream: Stream, queries: np.ndarray, wanted: float = RECAL
         )
     parts = path.with_name(f"{path.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
-    index = _trained(parts / "trained.faiss", stream, count, dim)
+    trained = parts / "trained.faiss"
+    if not trained.exists():
+        _write(_train(stream, count, dim), trained)
     files, row = [], 0
     for block in cache.progress(_blocks(stream), "index vectors", math.ceil(count / BLOCK)):
         files.append(parts / f"{row:012}.part")
         if not files[-1].exists():
-            _encode(index, np.array(block), row, files[-1])
+            part, rows = _read(trained), np.arange(row, row + len(block))
+            part.add_with_ids(_finite(block, rows), rows)
+            _write(part, files[-1])
         row += len(block)
-    scratch = parts / "merged.faiss"
-    counts = _merge(index, files, scratch)
+    index = _merge(_read(trained), files, parts / "merged.ivfdata")
     queries = np.ascontiguousarray(queries[:: math.ceil(len(queries) / CHECKS)], np.float32)
-    told = _tune(open_index(scratch), queries, exact(stream, queries, min(K, count)), wanted)
-    index.nprobe = told["nprobe"]
-    with open(scratch, "r+b") as file:
-        file.write(_head(index, counts))
-    os.replace(scratch, path)
+    measured = _tune(index, queries, exact(stream, queries, min(K, count)), target)
+    os.replace(parts / "merged.ivfdata", path.with_suffix(".ivfdata"))
+    _write(index, path)
     shutil.rmtree(parts)
-    return {"vectors": count, "dimensions": dim, "lists": index.nlist} | told
+    return {"vectors": count, "dimensions": dim, "lists": index.nlist} | measured
 
 
 def _shape(stream):
-    """(vectors, dimensions) of a stream."""
+    """Return (vectors, dimensions) of a stream."""
     shapes = [vecs.shape for vecs in stream()]
     for number, (_, dim) in enumerate(shapes):
         if dim != shapes[0][1]:
-            first = f"the first has {shapes[0][1]}"
             raise InputError(
-                f"shard {number}: vectors of {dim} dimensions, {first}; index those of one engine"
+                f"shard {number}: vectors of {dim} dimensions, the first has {shapes[0][1]}; "
+                "index those of one engine"
             )
     if not (count := sum(size for size, _ in shapes)):
         raise InputError("there are no vectors to index")
@@ -126,100 +114,75 @@ def _shape(stream):
 
 
 def _blocks(stream):
-    """The vectors of a stream, at most BLOCK at once."""
+    """Give the vectors of a stream, at most BLOCK at once."""
     for vecs in stream():
         for start in range(0, len(vecs), BLOCK):
-            yield vecs[start : start + BLOCK]
+            yield np.ascontiguousarray(vecs[start : start + BLOCK], np.float32)
 
 
-def _trained(path, stream, count, dim):
-    """The index without vectors: centroids by spherical k-means over vectors evenly spread through the stream."""
-    if path.exists():
-        return faiss.read_index(str(path))
+def _train(stream, count, dim):
+    """Return the index without vectors: centroids by spherical k-means on vectors spread evenly over the stream."""
     lists = round(math.sqrt(count))
     rows, start, sample = np.linspace(0, count - 1, min(count, SAMPLE * lists)).astype(int), 0, []
     for vecs in stream():
-        sample.append(vecs[rows[(rows >= start) & (rows < start + len(vecs))] - start])
+        here = rows[(rows >= start) & (rows < start + len(vecs))] - start
+        sample.append(_finite(vecs[here], start + here))
         start += len(vecs)
-    half = faiss.ScalarQuantizer.QT_fp16
-    ip = faiss.METRIC_INNER_PRODUCT
+    half, ip = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
     index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, lists, half, ip, False)
-    index.train(_finite(np.concatenate(sample), rows))
-    faiss.write_index(index, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    index.train(np.concatenate(sample))
     return index
 
 
 def _finite(vecs, rows):
-    """`vecs` of these rows, if all of them are numbers."""
-    if not np.isfinite(vecs).all():
-        bad = rows[~np.isfinite(vecs).all(axis=1)][0]
+    """Return the vectors of `rows` if all are finite."""
+    if not (finite := np.isfinite(vecs).all(axis=1)).all():
+        bad = rows[~finite][0]
         raise InputError(f"the vector of row {bad} holds values that are no numbers; make its shard again")
     return vecs
 
 
-def _encode(index, vecs, row, path):
-    """The part of a block: how many vectors each list gets, (L,) int64, then their codes and rows, list after list."""
-    vecs = _finite(vecs, np.arange(row, row + len(vecs)))
-    lists = index.quantizer.search(vecs, 1)[1][:, 0]
-    order = np.argsort(lists, kind="stable")
-    scratch = path.with_suffix(".tmp")
-    with open(scratch, "wb") as file:
-        np.bincount(lists, minlength=index.nlist).tofile(file)
-        index.sq.compute_codes(vecs[order]).tofile(file)
-        (row + order).tofile(file)
-    os.replace(scratch, path)
+def _merge(index, files, data):
+    """Give `index` the vectors of its parts, list by list in one file, which is mapped."""
+    parts = [_read(file, faiss.IO_FLAG_MMAP) for file in files]  # kept alive until all are merged
+    pointers = faiss.InvertedListsPtrVector()
+    for part in parts:
+        pointers.push_back(part.invlists)
+    lists = faiss.OnDiskInvertedLists(index.nlist, index.code_size, str(data))
+    index.ntotal = lists.merge_from_multiple(pointers.data(), pointers.size())
+    index.replace_invlists(lists, True)
+    lists.this.disown()
+    return index
 
 
-def _merge(index, files, path):
-    """The parts as one file; (L,) lengths of its lists. No more than one list of one part is in memory at once."""
-    counts = np.stack([np.fromfile(file, np.int64, index.nlist) for file in files])  # (P, L)
-    starts, sizes = counts.cumsum(axis=1) - counts, counts.sum(axis=1)
-    for file, size in zip(files, sizes, strict=True):
-        if file.stat().st_size != 8 * index.nlist + size * (index.code_size + 8):
-            raise InputError(f"{file}: a broken part of an index; delete it and run the same command again")
-    with open(path, "wb") as merged:
-        merged.write(_head(index, counts.sum(axis=0)))
-        for number in range(index.nlist):
-            for width, skipped in ((index.code_size, 0 * sizes), (8, index.code_size * sizes)):  # codes, rows
-                for file, start, size, skip in zip(files, starts, counts, skipped, strict=True):
-                    offset = 8 * index.nlist + skip + width * start[number]
-                    merged.write(np.fromfile(file, np.uint8, width * size[number], offset=offset))
-    return counts.sum(axis=0)
+def _read(path, flags=0):
+    try:
+        return faiss.read_index(str(path), flags)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rpartition("Error: ")[2]
+        raise InputError(f"{path}: a broken index ({reason}); delete it and make it again") from error
 
 
-def _head(index, counts):
-    """What FAISS writes of an index before its lists: all about it, and (L,) how many vectors each list holds."""
-    index.ntotal = int(counts.sum())
-    written = faiss.serialize_index(index).tobytes()
-    none = struct.pack("<4sQ", b"sprs", 0)  # which ends with no list, as `index` itself is empty
-    assert written.endswith(none), "FAISS writes its lists otherwise now"
-    return (
-        written.removesuffix(none)
-        + struct.pack("<4sQ", b"full", len(counts))
-        + counts.astype("<u8").tobytes()
-    )
+def _write(index, path):
+    faiss.write_index(index, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
 
 
-def _tune(index, queries, truth, wanted):
-    """The fewest lists, in steps of a quarter, that find `wanted` of the even queries' truth, two standard errors to
-    spare; the recall on the odd ones."""
+def _tune(index, queries, true_rows, target):
+    """Set the smallest `nprobe`, in steps of a quarter, that finds `target` on the even queries, two standard errors
+    to spare; return it with the recall on the odd queries."""
     index.nprobe = 1
-    while index.nprobe < index.nlist and _surely(_measure(index, queries[::2], truth[::2])) < wanted:
+    while index.nprobe < index.nlist and _lower_bound(_recall(index, queries[::2], true_rows[::2])) < target:
         index.nprobe = min(math.ceil(1.25 * index.nprobe), index.nlist)
-    measured = _measure(index, queries[1::2], truth[1::2])
-    return {
-        "nprobe": index.nprobe,
-        "recall": float(measured.mean()),
-        "k": truth.shape[1],
-        "queries": len(measured),
-    }
+    measured = _recall(index, queries[1::2], true_rows[1::2])
+    numbers = {"nprobe": index.nprobe, "recall": float(measured.mean())}
+    return numbers | {"k": true_rows.shape[1], "queries": len(measured)}
 
 
-def _surely(measured):
-    """A mean less two standard errors of it."""
-    return measured.mean() - 2 * measured.std() / math.sqrt(len(measured))
+def _lower_bound(values):
+    """Return a mean less two standard errors of it."""
+    return values.mean() - 2 * values.std() / math.sqrt(len(values))
 
 
-def _measure(index, queries, truth):
-    return recalls(index.search(queries, truth.shape[1])[1], truth)
+def _recall(index, queries, true_rows):
+    return recalls(index.search(queries, true_rows.shape[1])[1], true_rows)
