@@ -27,7 +27,7 @@ from vsr1 import config
 from vsr1.data import annotations, video_reader
 from vsr1.data.video_writer import write_video
 from vsr1.loop import episode, records, runner
-from vsr1.mini import pretraining_tasks
+from vsr1.mini import architecture
 from vsr1.models import checkpoints, embedding, engine, loading, policy, search_index
 from vsr1.report import results
 from vsr1.training import grpo, rollout, sft, sft_examples
@@ -70,9 +70,7 @@ class Measurement:
 
 def make_config(shapes: dict) -> Qwen3VLConfig:
     """The mini model's configuration with other shapes."""
-    config = pretraining_tasks.make_config(
-        pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary())
-    ).to_dict()
+    config = architecture.make_config(architecture.make_tokenizer()).to_dict()
     config["text_config"].pop("layer_types", None)  # one a layer, of the mini model
     for side, sizes in shapes.items():
         config[side] |= sizes
@@ -81,7 +79,7 @@ def make_config(shapes: dict) -> Qwen3VLConfig:
 
 def make_models(folder: Path, shapes: dict, dtype: str, device: str) -> None:
     """A policy and an engine with random weights, as checkpoints `folder`/policy and `folder`/engine."""
-    tokenizer = pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary())
+    tokenizer = architecture.make_tokenizer()
     for kind, name in ((Qwen3VLForConditionalGeneration, "policy"), (Qwen3VLModel, "engine")):
         torch.manual_seed(0)
         with torch.device(device):

@@ -25,7 +25,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VL
 from vsr1 import cache, config
 from vsr1.data import annotations, video_reader
 from vsr1.loop import sqr
-from vsr1.mini import pretraining_tasks
+from vsr1.mini import architecture
 from vsr1.models import engine, inputs, policy, prompt_text, search_index, soft_heads
 from vsr1.report import results
 from vsr1.training import grpo, rollout
@@ -57,9 +57,7 @@ class Measurement:
 
 def make_config(large: bool, rows: int) -> Qwen3VLConfig:
     """The mini policy's configuration, or one of about 200 M parameters; `rows` of the embedding matrix."""
-    config = pretraining_tasks.make_config(
-        pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary())
-    ).to_dict()
+    config = architecture.make_config(architecture.make_tokenizer()).to_dict()
     text, vision = config["text_config"], config["vision_config"]
     text["vocab_size"] = rows
     if large:
@@ -80,7 +78,7 @@ def make_config(large: bool, rows: int) -> Qwen3VLConfig:
 def random_policy(large: bool, seed: int = 0) -> policy.Policy:
     """A policy with random weights and heads that never ends a reply by itself."""
     torch.manual_seed(seed)
-    tokenizer = pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary())
+    tokenizer = architecture.make_tokenizer()
     model = Qwen3VLForConditionalGeneration(make_config(large, len(tokenizer) + 8)).eval()
     base = policy.Policy(model, tokenizer, None, None, 4096)
     made = policy.new_heads(base, soft_heads.Settings(refine_init="default"), seed)
@@ -155,7 +153,7 @@ class Step:
         knobs |= {"grpo_lr": 0.0, "grpo_head_lr": 0.0}
         profile = replace(config.load("mini"), **knobs, **({"lora_rank": 0} if large else {}))
         made = random_policy(large)
-        searches = Qwen3VLModel(pretraining_tasks.make_config(made.tokenizer)).eval().requires_grad_(False)
+        searches = Qwen3VLModel(architecture.make_config(made.tokenizer)).eval().requires_grad_(False)
         search = engine.Engine(profile, searches, made.tokenizer, "random")
         vecs = torch.nn.functional.normalize(torch.randn(33, search.width), dim=1).numpy()
         vectors = search_index.Vectors([f"v{n}" for n in range(32)], vecs[:32], [0], vecs[32:])

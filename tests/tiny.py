@@ -14,7 +14,7 @@ from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 from vsr1 import config
 from vsr1.data import video_reader
-from vsr1.mini import pretraining_tasks
+from vsr1.mini import architecture
 from vsr1.models import engine, policy, soft_heads
 
 COLD = 0.1  # a temperature at which a random policy repeats itself
@@ -24,8 +24,8 @@ QUERIES = ["A person waves.", "Someone jumps up and down by the lake with a blue
 def random_policy(spare=8, init="default", seed=0):
     """With fresh heads, and `spare` embedding rows above the tokenizer, one of which <REFINE> takes."""
     torch.manual_seed(seed)
-    tokenizer = pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary())
-    config = pretraining_tasks.make_config(tokenizer)
+    tokenizer = architecture.make_tokenizer()
+    config = architecture.make_config(tokenizer)
     config.text_config.vocab_size = len(tokenizer) + spare
     model = Qwen3VLForConditionalGeneration(config).eval()
     for name, weight in model.named_parameters():  # freshly drawn weights hardly look at anything: let them
@@ -42,8 +42,8 @@ def random_policy(spare=8, init="default", seed=0):
 def random_engine():
     """A frozen engine of the mini shape."""
     torch.manual_seed(1)
-    tokenizer = pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary())
-    model = Qwen3VLModel(pretraining_tasks.make_config(tokenizer)).eval().requires_grad_(False)
+    tokenizer = architecture.make_tokenizer()
+    model = Qwen3VLModel(architecture.make_config(tokenizer)).eval().requires_grad_(False)
     return engine.Engine(config.load("smoke"), model, tokenizer, "random")
 
 

@@ -18,7 +18,7 @@ from vsr1.data.annotations import Query
 from vsr1.evaluation import evaluate, metrics
 from vsr1.loop import episode, replies, runner, sqr
 from vsr1.loop.records import read_episodes
-from vsr1.mini import pretraining_tasks, renderer
+from vsr1.mini import architecture, renderer
 from vsr1.models import embedding, engine, policy, prompt_text, search_index
 
 REJECT = "<think> a dog </think> <answer>not_matched</answer> <REFINE>"
@@ -65,8 +65,8 @@ def scripted(made, **changes):
 @pytest.fixture(scope="module")
 def made():
     torch.manual_seed(1)
-    tokenizer = pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary())
-    model = Qwen3VLModel(pretraining_tasks.make_config(tokenizer)).eval()
+    tokenizer = architecture.make_tokenizer()
+    model = Qwen3VLModel(architecture.make_config(tokenizer)).eval()
     for name, weight in model.named_parameters():  # else all queries look alike to random weights
         if weight.ndim == 2 and "embed" not in name:
             weight.data *= 3

@@ -13,7 +13,7 @@ from vsr1 import config
 from vsr1.evaluation import evaluate, metrics
 from vsr1.experiments import refinement, verification
 from vsr1.loop import replies, sqr
-from vsr1.mini import pretraining_tasks
+from vsr1.mini import architecture
 from vsr1.models import engine, prompt_text, search_index
 
 PROFILE = config.load("smoke")
@@ -205,7 +205,7 @@ def agent():
 @pytest.fixture(scope="module")
 def made(agent):
     torch.manual_seed(1)
-    config = pretraining_tasks.make_config(agent.tokenizer)
+    config = architecture.make_config(agent.tokenizer)
     model = Qwen3VLModel(config).eval()
     for name, weight in model.named_parameters():  # else all queries look alike to random weights
         if weight.ndim == 2 and "embed" not in name:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from vsr1 import cache, config
 from vsr1.data import annotations
 from vsr1.evaluation import metrics
-from vsr1.mini import drawing, pretraining, pretraining_tasks, renderer, teacher, world
+from vsr1.mini import attribute_heads, drawing, pretraining, pretraining_tasks, renderer, teacher, world
 from vsr1.models import embedding, inputs, search_index
 
 SHIPPED = ("backbone", "policy", "engine-small", "engine-large")
@@ -197,13 +197,13 @@ def test_what_is_noted_of_each_pair_of_frames_stands_where_the_pair_ends(monkeyp
     ]
     assert prompt.ids.count(work.model.config.vision_end_token_id) == len(looks)
     assert [look["before"] for look in looks] == [None, *(look["action"] for look in looks[:-1])]
-    heads = torch.zeros(2 * (len(pretraining_tasks.features()) + 1) + pretraining_tasks.LAST_SECOND, 16)
+    heads = torch.zeros(2 * (len(attribute_heads.attribute_ids()) + 1) + attribute_heads.LAST_SECOND, 16)
     states = torch.randn(len(looks), 16)
-    even, _ = pretraining_tasks.noted(states, heads, looks)
-    heads[-pretraining_tasks.LAST_SECOND + looks[0]["second"]] = 9 * torch.nn.functional.rms_norm(
+    even, _ = attribute_heads.pair_loss(states, heads, looks)
+    heads[-attribute_heads.LAST_SECOND + looks[0]["second"]] = 9 * torch.nn.functional.rms_norm(
         states[0], (16,)
     )
-    better, log = pretraining_tasks.noted(states[:1], heads, looks[:1])
+    better, log = attribute_heads.pair_loss(states[:1], heads, looks[:1])
     assert log["second"] == 1 and better < even
 
 
@@ -227,11 +227,11 @@ def test_the_whole_foundation_is_made_by_one_command_and_then_left_alone(tmp_pat
 
 
 def test_a_probe_vector_is_the_normalised_sum_of_its_attributes_rows():
-    table = pretraining_tasks.features()
+    table = attribute_heads.attribute_ids()
     probe = torch.randn(len(table), 8)
     moment = world.Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "garage", "night")
     rows = sum(probe[table[name, getattr(moment, name)]] for name in world.ATTRIBUTES)
-    torch.testing.assert_close(pretraining_tasks.probe_vecs(probe, [moment])[0], rows / rows.norm())
+    torch.testing.assert_close(attribute_heads.probe_vecs(probe, [moment])[0], rows / rows.norm())
 
 
 @pytest.mark.parametrize("name", SHIPPED)

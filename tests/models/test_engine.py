@@ -11,7 +11,7 @@ from transformers import Qwen3VLModel
 
 from vsr1 import cache, config
 from vsr1.data import annotations, video_reader
-from vsr1.mini import pretraining_tasks, renderer
+from vsr1.mini import architecture, renderer
 from vsr1.models import embedding, engine, ivf_index, loading, search_index
 
 TEXTS = [
@@ -25,8 +25,8 @@ TEXTS = [
 def made():
     """An engine of the mini shape with random weights: nothing here depends on what training taught."""
     torch.manual_seed(0)
-    tokenizer = pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary())
-    model = Qwen3VLModel(pretraining_tasks.make_config(tokenizer)).eval()
+    tokenizer = architecture.make_tokenizer()
+    model = Qwen3VLModel(architecture.make_config(tokenizer)).eval()
     return engine.Engine(config.load("smoke"), model, tokenizer, "random")
 
 
@@ -120,8 +120,8 @@ def test_a_query_over_the_limit_loses_words_not_the_template(made):
 
 
 def test_a_template_that_ends_differently_is_refused(made):
-    tokenizer = pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary())
-    tokenizer.chat_template = pretraining_tasks.CHAT.replace(
+    tokenizer = architecture.make_tokenizer()
+    tokenizer.chat_template = architecture.CHAT.replace(
         "<|im_start|>assistant\n", "<|im_start|>assistant"
     )
     other = engine.Engine(config.load("smoke"), made.model, tokenizer, "other")

@@ -5,15 +5,15 @@ import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
-from vsr1.mini import pretraining_tasks
+from vsr1.mini import architecture
 from vsr1.models import batching, decoding, inputs, loading
 
 
 @pytest.fixture(scope="module")
 def tiny():
     torch.manual_seed(0)
-    tokenizer = pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary())
-    return Qwen3VLForConditionalGeneration(pretraining_tasks.make_config(tokenizer)).eval(), tokenizer
+    tokenizer = architecture.make_tokenizer()
+    return Qwen3VLForConditionalGeneration(architecture.make_config(tokenizer)).eval(), tokenizer
 
 
 def video_row(tiny, frames, seconds=None, question="Describe what happens when."):

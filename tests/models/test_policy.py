@@ -15,7 +15,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 
 from vsr1 import config
 from vsr1.loop import sqr
-from vsr1.mini import pretraining_tasks
+from vsr1.mini import architecture
 from vsr1.models import checkpoints, decoding, engine, inputs, policy, prompt_text, soft_heads
 from vsr1.training import common
 
@@ -295,7 +295,7 @@ def test_a_saved_policy_comes_back_with_heads_settings_and_the_same_replies(made
 
 def test_a_base_model_has_no_heads_and_can_reply(made, tmp_path, prompts):
     base = policy.Policy(
-        made.model, pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary()), None, None, 4096
+        made.model, architecture.make_tokenizer(), None, None, 4096
     )
     checkpoints.save(base, tmp_path)
     loaded = checkpoints.load(str(tmp_path), profile())
@@ -408,12 +408,12 @@ def retensor(change):
 
 def as_engine(folder):
     torch.manual_seed(0)
-    config = pretraining_tasks.make_config(pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary()))
+    config = architecture.make_config(architecture.make_tokenizer())
     Qwen3VLModel(config).save_pretrained(folder)
 
 
 def plain_tokenizer(folder):
-    pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary()).save_pretrained(folder)
+    architecture.make_tokenizer().save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -501,7 +501,7 @@ def test_fresh_heads_follow_the_method_and_the_seed():
 
 def test_an_engine_of_another_width_or_instruction_is_refused(made):
     torch.manual_seed(0)
-    model_config = pretraining_tasks.make_config(made.tokenizer)
+    model_config = architecture.make_config(made.tokenizer)
     core = Qwen3VLModel(model_config)
     sqr.check_fit(made, engine.Engine(profile(), core, made.tokenizer, "mine"))
     other = engine.Engine(profile(instruction="Find it!"), core, made.tokenizer, "other")

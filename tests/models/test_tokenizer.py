@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from vsr1 import config
 from vsr1.data import video_reader
-from vsr1.mini import pretraining_tasks
+from vsr1.mini import architecture
 from vsr1.models import engine, policy, prompt_text
 
 FOLDER = os.environ.get("QWEN3_TOKENIZER")
@@ -48,7 +48,7 @@ def tokenizer():
 def model(tokenizer):
     """As much of a model as prompts ask for."""
     table = types.SimpleNamespace(num_embeddings=151936)
-    config = pretraining_tasks.make_config(tokenizer)
+    config = architecture.make_config(tokenizer)
     return types.SimpleNamespace(config=config, device="cpu", get_input_embeddings=lambda: table)
 
 

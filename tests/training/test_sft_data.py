@@ -14,7 +14,7 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from vsr1 import cache, config
 from vsr1.data import annotations, clip_cache, video_reader
 from vsr1.loop.replies import read_reply
-from vsr1.mini import pretraining_tasks, renderer, source, world
+from vsr1.mini import architecture, renderer, source, world
 from vsr1.models import embedding, inputs, loading, policy, prompt_text, search_index
 from vsr1.training import released_replies, sft_data, sft_examples, teacher_model
 
@@ -432,8 +432,8 @@ def test_no_reasoning_or_half_of_one_is_no_row(clone, monkeypatch):
 def test_a_mixture_of_experts_is_loaded_and_speaks_as_with_the_library(tmp_path):
     """The paper's teacher is one; `policy.load` knows the dense kind only."""
     torch.manual_seed(0)
-    tokenizer = pretraining_tasks.make_tokenizer(pretraining_tasks.vocabulary())
-    told = pretraining_tasks.make_config(tokenizer).to_dict()
+    tokenizer = architecture.make_tokenizer()
+    told = architecture.make_config(tokenizer).to_dict()
     for part in (told, told["text_config"], told["vision_config"]):
         part.pop("model_type")
     told["text_config"] |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}

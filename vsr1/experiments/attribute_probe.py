@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from vsr1 import cache
 from vsr1.data import annotations
 from vsr1.mini import source, world
-from vsr1.mini.pretraining_tasks import features, probe_vecs
+from vsr1.mini.attribute_heads import attribute_ids, probe_vecs
 from vsr1.models import embedding, engine, search_index
 
 
@@ -51,7 +51,7 @@ def _headroom(profile, dataset, which, train_folder, test_folder):
     kept = np.isin(
         vectors.query_ids, [query.id for query in queries]
     )  # a video that cannot be read has no vector
-    probe = torch.nn.Parameter(0.05 * torch.randn(len(features()), vectors.video_vecs.shape[1]))
+    probe = torch.nn.Parameter(0.05 * torch.randn(len(attribute_ids()), vectors.video_vecs.shape[1]))
     gallery, wanted = torch.from_numpy(train_vectors.video_vecs), torch.from_numpy(train_column)
     optimizer = torch.optim.Adam([probe], lr=0.02)
     for _ in cache.progress(range(profile.studies.probe_steps), f"probe {dataset}"):

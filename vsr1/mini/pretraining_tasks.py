@@ -17,38 +17,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 from vsr1 import cache
 from vsr1.config import InputError
 from vsr1.data import video_reader
-from vsr1.mini import captions, renderer, teacher, world
+from vsr1.mini import architecture, captions, renderer, teacher, world
+from vsr1.mini.attribute_heads import (
+    attribute_ids,
+    attribute_loss,
+    new_heads,
+    pair_loss,
+    probe_vecs,
+    target_loss,
+)
 from vsr1.mini.world import ATTRIBUTES
 from vsr1.models import engine, inputs, loading, prompt_text
 from vsr1.models.prompt_text import seconds_text
 
-SPECIALS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>", "<think>", "</think>", "<answer>", "</answer>", "<start>", "</start>",
-    "<end>", "</end>", "<query_update>", "</query_update>",
-)  # fmt: skip
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-FILLER = (
-    "",
-    "",
-    "Find the video: ",
-    "Show me a clip. ",
-    "Which video is it? ",
-    "Please search for this moment: ",
-)
-ASK = "Describe what happens when."
-SPARE = 64  # the embedding matrix has rows above the vocabulary, as the real one has: room for <REFINE>
 HALF = 2  # text layers up to where `watch` looks
-LAST_SECOND = 200  # of any video, as the tokenizer's numbers
 HOLD = 20.0  # weight of one minus the cosine between a video's vector and what it was
 
 
@@ -73,91 +60,6 @@ class PhaseConfig:
     neutral: float = 0.0  # how often neutral tokens stand where soft tokens will
     seed: int = 7
     save_every: int = 100
-
-
-# --- tokenizer and configuration -----------------------------------------------------------------------------------
-
-
-def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with Qwen's special tokens; every word of `texts` and every number to 199 is one token.
-
-    Any other text still has ids (bytes), as with the real tokenizer.
-    """
-    pattern = Regex(r"[ ]?seconds>|[ ]?\p{L}+|\d{1,3}|\.\d|[ ]?[^\s\p{L}\p{N}]|\s")
-    split = pre_tokenizers.Split(pattern, "isolated")
-    core = Tokenizer(models.BPE())
-    core.normalizer = normalizers.NFC()
-    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=4000, special_tokens=list(SPECIALS), initial_alphabet=alphabet)
-    core.train_from_iterator(texts, trainer)
-    ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **ends)
-    tokenizer.chat_template = CHAT
-    return tokenizer
-
-
-def vocabulary() -> list[str]:
-    """Texts that hold every word the mini world uses, often enough that each becomes one token."""
-    numbers = " ".join(f"<{n}.{n % 10} seconds>{n}" for n in range(200))
-    roles = (
-        "system\nuser\nassistant\nRepresent the user's input. matched not_matched Query: Retrieved video: "
-    )
-    own = "the query asks for but the video shows same different no yes what who where when is it and or so to from "
-    said = "From to as asked not , . : ? What colour is are does do Which Where When Focus on someone who scene there "
-    parts = [numbers, roles, own, " " + own.title(), said, ASK, *FILLER]
-    parts += [prompt_text.SYSTEM, prompt_text.SYSTEM_ZS, prompt_text.SYSTEM_HQR, prompt_text.REWRITE]
-    for table in (
-        world.COLOURS,
-        world.OBJECTS,
-        captions.LIGHTS.values(),
-        captions.ACTIONS.values(),
-    ):
-        parts += [f" {word}" for word in table]
-    for dataset, places in world.PLACES.items():
-        for place in places:
-            for style in range(captions.STYLES):
-                for named in (
-                    ATTRIBUTES,
-                    ("action", "object"),
-                    ("colour",),
-                    ("object",),
-                    ("place",),
-                    ("light",),
-                ):
-                    look = {name: world.values(name, dataset)[0] for name in ATTRIBUTES} | {"place": place}
-                    parts.append(captions.caption(world.Moment(0, 1, **look), style, named))
-    parts += [part.lower() for part in parts]
-    return (parts + [f" {part}" for part in parts]) * 3
-
-
-def make_config(tokenizer) -> Qwen3VLConfig:
-    """A Qwen3-VL of about 3.2 M parameters; a visual token covers 32 x 32 pixels of two frames, as in the real one."""
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
-    marks = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
-    text = {
-        "vocab_size": (len(tokenizer) // SPARE + 1) * SPARE, "hidden_size": 192, "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
-        "rope_parameters": {
-            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True
-        },
-        "tie_word_embeddings": True,
-    }  # fmt: skip
-    vision = {
-        "depth": 3, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 192,
-        "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1],
-    }  # fmt: skip
-    return Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=True,
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-        vision_start_token_id=marks["vision_start"],
-        vision_end_token_id=marks["vision_end"],
-    )
 
 
 # --- the foundation split in memory ----------------------------------------------------------------------------------
@@ -312,7 +214,7 @@ class Row(NamedTuple):
 
     prompt: inputs.Prompt  # with the answer
     told: int  # tokens of the answer
-    looks: tuple[dict, ...] = ()  # what each pair of frames shows and when, for `noted`
+    looks: tuple[dict, ...] = ()  # what each pair of frames shows and when, for `pair_loss`
     asked: dict | None = None  # attributes of the moment asked for
 
 
@@ -321,9 +223,9 @@ class PretrainingTask:
 
     def __init__(self, profile, recipe: PhaseConfig):
         self.profile, self.films = profile, load_films(profile)
-        self.tokenizer = make_tokenizer(vocabulary())
+        self.tokenizer = architecture.make_tokenizer()
         torch.manual_seed(recipe.seed)
-        self.model = Qwen3VLForConditionalGeneration(make_config(self.tokenizer))
+        self.model = Qwen3VLForConditionalGeneration(architecture.make_config(self.tokenizer))
         if recipe.start:
             start = profile.data_dir("foundation") / recipe.start
             kind = Qwen3VLModel if recipe.start.startswith("index") else Qwen3VLForConditionalGeneration
@@ -362,7 +264,7 @@ class PretrainingTask:
     def told(self, recipe: PhaseConfig, make_row, heads=None, aim=False):
         """The language-model loss over the answers of rows from `make_row(lesson, frames, rng)`.
 
-        With `heads` their loss (`noted`) on the states half-way up is added, for rows that tell what each pair of their
+        With `heads` their loss (`pair_loss`) on the states half-way up is added, for rows that tell what each pair of their
         frames shows; with `aim` the heads also read, where a time is to be named, of what.
         """
         decisive = torch.tensor(self.tokenizer.convert_tokens_to_ids(["Ġyes", "Ġno", "not", "matched"]))
@@ -394,12 +296,12 @@ class PretrainingTask:
                 half = out.hidden_states[HALF]
                 tells = torch.tensor([bool(row.looks) for row in rows])[:, None]
                 ends = (batch["input_ids"] == self.model.config.vision_end_token_id) & tells
-                extra, seen = noted(half[ends], heads, [look for row in rows for look in row.looks])
+                extra, seen = pair_loss(half[ends], heads, [look for row in rows for look in row.looks])
                 total, log = total + extra, log | seen
                 here = (spoken & torch.isin(wanted, times) & tells).nonzero()  # (M, 2): row, column
                 if aim and len(here):
                     asked = half[here[:, 0], here[:, 1] - told]
-                    extra, seen = named(asked, heads, [rows[row].asked for row in here[:, 0].tolist()])
+                    extra, seen = target_loss(asked, heads, [rows[row].asked for row in here[:, 0].tolist()])
                     total, log = total + extra, log | {f"asked_{name}": share for name, share in seen.items()}
             return total, log
 
@@ -416,7 +318,7 @@ def see(lesson, recipe: PhaseConfig, folder: Path):
     place and light after 300 steps and guessed everything else (LOG.md).
     """
     films, model = lesson.films, lesson.model
-    tower, table = model.model.visual, features()
+    tower, table = model.model.visual, attribute_ids()
     count = (
         3 * model.config.text_config.hidden_size * 4
     )  # merged and two deepstack features, four tokens each
@@ -431,17 +333,6 @@ def see(lesson, recipe: PhaseConfig, folder: Path):
         return attribute_loss(states @ heads.T, labels)
 
     train(recipe, tower, losses, folder, extra=[heads])
-
-
-def attribute_loss(logits: torch.Tensor, looks: list[dict], names=ATTRIBUTES) -> tuple[torch.Tensor, dict]:
-    """(mean cross-entropy, accuracies) of linear heads, a column a value and one for none: (N, values + 1) logits."""
-    table, total, log = features(), 0.0, {}
-    for name in names:
-        some = torch.tensor([*(n for (kind, _), n in table.items() if kind == name), len(table)])
-        wanted = torch.tensor([table.get((name, look[name]), len(table)) for look in looks])
-        total = total + F.cross_entropy(logits[:, some], torch.searchsorted(some, wanted))
-        log[name] = (some[logits[:, some].argmax(1)] == wanted).float().mean()
-    return total / len(names), log
 
 
 def seen_pair(films: Films, rng) -> tuple[np.ndarray, dict]:
@@ -476,32 +367,8 @@ def watch(lesson, recipe: PhaseConfig, folder: Path):
     copied; from answers alone that was hardly learned (LOG.md).
     """
     lesson.model.model.visual.requires_grad_(False)
-    heads = new_heads(lesson)
+    heads = new_heads(lesson.model.config.text_config.hidden_size)
     train(recipe, lesson.model, lesson.told(recipe, question_row, heads), folder, extra=[heads])
-
-
-def new_heads(lesson) -> torch.nn.Parameter:
-    """(2 (values + 1) + seconds, H): linear heads for `noted`."""
-    rows = 2 * (len(features()) + 1) + LAST_SECOND
-    return torch.nn.Parameter(0.01 * torch.randn(rows, lesson.model.config.text_config.hidden_size))
-
-
-def named(states: torch.Tensor, heads: torch.Tensor, asked: list[dict]) -> tuple[torch.Tensor, dict]:
-    """(loss, log) of the same heads on the states (M, D) where times are named: action and object asked for."""
-    logits = F.rms_norm(states, states.shape[-1:]) @ heads[: len(features()) + 1].T
-    return attribute_loss(logits, asked, ("action", "object"))
-
-
-def noted(states: torch.Tensor, heads: torch.Tensor, looks: list[dict]) -> tuple[torch.Tensor, dict]:
-    """(loss, log) of heads on (pairs, D) states: what a pair shows, what the one before did, its whole second."""
-    count = len(features()) + 1
-    logits = F.rms_norm(states, states.shape[-1:]) @ heads.T  # (pairs, 2 (values + 1) + seconds)
-    now, log = attribute_loss(logits[:, :count], looks)
-    earlier = [{"action": look["before"]} for look in looks]
-    before, _ = attribute_loss(logits[:, count : 2 * count], earlier, ("action",))
-    wanted = torch.tensor([look["second"] for look in looks])
-    log["second"] = (logits[:, 2 * count :].argmax(1) == wanted).float().mean()
-    return 1.25 * now + 0.25 * before + 0.25 * F.cross_entropy(logits[:, 2 * count :], wanted), log
 
 
 def compare(lesson, recipe: PhaseConfig, folder: Path):
@@ -517,7 +384,7 @@ def locate(lesson, recipe: PhaseConfig, folder: Path):
     is seen come to look alike, and can be matched. Without that any of a film's moments was named (LOG.md).
     """
     lesson.model.model.visual.requires_grad_(False)
-    heads = new_heads(lesson)
+    heads = new_heads(lesson.model.config.text_config.hidden_size)
     questions = lesson.told(recipe, question_row, heads, aim=True)
     tasks = lesson.told(replace(recipe, batch=recipe.batch // 2), task_row, heads, aim=True)
     losses = lambda step, rng: (tasks if step % 4 == 3 else questions)(step, rng)  # noqa: E731
@@ -549,7 +416,9 @@ def told_row(lesson, clip, moments, rng):
     when = [f"{seconds_text(m.start)} to {seconds_text(m.end)}" for m in moments]
     what = [captions.caption(m, int(rng.integers(captions.STYLES))) for m in moments]
     told = [f"{span}: {caption}" for span, caption in zip(when, what, strict=True)]
-    return lesson.row("Watch the video.", (lesson.video(clip), ASK), "\n".join(told) or "Nothing.")
+    return lesson.row(
+        "Watch the video.", (lesson.video(clip), architecture.CAPTION_PROMPT), "\n".join(told) or "Nothing."
+    )
 
 
 def picture_row(lesson, count, rng):
@@ -664,7 +533,7 @@ def asked_moment(films, number, moments, rng) -> world.Moment:
 def index(lesson, recipe: PhaseConfig, folder: Path):
     """Teach an engine video vectors that a linear map of all seven attributes of their moments can tell apart."""
     films, made = lesson.films, lesson.engine(recipe)
-    probe = torch.nn.Parameter(0.05 * torch.randn(len(features()), made.width))
+    probe = torch.nn.Parameter(0.05 * torch.randn(len(attribute_ids()), made.width))
 
     def losses(step, rng):
         numbers = draw(films, recipe, rng)
@@ -720,26 +589,6 @@ def text(lesson, recipe: PhaseConfig, folder: Path):
     train(recipe, made.model, losses, folder)
 
 
-def features() -> dict[tuple[str, str], int]:
-    """A number for every (attribute, value) of the world."""
-    pairs = [
-        (name, value)
-        for name in ATTRIBUTES
-        for dataset in world.PLACES
-        for value in world.values(name, dataset)
-    ]
-    return {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
-
-
-def probe_vecs(probe: torch.Tensor, moments: list[world.Moment]) -> torch.Tensor:
-    """(M, D) unit vectors: a linear map of the seven attributes of each moment."""
-    table = features()
-    rows = torch.tensor(
-        [[table[name, getattr(moment, name)] for name in ATTRIBUTES] for moment in moments]
-    )  # (M, 7)
-    return F.normalize(probe[rows].sum(dim=1), dim=-1)
-
-
 def partial_caption(moment: world.Moment, recipe: PhaseConfig, rng) -> str:
     """A caption for the text side: action, object or both; the other attributes as often as the recipe says."""
     share = {"place": recipe.place, "light": recipe.light}
@@ -747,7 +596,7 @@ def partial_caption(moment: world.Moment, recipe: PhaseConfig, rng) -> str:
     named |= set((("action",), ("object",), ("action", "object"))[int(rng.choice(3, p=(0.1, 0.1, 0.8)))])
     colours = [name for name in world.DIFFERING if rng.random() < recipe.wrong]
     told = replace(moment, **{name: str(rng.choice(list(world.COLOURS))) for name in colours})
-    style, lead = int(rng.integers(captions.STYLES)), str(rng.choice(FILLER))
+    style, lead = int(rng.integers(captions.STYLES)), str(rng.choice(architecture.QUERY_PREFIXES))
     if rng.random() < 0.25:  # in the manner of a rewritten query
         return lead + teacher.rewrite(told, None, rng, style, tuple(named))
     return lead + captions.caption(told, style, tuple(named))
@@ -765,9 +614,11 @@ def neutral_tokens(model, rows: int, size: float, rng) -> torch.Tensor:
     noise = torch.from_numpy(rng.standard_normal((rows, count, words.shape[1]))).float()
     if kind == 1:
         return noise / noise.norm(dim=-1, keepdim=True) * size * float(rng.random())
-    return words[torch.from_numpy(rng.integers(len(SPECIALS), len(words) - SPARE, (rows, count)))] * float(
-        rng.random()
-    )
+    return words[
+        torch.from_numpy(
+            rng.integers(len(architecture.SPECIALS), len(words) - architecture.SPARE_ROWS, (rows, count))
+        )
+    ] * float(rng.random())
 
 
 PHASES = {

@@ -1,0 +1,78 @@
+"""Read and write rendered attributes by linear maps: the attribute probe, and the heads that pretraining throws away."""
+
+import torch
+import torch.nn.functional as F
+
+from vsr1.mini import world
+from vsr1.mini.world import ATTRIBUTES
+
+LAST_SECOND = 200  # of any video, as the tokenizer's numbers
+
+
+def attribute_ids() -> dict[tuple[str, str], int]:
+    """Return a number for every (attribute, value) of the world."""
+    pairs = [
+        (name, value) for name in ATTRIBUTES for data in world.PLACES for value in world.values(name, data)
+    ]
+    return {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+
+
+def probe_vecs(probe: torch.Tensor, moments: list[world.Moment]) -> torch.Tensor:
+    """Return (M, D) unit vectors: a linear map of the seven attributes of each moment.
+
+    probe  (attribute values, D)
+    """
+    ids = attribute_ids()
+    rows = torch.tensor([[ids[name, getattr(m, name)] for name in ATTRIBUTES] for m in moments])  # (M, 7)
+    return F.normalize(probe[rows].sum(dim=1), dim=-1)
+
+
+def attribute_loss(logits: torch.Tensor, labels: list[dict], names=ATTRIBUTES) -> tuple[torch.Tensor, dict]:
+    """Return the mean cross-entropy over attributes, and the accuracy of each.
+
+    logits  (N, values + 1): a column a value, and one for none
+    labels  N attributes by name; None where nothing is to be seen
+    """
+    ids, loss, accuracies = attribute_ids(), 0.0, {}
+    none = len(ids)
+    for name in names:
+        columns = torch.tensor([*(number for (kind, _), number in ids.items() if kind == name), none])
+        targets = torch.tensor([ids.get((name, label[name]), none) for label in labels])
+        loss = loss + F.cross_entropy(logits[:, columns], torch.searchsorted(columns, targets))
+        accuracies[name] = (columns[logits[:, columns].argmax(1)] == targets).float().mean()
+    return loss / len(names), accuracies
+
+
+# --- Heads on the states of the language model
+
+
+def new_heads(width: int) -> torch.nn.Parameter:
+    """Return (2 (values + 1) + seconds, width) random linear heads for `pair_loss` and `target_loss`."""
+    rows = 2 * (len(attribute_ids()) + 1) + LAST_SECOND
+    return torch.nn.Parameter(0.01 * torch.randn(rows, width))
+
+
+def pair_loss(states: torch.Tensor, heads: torch.Tensor, pairs: list[dict]) -> tuple[torch.Tensor, dict]:
+    """Return (loss, accuracies) of what is read where a pair of frames ends: see `pretraining_tasks.pair_labels`.
+
+    What the pair shows, the action of the pair before, and its whole second.
+
+    states  (P, D)
+    """
+    count = len(attribute_ids()) + 1
+    logits = F.rms_norm(states, states.shape[-1:]) @ heads.T  # (P, 2 (values + 1) + seconds)
+    now, accuracies = attribute_loss(logits[:, :count], pairs)
+    earlier = [{"action": pair["before"]} for pair in pairs]
+    before, _ = attribute_loss(logits[:, count : 2 * count], earlier, ("action",))
+    seconds = torch.tensor([pair["second"] for pair in pairs])
+    accuracies["second"] = (logits[:, 2 * count :].argmax(1) == seconds).float().mean()
+    return 1.25 * now + 0.25 * before + 0.25 * F.cross_entropy(logits[:, 2 * count :], seconds), accuracies
+
+
+def target_loss(states: torch.Tensor, heads: torch.Tensor, targets: list[dict]) -> tuple[torch.Tensor, dict]:
+    """Return (loss, accuracies) of the same heads where a time is named: action and object of the moment asked for.
+
+    states  (M, D)
+    """
+    logits = F.rms_norm(states, states.shape[-1:]) @ heads[: len(attribute_ids()) + 1].T
+    return attribute_loss(logits, targets, ("action", "object"))
