@@ -234,6 +234,17 @@ def test_embedding_a_corpus_names_the_broken_video_and_resumes_to_the_same_files
         np.testing.assert_allclose(by_ivf, plain, atol=1e-6)
 
 
+def test_embedding_makes_its_corpus_current_first(tmp_path, monkeypatch, made):
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setattr(engine, "load", lambda profile, which: made)
+    profile = config.load("smoke")
+    count = {"train_videos": 1, "test_videos": 1}
+    profile = dataclasses.replace(profile, world=dataclasses.replace(profile.world, **count))
+    vectors = search_index.load_vectors(embedding.embed_corpus(profile, "charades", "test"))
+    queries = annotations.read_fig(profile.data_dir("charades") / "corpus" / "test.jsonl")
+    assert vectors.video_ids == annotations.gallery_ids(queries)
+
+
 def test_an_engine_that_is_not_there_is_one_clear_line():
     profile = dataclasses.replace(config.load("smoke"), engine="vsr1/models/no-such-engine")
     with pytest.raises(config.InputError, match="no-such-engine: the mini model is missing; restore it"):

@@ -1,8 +1,11 @@
 """Prompts, patches and batches, each against a second way of making them."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 from vsr1.mini import architecture
@@ -127,6 +130,22 @@ def test_batches_cover_every_row_once_and_respect_the_limit():
     assert sorted(row for group in groups for row in group) == list(range(500))
     assert all(len(group) * max(lengths[row] for row in group) <= 256 for group in groups)
     assert lengths[groups[0][0]] == max(lengths)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (128, 128), (100, 333), (480, 854), (37, 41)])
+def test_frames_shrunk_one_by_one_are_those_shrunk_at_once(size):
+    frames = np.random.default_rng(0).integers(0, 256, (6, *size, 3), dtype=np.uint8)
+    vision = types.SimpleNamespace(patch_size=16, spatial_merge_size=2, temporal_patch_size=2)
+    patches, (pairs, rows, columns) = inputs.patchify(frames, vision, 9000)
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    height, width = 16 * rows, 16 * columns
+    if (height, width) != size:
+        pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).round().clamp(0, 255)
+    pixels = pixels / 127.5 - 1
+    by_hand = pixels.reshape(pairs, 2, 3, rows // 2, 2, 16, columns // 2, 2, 16).permute(
+        0, 3, 6, 4, 7, 2, 1, 5, 8
+    )
+    assert torch.equal(patches, by_hand.reshape(len(patches), -1))
 
 
 @pytest.mark.parametrize(
