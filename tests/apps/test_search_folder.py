@@ -19,7 +19,7 @@ from vsr1 import __main__ as cli
 from vsr1 import config
 from vsr1.apps import search_folder
 from vsr1.config import ROOT, InputError
-from vsr1.data import annotations, video_reader
+from vsr1.data import annotations, decoder, video_reader
 from vsr1.evaluation import evaluate
 from vsr1.loop import records, runner
 from vsr1.mini import renderer
@@ -284,7 +284,7 @@ def test_hostile_names_and_queries_reach_no_shell(odd):
     """The one program that is started reads frames, and is told its file through a pipe."""
     _, _, started = odd
     for command, options in started:
-        assert command[:3] == [sys.executable, "-P", video_reader.__file__] and command[3].isdigit()
+        assert command[:3] == [sys.executable, "-P", decoder.__file__] and command[3].isdigit()
         assert not options.get("shell")
     assert started
 

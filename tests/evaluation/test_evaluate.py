@@ -331,10 +331,10 @@ def test_films_are_decoded_once_and_only_as_many_are_kept_as_fit(world, read, qu
     first = clips.get([ids[0], ids[1], ids[0]])
     assert first[0] is first[2] and seen == ids[:2]
     assert clips.get([ids[1]])[0] is first[1] and clips.get([ids[0]])[0] is first[0] and seen == ids[:2]
-    monkeypatch.setattr(clip_cache, "CLIP_BYTES", 2 * clip_cache._bytes(first[1]))
+    monkeypatch.setattr(clip_cache, "CLIP_BYTES", 2 * first[1].nbytes)
     clips.get([ids[2]])  # the second was shown the longest ago, and goes
-    assert clips.size == sum(clip_cache._bytes(clip) for clip in clips.kept.values()) <= clip_cache.CLIP_BYTES
-    assert list(clips.kept) == [ids[0], ids[2]]
+    assert clips.size == sum(clip.nbytes for clip in clips.clips.values()) <= clip_cache.CLIP_BYTES
+    assert list(clips.clips) == [ids[0], ids[2]]
     again = clips.get(ids[:3])  # more than fits, and all of it is handed over
     assert [clip.problem for clip in again] == [None] * 3 and seen == [*ids[:3], ids[1]]
 

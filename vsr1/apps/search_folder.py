@@ -210,7 +210,7 @@ def _key(profile) -> str:
 
 
 def _reader(profile):
-    return video_reader.Reader(profile.video_fps, profile.max_frames, timeout=PATIENCE)
+    return video_reader.Reader(profile.video_fps, profile.max_frames, timeout=PATIENCE, skip_slow=True)
 
 
 # --- The search

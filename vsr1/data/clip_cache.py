@@ -9,27 +9,25 @@ CLIP_BYTES = 512 * 2**20  # ours: decoded frames that are kept; the mini test vi
 
 
 class ClipCache:
-    """The videos of a gallery, decoded when first shown; the latest `CLIP_BYTES` of them are kept."""
+    """The videos of a gallery, decoded when first shown; the latest `CLIP_BYTES` of them are kept.
+
+    read  a function from a path to the Future of its Clip (`video_reader.reader_pool`)
+    """
 
     def __init__(self, folder: Path, ids, read):
         self.paths = {v.id: v.path or folder / f"{v.id}.mp4" for v in annotations.find_videos(folder, ids)}
-        self.read, self.kept, self.size = read, OrderedDict(), 0
+        self.read, self.clips, self.size = read, OrderedDict(), 0
 
     def get(self, ids) -> list[video_reader.Clip]:
-        """One Clip per id; a video that cannot be read is one with a `problem`."""
-        coming = {
-            video: self.read(self.paths[video]) for video in dict.fromkeys(ids) if video not in self.kept
-        }
-        found = {video: self.kept[video] if video in self.kept else coming[video].result() for video in ids}
-        for video, clip in found.items():
-            if video in coming:
-                self.kept[video] = clip
-                self.size += _bytes(clip)
-            self.kept.move_to_end(video)
-        while self.size > CLIP_BYTES and self.kept:
-            self.size -= _bytes(self.kept.popitem(last=False)[1])
-        return [found[video] for video in ids]
-
-
-def _bytes(clip):
-    return 0 if clip.frames is None else clip.frames.nbytes
+        """Return one Clip per id; a video that cannot be read is one with a `problem`. DecodeTimeout: see `Reader`."""
+        ids = list(ids)
+        pending = {id: self.read(self.paths[id]) for id in dict.fromkeys(ids) if id not in self.clips}
+        clips = {id: pending[id].result() if id in pending else self.clips[id] for id in ids}
+        for id, clip in clips.items():
+            if id in pending:
+                self.clips[id] = clip
+                self.size += clip.nbytes
+            self.clips.move_to_end(id)
+        while self.size > CLIP_BYTES and self.clips:
+            self.size -= self.clips.popitem(last=False)[1].nbytes
+        return [clips[id] for id in ids]
