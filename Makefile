@@ -1,19 +1,20 @@
 # `make help` lists the targets. PROFILE, DATASETS and SEED are make variables: make paper DATASETS=charades SEED=7
+# A run of some data sets or of another seed reports below runs/ and leaves the committed results/PROFILE as it is.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .SUFFIXES:
 
 PROFILE  := mini
-# In the order in which they are begun: two are worked on at once, and didemo, which trains the variants of T2, takes longest.
-DATASETS := didemo charades activitynet
-SEED     := 42
+# Empty: those of the profile, and its seed.
+DATASETS :=
+SEED     :=
 SEEDS    := 42 1 2
 PORT     := 8888
 # Candidates for making .venv, best first. `make paper PY=/path/to/python` uses an environment of your own as it is.
 PYTHON   := python3.11 python3
 PY       := .venv/bin/python
 
-# The order in which the paper is told.
+# In the order of the paper: a notebook may use what an earlier one computed.
 NOTEBOOKS := 01_corpus_embedding 02_verify_and_ground 03_sft_cold_start 04_grpo_training 05_evaluation 06_sqr_vs_hqr 07_ablations 08_qualitative 09_paper
 
 export OMP_NUM_THREADS := 1
@@ -21,58 +22,59 @@ export TOKENIZERS_PARALLELISM := false
 
 comma := ,
 VSR1  := $(PY) -m vsr1
-ONE   := --profile $(PROFILE) --seed $(SEED)
-ALL   := $(ONE) --datasets $(subst $(comma), ,$(DATASETS))
+ONE   := --profile $(PROFILE) $(if $(SEED),--seed $(SEED))
+ALL   := $(ONE) $(if $(DATASETS),--datasets $(subst $(comma), ,$(DATASETS)))
 
 paper: START := $(shell date +%s)
 paper: setup  ## regenerate every table and figure of PROFILE into results/PROFILE (set-up included)
 	@$(VSR1) corpus $(ALL)
 	@$(VSR1) embed $(ALL)
 	@$(VSR1) notebook $(NOTEBOOKS) $(ALL)
-	@$(VSR1) report $(ONE)
-	@echo "done in $$(($$(date +%s) - $(START))) s: open results/$(basename $(notdir $(PROFILE)))/report.html"
+	@$(VSR1) report $(ALL)
+	@echo "done in $$(($$(date +%s) - $(START))) s"
 
 test: setup  ## lint, unit tests, docstring examples, and all notebooks on the smoke profile
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
-	@$(PY) -m pytest -n 2 --dist loadfile  # a file stays in one process: its tests share what they made
+	@$(PY) -m pytest -n 2 --dist loadfile  # a file stays in one process: its tests share fixtures
 
 lab: setup  ## JupyterLab on the notebooks: this machine only, with a token (PORT=8888)
 	@$(VSR1) lab --port $(PORT)
 
-seeds: setup  ## both stages again with SEEDS, hours; committed in results/PROFILE/seeds and shown in the report
+seeds: setup  ## train and evaluate both stages with SEEDS (hours); committed in results/PROFILE/seeds, shown in the report
 	@$(VSR1) corpus $(ALL)
 	@$(VSR1) embed $(ALL)
 	@$(VSR1) seeds --seeds $(SEEDS) $(ALL)
-	@$(VSR1) report $(ONE)
+	@$(VSR1) report $(ALL)
 
-ablations: setup  ## longer studies beyond the paper, hours; committed in results/PROFILE/ablations, shown in the report
+ablations: setup  ## longer studies beyond the paper (hours); committed in results/PROFILE/ablations, shown in the report
 	@$(VSR1) corpus $(ALL)
 	@$(VSR1) embed $(ALL)
 	@$(VSR1) ablations $(ALL)
-	@$(VSR1) report $(ONE)
+	@$(VSR1) report $(ALL)
 
 doctor: setup  ## what this machine can reproduce, and what is missing
 	@$(VSR1) doctor $(ONE)
 
 check: setup  ## every measured number against its expected value: ok, close, OFF, MISSING
-	@$(VSR1) check $(ONE)
+	@$(VSR1) check $(ALL)
 
 readme: setup  ## the numbers of README.md from results/PROFILE
-	@$(VSR1) readme $(ONE)
+	@$(VSR1) readme --profile $(PROFILE)
 
 bench: setup  ## the speed claims, measured side by side on this machine, into results/bench
-	@$(VSR1) bench
+	@$(PY) -m benchmarks.speed
+	@$(PY) -m benchmarks.index
 
 foundation: setup  ## retrain the mini models that ship with the package
 	@$(VSR1) foundation
 
-clean:  ## delete what was computed (runs/) and caches; results/ and .venv stay
+clean:  ## delete what was computed (runs/) and caches; results/, pins.json, indexes/ and .venv stay
 	rm -rf runs *.egg-info .pytest_cache .ruff_cache
 	find vsr1 tests -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## this list
-	@echo "make TARGET [PROFILE=$(PROFILE)] [DATASETS=\"$(DATASETS)\"] [SEED=$(SEED)]"
+	@echo "make TARGET [PROFILE=$(PROFILE)] [DATASETS=\"charades didemo\"] [SEED=42]"
 	@sed -n 's/^\([a-z]*\):[^#]*  ## \(.*\)/  \1 \2/p' $(MAKEFILE_LIST) | \
 	    while read -r target words; do printf '  %-12s %s\n' "$$target" "$$words"; done
 

@@ -14,6 +14,7 @@ from tiny import moments, random_engine, random_policy
 
 from vsr1 import __main__ as cli
 from vsr1 import cache, config
+from vsr1.apps import pipeline
 from vsr1.models import embedding
 from vsr1.training import fsdp, sft
 
@@ -92,7 +93,7 @@ def refused(folder, process):
             raise config.InputError("this one has no videos; bring some")
         cache.dist_state().wait_for_everyone()
 
-    cli.corpus = lambda *_: cache.build(folder / "out", {}, build, distributed=True)
+    pipeline.corpus = lambda *_: cache.build(folder / "out", {}, build, distributed=True)
     return cli.main(["corpus", "--profile", "smoke"])
 
 

@@ -14,6 +14,7 @@ import torch
 
 from vsr1 import __main__ as cli
 from vsr1 import cache, config
+from vsr1.apps import notebooks, pipeline, processes
 from vsr1.config import ROOT
 
 
@@ -23,8 +24,7 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "requirements.txt").write_text("")
     (tmp_path / "vsr1").symlink_to(ROOT / "vsr1")
-    for module in (cli, config):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(config, "ROOT", tmp_path)
     return tmp_path
 
 
@@ -37,7 +37,9 @@ def notebook(home, *cells, given='profile = "mini"\ndataset = "charades"\nseed =
 
 def run(capsys, *words):
     """Exit status, stdout and stderr of one command, in this process."""
-    alone = ["--jobs", "1"] * (words[0] in ("corpus", "embed", "notebook"))
+    alone = ["--jobs", "1"] * (
+        words[:1] in (("corpus",), ("embed",), ("notebook",)) and "--jobs" not in words
+    )
     status = cli.main([*words, *alone])
     return status, *capsys.readouterr()
 
@@ -47,6 +49,15 @@ def test_bad_input_is_one_line_and_status_two(capsys):
         ["corpus", "--profile", "maxi"],
         ["embed", "--datasets", "charade"],
         ["notebook", "no_such"],
+        ["embed", "--seed", "-1"],
+        ["embed", "--jobs", "0"],
+        ["seeds", "--seeds", "one"],
+        ["train", "--dataset", "charades", "--stage", "rl"],
+        ["train", "--stage", "sft"],
+        ["no-such-command"],
+        ["lab", "--port", "many"],
+        ["report", "--datasets", "charade"],
+        [],
     ):
         status, out, err = run(capsys, *words)
         assert (status, out) == (2, "")
@@ -60,7 +71,7 @@ def test_a_real_process_shows_no_traceback_for_bad_input():
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "corpus", lambda *_: {}["absent"])
+    monkeypatch.setattr(pipeline, "corpus", lambda *_: {}["absent"])
     with pytest.raises(KeyError):
         cli.main(["corpus", "--jobs", "1"])
 
@@ -69,7 +80,7 @@ def test_too_little_memory_and_a_launcher_that_splits_models_are_one_line_each(m
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(cli, "corpus", full)
+    monkeypatch.setattr(pipeline, "corpus", full)
     status, _, err = run(capsys, "corpus")
     assert status == 2 and re.fullmatch(
         r"error: not enough memory \(CUDA .*\); lower batch_tokens, .*\n", err
@@ -94,16 +105,16 @@ def test_a_full_disk_is_one_line_and_an_interrupt_another(monkeypatch, capsys):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "corpus", full)
+    monkeypatch.setattr(pipeline, "corpus", full)
     status, _, err = run(capsys, "corpus", "--jobs", "1")
     assert status == 2 and "No space left on device; free some space" in err and err.count("\n") == 1
-    monkeypatch.setattr(cli, "corpus", stopped)
+    monkeypatch.setattr(pipeline, "corpus", stopped)
     assert run(capsys, "corpus", "--jobs", "1") == (130, "", "stopped; run the same command again to go on\n")
 
 
 def test_data_sets_may_be_separated_by_spaces_or_commas(monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "corpus", lambda profile, datasets: seen.append(datasets))
+    monkeypatch.setattr(pipeline, "corpus", lambda profile, datasets: seen.append(datasets))
     for words in (["charades,didemo"], ["charades", "didemo"], ["charades didemo"], []):
         cli.main(["corpus", "--jobs", "1", *(["--datasets", *words] if words else [])])
     assert seen == [("charades", "didemo")] * 3 + [("charades", "didemo", "activitynet")]
@@ -117,19 +128,21 @@ def test_a_notebook_runs_once_per_data_set_and_again_when_a_cell_a_seed_or_a_sta
         return [": unchanged" not in line for line in run(capsys, *words, *more)[1].splitlines()]
 
     assert ran() == [True, True]
-    copy = home / "runs" / "smoke" / "charades" / "notebooks" / "00_try.ipynb"
-    assert "42 charades" in copy.read_text()
+    data, folder = (home / "runs" / "smoke" / "charades", "notebooks/00_try.ipynb")
+    assert "42 charades" in (data / "seed-42" / folder).read_text()
     assert ran() == [False, False]
     assert ran("--seed", "7") == [True, True]
-    assert "7 charades" in copy.read_text()
-    cache.build(home / "runs" / "smoke" / "charades" / "embed", {"a": 1}, lambda folder: None)
-    assert ran("--seed", "7") == [False, False], (
-        "a stage that a later notebook adds is no reason to run again"
+    assert "7 charades" in (data / "seed-7" / folder).read_text()
+    assert ran() == [False, False], "another seed has a place of its own"
+    cache.build(data / "embed", {"a": 1}, lambda folder: None)
+    cache.build(data / "seed-7" / "sft", {"a": 1}, lambda folder: None)
+    assert ran() == [False, False], (
+        "a step that a later notebook or another seed adds is no reason to run again"
     )
     notebook(home, "print('another cell')")
-    assert ran("--seed", "7") == [True, True]
-    cache.build(home / "runs" / "smoke" / "charades" / "embed", {"a": 2}, lambda folder: None)
-    assert ran("--seed", "7") == [True, False], "a stage that stood when it ran has changed"
+    assert ran() == [True, True]
+    cache.build(data / "embed", {"a": 2}, lambda folder: None)
+    assert ran() == [True, False], "a step that was there when it ran has changed"
 
 
 def test_a_failing_notebook_names_the_cell_and_keeps_both_copies(home, capsys):
@@ -138,7 +151,7 @@ def test_a_failing_notebook_names_the_cell_and_keeps_both_copies(home, capsys):
     assert run(capsys, *words)[0] == 0
     notebook(home, "x = 1", "raise ValueError('two\\nlines')")
     status, _, err = run(capsys, *words)
-    folder = home / "runs" / "smoke" / "charades" / "notebooks"
+    folder = home / "runs" / "smoke" / "charades" / "seed-42" / "notebooks"
     assert status == 2 and err.count("\n") == 1
     assert "00_try, cell [4]: ValueError: two lines" in err and str(folder / "00_try.failed.ipynb") in err
     assert "ValueError" in (folder / "00_try.failed.ipynb").read_text()
@@ -146,6 +159,50 @@ def test_a_failing_notebook_names_the_cell_and_keeps_both_copies(home, capsys):
     notebook(home, "print('good again')")
     assert run(capsys, *words)[0] == 0
     assert sorted(p.name for p in folder.glob("*.ipynb")) == ["00_try.ipynb"]
+
+
+def test_a_notebook_about_all_data_sets_is_told_which_part_of_the_profile_is_run(home, capsys):
+    given = 'profile = "mini"\nseed = 42\ndatasets = ""'
+    notebook(home, "print('part', datasets, seed)", given=given)
+    for words, expected, folder in (
+        (
+            ["--datasets", "charades", "didemo"],
+            "part charades didemo 42",
+            "results-charades-didemo/notebooks",
+        ),
+        (["--seed", "7"], "part charades didemo activitynet 7", "results-seed7/notebooks"),
+        ([], "part  42", "notebooks"),
+    ):
+        assert run(capsys, "notebook", "00_try", "--profile", "smoke", *words)[0] == 0
+        assert expected in (home / "runs" / "smoke" / folder / "00_try.ipynb").read_text()
+
+
+def test_a_child_and_a_kernel_import_the_code_of_the_clone_they_were_started_in(
+    home, tmp_path, capsys, monkeypatch
+):
+    """Two clones, one environment: `make paper PY=...` ran one clone's commands and the other clone's notebooks."""
+    other = tmp_path / "other"
+    (other / "vsr1").mkdir(parents=True)
+    (other / "vsr1" / "__init__.py").write_text("raise RuntimeError('the other clone')")
+    monkeypatch.setenv("PYTHONPATH", str(other))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    notebook(home, "import vsr1\nprint('kernel of', vsr1.__path__[0])")
+    assert run(capsys, "notebook", "00_try", "--profile", "smoke", "--datasets", "charades")[0] == 0
+    copy = home / "runs" / "smoke" / "charades" / "seed-42" / "notebooks" / "00_try.ipynb"
+    assert f"kernel of {ROOT / 'vsr1'}" in copy.read_text()
+    child = subprocess.run(
+        [sys.executable, "-c", "import vsr1; print(vsr1.__path__[0])"], capture_output=True, text=True
+    )
+    assert child.stdout.strip() == str(ROOT / "vsr1"), child.stderr
+
+
+def test_a_profile_is_refused_in_the_folder_of_another_clone(tmp_path, monkeypatch):
+    (tmp_path / "vsr1").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "vsr1" / "config.py").write_text("")
+    monkeypatch.chdir(tmp_path / "notebooks")
+    with pytest.raises(config.InputError, match=r"is in one clone and .* in another; start this in"):
+        config.load("mini")
 
 
 def test_a_notebook_without_a_data_set_runs_once(home, capsys):
@@ -159,7 +216,7 @@ def test_a_notebook_about_all_data_sets_runs_again_when_numbers_change_and_not_w
     home, capsys
 ):
     notebook(home, "print(profile)", given='profile = "mini"\nseed = 42')
-    folder = home / "runs" / "smoke" / "didemo" / "numbers"
+    folder = home / "runs" / "smoke" / "didemo" / "seed-42" / "numbers"
     folder.mkdir(parents=True)
 
     def ran():
@@ -186,9 +243,9 @@ def test_a_notebook_about_all_data_sets_comes_once_and_last(home, capsys, monkey
         def poll(self):
             return 0
 
-    monkeypatch.setattr(cli.subprocess, "Popen", Process)
+    monkeypatch.setattr(processes.subprocess, "Popen", Process)
     monkeypatch.setattr(
-        cli, "execute", lambda source, given, *_: began.append((source.stem, given.get("dataset")))
+        notebooks, "execute", lambda source, given, *_: began.append((source.stem, given.get("dataset")))
     )
     notebook(home, given='profile = "mini"\nseed = 42', name="01_all")
     notebook(home, name="02_each")
@@ -238,7 +295,9 @@ def test_threads_of_the_profile_reach_the_kernel(home, capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     notebook(home, "import os\nprint('threads', os.environ['OMP_NUM_THREADS'])")
     run(capsys, "notebook", "00_try", "--profile", "smoke", "--datasets", "charades")
-    copy = json.loads((home / "runs" / "smoke" / "charades" / "notebooks" / "00_try.ipynb").read_text())
+    copy = json.loads(
+        (home / "runs" / "smoke" / "charades" / "seed-42" / "notebooks" / "00_try.ipynb").read_text()
+    )
     assert copy["cells"][-1]["outputs"][0]["text"] == [f"threads {config.load('smoke').threads}\n"]
     assert os.environ["OMP_NUM_THREADS"] == str(config.load("smoke").threads)
 
@@ -259,16 +318,13 @@ def test_data_sets_side_by_side_keep_the_order_of_their_notebooks(home, monkeypa
                 ended.append((self.words[4], self.words[-1]))
             return None if self.polls < 2 else self.returncode
 
-    monkeypatch.setattr(cli.subprocess, "Popen", Process)
+    monkeypatch.setattr(processes.subprocess, "Popen", Process)
     for name in ("01_a", "02_b", "03_c"):
         notebook(home, name=name)
     words = ["notebook", "01_a", "02_b", "--profile", "smoke", "--jobs", "2"]
     assert cli.main(words) == 1
-    assert began[:3] == [
-        ("01_a", "charades"),
-        ("01_a", "didemo"),
-        ("01_a", "activitynet"),
-    ]  # most left, first
+    # Those with most left first, and of equals didemo, which takes longest.
+    assert began[:3] == [("01_a", "didemo"), ("01_a", "charades"), ("01_a", "activitynet")]
     for name in ("charades", "didemo", "activitynet"):
         own = [step for step, dataset in began if dataset == name]
         assert own == ["01_a", "02_b"][: len(own)]

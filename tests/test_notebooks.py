@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from vsr1 import __main__ as cli
+from vsr1.apps import notebooks
 from vsr1.config import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -35,7 +35,7 @@ def runs():
     """(notebook, data set) pairs; None for a notebook that takes no data set."""
     for path in NOTEBOOKS:
         if path.stem not in OWN_INPUT:
-            for dataset in DATASETS if "dataset" in cli.parameters(path) else [None]:
+            for dataset in DATASETS if "dataset" in notebooks.parameters(path) else [None]:
                 yield pytest.param(path.stem, dataset, id="-".join(filter(None, (path.stem, dataset))))
 
 

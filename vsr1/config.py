@@ -262,6 +262,7 @@ def load(name: str, seed: int | None = None, datasets: typing.Sequence[str] = ()
     >>> load("mini", 7, ["charades"]).results().relative_to(ROOT).as_posix()
     'runs/mini/results-charades-seed7'
     """
+    _check_clone()
     path = _profile_path(name)
     try:
         knobs = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -271,6 +272,21 @@ def load(name: str, seed: int | None = None, datasets: typing.Sequence[str] = ()
         raise InputError(f"{path}: expected `key: value` lines")
     profile = parse(Profile, knobs | {"name": path.stem}, str(path))
     return _part_of(profile, seed, [check_dataset(dataset) for dataset in datasets])
+
+
+def _check_clone():
+    """Raise InputError where the package comes from another clone than the folder of work, or from none."""
+    if not (PACKAGE.parent / "notebooks").is_dir():
+        raise InputError(
+            f"{PACKAGE}: installed without notebooks and results; clone the repository and work there"
+        )
+    here = Path.cwd()
+    for clone in (here, *here.parents):
+        other = clone / "vsr1" / "config.py"
+        if other.exists() and not other.samefile(PACKAGE / "config.py"):
+            raise InputError(
+                f"{here} is in one clone and {PACKAGE} in another; start this in {PACKAGE.parent}"
+            )
 
 
 def _profile_path(name):

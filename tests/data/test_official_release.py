@@ -531,7 +531,7 @@ def test_links_and_strange_names_beside_good_files_do_no_harm(profile, home, tmp
 
 
 def test_the_first_search_by_released_vectors_is_that_of_a_plain_computation(profile, whole, home, capsys):
-    assert cli.main(["fetch", "--dataset", "charades", "--source", str(whole)]) == 0
+    assert cli.main(["download-release", "--dataset", "charades", "--source", str(whole)]) == 0
     queries, videos, order = unit(4, 2), unit(3, 3), ["EEEEE", "DDDDD", "CCCCC"]
     places = [
         sorted(order, key=lambda video: -float(query @ videos[order.index(video)])).index(right) + 1
@@ -602,7 +602,7 @@ def test_doctor_says_step_by_step_what_is_there_and_what_it_allows(profile, whol
     status, said, rows = told(profile)
     assert (status, rows) == ("missing", "no row")
     assert re.search(
-        r"no charades_fig_train.jsonl -> python -m vsr1 fetch --dataset charades fetches about 0\.2 GB", said
+        r"no charades_fig_train.jsonl -> python -m vsr1 download-release --dataset charades downloads about 0\.2 GB", said
     )
     for name in ("raw_annotation/train.jsonl", "raw_annotation/test.jsonl"):
         path = home / official_release.wanted("charades")[name]

@@ -216,7 +216,7 @@ def real_data(profile, dataset) -> list[Line]:
     """What of a real data set is there, what is to be fetched, and which rows of T1 can be made of what is there."""
     home, data, table = ROOT / profile.data / dataset, f"data {dataset}", f"T1 {dataset}"
     gigabytes = official_release.size(dataset) / GB
-    fetch = f"python -m vsr1 fetch --dataset {dataset} fetches about {gigabytes:.1f} GB"
+    fetch = f"python -m vsr1 download-release --dataset {dataset} downloads about {gigabytes:.1f} GB"
     absent = [file.name for file in real_datasets.annotation_files(profile, dataset) if not file.exists()]
     if absent:
         remedy = f"{fetch}, or put it into {profile.data}/{dataset}/annotations/; then the videos"
@@ -250,4 +250,4 @@ def t1(test, train, vectors, replies) -> str:
         return "all rows"
     if test:
         return "ZS, walking down" + ", two-stage" * bool(train)
-    return "VR of ZS and FT, by the released vectors (fetch prints it)" if vectors else "chance"
+    return "VR of ZS and FT, by the released vectors (download-release prints it)" if vectors else "chance"

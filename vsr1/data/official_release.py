@@ -309,7 +309,7 @@ def _matrix(path, rows):
 
 def main(argv: list[str]) -> int:
     """Fetch annotations, vectors, SFT and GRPO files of the authors' prepared release, without its frames."""
-    parser = argparse.ArgumentParser(prog="python -m vsr1 fetch", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m vsr1 download-release", description=main.__doc__)
     parser.add_argument("--dataset", required=True, metavar="NAME", help="charades, didemo or activitynet")
     parser.add_argument(
         "--source", metavar="PLACE", help=f"a folder with manifest.json and shards/ ({HUB}/...)"

@@ -1,0 +1,76 @@
+"""Processes of a command: those a launcher started, and one for each data set that is worked on at once."""
+
+import os
+import subprocess
+import sys
+import time
+
+from vsr1 import cache
+from vsr1.config import PACKAGE, InputError
+
+LONGEST = ("didemo",)  # data sets that are begun first: this one trains the variants of table T2
+FSDP = {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
+
+
+def use_this_clone() -> None:
+    """Let every child process and notebook kernel import the package of this clone, whatever is installed."""
+    clone, paths = str(PACKAGE.parent), os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join([clone, *(path for path in paths if path not in ("", clone))])
+
+
+def start(profile, command: str, shared: bool) -> None:
+    """Set the threads of this process and its children, and check that the launcher, if any, fits the command.
+
+    shared  whether several processes can work on this command together
+    """
+    # torch and OpenMP read it when they are first imported, in this process and in the kernels of notebooks.
+    os.environ["OMP_NUM_THREADS"] = str(profile.threads)
+    _check_launcher()
+    if cache.dist_state(profile.device).num_processes > 1 and not shared:
+        raise InputError(f"{command}: works in one process; start it without a launcher")
+
+
+def _check_launcher():
+    """Take FSDP over from accelerate and transformers, which would do it another way than `fsdp`, or refuse."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise InputError(
+            "accelerate: DeepSpeed is not supported; launch with `--multi_gpu`, or FSDP with `fsdp_version: 2`"
+        )
+    if os.environ.pop("ACCELERATE_USE_FSDP", None) == "true":
+        os.environ.setdefault("FSDP_VERSION", "1")  # as accelerate reads it
+        for name, supported in FSDP.items():
+            if (value := os.environ.get(name, supported)) != supported:
+                raise InputError(
+                    f"accelerate: {name.lower()}: {value} is not supported; set it to {supported}"
+                )
+
+
+def count_jobs(profile, jobs: int | None, datasets) -> int:
+    """Return how many data sets are worked on at once; processes of a launcher work on one."""
+    if cache.dist_state(profile.device) is not cache.SINGLE_PROCESS:
+        return 1
+    return min(jobs or profile.parallel_datasets, len(datasets), len(os.sched_getaffinity(0)))
+
+
+def run_side_by_side(commands: dict[str, list[list[str]]], jobs: int) -> int:
+    """Run commands of this package, `jobs` data sets at once, and return the first status that is not 0.
+
+    commands  {data set: its commands}, which run one after the other; after a failure no new one is started
+    """
+    waiting, running, failed = {name: list(queue) for name, queue in commands.items()}, {}, 0
+    try:
+        while running or (any(waiting.values()) and not failed):
+            idle = [name for name, queue in waiting.items() if queue and name not in running]
+            # Those with most left first, as else one works alone at the end.
+            for name in sorted(idle, key=lambda name: (-len(waiting[name]), name not in LONGEST)):
+                if len(running) < jobs and not failed:
+                    running[name] = subprocess.Popen([sys.executable, "-m", "vsr1", *waiting[name].pop(0)])
+            time.sleep(0.05)
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                status = running.pop(name).returncode
+                failed = failed or status
+    finally:
+        for process in running.values():  # stopped by hand: they resume when they are started again
+            process.terminate()
+            process.wait()
+    return failed
