@@ -214,22 +214,21 @@ def stage_one(bed: Bed, rounds: int):
     tokens, rows = bed.tokens(agent), [row] * (step * (1 + rounds))
     with tempfile.TemporaryDirectory() as scratch:
         trainer = sft.make_trainer(profile, agent, rows, bed.shelf, Path(scratch), "bench")
-        trainer.args.save_strategy = "no"
         trainer.add_callback(laps)
-        trainer.teach(agent, bed.made, bed.vectors, profile).train()
+        trainer.attach_retrieval(agent, bed.made, bed.vectors, profile).train()
     return agent.model, tokens, [("rows of a step of stage 1", step, list(np.diff(laps.ends)))]
 
 
 def stage_two(bed: Bed, rounds: int):
-    """Steps of the optimizer in stage 2: rollouts from each start, rewards, the anchor, forward, backward, update."""
+    """Steps of the optimizer in stage 2: rollouts from each start, rewards, reference, forward, backward, update."""
     profile, agent, count = bed.profile, bed.agent(), []
     tokens, options = bed.tokens(agent), {"negatives": profile.grpo_negatives, "seed": profile.seed}
     starts = rollout.make_prompts(bed.queries, bed.vectors, **options)[: profile.grpo_prompts_per_step]
     parts = rollout.VARIANTS["vsr1"], bed.made, agent, bed.vectors, bed.shelf
-    course = grpo.GRPOTrainer(rollout.RolloutWorker(profile, "charades", *parts))
+    trainer = grpo.GRPOTrainer(rollout.RolloutWorker(profile, "charades", *parts))
 
     def work():
-        line, _ = course.step(1, starts)
+        line, _ = trainer.train_step(1, starts)
         if line["no_memory"]:
             raise torch.OutOfMemoryError("a step of stage 2")
         count[:] = [line["rows"]]

@@ -121,7 +121,7 @@ def by_full_forwards(made: policy.Policy, prompt: inputs.Prompt, reply: list[int
 class Speaker(policy.Policy):
     """A policy whose replies all end in <REFINE>, as those of a trained one do, and that can read the plain way."""
 
-    sharing = True  # False, for a policy and its anchor: a prompt is read once for each reply to it
+    sharing = True  # False, for a policy and its reference: a prompt is read once for each reply to it
 
     def prompt(self, *what):
         """As every policy does; or, the plain way, of a video that nobody has looked at."""
@@ -143,8 +143,10 @@ class Speaker(policy.Policy):
 
 
 class Step:
-    """A whole GRPO step of one start, by `grpo.Course` itself: a look, a group of replies, soft tokens, rewards, the
-    anchor's reading, forward and backward, an update. The rate is zero: every step computes the same.
+    """A whole GRPO step of one prompt, by `grpo.GRPOTrainer` itself.
+
+    It is a turn with a group of replies, soft tokens, rewards, a reading by the reference policy, forward and backward,
+    and an update. The rate is zero: every step computes the same.
     """
 
     def __init__(self, large: bool, read: int, said: int):
@@ -165,15 +167,15 @@ class Step:
         query = annotations.Query(0, QUERY, "v0", (0.0, 1.0), "", clip.seconds)
         self.starts = rollout.make_prompts([query], vectors, negatives=profile.grpo_negatives, seed=0)
         recipe = replace(rollout.VARIANTS["vsr1"], turns=1)
-        self.course = grpo.GRPOTrainer(
+        self.trainer = grpo.GRPOTrainer(
             rollout.RolloutWorker(profile, "charades", recipe, search, made, vectors, shelf)
         )
         self.spent = Counter()
         self.prompt = made.prompt(prompt_text.SYSTEM, QUERY, clip)
-        self._watch("rollout", self.course, "walk")
-        self._watch("learning", self.course, "_descend")
-        self._watch("anchor", self.course.learner.anchor, "replay")
-        self._watch("update", self.course.optimizer, "step")
+        self._watch("rollout", self.trainer, "rollout")
+        self._watch("learning", self.trainer, "_update")
+        self._watch("reference", self.trainer.objective.ref_policy, "replay")
+        self._watch("update", self.trainer.optimizer, "step")
 
     def _watch(self, part, home, name):
         """Adds up the seconds that `home` spends in what it calls `name`."""
@@ -195,10 +197,10 @@ class Step:
         """
         Speaker.sharing = sharing
         self.spent.clear()
-        self.course.knobs = replace(self.course.knobs, grpo_micro_batch=at_once)
-        line, rows = self.course.step(1, self.starts)
+        self.trainer.knobs = replace(self.trainer.knobs, grpo_micro_batch=at_once)
+        line, rows = self.trainer.train_step(1, self.starts)
         rng, sums = torch.manual_seed(0), []
-        for group in self.course.optimizer.param_groups:
+        for group in self.trainer.optimizer.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:  # A's, for the last soft token is not read
                     grad = weight.grad.reshape(len(weight), -1)
@@ -238,8 +240,8 @@ def _steps(large, read, said, rounds, at_once):
     whole = in_turn([lambda way=way: run(way) for way in ways], rounds, same_step, warm=False)
     for way, seconds in zip(ways, whole, strict=True):
         one = {part: np.array([own[part] for own in spent[way]]) for part in spent[way][0]}
-        parts = {"rollout": one["rollout"], "reading of the anchor": one["anchor"]}
-        parts |= {"forward and backward": one["learning"] - one["anchor"] - one["update"]}
+        parts = {"rollout": one["rollout"], "reading of the reference policy": one["reference"]}
+        parts |= {"forward and backward": one["learning"] - one["reference"] - one["update"]}
         ways[way] = {"": seconds} | parts | {"rest": seconds - sum(parts.values())}
     return ways, highest, len(step.prompt.ids)
 

@@ -22,11 +22,11 @@ from vsr1.training import fsdp, sft
 def grpo_loop(folder, prompts):
     """Stage 2 with so many starts a step, and the weights that it ends with."""
     knobs = dataclasses.replace(test_grpo.knobs(), grpo_prompts_per_step=int(prompts), scale_rewards="batch")
-    course = test_grpo.steadily(test_grpo.begin(knobs, random_engine(), test_grpo.made_vectors()))
+    trainer = test_grpo.steadily(test_grpo.begin(knobs, random_engine(), test_grpo.made_vectors()))
     starts = test_grpo.made_starts(test_grpo.made_vectors())
-    course.run(starts, starts[:2], folder, "two")
-    assert course.accelerator.num_processes == 2
-    keep(course.accelerator, course.learner, folder)
+    trainer.run(starts, starts[:2], folder, "two")
+    assert trainer.accelerator.num_processes == 2
+    keep(trainer.accelerator, trainer.objective, folder)
 
 
 def sft_loop(folder):

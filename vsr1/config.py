@@ -22,11 +22,12 @@ ROOT = PACKAGE.parent  # the clone: profiles name their files relative to it
 PROFILES = PACKAGE / "profiles"
 # Knobs that no result of a data set depends on, but for the rounding of sums: they enter no key and no digest.
 NO_RESULT = {"name", "variant", "part", "datasets"}
-NO_RESULT |= {"parallel_datasets", "decode_workers", "threads", "device", "tensorboard"}
+NO_RESULT |= {"parallel_datasets", "decode_workers", "threads", "device", "tensorboard", "save_minutes"}
 
 Dataset = Literal["charades", "didemo", "activitynet"]
 DATASETS = typing.get_args(Dataset)
-Reward = Literal["verify", "form", "refine", "time", "retrieve"]  # components of the reward of stage 2
+# Components of the reward of stage 2.
+Reward = Literal["verification", "format", "refine_token", "grounding", "retrieval"]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -204,6 +205,7 @@ class Profile:
     max_zero_std: Share = (
         0.9  # ours: share of groups whose members may all earn the same, per quarter of the run
     )
+    save_minutes: PositiveOrZero = 10.0  # ours: between saved states of both stages, what a kill costs; 0: every step
     tensorboard: bool = False  # ours: curves of both stages for TensorBoard too, beside log.jsonl
 
     # Studies beside the paper's tables.

@@ -31,7 +31,7 @@ def test_a_step_is_the_sum_of_its_parts_and_the_plain_way_takes_more_memory(rows
     whole, *parts, few = rows[2:]
     assert sum(row.ours_s for row in parts) == pytest.approx(whole.ours_s, abs=5e-4)
     assert sum(row.plain_s for row in parts) == pytest.approx(whole.plain_s, abs=5e-4)
-    assert all(0 < row.ours_s < row.plain_s for row in parts[:3])  # rollout, anchor, forward and backward
+    assert all(0 < row.ours_s < row.plain_s for row in parts[:3])  # rollout, reference, forward and backward
     assert 0 < few.ours_gb <= few.plain_gb == whole.plain_gb  # the highest so far, in the order of the ways
     assert few.plain_s == whole.plain_s and whole.ours_s < few.ours_s < few.plain_s
 
@@ -47,7 +47,7 @@ def test_steps_that_say_or_learn_something_else_are_not_timed_as_equals():
     }.items():
         with pytest.raises(AssertionError, match=what):
             speed.same_step((words, loss, gradient), other)
-    step.course.learner.sampler.knobs.__dict__["grpo_infonce_weight"] = 0.5  # frozen, but this step's own
+    step.trainer.objective.worker.knobs.__dict__["grpo_infonce_weight"] = 0.5  # frozen, but this step's own
     with pytest.raises(AssertionError):
         speed.same_step((words, loss, gradient), step.run(True))
 

@@ -26,10 +26,10 @@ from tiny import (
 )
 
 from vsr1 import cache, config
-from vsr1.data import annotations
-from vsr1.loop import replies, sqr
-from vsr1.models import checkpoints, inputs, search_index
-from vsr1.training import common, fsdp, grpo, rewards, rollout
+from vsr1.data import annotations, clip_cache, video_reader
+from vsr1.loop import sqr
+from vsr1.models import checkpoints, embedding, inputs, search_index
+from vsr1.training import common, fsdp, grpo, objective, rewards, rollout, sft
 
 VIDEOS = [f"v{n}" for n in range(6)]
 
@@ -66,6 +66,7 @@ def knobs():
         "grpo_prompts_per_step": 2,
         "grpo_steps": 4,
         "grpo_lr": 1e-3,
+        "save_minutes": 0.0,
     }
     official = {"grpo_exclude_sft_queries": False, "scale_rewards": "group"}
     return dataclasses.replace(config.load("smoke"), **small, **official, grpo_head_lr=1e-3)
@@ -102,7 +103,7 @@ def sampler(profile, search, vectors, recipe="m3", shelf=None):
 def walked(profile, search, vectors, starts):
     made = sampler(profile, search, vectors)
     members = [dataclasses.replace(s, group=g, member=m) for g, s in enumerate(starts[:2]) for m in range(4)]
-    return made, [row for rows in made.walk(members, [1]) for row in rows]
+    return made, [row for rows in made.rollout(members, [1]) for row in rows]
 
 
 # --- starts, rewards, advantages -------------------------------------------------------------------------------------
@@ -112,10 +113,13 @@ def test_starts_show_the_first_search_and_accepting_is_right_as_often_as_rejecti
     scores = vectors.query_vecs @ vectors.video_vecs.T
     for start, row in zip(starts[:3], scores, strict=True):
         order = [VIDEOS[at] for at in np.argsort(-row)]
-        assert start.first == order[0] and list(start.wrong) == [v for v in order if v != start.video][:3]
-    hits = sum(start.first == start.video for start in starts)
+        assert (
+            start.first_video == order[0]
+            and list(start.negatives) == [v for v in order if v != start.video][:3]
+        )
+    hits = sum(start.first_video == start.video for start in starts)
     assert hits == len(starts) - hits and len(starts) >= 4
-    assert all(start.first == start.video for start in starts[3:])
+    assert all(start.first_video == start.video for start in starts[3:])
 
 
 def turn(matched, right, iou=0.0, refine=True, strict=True, text=""):
@@ -125,29 +129,31 @@ def turn(matched, right, iou=0.0, refine=True, strict=True, text=""):
 
 def parts(*turns, chances, dataset="didemo", **options):
     one = types.SimpleNamespace(turns=turns, run=types.SimpleNamespace(dataset=dataset))
-    rows = [types.SimpleNamespace(chance=chance, before=0.25) for chance in chances]
-    return rewards.reward_parts(one, rows, **options)
+    return rewards.reward_parts(one, [(chance, 0.25) for chance in chances], **options)
 
 
 def test_an_episode_of_two_turns_earns_what_the_method_says():
     """A right rejection that leads to the right moment shares in its overlap; nothing is summed over turns."""
     first, second = parts(turn(False, False), turn(True, True, 0.6), chances=[0.7, 0.9])
-    assert first == {"verify": 1, "form": 1, "refine": 1, "time": 0.6, "retrieve": 0.7}
-    assert second == {"verify": 1, "form": 1, "refine": 1, "time": 0.6, "retrieve": 0.9}
+    assert first == {"verification": 1, "format": 1, "refine_token": 1, "grounding": 0.6, "retrieval": 0.7}
+    assert second == {"verification": 1, "format": 1, "refine_token": 1, "grounding": 0.6, "retrieval": 0.9}
     first, second = parts(turn(False, True), turn(True, True, 0.6, strict=False), chances=[0.7, 0.9])
-    assert (first["verify"], first["time"]) == (-1, 0) and (second["time"], second["form"]) == (0.6, 0)
+    assert (first["verification"], first["grounding"]) == (-1, 0) and (
+        second["grounding"],
+        second["format"],
+    ) == (0.6, 0)
     (only,) = parts(turn(None, False, refine=False), chances=[None])
-    assert (only["verify"], only["refine"], only["retrieve"]) == (-1, 0, 0)
+    assert (only["verification"], only["refine_token"], only["retrieval"]) == (-1, 0, 0)
     (only,) = parts(turn(True, False, 0.0), chances=[0.5])
-    assert (only["verify"], only["time"]) == (-1, 0)
+    assert (only["verification"], only["grounding"]) == (-1, 0)
 
 
 def test_the_official_retrieval_reward_is_a_difference():
-    assert parts(turn(False, False), chances=[0.7], retrieval_reward="delta")[0]["retrieve"] == pytest.approx(
-        0.45
-    )
+    assert parts(turn(False, False), chances=[0.7], retrieval_reward="delta")[0][
+        "retrieval"
+    ] == pytest.approx(0.45)
     assert (
-        parts(turn(False, False, refine=False), chances=[None], retrieval_reward="delta")[0]["retrieve"]
+        parts(turn(False, False, refine=False), chances=[None], retrieval_reward="delta")[0]["retrieval"]
         == -0.3
     )
 
@@ -159,14 +165,12 @@ TURNS = [(1, "v0", 1.0), (1, "v0", 1.0), (1, "v0", 1.0), (2, "v1", 1.0), (2, "v1
 def test_rows_are_compared_by_prompt():
     """The spread of (1, 3) by hand: the root of 2."""
     gains, told = [0, 0, 0, -1 / 2**0.5, 1 / 2**0.5, None], (2, 1, 0.5, 1, 2**0.5 / 2)
-    parts = dict.fromkeys(("verify", "form", "refine", "time", "retrieve"), 0.0)
+    parts = dict.fromkeys(("verification", "format", "refine_token", "grounding", "retrieval"), 0.0)
     rows = [{"group": 0, "t": t, "shown": shown, "reward": reward} for t, shown, reward in TURNS]
-    found = rewards.advantages(
-        [r["reward"] for r in rows], [rewards.group_key(row) for row in rows]
-    )
+    found = rewards.advantages([r["reward"] for r in rows], [(row["t"], row["shown"]) for row in rows])
     assert [gain and round(gain, 3) for gain in found] == [gain and round(gain, 3) for gain in gains]
-    line = grpo.tally([row | {"length": 1, "right": True, "parts": parts} for row in rows])
-    keys = ("groups", "flat_groups", "flat", "alone", "spread")
+    line = grpo.summarise([row | {"length": 1, "right": True, "parts": parts} for row in rows])
+    keys = ("groups", "zero_std_groups", "frac_zero_std", "singletons", "reward_std")
     assert tuple(line[key] for key in keys) == pytest.approx(told)
 
 
@@ -174,8 +178,8 @@ def test_rows_are_compared_by_prompt():
 def test_a_step_learns_from_the_comparison_that_the_profile_names(profile, search, vectors, starts, scale):
     shared = ("group", "t", "shown")
     profile = dataclasses.replace(profile, scale_rewards=scale, grpo_group=8)
-    course = begin(profile, search, vectors)
-    line, rows = course.step(1, starts[3:])
+    trainer = begin(profile, search, vectors)
+    line, rows = trainer.train_step(1, starts[3:])
     prompts = {(row["group"], row["t"], row["shown"]) for row in rows}
     assert len(prompts) > len({prompt[:2] for prompt in prompts}), "some second looks are at different videos"
     for row in rows:
@@ -187,27 +191,35 @@ def test_a_step_learns_from_the_comparison_that_the_profile_names(profile, searc
             gain = (row["reward"] - np.mean(own)) / (np.std(over, ddof=1) + 1e-4)
             assert row["advantage"] == pytest.approx(gain)
     sizes = list(Counter(tuple(row[key] for key in shared) for row in rows).values())
-    assert (line["groups"], line["alone"]) == (sum(size > 1 for size in sizes), sizes.count(1))
+    assert (line["groups"], line["singletons"]) == (sum(size > 1 for size in sizes), sizes.count(1))
 
 
-def test_what_changes_the_outcome_is_in_the_key_of_the_stage(monkeypatch, profile):
-    key = lambda made: cache.fingerprint(grpo.train(made, "charades"))  # noqa: E731
+def test_what_changes_the_outcome_is_in_the_key_of_the_step(monkeypatch, tmp_path, profile):
+    key = lambda made: cache.fingerprint(grpo.train(made, "charades", stage_1=tmp_path))  # noqa: E731
     monkeypatch.setattr(cache, "build", lambda target, inputs, work, distributed: inputs)
-    changes = {"retrieval_reward": "delta", "scale_rewards": "batch", "grpo_exclude_sft_queries": True}
-    for change in ({name: value} for name, value in changes.items()):
+    for change in (
+        {"retrieval_reward": "delta"},
+        {"scale_rewards": "batch"},
+        {"disabled_rewards": ("retrieval",)},
+        {"grpo_exclude_sft_queries": True},
+    ):
         assert key(dataclasses.replace(profile, **change)) != key(profile), change
     for change in (
         {"tensorboard": True},
-        {"max_zero_std": 0.5},
+        {"max_zero_std": 0.5},  # a stopped run may go on
         {"max_skipped": 0.5},
-    ):  # a stopped run may go on
+        {"save_minutes": 3.0},
+    ):
         assert key(dataclasses.replace(profile, **change)) == key(profile), change
 
 
-def test_stage_2_asks_for_stage_1(monkeypatch, tmp_path, profile):
-    monkeypatch.setattr(config, "ROOT", tmp_path)
-    with pytest.raises(config.InputError, match="sft: not there; stage 1 comes first: vsr1 train"):
-        grpo.train(profile, "charades")
+def test_stage_2_makes_sure_that_stage_1_is_current(monkeypatch, tmp_path, profile):
+    """Of the same profile and data set, unless it is told where to start from."""
+    asked, current = [], tmp_path / "sft"
+    monkeypatch.setattr(sft, "train", lambda *args: asked.append(args) or current)
+    monkeypatch.setattr(cache, "build", lambda target, inputs, work, distributed: work.args)
+    assert current in grpo.train(profile, "charades") and asked == [(profile, "charades")]
+    assert tmp_path in grpo.train(profile, "charades", stage_1=tmp_path) and len(asked) == 1
 
 
 @pytest.mark.parametrize("scale", ["group", "batch"])
@@ -226,33 +238,34 @@ def test_advantages_are_trl_s(scale):
 
 def test_rows_are_read_again_with_the_log_probabilities_they_were_sampled_with(walked):
     made, rows = walked
-    assert {row.t for row in rows} == {1, 2} and {row.taken is None for row in rows} == {True, False}
+    assert {row.t for row in rows} == {1, 2} and {row.latents is None for row in rows} == {True, False}
     for row in rows:
         again = made.agent.replay([row.prompt], [row.ids], temperature=1.0)
-        np.testing.assert_allclose(again.logps[0].tolist(), row.logps, atol=1e-5)
+        np.testing.assert_allclose(again.logps[0].tolist(), row.old_logps, atol=1e-5)
 
 
 def test_rewards_are_those_of_the_soft_tokens_that_stood_in_the_query(walked):
     """The retrieval reward computed from a replayed reply and a softmax written out, at both turns."""
     made, rows = walked
-    marked = [row for row in rows if row.taken is not None]
-    assert {len(row.earlier) for row in marked} == {0, 1}
+    marked = [row for row in rows if row.latents is not None]
+    assert {len(row.earlier_latents) for row in marked} == {0, 1}
     for row in marked:
         branch = made.agent.replay([row.prompt], [row.ids]).refine_contexts[0]
         latents = sqr.soft_tokens(made.agent, [branch], 3)
-        carried = torch.cat([*(block[None] for block in row.earlier), latents], dim=1)
-        vec = sqr.soft_query(made.engine, made.agent.heads, [row.start.text], carried)[0].detach()
+        carried = torch.cat([*(block[None] for block in row.earlier_latents), latents], dim=1)
+        vec = sqr.soft_query(made.engine, made.agent.heads, [row.query.text], carried)[0].detach()
         scores = {
-            v: float(made.gallery[made.vectors.column(v)] @ vec) / 0.1 for v in (row.start.video, *row.wrong)
+            v: float(made.gallery_vecs[made.vectors.column(v)] @ vec) / 0.1
+            for v in (row.query.video, *row.negatives)
         }
-        chance = np.exp(scores[row.start.video]) / np.exp(list(scores.values())).sum()
-        assert row.chance == pytest.approx(chance, abs=1e-5)
-        assert (row.shown in scores) and len(scores) == 1 + len(row.wrong)
+        chance = np.exp(scores[row.query.video]) / np.exp(list(scores.values())).sum()
+        assert row.p_positive == pytest.approx(chance, abs=1e-5)
+        assert (row.shown in scores) and len(scores) == 1 + len(row.negatives)
 
 
 def test_an_episode_does_not_look_at_a_video_twice(walked):
     _, rows = walked
-    looks = [(row.start.group, row.start.member, row.shown) for row in rows]
+    looks = [(row.query.group, row.query.member, row.shown) for row in rows]
     assert len(looks) == len(set(looks))
 
 
@@ -262,8 +275,8 @@ def test_what_a_start_meets_does_not_depend_on_the_batch_it_is_in(walked, profil
     alone = []
     for group in (1, 0):
         members = [dataclasses.replace(starts[group], group=group, member=m) for m in range(4)]
-        alone += [row for rows in made.walk(members, [1]) for row in rows]
-    key = lambda row: (row.start.group, row.start.member, row.t)  # noqa: E731
+        alone += [row for rows in made.rollout(members, [1]) for row in rows]
+    key = lambda row: (row.query.group, row.query.member, row.t)  # noqa: E731
     for one, other in zip(sorted(together, key=key), sorted(alone, key=key), strict=True):
         assert one.ids == other.ids and one.reward == pytest.approx(other.reward, abs=1e-5)
 
@@ -272,11 +285,15 @@ def test_one_turn_is_the_first_turn_of_two(profile, search, vectors, starts, wal
     _, both = walked
     made = sampler(profile, search, vectors, "vsr1-single")
     members = [dataclasses.replace(s, group=g, member=m) for g, s in enumerate(starts[:2]) for m in range(4)]
-    once = [row for rows in made.walk(members, [1]) for row in rows]
+    once = [row for rows in made.rollout(members, [1]) for row in rows]
     firsts = [row for row in both if row.t == 1]
     assert [row.ids for row in once] == [row.ids for row in firsts]
-    assert [row.parts["retrieve"] for row in once] == [row.parts["retrieve"] for row in firsts]
-    assert [row.parts["verify"] for row in once] == [row.parts["verify"] for row in firsts]
+    assert [row.reward_parts["retrieval"] for row in once] == [
+        row.reward_parts["retrieval"] for row in firsts
+    ]
+    assert [row.reward_parts["verification"] for row in once] == [
+        row.reward_parts["verification"] for row in firsts
+    ]
 
 
 # --- the objective ---------------------------------------------------------------------------------------------------
@@ -313,7 +330,7 @@ def test_the_objective_is_trl_s_in_value_and_gradient(tmp_path, beta):
         if way == "ours":
             shifts = torch.from_numpy(noise.normal(0, 0.3, (2, *seen.logps.shape))).float()
             old, anchor = (seen.logps.detach() + shift for shift in shifts)
-            loss = rewards.policy_loss(
+            loss = objective.policy_loss(
                 seen.logps, old, anchor, gains, seen.completion_mask, clip=0.2, beta=beta
             )[0].mean()
         else:
@@ -343,7 +360,7 @@ def test_the_objective_is_what_a_double_loop_says():
     logps, sampled, anchor = (torch.from_numpy(rng.normal(-1, 0.4, (3, 5))) for _ in range(3))
     said = torch.arange(5) < torch.tensor([[5], [2], [4]])
     gains = [1.5, -0.5, 0.2]
-    losses, kls, cuts = rewards.policy_loss(
+    losses, kls, cuts = objective.policy_loss(
         logps, sampled, anchor, torch.tensor(gains), said, clip=0.2, beta=0.1
     )
     for row, gain in enumerate(gains):
@@ -361,18 +378,18 @@ def test_the_objective_is_what_a_double_loop_says():
 
 def learned(made, rows, recipe=None, **options):
     """(loss, gradients) of a fresh Learner, read in as many parts as the knobs ask for."""
-    course = grpo.GRPOTrainer(made)
-    found = rewards.advantages([row.reward for row in rows], [(r.start.group, r.t, r.shown) for r in rows])
+    trainer = grpo.GRPOTrainer(made)
+    found = rewards.advantages([row.reward for row in rows], [(r.query.group, r.t, r.shown) for r in rows])
     for row, advantage in zip(rows, found, strict=True):
         row.advantage = advantage
     kept = [row for row in rows if row.advantage is not None]
-    totals = len(kept), sum(row.taken is not None for row in kept)
-    parts = course._chunks(kept)
+    totals = len(kept), sum(row.latents is not None for row in kept)
+    parts = trainer._chunks(kept)
     assert sorted(map(id, kept)) == sorted(id(row) for part in parts for row in part)
-    loss = sum(course.learner(part, totals, **options)[0] for part in parts)
-    course.optimizer.zero_grad()
+    loss = sum(trainer.objective(part, totals, **options)[0] for part in parts)
+    trainer.optimizer.zero_grad()
     loss.backward()
-    grads = {n: w.grad.clone() for n, w in course.learner.named_parameters() if w.grad is not None}
+    grads = {n: w.grad.clone() for n, w in trainer.objective.named_parameters() if w.grad is not None}
     return loss.detach(), grads
 
 
@@ -386,7 +403,7 @@ def same(one, other, atol=1e-5):
 
 def test_a_prompt_read_once_a_group_gives_the_loss_and_gradient_of_one_read_once_a_reply(walked):
     made, rows = walked
-    same(learned(made, rows), learned(made, rows, shared=False))
+    same(learned(made, rows), learned(made, rows, share_prompts=False))
 
 
 @pytest.mark.parametrize(
@@ -411,7 +428,7 @@ def test_another_video_gives_another_loss(walked):
         grid = row.prompt.video.grid
         video = inputs.Video(torch.zeros(math.prod(grid), 3 * 2 * 16 * 16), grid)
         row.prompt = black.setdefault(
-            (row.start.group, row.shown), dataclasses.replace(row.prompt, video=video)
+            (row.query.group, row.shown), dataclasses.replace(row.prompt, video=video)
         )
     assert abs(learned(made, rows)[0] - before) > 1e-3
 
@@ -420,7 +437,7 @@ def test_another_video_gives_another_loss(walked):
 def test_the_heads_learn_unless_they_are_frozen(profile, search, vectors, starts, recipe, heads):
     made = sampler(profile, search, vectors, recipe)
     members = [dataclasses.replace(s, group=g, member=m) for g, s in enumerate(starts[:2]) for m in range(4)]
-    _, grads = learned(made, [row for rows in made.walk(members, [1]) for row in rows])
+    _, grads = learned(made, [row for rows in made.rollout(members, [1]) for row in rows])
     ours = [grad for name, grad in grads.items() if name.startswith("heads.refine_projector")]
     assert bool(ours) == heads and all(grad.abs().max() > 0 for grad in ours)
     assert all(weight.grad is None for weight in search.model.parameters())
@@ -434,16 +451,18 @@ def test_without_its_adapters_the_policy_is_the_anchor_that_a_copy_would_be(walk
     copied.model = copy.deepcopy(made.agent.model).requires_grad_(False)
     prompts, replies = rows[0].prompt, rows[0].ids
     made.knobs = dataclasses.replace(made.knobs, lora_rank=4)
-    learner = grpo.GRPOTrainer(made).learner
-    weights = {name: weight for name, weight in learner.named_parameters() if weight.requires_grad}
+    objective_module = grpo.GRPOTrainer(made).objective
+    weights = {name: weight for name, weight in objective_module.named_parameters() if weight.requires_grad}
     for weight in weights.values():  # as if they had learned
         weight += 0.05 * torch.randn(weight.shape, generator=torch.manual_seed(0))
     read = lambda one: one.replay([prompts], [replies]).logps  # noqa: E731
-    with learner.anchor.adapters_disabled():
-        assert (read(learner.anchor) == read(copied)).all()
-        assert learner.anchor.model is made.agent.model
+    with objective_module.ref_policy.adapters_disabled():
+        assert (read(objective_module.ref_policy) == read(copied)).all()
+        assert objective_module.ref_policy.model is made.agent.model
     assert (read(made.agent) - read(copied)).abs().max() > 1e-3
-    assert weights.keys() == {name for name, weight in learner.named_parameters() if weight.requires_grad}
+    assert weights.keys() == {
+        name for name, weight in objective_module.named_parameters() if weight.requires_grad
+    }
 
 
 def test_adapters_and_heads_get_a_gradient_and_nothing_else(walked):
@@ -474,10 +493,10 @@ def test_what_learns_is_float32_beside_bfloat16_weights_that_do_not(profile, sea
     profile = dataclasses.replace(profile, dtype="bfloat16", lora_rank=rank)
     made = sampler(profile, search, vectors)
     made.agent.model.bfloat16()
-    course = grpo.GRPOTrainer(made)
-    line, _ = course.step(1, starts[:2])
+    trainer = grpo.GRPOTrainer(made)
+    line, _ = trainer.train_step(1, starts[:2])
     assert line["norm"] > 0 and line["kl"] < 1e-3
-    learn = {id(weight) for group in course.optimizer.param_groups for weight in group["params"]}
+    learn = {id(weight) for group in trainer.optimizer.param_groups for weight in group["params"]}
     for name, weight in made.agent.model.named_parameters():
         assert weight.requires_grad == (id(weight) in learn)
         assert weight.dtype == (torch.float32 if weight.requires_grad else torch.bfloat16), name
@@ -487,19 +506,21 @@ def test_noisy_soft_tokens_are_the_actions_that_were_rewarded(profile, search, v
     """Gaussian recipe: what stood in the query was noisy, was read on, and its density is that of the replay."""
     made = sampler(profile, search, vectors, "gauss")
     members = [dataclasses.replace(starts[0], member=m) for m in range(4)]
-    rows = [r for rows in made.walk(members, [1]) for r in rows if r.taken is not None]
+    rows = [r for rows in made.rollout(members, [1]) for r in rows if r.latents is not None]
     for row in rows:
         branch = made.agent.replay([row.prompt], [row.ids]).refine_contexts
         with torch.no_grad():
-            means = sqr.soft_tokens(made.agent, branch, 3, taken=row.taken[None])
+            means = sqr.soft_tokens(made.agent, branch, 3, taken=row.latents[None])
             plain = sqr.soft_tokens(made.agent, branch, 3)
-            vec = sqr.soft_query(search, made.agent.heads, [row.start.text], row.taken[None])
-        spread = (row.taken - means[0]).std().item()
+            vec = sqr.soft_query(search, made.agent.heads, [row.query.text], row.latents[None])
+        spread = (row.latents - means[0]).std().item()
         assert 0.8 * profile.latent_noise_std < spread < 1.2 * profile.latent_noise_std
         assert (means[0, 0] == plain[0, 0]).all() and not torch.allclose(
             means[0, 1:], plain[0, 1:], atol=1e-3
         )
-        assert float(torch.exp(-made.contrast(vec, [row])[0])) == pytest.approx(row.chance, abs=1e-5)
+        assert float(torch.exp(-made.infonce_losses(vec, [row])[0])) == pytest.approx(
+            row.p_positive, abs=1e-5
+        )
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -509,11 +530,11 @@ def begin(profile, search, vectors, recipe="m3"):
     return grpo.GRPOTrainer(sampler(profile, search, vectors, recipe))
 
 
-def steadily(course):
-    """The course, with an Adam that does not blow up rounding where a gradient is next to nothing."""
-    for group in course.optimizer.param_groups:
+def steadily(trainer):
+    """The trainer, with an Adam that does not blow up rounding where a gradient is next to nothing."""
+    for group in trainer.optimizer.param_groups:
         group["eps"] = 1e-2
-    return course
+    return trainer
 
 
 def lines(folder, name="log"):
@@ -546,8 +567,8 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors
         parts.run(starts, starts[:2], tmp_path / "parts", "parts", kill_at(3))
     parts = begin(profile, search, vectors)
     parts.run(starts, starts[:2], tmp_path / "parts", "parts")
-    for name, weight in whole.learner.state_dict().items():
-        torch.testing.assert_close(parts.learner.state_dict()[name], weight, atol=1e-6, rtol=1e-5, msg=name)
+    for name, weight in whole.objective.state_dict().items():
+        torch.testing.assert_close(parts.objective.state_dict()[name], weight, atol=1e-6, rtol=1e-5, msg=name)
     logs = [lines(tmp_path / name) for name in ("whole", "parts")]
     assert [line["step"] for line in logs[1]] == [1, 2, 3, 4]
     for one, other in zip(*logs, strict=True):
@@ -561,19 +582,59 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors
 def test_steps_without_a_finite_gradient_are_counted_and_too_many_end_the_run(
     tmp_path, profile, search, vectors, starts
 ):
-    course = begin(profile, search, vectors)
-    before = {name: weight.clone() for name, weight in course.learner.state_dict().items()}
-    course.knobs.__dict__["grpo_beta"] = float("nan")  # frozen, and this profile is the test's own
+    trainer = begin(profile, search, vectors)
+    before = {name: weight.clone() for name, weight in trainer.objective.state_dict().items()}
+    trainer.knobs.__dict__["grpo_beta"] = float("nan")  # frozen, and this profile is the test's own
     with pytest.raises(config.InputError, match=r"3 of 3 steps .* 0 for want of memory, .* lower grpo_lr"):
-        course.run(starts, starts[:2], tmp_path, "broken")
+        trainer.run(starts, starts[:2], tmp_path, "broken")
     assert [line["norm"] for line in lines(tmp_path)] == [None] * 3 and lines(tmp_path)[-1]["skipped"] == 3
-    for name, weight in course.learner.state_dict().items():
+    for name, weight in trainer.objective.state_dict().items():
         assert (weight == before[name]).all()
 
 
-def short_of_memory(course, monkeypatch, calls):
-    """The learner runs out of memory in these of its calls, from 1: two a step, one for each start."""
-    forward, made = course.learner.forward, []
+def unreadable(*ids):
+    """Videos of which these cannot be read."""
+    shelf = Shelf()
+    shelf.clips |= {video: video_reader.Clip(None, None, None, "no video stream") for video in ids}
+    return shelf
+
+
+def test_a_step_without_a_readable_video_is_skipped_and_too_many_end_the_run(
+    tmp_path, profile, search, vectors, starts
+):
+    """The log has null where there is no number, never NaN, which is not JSON."""
+    trainer = begin(profile, search, vectors)
+    trainer.worker.clips = unreadable(*VIDEOS)
+    with pytest.raises(config.InputError, match=r"3 of 3 steps .* videos that cannot be read"):
+        trainer.run(starts, starts[:2], tmp_path, "broken")
+    text = (tmp_path / "log.jsonl").read_text() + (tmp_path / "held.jsonl").read_text()
+    assert "NaN" not in text and [line["skipped"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert lines(tmp_path)[0]["loss"] is lines(tmp_path)[0]["reward"] is lines(tmp_path)[0]["norm"] is None
+
+
+def test_without_validation_prompts_nothing_is_watched(tmp_path, profile, search, vectors, starts):
+    begin(profile, search, vectors).run(starts, [], tmp_path, "unwatched")
+    assert len(lines(tmp_path)) == 4 and lines(tmp_path, "held") == []
+
+
+def test_states_are_saved_by_time(tmp_path, monkeypatch, profile, search, vectors, starts):
+    """By a clock that is five minutes further at each step, killed in its fourth: it goes on behind the second."""
+    clock = iter(range(0, 10**6, 300))
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
+    profile = dataclasses.replace(profile, save_minutes=10.0)
+    with pytest.raises(Killed):
+        begin(profile, search, vectors).run(starts, starts[:2], tmp_path, "timed", kill_at(4))
+    assert [path.name for path in (tmp_path / "steps").iterdir()] == ["000002"]
+    began = []
+    begin(profile, search, vectors).run(
+        starts, starts[:2], tmp_path, "timed", lambda log: began.append(log[-1]["step"])
+    )
+    assert began == [3, 4]
+
+
+def short_of_memory(trainer, monkeypatch, calls):
+    """The objective_module runs out of memory in these of its calls, from 1: two a step, one for each start."""
+    forward, made = trainer.objective.forward, []
 
     def full(*args):
         made.append(1)
@@ -581,7 +642,7 @@ def short_of_memory(course, monkeypatch, calls):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args)
 
-    monkeypatch.setattr(course.learner, "forward", full)
+    monkeypatch.setattr(trainer.objective, "forward", full)
 
 
 def test_a_step_out_of_memory_is_counted_and_changes_nothing(
@@ -589,10 +650,10 @@ def test_a_step_out_of_memory_is_counted_and_changes_nothing(
 ):
     """The second half of step 2 does not fit, so that step has a gradient of half its rows: it must not be used."""
     profile = dataclasses.replace(profile, grpo_rollout_batch=1)
-    course, weights = begin(profile, search, vectors), []
-    short_of_memory(course, monkeypatch, {4})
-    keep = lambda _: weights.append({n: w.clone() for n, w in course.learner.state_dict().items()})  # noqa: E731
-    course.run(starts, starts[:2], tmp_path, "full", keep)
+    trainer, weights = begin(profile, search, vectors), []
+    short_of_memory(trainer, monkeypatch, {4})
+    keep = lambda _: weights.append({n: w.clone() for n, w in trainer.objective.state_dict().items()})  # noqa: E731
+    trainer.run(starts, starts[:2], tmp_path, "full", keep)
     log = lines(tmp_path)
     assert [(line["skipped"], line["no_memory"]) for line in log] == [(0, 0), (1, 1), (1, 1), (1, 1)]
     assert [line["loss"] is None for line in log] == [line["norm"] is None for line in log]
@@ -601,18 +662,18 @@ def test_a_step_out_of_memory_is_counted_and_changes_nothing(
     equal = [all((one[name] == other[name]).all() for name in one) for one, other in pairs]
     assert equal == [True, False, False]
     again = begin(profile, search, vectors)
-    assert again._resume(tmp_path) == 4 and again.counts == course.counts and again.counts["no_memory"] == 1
+    assert again._resume(tmp_path) == 4 and again.counts == trainer.counts and again.counts["no_memory"] == 1
 
 
 @pytest.mark.parametrize(("share", "steps"), [(0.05, 3), (0.75, 4)])
 def test_too_many_steps_out_of_memory_end_the_run(
     tmp_path, monkeypatch, profile, search, vectors, starts, share, steps
 ):
-    course = begin(dataclasses.replace(profile, max_skipped=share), search, vectors)
-    short_of_memory(course, monkeypatch, range(1, 9))
+    trainer = begin(dataclasses.replace(profile, max_skipped=share), search, vectors)
+    short_of_memory(trainer, monkeypatch, range(1, 9))
     told = rf"full: {steps} of {steps} steps .* {steps} for want of memory, .* grpo_rollout_batch"
     with pytest.raises(config.InputError, match=told):
-        course.run(starts, starts[:2], tmp_path, "full")
+        trainer.run(starts, starts[:2], tmp_path, "full")
     assert len(lines(tmp_path)) == steps
 
 
@@ -620,8 +681,8 @@ def test_a_rollout_out_of_memory_goes_on_with_half_the_starts_and_gives_the_same
     monkeypatch, profile, search, vectors, starts
 ):
     """Four starts at once do not fit, then two do; when two do not fit either, the error stands."""
-    course = begin(dataclasses.replace(profile, grpo_rollout_batch=4, grpo_group=2), search, vectors)
-    whole, walk, fits, sizes = course.walk(starts[:4], 2, [1]), course.sampler.walk, 4, []
+    trainer = begin(dataclasses.replace(profile, grpo_rollout_batch=4, grpo_group=2), search, vectors)
+    whole, walk, fits, sizes = trainer.rollout(starts[:4], 2, [1]), trainer.worker.rollout, 4, []
 
     def full(some, seed):
         sizes.append(len(some) // 2)
@@ -629,29 +690,29 @@ def test_a_rollout_out_of_memory_goes_on_with_half_the_starts_and_gives_the_same
             raise torch.OutOfMemoryError("CUDA out of memory")
         return walk(some, seed)
 
-    monkeypatch.setattr(course.sampler, "walk", full)
+    monkeypatch.setattr(trainer.worker, "rollout", full)
     fits = 2
-    with pytest.warns(UserWarning, match="4 starts at once do not fit in memory: half of grpo_rollout_batch"):
-        halves = course.walk(starts[:4], 2, [1])
-    assert course.walk(starts[:4], 2, [1])[-1].ids == halves[-1].ids  # without another word
-    assert sizes == [4, 2, 2, 2, 2] and course.counts["halved"] == 1
+    with pytest.warns(UserWarning, match="4 at once do not fit in memory: half of grpo_rollout_batch"):
+        halves = trainer.rollout(starts[:4], 2, [1])
+    assert trainer.rollout(starts[:4], 2, [1])[-1].ids == halves[-1].ids  # without another word
+    assert sizes == [4, 2, 2, 2, 2] and trainer.splitter.parts == 2
     assert [row.ids for row in halves] == [row.ids for row in whole]
     assert [row.reward for row in halves] == pytest.approx([row.reward for row in whole], abs=1e-5)
     fits = 1
     with pytest.raises(torch.OutOfMemoryError):
-        course.walk(starts[:4], 2, [1])
+        trainer.rollout(starts[:4], 2, [1])
 
 
 def test_groups_that_all_earn_the_same_end_the_run_where_it_can_go_on(
     tmp_path, profile, search, vectors, starts
 ):
-    parts = ("verify", "form", "refine", "time", "retrieve")
+    parts = ("verification", "format", "refine_token", "grounding", "retrieval")
     profile = dataclasses.replace(profile, disabled_rewards=parts, max_zero_std=0.9)
     with pytest.raises(
         config.InputError, match=r"flat: in (\d+) of \1 groups all earned the same.* max_zero_std"
     ):
         begin(profile, search, vectors).run(starts, starts[:2], tmp_path, "flat")
-    assert [(line["step"], line["flat"]) for line in lines(tmp_path)] == [(1, 1.0)]
+    assert [(line["step"], line["frac_zero_std"]) for line in lines(tmp_path)] == [(1, 1.0)]
     begin(dataclasses.replace(profile, max_zero_std=1.0), search, vectors).run(
         starts, starts[:2], tmp_path, "flat"
     )
@@ -662,8 +723,8 @@ def test_tensorboard_draws_what_the_log_says(tmp_path, monkeypatch, profile, sea
     """Every number of every line, in a folder beside the log; a resumed run draws over what came after its state."""
     writers = fake_tensorboard(monkeypatch)
     for steps in (2, 3):
-        course = begin(dataclasses.replace(profile, tensorboard=True, grpo_steps=steps), search, vectors)
-        course.run(starts, starts[:2], tmp_path, "drawn")
+        trainer = begin(dataclasses.replace(profile, tensorboard=True, grpo_steps=steps), search, vectors)
+        trainer.run(starts, starts[:2], tmp_path, "drawn")
     first, second = writers
     assert {Path(one.folder) for one in writers} == {tmp_path / "tensorboard"}
     assert (first.options["purge_step"], second.options["purge_step"]) == (1, 3)
@@ -678,9 +739,9 @@ def test_tensorboard_draws_what_the_log_says(tmp_path, monkeypatch, profile, sea
 
 def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch, profile, search, vectors, starts):
     monkeypatch.setattr(common, "is_tensorboard_available", lambda: False)
-    course = begin(dataclasses.replace(profile, tensorboard=True), search, vectors)
+    trainer = begin(dataclasses.replace(profile, tensorboard=True), search, vectors)
     with pytest.raises(config.InputError, match="the package tensorboard is missing; install it"):
-        course.run(starts, starts[:2], tmp_path, "drawn")
+        trainer.run(starts, starts[:2], tmp_path, "drawn")
 
 
 def prepared(profile, agent, vectors):
@@ -705,13 +766,15 @@ def test_each_recipe_trains_to_its_end_and_resumes(tmp_path, monkeypatch, profil
     agent.settings = dataclasses.replace(agent.settings, n_soft=3)
     monkeypatch.setattr(grpo.checkpoints, "load", lambda *args: few_words(load(*args)))
     monkeypatch.setattr(grpo.engine, "load", lambda _: search)
-    monkeypatch.setattr(grpo.clip_cache, "ClipCache", lambda *_: Shelf())
+    monkeypatch.setattr(clip_cache, "ClipCache", lambda *_: Shelf())
+    folder = lambda run, *_: run.data_dir("charades") / "embed" / "engine" / "train"  # noqa: E731
+    monkeypatch.setattr(embedding, "embed_corpus", folder)
 
-    def train(name, watch=None):
+    def train(name, on_log=None):
         monkeypatch.setattr(config, "ROOT", tmp_path / name)
         if not profile.runs("charades").exists():
             prepared(profile, agent, vectors)
-        return grpo.train(profile, "charades", recipe, watch)
+        return grpo.train(profile, "charades", recipe, on_log, stage_1=profile.runs("charades") / "sft")
 
     whole = train("whole")
     with pytest.raises(Killed):
@@ -735,7 +798,7 @@ def test_each_recipe_trains_to_its_end_and_resumes(tmp_path, monkeypatch, profil
 def test_every_epoch_draws_every_start_once(starts):
     epoch = [s for number in range(1, len(starts) + 1) for s in grpo.draw(starts, number, 2, 0)]
     for half in (epoch[: len(starts)], epoch[len(starts) :]):
-        assert sorted((s.id, s.first) for s in half) == sorted((s.id, s.first) for s in starts)
+        assert sorted((s.id, s.first_video) for s in half) == sorted((s.id, s.first_video) for s in starts)
     assert epoch[: len(starts)] != epoch[len(starts) :]
 
 
@@ -781,17 +844,17 @@ def test_two_processes_are_one(tmp_path, profile, search, vectors, starts, promp
     done = two_processes("grpo_loop", tmp_path / "two", prompts)
     assert done.returncode == 0, done.stderr[-3000:]
     profile = dataclasses.replace(profile, grpo_prompts_per_step=prompts, scale_rewards="batch")
-    before, course = begin(profile, search, vectors), steadily(begin(profile, search, vectors))
-    course.run(starts, starts[:2], tmp_path / "one", "one")
+    before, trainer = begin(profile, search, vectors), steadily(begin(profile, search, vectors))
+    trainer.run(starts, starts[:2], tmp_path / "one", "one")
     logs = [lines(tmp_path / name) for name in ("one", "two")]
     for one, two in zip(*logs, strict=True):
         assert one.keys() == two.keys()
         for key in one.keys() - {"seconds", "turns"}:
             assert one[key] == pytest.approx(two[key], abs=1e-4, rel=1e-4), (one["step"], key)
-    theirs, began = load_file(tmp_path / "two" / "end.safetensors"), before.learner.state_dict()
-    for name, weight in course.learner.state_dict().items():
+    theirs, began = load_file(tmp_path / "two" / "end.safetensors"), before.objective.state_dict()
+    for name, weight in trainer.objective.state_dict().items():
         assert (theirs[name] - weight).norm() <= 1e-3 * (weight - began[name]).norm(), name
-    assert any((weight != began[name]).any() for name, weight in course.learner.state_dict().items())
+    assert any((weight != began[name]).any() for name, weight in trainer.objective.state_dict().items())
 
 
 def checkpointed(folder, rank, killed=False):
@@ -805,19 +868,19 @@ def checkpointed(folder, rank, killed=False):
             raise Killed
 
     for last in (False, True) if killed else (True,):
-        course = begin(profile, random_engine(), vectors)
+        trainer = begin(profile, random_engine(), vectors)
         with contextlib.suppress(Killed):
-            course._check_skipped = course._check_skipped if last else fatal
-            course.run(starts, starts[:2], folder, "stage 2")
-    fsdp.unshard(course.learner)
-    if course.accelerator.is_main_process:
-        checkpoints.save(course.sampler.agent, folder)
-    return course
+            trainer._check_skipped = trainer._check_skipped if last else fatal
+            trainer.run(starts, starts[:2], folder, "stage 2")
+    fsdp.unshard(trainer.objective)
+    if trainer.accelerator.is_main_process:
+        checkpoints.save(trainer.worker.agent, folder)
+    return trainer
 
 
 @pytest.mark.parametrize(("schedule", "left"), [("constant", 1.0), ("linear", 0.25)])
 def test_the_rates_of_the_last_of_four_steps(tmp_path, profile, search, vectors, starts, schedule, left):
-    course = begin(dataclasses.replace(profile, grpo_schedule=schedule), search, vectors)
-    course.run(starts, starts[:2], tmp_path, "rates")
-    for group in course.optimizer.param_groups:
+    trainer = begin(dataclasses.replace(profile, grpo_schedule=schedule), search, vectors)
+    trainer.run(starts, starts[:2], tmp_path, "rates")
+    for group in trainer.optimizer.param_groups:
         assert group["lr"] == pytest.approx(1e-3 * left)

@@ -67,7 +67,7 @@ def rows():
 
 @pytest.fixture
 def profile():
-    return dataclasses.replace(config.load("smoke"), sft_batch=3)
+    return dataclasses.replace(config.load("smoke"), sft_batch=3, save_minutes=0.0)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def trainer(tmp_path, profile, search, vectors, rows):
     agent = random_policy()
     made = sft.make_trainer(profile, agent, rows, Shelf(), tmp_path, "test")
     made.current_gradient_accumulation_steps = 1  # set by `train`
-    return made.teach(agent, search, vectors, profile)
+    return made.attach_retrieval(agent, search, vectors, profile)
 
 
 def batch(trainer, rows):
@@ -93,14 +93,14 @@ def test_info_nce_is_minus_the_log_of_the_share_of_the_right_video():
 def test_the_reply_and_nothing_else_is_learned(trainer, rows):
     made = batch(trainer, rows)
     for labels in made["labels"]:
-        said = trainer.agent.tokenizer.decode(labels[labels != sft.IGNORED])
+        said = trainer.policy.tokenizer.decode(labels[labels != sft.IGNORED])
         assert said == f"{REPLY} {prompt_text.REFINE}<|im_end|>"
     assert made["rows"][1]["right"] == "v1"
 
 
 def by_replay(trainer, rows, tau, lam):
     """Both losses another way: the policy's own replay of the replies, and a softmax written out."""
-    agent, shelf = trainer.agent, trainer.data_collator.clips
+    agent, shelf = trainer.policy, trainer.data_collator.clips
     shown = [row.caption or shelf.clips[row.shown] for row in rows]
     prompts = [
         agent.prompt(agent.settings.system, row.query, clip) for row, clip in zip(rows, shown, strict=True)
@@ -116,8 +116,12 @@ def by_replay(trainer, rows, tau, lam):
         few = latents[:, :depth]
         vecs = sqr.soft_query(trainer.engine, agent.heads, [row.query for row in rows], few)
         for row, vec in zip(rows, vecs, strict=True):
-            against = trainer.column if trainer.knobs.sft_negatives is None else (row.right, *row.negatives)
-            scores = {v: trainer.gallery[trainer.column[v]] @ vec / tau for v in against}
+            against = (
+                trainer.vectors.video_ids
+                if trainer.knobs.sft_negatives is None
+                else (row.right, *row.negatives)
+            )
+            scores = {v: trainer.gallery_vecs[trainer.vectors.column(v)] @ vec / tau for v in against}
             loss = torch.logsumexp(torch.stack(list(scores.values())), 0) - scores[row.right]
             counts = trainer.knobs.infonce_rows == "all" or row.shown != row.right
             losses.append(loss if counts else 0 * loss)
@@ -140,7 +144,7 @@ def test_the_loss_and_its_gradients_equal_those_of_a_replay(trainer, rows, profi
     assert [row.shown == row.right for row in rows] == [True, False, False]
     words = "0.0 to 2.0: A person waves."
     rows = [dataclasses.replace(row, caption=words if at in told else None) for at, row in enumerate(rows)]
-    agent, grads = trainer.agent, []
+    agent, grads = trainer.policy, []
     losses = (
         lambda: trainer.compute_loss(agent.model, batch(trainer, rows)),
         lambda: by_replay(trainer, rows, profile.infonce_temperature, profile.infonce_weight),
@@ -163,9 +167,9 @@ def test_the_loss_and_its_gradients_equal_those_of_a_replay(trainer, rows, profi
 @torch.no_grad()
 def test_another_video_gives_another_loss(trainer, rows):
     """A trainer that drops the video would not notice (STACK.md 5.1)."""
-    before = trainer.compute_loss(trainer.agent.model, batch(trainer, rows))
+    before = trainer.compute_loss(trainer.policy.model, batch(trainer, rows))
     trainer.data_collator.clips = Shelf(seed=50)
-    assert abs(trainer.compute_loss(trainer.agent.model, batch(trainer, rows)) - before) > 1e-3
+    assert abs(trainer.compute_loss(trainer.policy.model, batch(trainer, rows)) - before) > 1e-3
 
 
 def adapted():
@@ -199,7 +203,7 @@ def test_adapters_learn_beside_a_model_that_stays_and_are_merged_into_its_checkp
 ):
     agent, before = adapted(), random_policy()
     made = sft.make_trainer(profile, agent, rows * 4, Shelf(), tmp_path, "lora")
-    made.teach(agent, search, vectors, profile).train()
+    made.attach_retrieval(agent, search, vectors, profile).train()
     weights = {
         name.replace("token_adapter.", "").replace("base_layer.", ""): w
         for name, w in made.model.named_parameters()
@@ -231,7 +235,7 @@ def test_what_learns_is_float32_beside_bfloat16_weights_that_do_not(
 ):
     profile = dataclasses.replace(profile, dtype="bfloat16", lora_rank=rank, device="cpu")
     agent = sft.build_policy(profile, search)
-    made = sft.make_trainer(profile, agent, rows, Shelf(), tmp_path, "half").teach(
+    made = sft.make_trainer(profile, agent, rows, Shelf(), tmp_path, "half").attach_retrieval(
         agent, search, vectors, profile
     )
     before = {name: weight.clone() for name, weight in agent.model.named_parameters()}
@@ -248,7 +252,7 @@ def test_what_learns_is_float32_beside_bfloat16_weights_that_do_not(
 def test_both_rates_rise_to_their_height_and_fall_to_zero(tmp_path, profile, search, vectors, rows):
     profile = dataclasses.replace(profile, sft_batch=1, sft_warmup=0.25)
     made = sft.make_trainer(profile, random_policy(), (rows * 3)[:8], Shelf(), tmp_path, "warm")
-    made.teach(made.data_collator.agent, search, vectors, profile).train()
+    made.attach_retrieval(made.data_collator.policy, search, vectors, profile).train()
     rates = [json.loads(line)["rate"] for line in (tmp_path / "log.jsonl").open()]
     wanted = [0, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]  # of the eight steps, two are a quarter
     assert np.allclose(rates, profile.sft_lr * np.array(wanted))
@@ -273,7 +277,7 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors
     def begin(name):
         agent = begun()
         (tmp_path / name).mkdir(exist_ok=True)
-        return sft.make_trainer(profile, agent, rows * 4, Shelf(), tmp_path / name, name).teach(
+        return sft.make_trainer(profile, agent, rows * 4, Shelf(), tmp_path / name, name).attach_retrieval(
             agent, search, vectors, profile
         )
 
@@ -291,6 +295,32 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors
     logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").open()] for n in ("whole", "parts")]
     assert [row["step"] for row in logs[1]] == [1, 2, 3, 4]
     assert np.allclose([row["loss"] for row in logs[0]], [row["loss"] for row in logs[1]], atol=1e-5)
+
+
+def test_states_are_saved_by_time_and_a_torn_one_is_passed_over(
+    tmp_path, monkeypatch, profile, search, vectors, rows
+):
+    """By a clock that is five minutes further at each step: a state is due at every second of six steps."""
+    clock = iter(range(0, 10**6, 300))
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
+    profile = dataclasses.replace(profile, sft_batch=2, save_minutes=10.0)
+    made = sft.make_trainer(profile, random_policy(), rows * 4, Shelf(), tmp_path, "timed")
+    saved = []
+    made.add_callback(Saves(saved))
+    made.attach_retrieval(made.data_collator.policy, search, vectors, profile).train()
+    assert saved == [2, 4, 6]
+    (tmp_path / "steps" / "checkpoint-7").mkdir()  # killed before the library wrote its last file
+    assert sft.checkpoint(tmp_path) == str(tmp_path / "steps" / "checkpoint-6")
+
+
+class Saves(sft.TrainerCallback):
+    """Notes the steps at which a state was saved."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_save(self, args, state, control, **_):
+        self.steps.append(state.global_step)
 
 
 class Full(sft.TrainerCallback):
@@ -314,10 +344,10 @@ def test_out_of_memory_halves_what_is_read_at_once_and_ends_the_same(
             made = sft.make_trainer(knobs, agent, (rows * 3)[:8], Shelf(), tmp_path / name, name)
             if name == "short":
                 made.add_callback(Full())
-            return made.teach(agent, search, vectors, knobs)
+            return made.attach_retrieval(agent, search, vectors, knobs)
 
         saying = (
-            pytest.warns(UserWarning, match="sft_batch: 2 rows at once do not fit")
+            pytest.warns(UserWarning, match="2 at once do not fit in memory: half of sft_batch")
             if name == "short"
             else None
         )
@@ -340,7 +370,7 @@ def test_out_of_memory_halves_what_is_read_at_once_and_ends_the_same(
 def test_out_of_memory_ends_a_run_that_has_nothing_to_halve(tmp_path, profile, search, vectors, rows, batch):
     def begin(knobs):
         agent = random_policy()
-        made = sft.make_trainer(knobs, agent, rows * 2, Shelf(), tmp_path, "short").teach(
+        made = sft.make_trainer(knobs, agent, rows * 2, Shelf(), tmp_path, "short").attach_retrieval(
             agent, search, vectors, knobs
         )
         made.train = lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("a step of stage 1"))
@@ -355,7 +385,7 @@ def test_tensorboard_draws_what_the_log_says(tmp_path, monkeypatch, profile, sea
     writers = fake_tensorboard(monkeypatch)
     agent, profile = random_policy(), dataclasses.replace(profile, tensorboard=True)
     made = sft.make_trainer(profile, agent, rows * 2, Shelf(), tmp_path, "drawn")
-    made.teach(agent, search, vectors, profile).train()
+    made.attach_retrieval(agent, search, vectors, profile).train()
     (writer,) = writers
     assert writer.folder == str(tmp_path / "tensorboard") and writer.closed
     for row in [json.loads(line) for line in (tmp_path / "log.jsonl").open()]:
@@ -381,13 +411,16 @@ def test_a_rejected_video_is_no_negative_where_ambiguous_ones_are_left_out(
     trainer.knobs = dataclasses.replace(profile, sft_negatives=negatives, ambiguity_filter=0.0005)
     told = [dataclasses.asdict(row) for row in rows]
     vecs = torch.nn.functional.normalize(torch.randn(3, 192, generator=torch.manual_seed(5)), dim=1)
-    losses, rejected = trainer.contrast(vecs, told), 0
+    losses, rejected = trainer.infonce_losses(vecs, told), 0
     for at, row in enumerate(rows):
         typed = vectors.query_vecs[vectors.query_ids.index(row.desc_id)]
         plain = {v: float(typed @ vec) for v, vec in zip(vectors.video_ids, vectors.video_vecs, strict=True)}
         among = row.negatives if negatives else [v for v in plain if v != row.right]
         clear = [v for v in among if plain[v] < plain[row.right] - 0.0005]
-        scores = [float(trainer.gallery[trainer.column[v]] @ vecs[at]) / 0.1 for v in (row.right, *clear)]
+        scores = [
+            float(trainer.gallery_vecs[trainer.vectors.column(v)] @ vecs[at]) / 0.1
+            for v in (row.right, *clear)
+        ]
         assert losses[at].item() == pytest.approx(np.logaddexp.reduce(scores) - scores[0], abs=1e-5)
         rejected += row.shown != row.right and row.shown not in clear
     assert rejected, "no row of the test was searched for in vain"
@@ -397,11 +430,11 @@ def test_a_row_without_clear_negatives_has_no_loss_and_no_gradient(trainer, rows
     trainer.knobs = dataclasses.replace(profile, ambiguity_filter=2.5)  # wider than cosines are
     told = [dataclasses.asdict(row) for row in rows]
     vecs = torch.randn(3, 192, generator=torch.manual_seed(5)).requires_grad_()
-    losses = trainer.contrast(vecs, told)
+    losses = trainer.infonce_losses(vecs, told)
     losses.sum().backward()
     assert losses.tolist() == [0, 0, 0] and (vecs.grad == 0).all()
-    loss = trainer.compute_loss(trainer.agent.model, batch(trainer, rows))
-    assert loss.isfinite() and not sum(trainer.seen).any(), (
+    loss = trainer.compute_loss(trainer.policy.model, batch(trainer, rows))
+    assert loss.isfinite() and not sum(trainer.infonce_sums).any(), (
         "rows that contrast with nothing are not in the log"
     )
 
@@ -411,20 +444,20 @@ def test_a_filter_that_spares_nothing_gives_the_loss_without_one(trainer, rows, 
     """Off, it is the loss of before to the bit: that of `info_nce`, or of the whole gallery."""
     told = [dataclasses.asdict(row) for row in rows]
     vecs = torch.nn.functional.normalize(torch.randn(3, 192, generator=torch.manual_seed(5)), dim=1)
-    right = torch.tensor([trainer.column[row.right] for row in rows])
+    right = torch.tensor([trainer.vectors.column(row.right) for row in rows])
     if negatives:
-        wrong = torch.tensor([[trainer.column[v] for v in row.negatives] for row in rows])
+        wrong = torch.tensor([[trainer.vectors.column(v) for v in row.negatives] for row in rows])
         before = common.info_nce(
-            vecs, trainer.gallery[right], trainer.gallery[wrong], profile.infonce_temperature
+            vecs, trainer.gallery_vecs[right], trainer.gallery_vecs[wrong], profile.infonce_temperature
         )
     else:
         before = torch.nn.functional.cross_entropy(
-            vecs @ trainer.gallery.T / profile.infonce_temperature, right, reduction="none"
+            vecs @ trainer.gallery_vecs.T / profile.infonce_temperature, right, reduction="none"
         )
     found = []
     for value in (None, -2.5):
         trainer.knobs = dataclasses.replace(profile, sft_negatives=negatives, ambiguity_filter=value)
-        found.append(trainer.contrast(vecs, told))
+        found.append(trainer.infonce_losses(vecs, told))
     assert (found[0] == before).all()
     torch.testing.assert_close(found[1], before)
 
@@ -437,7 +470,7 @@ def test_the_baseline_learns_the_same_replies_without_the_token_and_without_a_se
 ):
     agent = random_policy()
     agent.heads = agent.refine_token_id = None
-    made = sft.make_trainer(profile, agent, rows, Shelf(), tmp_path, "ft").teach(
+    made = sft.make_trainer(profile, agent, rows, Shelf(), tmp_path, "ft").attach_retrieval(
         agent, search, vectors, profile
     )
     made.current_gradient_accumulation_steps = 1
@@ -458,11 +491,13 @@ def test_the_baseline_learns_the_same_replies_without_the_token_and_without_a_se
 
 def short_course(folder, agent, search, batch=2):
     """A trainer of three steps of up to four rows: all told in words, one of them, and no more than two rows."""
-    profile = dataclasses.replace(config.load("smoke"), sft_batch=batch, sft_accumulate=4 // batch)
+    profile = dataclasses.replace(
+        config.load("smoke"), sft_batch=batch, sft_accumulate=4 // batch, save_minutes=0.0
+    )
     rows = (made_rows() * 4)[:10]
     rows[:5] = [dataclasses.replace(row, caption="0.0 to 2.0: A person waves.") for row in rows[:5]]
     trainer = sft.make_trainer(profile, agent, rows, Shelf(), folder, "short")
-    return trainer.teach(agent, search, made_vectors(), profile)
+    return trainer.attach_retrieval(agent, search, made_vectors(), profile)
 
 
 def test_two_processes_learn_what_one_learns(tmp_path, search):

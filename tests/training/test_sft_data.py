@@ -253,7 +253,6 @@ def clone(tmp_path, monkeypatch, vectors, queries):
         profile = dataclasses.replace(
             config.load("smoke"), name=name, val_fraction=0.0, sft_text_only_rows=0, **knobs
         )
-        home = profile.runs("charades")
         (profile.data_dir("charades") / "corpus").mkdir(parents=True)
         annotations.write_fig(profile.data_dir("charades") / "corpus" / "train.jsonl", queries)
         (folder := profile.data_dir("charades") / "embed" / "engine" / "train").mkdir(parents=True)

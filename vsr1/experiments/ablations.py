@@ -39,13 +39,13 @@ class Variant:
 
 
 REWARDS = {  # T2
-    "no-ret": Variant({"disabled_rewards": ("retrieve",)}),
-    "no-verif": Variant({"disabled_rewards": ("verify",)}),
+    "no-ret": Variant({"disabled_rewards": ("retrieval",)}),
+    "no-verif": Variant({"disabled_rewards": ("verification",)}),
 }
 LONGER = {  # B1
-    "no-time": Variant({"disabled_rewards": ("time",)}),
-    "no-right": Variant({"disabled_rewards": ("verify", "time")}),  # each of them pays right verdicts only
-    "no-form": Variant({"disabled_rewards": ("form", "refine")}),
+    "no-time": Variant({"disabled_rewards": ("grounding",)}),
+    "no-right": Variant({"disabled_rewards": ("verification", "grounding")}),  # each of them pays right verdicts only
+    "no-form": Variant({"disabled_rewards": ("format", "refine_token")}),
     "delta": Variant({"retrieval_reward": "delta"}),
     "single": Variant(recipe="vsr1-single"),
     "m1": Variant(recipe="m1"),

@@ -21,6 +21,16 @@ from vsr1.training import rollout, sft_examples
 MOMENTS = (*(f"vcmr@{m}" for m in metrics.THRESHOLDS), "ver")
 
 
+# Names of reward parts in recorded numbers, which committed results have, by those in logs.
+RECORDED = {
+    "verification": "verify",
+    "format": "form",
+    "refine_token": "refine",
+    "grounding": "time",
+    "retrieval": "retrieve",
+}
+
+
 def lines(folder: Path, name: str = "log") -> list[dict]:
     """A log of a training run, one dict a line."""
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -33,7 +43,9 @@ def series(table: str, dataset: str, system: str, log: list[dict], keys, width: 
         points = [(line["step"], line[key]) for line in log if line[key] is not None]
         steps, values = zip(*points, strict=True) if points else ((), ())
         means = [float(np.mean(values[max(0, at + 1 - width) : at + 1])) for at in range(len(values))]
-        found[f"{table}/{dataset}/{system}/{key}"] = [list(pair) for pair in zip(steps, means, strict=True)]
+        found[f"{table}/{dataset}/{system}/{RECORDED.get(key, key)}"] = [
+            list(pair) for pair in zip(steps, means, strict=True)
+        ]
     return found
 
 
@@ -133,14 +145,16 @@ def telling_group(folder: Path) -> tuple[int, list[dict]]:
     return (spread or groups)[-1]
 
 
-REWARDS = ("reward", "verify", "form", "refine", "time", "retrieve", "right_shown", "length")
+REWARDS = ("reward", *RECORDED, "right_shown", "length")
 
 
 def held_numbers(dataset: str, name: str, held: list[dict]) -> dict[str, Estimate]:
-    """E2: what the policy earns on starts it never learns from, before stage 2 and after it."""
+    """E2: what the policy earns on prompts it never learns from, before stage 2 and after it; {} without any."""
+    if not held:
+        return {}
     ends = {"sft": held[0], name: held[-1]}
     return {
-        f"E2/{dataset}/{system}/{key}": Estimate(line[key], line["rows"], unit="")
+        f"E2/{dataset}/{system}/{RECORDED.get(key, key)}": Estimate(line[key], line["rows"], unit="")
         for system, line in ends.items()
         for key in REWARDS
     }
@@ -162,7 +176,7 @@ def gains(profile: Profile, pairs: dict[str, tuple[list[Episode], list[Episode],
 
 def start_counts(starts: list[rollout.RolloutPrompt]) -> pd.Series:
     """What a first look of stage 2 is at."""
-    right = sum(start.first == start.video for start in starts)
+    right = sum(start.first_video == start.video for start in starts)
     return pd.Series({"right video": right, "wrong video": len(starts) - right}, name="starts")
 
 

@@ -1,63 +1,100 @@
-"""What both training stages share: InfoNCE, LoRA, float32 weights for what learns."""
+"""What both training stages share: InfoNCE, LoRA, float32 weights for what learns, clips, and when to save."""
+
+import contextlib
+import time
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, LoraModel
 from transformers.integrations import is_tensorboard_available
 
+from vsr1 import cache
 from vsr1.config import InputError
-from vsr1.models import policy, prompt_text
+from vsr1.data import clip_cache, video_reader
+from vsr1.models import prompt_text
+from vsr1.models.policy import Policy
 
 LORA_SCALE = 2  # ours: alpha over rank, how much an adapter's output counts
+VISION_KNOBS = (
+    "video_fps",
+    "max_frames",
+    "max_frame_pixels",
+    "dtype",
+    "seed",
+)  # part of the keys of both stages
 
 
-# --- the losses ------------------------------------------------------------------------------------------------------
+def info_nce(query_vecs, right_vecs, wrong_vecs, temperature: float) -> torch.Tensor:
+    """Return the losses (B,) of query vectors (B, D) against one right (B, D) and K wrong videos (B, K, D).
 
-
-def info_nce(query_vecs, right_vecs, wrong_vecs, tau: float) -> torch.Tensor:
-    """(B,) losses of query vectors (B, D) against one right (B, D) and K wrong videos (B, K, D); unit vectors.
-
-    exp(-loss) is the softmax probability of the right video: the retrieval reward of stage 2 (METHOD.md 6.1).
+    All vectors have length one. exp(-loss) is the softmax probability of the right video: the retrieval reward of
+    stage 2 (docs/method.md section 6).
     """
     videos = torch.cat([right_vecs[:, None], wrong_vecs], dim=1)  # (B, 1 + K, D)
-    logits = torch.einsum("bd,bkd->bk", query_vecs, videos) / tau
-    return F.cross_entropy(
-        logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device), reduction="none"
-    )
+    logits = torch.einsum("bd,bkd->bk", query_vecs, videos) / temperature
+    right = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    return F.cross_entropy(logits, right, reduction="none")
 
 
-def add_lora(agent: policy.Policy, rank: int, seed: int, mergers=False) -> None:
-    """Adapters (LoRA) for the language model's linear layers and, if told, the mergers'; nothing else of it learns on.
+def add_lora(policy: Policy, rank: int, seed: int, mergers=False) -> None:
+    """Add adapters to the language model's linear layers, and to the vision mergers if asked; freeze the rest of it.
 
-    Except the row of <REFINE>: it is new, and the mean of the others. Its logit would stay the mean of theirs, and a
-    mean is never the largest. The heads are no part of the model and learn in full.
+    Only the row of <REFINE> learns beside them. It begins as the mean of all embeddings, so frozen its logit would be
+    the mean logit, which is never the largest. The heads are not part of the model and learn in full.
     """
-    where = r".*language_model\.layers\..*_proj" + r"|.*merger.*linear_fc\d" * mergers
-    rows = None if agent.refine_token_id is None else [agent.refine_token_id]
-    if rows and not agent.model.config.tie_word_embeddings:
+    modules = r".*language_model\.layers\..*_proj" + r"|.*merger.*linear_fc\d" * mergers
+    rows = None if policy.refine_token_id is None else [policy.refine_token_id]
+    if rows and not policy.model.config.tie_word_embeddings:
         raise InputError(
-            f"{agent.name}: the output row of {prompt_text.REFINE} is not tied to its embedding and would not learn; "
+            f"{policy.name}: the output row of {prompt_text.REFINE} is not tied to its embedding and would not learn; "
             "set lora_rank: 0"
         )
     config = LoraConfig(
-        r=rank, lora_alpha=LORA_SCALE * rank, target_modules=where, trainable_token_indices=rows
+        r=rank, lora_alpha=LORA_SCALE * rank, target_modules=modules, trainable_token_indices=rows
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        agent.adapters = LoraModel(agent.model, config, "default")  # in place: the model stays `agent.model`
+        policy.adapters = LoraModel(
+            policy.model, config, "default"
+        )  # in place: the model stays `policy.model`
     if rows:
-        agent.model.lm_head.bias = None  # TRL asks for it, and peft's stand-in has none
+        policy.model.lm_head.bias = None  # TRL asks for it, and peft's stand-in has none
 
 
 def upcast_trainable(weights) -> None:
-    """float32 for those of `weights` that learn: a step of an optimizer is mostly lost in bfloat16."""
+    """Turn the weights that learn into float32: an optimizer's step is mostly lost in bfloat16."""
     for weight in weights:
         if weight.requires_grad:
             weight.data = weight.data.float()
 
 
-def need_tensorboard() -> None:
-    """TensorBoard is no part of the pinned set: whoever asks for it installs it."""
+@contextlib.contextmanager
+def open_clips(profile, dataset: str, video_ids):
+    """Open the videos of a data set; inside, `clips.get(ids)` gives their clips, which are decoded ahead."""
+    reader = video_reader.Reader(profile.video_fps, profile.max_frames)
+    with video_reader.reader_pool(reader, profile.decode_workers) as read:
+        yield clip_cache.ClipCache(profile.data_dir(dataset) / "videos", video_ids, read)
+
+
+class SaveTimer:
+    """Says when it is time to save a training state: `minutes` after the last one, by the clock of rank 0."""
+
+    def __init__(self, minutes: float):
+        self.minutes, self.last = minutes, time.monotonic()
+
+    def is_due(self) -> bool:
+        """Return whether to save now, the same in all processes, which all have to ask; True starts the next wait."""
+        due = [time.monotonic() - self.last >= 60 * self.minutes]
+        if cache.dist_state().num_processes > 1:
+            broadcast_object_list(due)
+        if due[0]:
+            self.last = time.monotonic()
+        return due[0]
+
+
+def require_tensorboard() -> None:
+    """Refuse `tensorboard: true` where the package is missing: it is not in the pinned set."""
     if not is_tensorboard_available():
         raise InputError(
             "tensorboard: true, but the package tensorboard is missing; install it or remove the knob"

@@ -1,9 +1,9 @@
-"""FSDP for the two trained stages: a process keeps only its share of what learns and of the optimizer's state.
+"""FSDP for both training stages: each process keeps only its shard of what learns and of the optimizer's state.
 
-`accelerate launch` asks for it. torch's `fully_shard` is called here, and accelerate is not told: its own way groups
-weights by layer, and knows no CPU. All weights that learn are one group, whole in every process while they are read,
-because rollouts, soft tokens and hooks call parts of a model outside its forward, each process as often as it needs.
-What does not learn is whole everywhere. Saved states are whole too: any number of processes can go on from them.
+`accelerate launch` asks for it. torch's `fully_shard` is called here without accelerate, whose own way groups weights
+by layer and knows no CPU. All weights that learn are one group, whole in every process while they are read, because
+rollouts, soft tokens and hooks call parts of a model outside its forward, each process as often as it needs. Weights
+that do not learn are whole everywhere. Saved states are whole too: any number of processes can resume from them.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from vsr1 import cache
 
 
 def shard(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator) -> None:
-    """Leaves each process its share of the weights in `optimizer`, if a launcher asked for that; in place.
+    """Leave each process its shard of the weights in `optimizer`, in place, if a launcher asked for that.
 
-    Both are new, and go through `accelerator.prepare` next. The states that they save from then on are put together by
-    all processes, so all have to ask for them.
+    Both are new, and go through `accelerator.prepare` next. From then on all processes put the states that they save
+    together, so all have to ask for them.
     """
     if os.environ.get("FSDP_VERSION") != "2" or cache.dist_state().num_processes == 1:
         return
@@ -31,39 +31,39 @@ def shard(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator) -> No
     frozen = {weight for weight in model.parameters() if not weight.requires_grad}
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
-    shares = dict(model.named_parameters())
+    shards = dict(model.named_parameters())
     for group in optimizer.param_groups:
-        group["params"] = [shares[names[id(weight)]] for weight in group["params"]]
-    model.register_state_dict_post_hook(_whole_weights)
-    model.register_load_state_dict_pre_hook(_share_weights)
-    optimizer.register_state_dict_post_hook(_whole_state)
-    optimizer.register_load_state_dict_pre_hook(_share_state)
+        group["params"] = [shards[names[id(weight)]] for weight in group["params"]]
+    model.register_state_dict_post_hook(_gather_weights)
+    model.register_load_state_dict_pre_hook(_shard_weights)
+    optimizer.register_state_dict_post_hook(_gather_moments)
+    optimizer.register_load_state_dict_pre_hook(_shard_moments)
     model.no_sync = functools.partial(_no_sync, model)  # `accelerator.no_sync` asks for it
     prepare = accelerator.prepare_model
-    accelerator.prepare_model = lambda one, **_: prepare(one, device_placement=False, evaluation_mode=True)
-    _leave_unused_alone(model, optimizer)
+    accelerator.prepare_model = lambda part, **_: prepare(part, device_placement=False, evaluation_mode=True)
+    _drop_unused_gradients(model, optimizer)
 
 
-def _leave_unused_alone(model, optimizer):
-    """A weight that some process used has a gradient in all, and one that none did has none: Adam passes it by."""
-    model.set_reduce_scatter_unused_params(True)  # of zeros, where it was not used
+def _drop_unused_gradients(model, optimizer):
+    """Give weights that no process used no gradient: FSDP reduces zeros for them, which would move Adam's moments."""
+    model.set_reduce_scatter_unused_params(True)
     used = model.used = set()
-    shares = {name: weight for name, weight in model.named_parameters() if isinstance(weight, DTensor)}
+    shards = {name: weight for name, weight in model.named_parameters() if isinstance(weight, DTensor)}
     with unsharded(model):  # the whole weights are the same objects each time
         for name, weight in model.named_parameters():
-            if name in shares:
+            if name in shards:
                 weight.register_post_accumulate_grad_hook(lambda _, name=name: used.add(name))
 
-    def agree(*_):
-        device = next(iter(shares.values())).device
-        counts = torch.tensor([name in used for name in shares], dtype=torch.int, device=device)
+    def drop(*_):
+        device = next(iter(shards.values())).device
+        counts = torch.tensor([name in used for name in shards], dtype=torch.int, device=device)
         distributed.all_reduce(counts)
-        for share, count in zip(shares.values(), counts.tolist(), strict=True):
+        for weight, count in zip(shards.values(), counts.tolist(), strict=True):
             if not count:
-                share.grad = None
+                weight.grad = None
         used.clear()
 
-    optimizer.register_step_pre_hook(agree)
+    optimizer.register_step_pre_hook(drop)
 
 
 @contextlib.contextmanager
@@ -78,7 +78,7 @@ def _no_sync(model):
 
 @contextlib.contextmanager
 def unsharded(model: nn.Module):
-    """Inside, a model that was dealt out is whole in every process, through any number of forwards and backwards."""
+    """Inside, a sharded model is whole in every process, through any number of forwards and backwards."""
     if not isinstance(model, FSDPModule):
         yield
         return
@@ -93,68 +93,70 @@ def unsharded(model: nn.Module):
 
 
 def unshard(model: nn.Module) -> None:
-    """At the end, makes a model that was dealt out an ordinary one again, whole in every process."""
+    """Make a sharded model an ordinary one again at the end, whole in every process."""
     if not isinstance(model, FSDPModule):
         return
-    found = {}
-    for part in model.modules():
-        for name, weight in list(part.named_parameters(recurse=False)):
+    whole = {}
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
             if isinstance(weight, DTensor):
-                if weight not in found:
-                    found[weight] = nn.Parameter(_full(weight))
-                setattr(part, name, found[weight])
-    model.__class__ = type(model).__mro__[2]  # FSDP's own class stands before it, and wants shares
+                if weight not in whole:
+                    whole[weight] = nn.Parameter(_gather(weight))
+                setattr(module, name, whole[weight])
+    model.__class__ = type(model).__mro__[2]  # FSDP's own class stands before it, and wants shards
 
 
-# --- states, whole in files and in shares here -----------------------------------------------------------------------
+# --- States: whole in files, sharded in processes
 
 
-def _full(share):
-    """The whole tensor, put together by all processes, and without the room that unequal shares were filled up with."""
-    return share.detach().full_tensor().clone()
+def _gather(weight):
+    """The whole tensor, put together by all processes, without the padding of unequal shards."""
+    return weight.detach().full_tensor().clone()
 
 
-def _whole_weights(model, state, prefix, _):
-    found = {}
+def _shard_like(value, weight):
+    """This process's shard of a whole tensor, dealt out as `weight` is."""
+    return distribute_tensor(
+        value.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None
+    )
+
+
+def _gather_weights(model, state, prefix, _):
+    whole = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         if isinstance(weight, DTensor):
-            if weight not in found:  # tied weights stay one
-                found[weight] = _full(weight)
-            state[prefix + name] = found[weight]
+            if weight not in whole:  # tied weights stay one
+                whole[weight] = _gather(weight)
+            state[prefix + name] = whole[weight]
 
 
-def _share_weights(model, state, prefix, *_):
+def _shard_weights(model, state, prefix, *_):
     for name, weight in model.named_parameters(remove_duplicate=False):
         if isinstance(weight, DTensor) and prefix + name in state:
-            state[prefix + name] = _share(state[prefix + name], weight)
+            state[prefix + name] = _shard_like(state[prefix + name], weight)
 
 
-def _whole_state(_, state):
-    """Of the optimizer: twice the size of the weights, so it is kept by the first process only, outside a GPU."""
+def _gather_moments(_, state):
+    """Of the optimizer: twice the size of the weights, so only rank 0 keeps them, outside its GPU."""
     main = cache.dist_state().is_main_process
 
-    def put_together(value):
-        value = _full(value)
+    def gather(value):
+        value = _gather(value)
         return value.cpu() if main else None
 
     moments = {
-        number: {k: put_together(v) if isinstance(v, DTensor) else v for k, v in own.items()}
-        for number, own in state["state"].items()
+        number: {k: gather(v) if isinstance(v, DTensor) else v for k, v in values.items()}
+        for number, values in state["state"].items()
     }
     return state | {"state": moments}
 
 
-def _share_state(optimizer, state):
+def _shard_moments(optimizer, state):
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    like = dict(zip(numbers, weights, strict=True))
+    weight_of = dict(zip(numbers, weights, strict=True))
     moments = {
-        number: {k: v if k == "step" else _share(v, like[number]) for k, v in own.items()}
-        for number, own in state["state"].items()
+        number: {k: v if k == "step" else _shard_like(v, weight_of[number]) for k, v in values.items()}
+        for number, values in state["state"].items()
     }
     return state | {"state": moments}
-
-
-def _share(value, like):
-    """This process's share of a whole tensor, dealt out as the weight `like` is."""
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,23 +1,23 @@
-"""Stage 2, GRPO: the policy walks the live loop in groups, and learns from what each turn was worth (METHOD.md 6).
+"""Stage 2, GRPO: the policy runs the live loop in groups, and learns from what each turn earned.
 
-One step. Draw a few starts (a query and the video its first search shows). Walk each G times through the loop of
-`episode`, with sampled replies and a live search. Reward every turn. Compare turns that saw the same query and video:
-the advantage is the reward less the group's mean, over its spread. Then one gradient step on exactly the tokens that
-were sampled, read once more with the prompt and its video shared by the group.
+One update (docs/method.md section 6). Draw a few prompts: a query and the video its first search shows. Roll out G
+episodes from each, with sampled replies and a live search. Reward every turn. Compare turns that saw the same query and
+video: the advantage is the reward less the group's mean, over a standard deviation. Then make one gradient step on
+exactly the tokens that were sampled, read once more with the prompt and its video shared by the group.
 
-TRL's trainer is not used: it drops the video from the training forward without an error, and knows no soft tokens
-(STACK.md 5). A test holds our objective against its.
+TRL's trainer is not used: it drops the video from the training forward without an error, and knows no soft tokens. A
+test holds our objective against its.
 """
 
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import math
 import shutil
 import time
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -26,187 +26,131 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
-from torch import nn
 
 from vsr1 import cache
 from vsr1.config import InputError
-from vsr1.data import clip_cache, video_reader
-from vsr1.loop import sqr
-from vsr1.models import checkpoints, engine, policy, search_index
-from vsr1.training import fsdp, rewards, rollout
-from vsr1.training.common import add_lora, need_tensorboard, upcast_trainable
+from vsr1.models import batching, checkpoints, embedding, engine, search_index
+from vsr1.training import common, fsdp, rewards, rollout, sft
+from vsr1.training.objective import Objective
+from vsr1.training.rollout import RolloutPrompt, RolloutStep, RolloutWorker
 
+# Knobs that the checkpoint and its logs depend on.
+KNOBS = (
+    "grpo_group",
+    "grpo_prompts_per_step",
+    "grpo_steps",
+    "grpo_exclude_sft_queries",
+    "grpo_lr",
+    "grpo_head_lr",
+)
+KNOBS += ("grpo_schedule", "grpo_beta", "grpo_clip", "grpo_negatives", "grpo_infonce_weight", "scale_rewards")
+KNOBS += ("rollout_temperature", "max_new_tokens", "retrieval_reward", "disabled_rewards", "latent_noise_std")
+KNOBS += ("infonce_temperature", "sft_negatives", "lora_rank", "val_fraction", "num_val_prompts")
+KNOBS += common.VISION_KNOBS
 
-class Learner(nn.Module):
-    """The loss of rows as one module, which accelerate can wrap for several processes."""
-
-    def __init__(self, sampler: rollout.RolloutWorker, anchor: policy.Policy):
-        super().__init__()
-        agent = sampler.agent
-        self.model, self.heads, self.sampler, self.anchor = agent.model, agent.heads, sampler, anchor
-
-    def forward(self, rows: list[rollout.RolloutStep], totals: tuple[int, int], shared=True):
-        """(loss, sums for the log) of some rows of a step that has `totals` rows, and rows with soft tokens.
-
-        shared  read each prompt with its video once for all replies to it, forward and backward; False, for
-                comparison: once a reply
-        """
-        sampler, knobs = self.sampler, self.sampler.knobs
-        if not rows:  # of this process; the others wait for its share of the gradient
-            some = next(weight for weight in self.parameters() if weight.requires_grad)
-            return 0.0 * some.sum(), {}
-        rows = sorted(rows, key=lambda row: (row.start.group, row.shown, row.t))
-        prompts, counts = [row.prompt for row in rows], [1] * len(rows)
-        if shared:
-            groups = Counter(id(row.prompt) for row in rows)
-            prompts, counts = (
-                list({id(row.prompt): row.prompt for row in rows}.values()),
-                list(groups.values()),
-            )
-        replies, options = (
-            [row.ids for row in rows],
-            {"group": counts, "temperature": knobs.rollout_temperature},
-        )
-        seen = sampler.agent.replay(prompts, replies, **options)
-        with torch.no_grad(), self.anchor.adapters_disabled():
-            anchored = self.anchor.replay(prompts, replies, **options).logps
-        sampled = nn.utils.rnn.pad_sequence([torch.tensor(row.logps) for row in rows], batch_first=True)
-        gains = torch.tensor([row.advantage for row in rows]).to(anchored)
-        losses, kl, cut = rewards.policy_loss(
-            seen.logps,
-            sampled.to(anchored),
-            anchored,
-            gains,
-            seen.completion_mask,
-            clip=knobs.grpo_clip,
-            beta=knobs.grpo_beta,
-        )
-        loss, contrast = losses.sum() / totals[0], 0.0
-        if sampler.recipe.latents != "frozen":
-            soft, contrast = self._soft(rows, seen.refine_contexts)
-            loss = loss + knobs.grpo_infonce_weight * soft / max(1, totals[1])
-        return loss, {"kl": float(kl.sum()), "clipped": float(cut.sum()), "info_nce": contrast}
-
-    def _soft(self, rows, branches):
-        """What soft tokens learn from rows that asked for them: (sum of losses, the sum of InfoNCE in it)."""
-        total, contrast, sampler = 0.0, 0.0, self.sampler
-        for turns in sorted({len(row.earlier) for row in rows}):
-            some = [at for at, row in enumerate(rows) if row.taken is not None and len(row.earlier) == turns]
-            if not some:
-                continue
-            own, n = [rows[at] for at in some], len(rows[some[0]].taken)
-            if sampler.recipe.latents == "gauss":
-                # The noisy tokens are the action: they stood in the query, and the policy read them.
-                taken = torch.stack([row.taken for row in own])
-                means = sqr.soft_tokens(sampler.agent, [branches[at] for at in some], n, taken=taken)
-                density = -((taken - means) ** 2).sum(dim=(1, 2)) / (2 * sampler.knobs.latent_noise_std**2)
-                ratio = torch.exp(density - density.detach())  # one step a rollout: one, but not its gradient
-                total = total - (ratio * torch.tensor([row.advantage for row in own]).to(ratio)).sum()
-                continue
-            latents = sqr.soft_tokens(sampler.agent, [branches[at] for at in some], n)
-            losses = sampler.contrast(sampler.vectors_of(own, latents), own, learn=True)
-            total, contrast = total + losses.sum(), contrast + float(losses.detach().sum())
-        return total, contrast
-
-
-# --- the run ---------------------------------------------------------------------------------------------------------
+# --- The trainer
 
 
 class GRPOTrainer:
-    """A policy on its way through GRPO, in one process or in several that share the starts of each step."""
+    """Trains a policy by GRPO, in one process or in several that share the prompts of each step."""
 
-    def __init__(self, sampler: rollout.RolloutWorker):
-        self.sampler, self.knobs, agent = sampler, sampler.knobs, sampler.agent
-        on_cpu = agent.model.device.type == "cpu"
+    def __init__(self, worker: RolloutWorker):
+        self.worker, self.knobs = worker, worker.knobs
         # Where no reply of a process asked for a search, its heads get no gradient: the others must not wait for it.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        precision = "bf16" if self.knobs.dtype == "bfloat16" else "no"
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[unused])
-        anchor = copy.copy(agent)
-        if self.knobs.lora_rank:  # without its adapters the model is its own anchor
-            add_lora(agent, self.knobs.lora_rank, self.knobs.seed)
-            anchor.adapters = agent.adapters
-        else:
-            anchor.model = copy.deepcopy(agent.model).requires_grad_(False)
-        learner = Learner(sampler, anchor)
-        optimizer = torch.optim.AdamW(_groups(self.knobs, sampler.recipe, agent))
-        fsdp.shard(learner, optimizer, self.accelerator)
-        self.learner, self.optimizer = self.accelerator.prepare(learner, optimizer)
-        self.counts = (
-            Counter()
-        )  # since step 1: steps skipped, those for want of memory, halved walks, groups, those flat
+        self.accelerator = Accelerator(
+            cpu=worker.agent.model.device.type == "cpu",
+            mixed_precision="bf16" if self.knobs.dtype == "bfloat16" else "no",
+            kwargs_handlers=[unused],
+        )
+        objective = Objective(worker, _reference_policy(self.knobs, worker.agent))
+        optimizer = torch.optim.AdamW(_parameter_groups(self.knobs, worker.variant, worker.agent))
+        fsdp.shard(objective, optimizer, self.accelerator)
+        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        self.splitter = batching.OOMSplitter("grpo_rollout_batch")
+        self.counts = Counter()  # since step 1: skipped (of them no_memory), groups, zero_std_groups
 
-    def walk(
-        self, starts: list[rollout.RolloutPrompt], members: int, seed: list[int]
-    ) -> list[rollout.RolloutStep]:
-        """The rows of `members` episodes from each start; each process walks its share of the starts.
+    def rollout(self, prompts: list[RolloutPrompt], members: int, seed: list[int]) -> list[RolloutStep]:
+        """Roll out `members` episodes from each prompt and return their steps; each process takes its share.
 
-        If they do not fit in memory, half as many are walked at once from then on: the same rows. That happens once.
+        If they do not fit in memory, half as many run at once from then on, with the same steps.
         """
-        share = list(enumerate(starts))[self.accelerator.process_index :: self.accelerator.num_processes]
-        rows, most = [], self.knobs.grpo_rollout_batch * self.knobs.grpo_group  # episodes at once
-        while share:
-            size = max(1, (most // members) >> self.counts["halved"])
-            walked = self._walk(share[:size], members, seed)
-            if walked is not None:
-                rows, share = rows + walked, share[size:]
-        return rows
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        share = list(enumerate(prompts))[rank::processes]
+        size = max(1, self.knobs.grpo_rollout_batch * self.knobs.grpo_group // members)  # prompts at once
+        work = functools.partial(self._rollout, members=members, seed=seed)
+        steps = []
+        for start in range(0, len(share), size):
+            for part in self.splitter.run(work, share[start : start + size]):
+                steps += part
+        return steps
 
-    def _walk(self, share, members, seed):
-        """The rows of some (group, start); None: they did not fit, and fewer are to be tried."""
-        some = [
-            dataclasses.replace(start, group=group, member=member)
-            for group, start in share
+    def _rollout(self, share, members, seed):
+        """The steps of some (group, prompt) at once."""
+        prompts = [
+            dataclasses.replace(prompt, group=group, member=member)
+            for group, prompt in share
             for member in range(members)
         ]
-        try:
-            with self.accelerator.autocast(), self.sampler.agent.adapters_merged():
-                return [row for walked in self.sampler.walk(some, seed) for row in walked]
-        except torch.OutOfMemoryError:
-            if self.counts["halved"] or len(share) < 2:
-                raise
-        self.counts["halved"] += 1
-        told = f"episodes from {len(share)} starts at once do not fit in memory: half of grpo_rollout_batch from now on"
-        warnings.warn(told, stacklevel=2)
-        return None
+        with self.accelerator.autocast(), self.worker.agent.adapters_merged():
+            return [step for steps in self.worker.rollout(prompts, seed) for step in steps]
 
-    def step(self, number: int, starts: list[rollout.RolloutPrompt]) -> tuple[dict, list[dict]]:
-        """One rollout and one step of the optimizer: (the line of the log, all rows in short)."""
-        began = time.perf_counter()
-        with fsdp.unsharded(self.learner):
-            rows = self.walk(starts, self.knobs.grpo_group, [self.knobs.seed, 7, number])
-            earned = [row.reward for row in rows]
-            spread = float(np.std(gather_object(earned), ddof=1))
-            scale = spread if self.knobs.scale_rewards == "batch" else None
-            found = rewards.advantages(earned, [rewards.group_key(_short(row)) for row in rows], scale)
-            for row, advantage in zip(rows, found, strict=True):
-                row.advantage = advantage
-            sums, norm = self._descend([row for row in rows if row.advantage is not None])
-        short = gather_object([_short(row) for row in rows])
-        told = tally(short)
-        self.counts.update(groups=told["groups"], flat=told["flat_groups"])
-        means = {"loss": sums["loss"], "kl": sums["kl"] / sums["rows"]}
-        means |= {"clipped": sums["clipped"] / sums["rows"]}
-        means |= {"info_nce": sums["info_nce"] / max(1, sums["soft"])}
-        line = {"step": number} | {key: mean if math.isfinite(mean) else None for key, mean in means.items()}
-        line |= {"norm": norm, "step_spread": spread}
-        line |= {key: self.counts[key] for key in ("skipped", "no_memory", "halved")}
-        return line | {"seconds": time.perf_counter() - began} | told, short
+    def train_step(self, number: int, prompts: list[RolloutPrompt]) -> tuple[dict, list[dict]]:
+        """Do one rollout and one step of the optimizer; return (the line of the log, all rollout steps in short)."""
+        started = time.perf_counter()
+        with fsdp.unsharded(self.objective):
+            steps = self.rollout(prompts, self.knobs.grpo_group, [self.knobs.seed, 7, number])
+            reward_std = self._add_advantages(steps)
+            sums, norm = self._update([step for step in steps if step.advantage is not None])
+        rows = gather_object([summary_row(step) for step in steps])
+        statistics = summarise(rows)
+        self.counts.update({key: statistics[key] for key in ("groups", "zero_std_groups")})
+        line = {"step": number} | _means_of_update(sums)
+        line |= {"norm": norm, "step_reward_std": reward_std}
+        line |= {key: self.counts[key] for key in ("skipped", "no_memory")} | {
+            "halved": self.splitter.parts - 1
+        }
+        return line | {"seconds": time.perf_counter() - started} | statistics, rows
 
-    def _descend(self, kept):
-        """(sums over the rows of all processes, norm of the gradient; None: not finite, and no step was made).
+    def _add_advantages(self, steps):
+        """Fill in the advantages, and return the standard deviation of all rewards; None without two of them."""
+        step_rewards = [step.reward for step in steps]
+        everywhere = gather_object(step_rewards)
+        reward_std = float(np.std(everywhere, ddof=1)) if len(everywhere) > 1 else None
+        scale = reward_std if self.knobs.scale_rewards == "batch" else None
+        groups = [(step.query.group, step.t, step.shown) for step in steps]
+        values = rewards.advantages(step_rewards, groups, scale)
+        for step, advantage in zip(steps, values, strict=True):
+            step.advantage = advantage
+        return reward_std
 
-        A step that runs out of memory has no sums; one process of several ends, for the others wait for its gradient.
+    def _update(self, steps):
+        """Return (sums over the steps of all processes, norm of the gradient; None where nothing was updated).
+
+        That is so without a step to learn from, without a finite gradient, and where memory ran out: then there are no
+        sums. With several processes running out of memory is raised, for the others wait for this one's gradient.
         """
         self.optimizer.zero_grad()
-        totals = self._sum({"rows": len(kept), "soft": sum(row.taken is not None for row in kept)})
-        assert totals["rows"], "no reply to learn from"
-        chunks, sums = self._chunks(kept), Counter(loss=0.0, kl=0.0, clipped=0.0, info_nce=0.0)
+        totals = self._sum({"rows": len(steps), "soft": sum(step.latents is not None for step in steps)})
+        sums, norm = dict.fromkeys(("loss", "kl", "clip_frac", "info_nce"), math.nan) | totals, math.nan
+        if totals["rows"]:
+            sums = self._backward(steps, totals)
+        if math.isfinite(sums["loss"]):
+            weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+            norm = float(self.accelerator.clip_grad_norm_(weights, 1.0))
+        if not math.isfinite(norm):
+            self.counts["skipped"] += 1
+            return sums, None
+        self.optimizer.step()
+        return sums, norm
+
+    def _backward(self, steps, totals):
+        chunks, sums = self._chunks(steps), Counter(loss=0.0, kl=0.0, clip_frac=0.0, info_nce=0.0)
         try:
             for chunk in chunks:
                 last = chunk is chunks[-1]
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.learner):
-                    loss, parts = self.learner(chunk, (totals["rows"], totals["soft"]))
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
+                    loss, parts = self.objective(chunk, (totals["rows"], totals["soft"]))
                     self.accelerator.backward(loss * self.accelerator.num_processes)  # they are averaged
                 sums.update({"loss": float(loss.detach())} | parts)
         except torch.OutOfMemoryError:
@@ -214,26 +158,17 @@ class GRPOTrainer:
                 raise
             sums = Counter(dict.fromkeys(sums, math.nan))
             self.counts["no_memory"] += 1
-        sums, norm = self._sum(sums) | totals, math.nan
-        if math.isfinite(sums["loss"]):
-            learned = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-            norm = float(self.accelerator.clip_grad_norm_(learned, 1.0))
-        if not math.isfinite(norm):
-            self.counts["skipped"] += 1
-            return sums, None
-        self.optimizer.step()
-        return sums, norm
+        return self._sum(sums) | totals
 
-    def _chunks(self, rows):
-        """Rows that are read at once: all of up to `grpo_rollout_batch` starts, or `grpo_micro_batch` of them."""
-        rows = sorted(rows, key=lambda row: (row.start.group, row.t, row.shown))  # a prompt's stay together
-        groups = sorted({row.start.group for row in rows})
-        parts = [
-            set(groups[at : at + self.knobs.grpo_rollout_batch])
-            for at in range(0, len(groups), self.knobs.grpo_rollout_batch)
-        ]
-        chunks = [[row for row in rows if row.start.group in part] for part in parts]
-        size = self.knobs.grpo_micro_batch or max(1, len(rows))
+    def _chunks(self, steps):
+        """Steps that are read at once: all of up to `grpo_rollout_batch` prompts, or `grpo_micro_batch` of them."""
+        steps = sorted(
+            steps, key=lambda step: (step.query.group, step.t, step.shown)
+        )  # a prompt's stay together
+        groups, batch = sorted({step.query.group for step in steps}), self.knobs.grpo_rollout_batch
+        parts = [set(groups[at : at + batch]) for at in range(0, len(groups), batch)]
+        chunks = [[step for step in steps if step.query.group in part] for part in parts]
+        size = self.knobs.grpo_micro_batch or max(1, len(steps))
         return [chunk[at : at + size] for chunk in chunks for at in range(0, len(chunk), size)] or [[]]
 
     def _sum(self, values):
@@ -243,81 +178,97 @@ class GRPOTrainer:
 
     def run(
         self,
-        starts: list[rollout.RolloutPrompt],
-        held: list[rollout.RolloutPrompt],
+        prompts: list[RolloutPrompt],
+        val_prompts: list[RolloutPrompt],
         folder: Path,
         what: str,
-        watch=None,
+        on_log=None,
     ) -> None:
-        """All steps, from where `folder` stands: log.jsonl, groups.jsonl (the first group of each step), held.jsonl.
+        """Do all steps from where `folder` stands, with its logs: log.jsonl, groups.jsonl, held.jsonl.
 
-        watch(lines)  is called after each step with the log so far, for curves that redraw
+        groups.jsonl has the first group of each step, held.jsonl what validation prompts earn before, on the way and at
+        the end; it stays empty without any.
+
+        on_log(lines)  is called after each step with the log so far, for curves that redraw
         """
-        main, count = self.accelerator.is_main_process, self.knobs.grpo_prompts_per_step
-        steps = self.knobs.grpo_steps or -(-len(starts) // count)
-        done, lines = self._resume(folder), []
-        if self.knobs.tensorboard:
-            need_tensorboard()
-            self.accelerator.log_with = [TensorBoardTracker("tensorboard", folder, purge_step=done + 1)]
-            self.accelerator.init_trackers("grpo")
-        if main:
-            lines = [_keep(folder / f"{name}.jsonl", done) for name in ("groups", "held", "log")][-1]
+        count = self.knobs.grpo_prompts_per_step
+        num_steps = self.knobs.grpo_steps or -(-len(prompts) // count)
+        done = self._resume(folder)
+        self._open_logs(folder, done)
         if done == 0:
-            self._look(held, 0, folder)
-        bar = cache.progress(range(steps), what)
+            self._validate(val_prompts, 0)
+        timer, bar = common.SaveTimer(self.knobs.save_minutes), cache.progress(range(num_steps), what)
         bar.update(done)
-        for number in range(done + 1, steps + 1):
-            left = 1 - (number - 1) / steps if self.knobs.grpo_schedule == "linear" else 1.0
-            for group in self.optimizer.param_groups:
-                group["lr"] = left * group["full_lr"]
-            line, short = self.step(number, draw(starts, number, count, self.knobs.seed))
-            if main:
-                lines.append(line)
-                _append(folder / "log.jsonl", line)
-                _append(folder / "groups.jsonl", {"step": number, "rows": _first_group(short)})
-            self.accelerator.log(_numbers(line), number)
-            if watch and main:
-                watch(lines)
-            self._check_skipped(number, steps, what)
-            if number % max(1, steps // 4) == 0 or number == steps:
-                self._look(held, number, folder)
+        for number in range(done + 1, num_steps + 1):
+            self._set_rates(1 - (number - 1) / num_steps if self.knobs.grpo_schedule == "linear" else 1.0)
+            line, rows = self.train_step(number, draw(prompts, number, count, self.knobs.seed))
+            self._log(number, line, rows, on_log)
+            self._check_skipped(number, num_steps, what)
+            if number % max(1, num_steps // 4) == 0 or number == num_steps:
+                self._validate(val_prompts, number)
+                self._check_zero_std(number, folder, what)
+            if timer.is_due():
                 self._save(folder, number)
-                self._check_flat(what)
             bar.update()
         bar.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    def _check_skipped(self, number, steps, what):
-        """Ends a run of which too many steps were no steps."""
+    def _open_logs(self, folder, done):
+        if self.knobs.tensorboard:
+            common.require_tensorboard()
+            self.accelerator.log_with = [TensorBoardTracker("tensorboard", folder, purge_step=done + 1)]
+            self.accelerator.init_trackers("grpo")
+        if self.accelerator.is_main_process:
+            self.logs = {name: cache.JsonlLog(folder / f"{name}.jsonl") for name in ("log", "groups", "held")}
+            for log in self.logs.values():
+                log.truncate_after(done)
+
+    def _set_rates(self, share):
+        for group in self.optimizer.param_groups:
+            group["lr"] = share * group["full_lr"]
+
+    def _log(self, number, line, rows, on_log):
+        if self.accelerator.is_main_process:
+            self.logs["log"].append(line)
+            self.logs["groups"].append({"step": number, "rows": [row for row in rows if row["group"] == 0]})
+        self.accelerator.log(_scalars(line), number)
+        if on_log and self.accelerator.is_main_process:
+            on_log(self.logs["log"].rows)
+
+    def _validate(self, prompts, number):
+        """Log what the policy earns on prompts that it never learns from, with the same random numbers every time."""
+        if not prompts:
+            return
+        with fsdp.unsharded(self.objective):
+            steps = self.rollout(prompts, 2, [self.knobs.seed, 9])
+        statistics = summarise(gather_object([summary_row(step) for step in steps]))
+        if self.accelerator.is_main_process:
+            self.logs["held"].append({"step": number} | statistics)
+        self.accelerator.log({f"held/{name}": value for name, value in _scalars(statistics).items()}, number)
+
+    def _check_skipped(self, number, num_steps, what):
+        """End a run of which too many steps updated nothing."""
         skipped, no_memory = self.counts["skipped"], self.counts["no_memory"]
-        if skipped > max(2, self.knobs.max_skipped * steps):
+        if skipped > max(2, self.knobs.max_skipped * num_steps):
             raise InputError(
                 f"{what}: {skipped} of {number} steps changed nothing, {no_memory} for want of memory, the others "
-                "without a finite gradient; lower grpo_lr, or for memory grpo_rollout_batch, in the profile"
+                "without a finite gradient or without a reply to compare; lower grpo_lr, or for memory "
+                "grpo_rollout_batch, in the profile, and look for videos that cannot be read"
             )
 
-    def _check_flat(self, what):
-        """Ends a run in which hardly a group has members to prefer; its state is saved, so it can go on."""
-        flat, groups = self.counts["flat"], self.counts["groups"]
-        if flat > self.knobs.max_zero_std * groups:
+    def _check_zero_std(self, number, folder, what):
+        """End a run in which hardly a group has members to prefer; its state is saved, so it can go on."""
+        zero_std, groups = self.counts["zero_std_groups"], self.counts["groups"]
+        if zero_std > self.knobs.max_zero_std * groups:
+            self._save(folder, number)
             raise InputError(
-                f"{what}: in {flat} of {groups} groups all earned the same, which teaches nothing; raise rollout_temperature "
-                "or grpo_group in the profile, or max_zero_std to go on as it is"
+                f"{what}: in {zero_std} of {groups} groups all earned the same, which teaches nothing; raise "
+                "rollout_temperature or grpo_group in the profile, or max_zero_std to go on as it is"
             )
-
-    def _look(self, held, number, folder):
-        """Writes what the policy earns on starts that it never learns from, with the same random numbers every time."""
-        with fsdp.unsharded(self.learner):
-            rows = self.walk(held, 2, [self.knobs.seed, 9])
-        short = gather_object([_short(row) for row in rows])
-        told = tally(short)
-        if self.accelerator.is_main_process:
-            _append(folder / "held.jsonl", {"step": number} | told)
-        self.accelerator.log({f"held/{name}": value for name, value in _numbers(told).items()}, number)
 
     def _save(self, folder, number):
-        """The state after a step, complete or not at all; the one before goes away."""
+        """Save the state after a step, complete or not at all; the one before goes away."""
         target = folder / "steps" / f"{number:06}"
         partial = target.with_suffix(".partial")
         # It would say at every state that tied embeddings are kept once; they are tied again when it is loaded.
@@ -333,7 +284,7 @@ class GRPOTrainer:
         self.accelerator.wait_for_everyone()
 
     def _resume(self, folder):
-        """How many steps `folder` has; their state is loaded."""
+        """Load the last saved state of `folder` and return how many steps it has."""
         states = sorted(path for path in folder.glob("steps/*") if not path.suffix)
         if not states:
             return 0
@@ -342,154 +293,153 @@ class GRPOTrainer:
         return int(states[-1].name)
 
 
-def _groups(knobs, recipe, agent):
-    """What learns, and how fast: the language model, and the heads unless they are frozen (METHOD.md 6.3)."""
-    parts = (agent.model.model.language_model, agent.model.lm_head)
-    words = {
-        id(w): w for part in parts for w in part.parameters() if not agent.adapters or w.requires_grad
+def _reference_policy(knobs, policy):
+    """The policy that stage 1 left: without its adapters, which are added here, or a copy of its model."""
+    reference = copy.copy(policy)
+    if knobs.lora_rank:
+        common.add_lora(policy, knobs.lora_rank, knobs.seed)
+        reference.adapters = policy.adapters
+    else:
+        reference.model = copy.deepcopy(policy.model).requires_grad_(False)
+    return reference
+
+
+def _parameter_groups(knobs, variant, policy):
+    """What learns, and how fast: the language model, and the heads unless the variant freezes them."""
+    parts = (policy.model.model.language_model, policy.model.lm_head)
+    weights = {
+        id(weight): weight
+        for part in parts
+        for weight in part.parameters()
+        if not policy.adapters or weight.requires_grad
     }.values()
-    for weight in agent.model.parameters():
+    for weight in policy.model.parameters():
         weight.requires_grad_(False)
     heads = []
-    for name, weight in agent.heads.named_parameters():
-        weight.requires_grad_(recipe.latents != "frozen" and "gate" not in name)
+    for name, weight in policy.heads.named_parameters():
+        weight.requires_grad_(variant.latents != "frozen" and "gate" not in name)
         heads += [weight] * weight.requires_grad
-    for weight in words:
+    for weight in weights:
         weight.requires_grad_()
-    upcast_trainable(words)
+    common.upcast_trainable(weights)
     groups = [
-        {"params": [w for w in words if w.ndim > 1], "lr": knobs.grpo_lr, "weight_decay": 0.01},
-        {"params": [w for w in words if w.ndim < 2], "lr": knobs.grpo_lr, "weight_decay": 0.0},
+        {"params": [w for w in weights if w.ndim > 1], "lr": knobs.grpo_lr, "weight_decay": 0.01},
+        {"params": [w for w in weights if w.ndim < 2], "lr": knobs.grpo_lr, "weight_decay": 0.0},
     ]
     groups += [{"params": heads, "lr": knobs.grpo_head_lr, "weight_decay": 0.0}] * bool(heads)
     return [group | {"full_lr": group["lr"]} for group in groups]
 
 
-def draw(
-    starts: list[rollout.RolloutPrompt], number: int, count: int, seed: int
-) -> list[rollout.RolloutPrompt]:
-    """The starts of step `number`, from 1: each epoch goes through all of them in an order of its own."""
+def draw(prompts: list[RolloutPrompt], number: int, count: int, seed: int) -> list[RolloutPrompt]:
+    """Draw the prompts of step `number`, from 1: each epoch goes through all of them in an order of its own."""
     places = range((number - 1) * count, number * count)
-    epochs = {at // len(starts) for at in places}
-    orders = {epoch: np.random.default_rng([seed, 8, epoch]).permutation(len(starts)) for epoch in epochs}
-    return [starts[orders[at // len(starts)][at % len(starts)]] for at in places]
+    epochs = {at // len(prompts) for at in places}
+    orders = {epoch: np.random.default_rng([seed, 8, epoch]).permutation(len(prompts)) for epoch in epochs}
+    return [prompts[orders[at // len(prompts)][at % len(prompts)]] for at in places]
 
 
-def _short(row):
-    """A row in the words of the log."""
-    kept = {"group": row.start.group, "member": row.start.member, "t": row.t, "query": row.start.text}
-    kept |= {
-        "shown": row.shown,
-        "right": row.shown == row.start.video,
-        "text": row.text,
-        "length": len(row.ids),
+# --- The log
+
+
+def summary_row(step: RolloutStep) -> dict:
+    """Put what the log says of a rollout step into a json-able row."""
+    return {
+        "group": step.query.group,
+        "member": step.query.member,
+        "t": step.t,
+        "query": step.query.text,
+        "shown": step.shown,
+        "right": step.shown == step.query.video,
+        "text": step.text,
+        "length": len(step.ids),
+        "reward": step.reward,
+        "parts": step.reward_parts,
+        "advantage": step.advantage,
+        "p_positive": step.p_positive,
+        "p_positive_before": step.p_positive_before,
     }
-    kept |= {"reward": row.reward, "parts": row.parts, "advantage": row.advantage}
-    return kept | {"chance": row.chance, "before": row.before}
 
 
-def tally(rows: list[dict]) -> dict:
-    """What a log says about the rows of a step: means over rows, and the same turn by turn.
+def summarise(rows: list[dict]) -> dict:
+    """Return what a log says about the summary rows of a step: means over rows, and the same turn by turn.
 
-    spread       mean over groups of the standard deviation of rewards
-    groups       of more than one member
-    flat         share of them whose members all earn the same: no signal; flat_groups: how many
-    alone        rows that no other row can be compared with
+    Rows of one group share their prompt: the query, the turn and the video shown.
+
+    reward_std       mean over groups of the standard deviation of rewards
+    groups           of more than one row
+    zero_std_groups  of them, those in which all earn the same: no signal; frac_zero_std: their share
+    singletons       rows that no other row can be compared with
     """
-    own = {}
+    by_prompt, by_turn = {}, {}
     for row in rows:
-        own.setdefault(rewards.group_key(row), []).append(row["reward"])
-    spreads = [float(np.std(rewards, ddof=1)) for rewards in own.values() if len(rewards) > 1]
-    flat = sum(spread < 1e-6 for spread in spreads)
-    told = {"rows": len(rows), "alone": len(own) - len(spreads), "groups": len(spreads), "flat_groups": flat}
-    told |= {"spread": float(np.mean(spreads)) if spreads else None}
-    told |= {"flat": flat / len(spreads) if spreads else None} | _means(rows)
-    by_turn = [[row for row in rows if row["t"] == t] for t in sorted({row["t"] for row in rows})]
-    return told | {"turns": [{"rows": len(own)} | _means(own) for own in by_turn]}
+        by_prompt.setdefault((row["group"], row["t"], row["shown"]), []).append(row["reward"])
+        by_turn.setdefault(row["t"], []).append(row)
+    stds = [float(np.std(group, ddof=1)) for group in by_prompt.values() if len(group) > 1]
+    zero_std = sum(std < 1e-6 for std in stds)
+    counts = {"rows": len(rows), "singletons": len(by_prompt) - len(stds)}
+    counts |= {"groups": len(stds), "zero_std_groups": zero_std}
+    counts |= {"reward_std": float(np.mean(stds)) if stds else None}
+    counts |= {"frac_zero_std": zero_std / len(stds) if stds else None}
+    turns = [{"rows": len(turn)} | _means(turn) for _, turn in sorted(by_turn.items())]
+    return counts | _means(rows) | {"turns": turns}
 
 
 def _means(rows):
+    """Means over rows; None where there are none."""
     values = {"reward": [row["reward"] for row in rows], "length": [row["length"] for row in rows]}
     values |= {"right_shown": [row["right"] for row in rows]}
-    values |= {
-        part: [row["parts"][part] for row in rows]
-        for part in ("verify", "form", "refine", "time", "retrieve")
-    }
-    return {name: float(np.mean(own)) for name, own in values.items()}
+    parts = [field.name for field in dataclasses.fields(rewards.RewardWeights)]
+    values |= {part: [row["parts"][part] for row in rows] for part in parts}
+    return {name: float(np.mean(numbers)) if numbers else None for name, numbers in values.items()}
 
 
-def _first_group(rows):
-    return [row for row in rows if row["group"] == 0]
+def _means_of_update(sums):
+    """Loss and means of an update's sums; None where nothing was computed."""
+    means = {"loss": sums["loss"], "kl": sums["kl"] / max(1, sums["rows"])}
+    means |= {"clip_frac": sums["clip_frac"] / max(1, sums["rows"])}
+    means |= {"info_nce": sums["info_nce"] / max(1, sums["soft"])}
+    return {key: mean if math.isfinite(mean) else None for key, mean in means.items()}
 
 
-def _numbers(line):
+def _scalars(line):
     """What of a line of the log can be drawn as a curve."""
     return {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
 
 
-def _append(path, line):
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+# --- The step
 
 
-def _keep(path, steps):
-    """The lines of a log up to a step; a resumed run goes on behind them."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= steps] if steps else []
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    return [json.loads(line) for line in kept]
+def train(profile, dataset: str, name: str = "vsr1", on_log=None, stage_1: Path | None = None) -> Path:
+    """Train stage 2 by one of VARIANTS and return the folder of its checkpoint and logs. Resumes after a kill.
 
-
-# --- the stage -------------------------------------------------------------------------------------------------------
-
-
-def train(profile, dataset: str, name: str = "vsr1", watch=None, stage_1: Path | None = None) -> Path:
-    """The checkpoint of stage 2 by one of RECIPES, with its logs: runs/<profile>/<dataset>/grpo/<name>. Resumes.
-
-    stage_1  folder of the checkpoint that it starts from; None: that of this profile. A variant that changes stage 2
-             only starts from the main run's.
+    stage_1  folder of the checkpoint that it starts from; None: that of this profile, trained first if it is not
+             current. A variant that changes stage 2 only starts from the main run's.
     """
     if name not in rollout.VARIANTS:
         raise InputError(f"{name}: no such recipe; there are {', '.join(rollout.VARIANTS)}")
-    home = profile.runs(dataset)
-    stage_1 = stage_1 or home / "sft"
-    knobs = dataclasses.asdict(profile)
-    used = [key for key in knobs if key.startswith(("grpo_", "re"))]
-    used += [
-        "lora_rank",
-        "sft_negatives",
-        "rollout_temperature",
-        "grpo_infonce_weight",
-        "latent_noise_std",
-        "infonce_temperature",
-    ]
-    used += ["val_fraction", "max_new_tokens", "seed", "scale_rewards", "disabled_rewards"]
+    stage_1 = stage_1 or sft.train(profile, dataset)
     inputs = {
         "sft": cache.metadata(stage_1).get("key"),
-        "recipe": [name, *vars(rollout.VARIANTS[name]).values()],
-        "knobs": {key: knobs[key] for key in used},
-        "sight": [profile.video_fps, profile.max_frames, profile.max_frame_pixels, profile.dtype],
+        "variant": [name, dataclasses.asdict(rollout.VARIANTS[name])],
+        "knobs": {knob: getattr(profile, knob) for knob in KNOBS},
         "code": cache.source_digest(__name__),
     }
-    work = lambda folder: _train(profile, dataset, name, folder, stage_1, watch)  # noqa: E731
-    return cache.build(home / "grpo" / name, inputs, work, distributed=True)
+    work = functools.partial(_train, profile, dataset, name, stage_1, on_log)
+    return cache.build(profile.runs(dataset) / "grpo" / name, inputs, work, distributed=True)
 
 
-def _train(profile, dataset, name, folder, stage_1, watch=None):
-    recipe = rollout.VARIANTS[name]
-    if not stage_1.exists():
-        raise InputError(f"{stage_1}: not there; stage 1 comes first: vsr1 train --stage sft")
-    vectors = search_index.load_vectors(profile.data_dir(dataset) / "embed" / "engine" / "train")
-    starts, held = rollout.choose_prompts(profile, dataset, vectors, stage_1)
-    made, agent = engine.load(profile), checkpoints.load(str(stage_1), profile)
-    agent.settings = dataclasses.replace(agent.settings, carry_blocks=recipe.carry, turns=recipe.turns)
-    with video_reader.reader_pool(
-        video_reader.Reader(profile.video_fps, profile.max_frames), profile.decode_workers
-    ) as read:
-        clips = clip_cache.ClipCache(profile.data_dir(dataset) / "videos", vectors.video_ids, read)
-        course = GRPOTrainer(rollout.RolloutWorker(profile, dataset, recipe, made, agent, vectors, clips))
-        course.run(starts, held, folder, f"grpo {name} {dataset}", watch)
-    fsdp.unshard(course.learner)
-    if course.accelerator.is_main_process:
-        checkpoints.save(agent, folder)
-        shutil.rmtree(folder / "steps")
+def _train(profile, dataset, name, stage_1, on_log, folder):
+    variant = rollout.VARIANTS[name]
+    vectors = search_index.load_vectors(embedding.embed_corpus(profile, dataset, "train"))
+    prompts, val_prompts = rollout.choose_prompts(profile, dataset, vectors, stage_1)
+    search_engine, policy = engine.load(profile), checkpoints.load(str(stage_1), profile)
+    policy.settings = dataclasses.replace(policy.settings, carry_blocks=variant.carry, turns=variant.turns)
+    with common.open_clips(profile, dataset, vectors.video_ids) as clips:
+        worker = RolloutWorker(profile, dataset, variant, search_engine, policy, vectors, clips)
+        trainer = GRPOTrainer(worker)
+        trainer.run(prompts, val_prompts, folder, f"grpo {name} {dataset}", on_log)
+    fsdp.unshard(trainer.objective)
+    if trainer.accelerator.is_main_process:
+        checkpoints.save(policy, folder)
+        if (folder / "steps").exists():  # a short run saved none
+            shutil.rmtree(folder / "steps")

@@ -96,7 +96,7 @@ def _dropped(example, reason, text):
 
 
 def finish(examples: list, ask, size: int, path: Path, what: str) -> list[dict]:
-    """Return ask(batch) of all examples, `size` at a time; batches that stand in the log at `path` are not asked again."""
+    """Return ask(batch) of all examples, `size` at a time; whole batches in the log at `path` are not asked again."""
     log = cache.JsonlLog(path)
     log.truncate(len(log.rows) // size * size)
     for start in cache.progress(range(len(log.rows), len(examples), size), what):
