@@ -10,54 +10,54 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from vsr1.models import inputs
 
-# --- reading on ------------------------------------------------------------------------------------------------------
+# --- Contexts and KV caches
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the model has read, row by row: keys and values of every layer (the KV cache), and where each row stands.
+    """The KV cache of a batch with its attention mask and last positions; a prefix that continuations branch off from.
 
-    Reading on makes a new one and leaves the old one as it was: any number of continuations may branch off, each with
-    its own gradient.
+    Reading more tokens makes a new context and leaves the old one as it was, so that any number of continuations may
+    start from it, each with its own gradient.
     """
 
     kv_cache: tuple  # of each layer: keys and values, (B, heads, L, width of a head)
-    attention_mask: torch.Tensor  # (B, L) True where a later token may look: not at padding
-    last_position: torch.Tensor  # (B,) position of the last token: one number, not three, since it is text
+    attention_mask: torch.Tensor  # (B, L) False at padding
+    last_position: torch.Tensor  # (B,) position id of the last token: one number, not three, since it is text
 
-    def rows(self, some: torch.Tensor) -> "Context":
-        """The rows that `some` picks, by number or by mask; a number may repeat."""
-        memory = tuple((keys[some], values[some]) for keys, values in self.kv_cache)
-        return Context(memory, self.attention_mask[some], self.last_position[some])
+    def rows(self, index: torch.Tensor) -> "Context":
+        """Return the rows that `index` picks, by number or by mask; a number may repeat."""
+        kv_cache = tuple((keys[index], values[index]) for keys, values in self.kv_cache)
+        return Context(kv_cache, self.attention_mask[index], self.last_position[index])
 
     def slice(self, row: int, length: int) -> "Context":
-        """One row alone, as it was when `length` columns had been read, without padding before it. All are views.
+        """Return one row as it was after `length` columns, without the padding before it. All tensors are views.
 
-        Padding behind an `opening` stays, and is not seen.
+        Padding behind a shared prefix stays, masked out.
         """
         start = int(self.attention_mask[row].int().argmax())
-        one, columns = slice(row, row + 1), slice(start, length)
-        memory = tuple((keys[one, :, columns], values[one, :, columns]) for keys, values in self.kv_cache)
-        unread = self.attention_mask.shape[1] - length  # all of it text, one position each
-        return Context(memory, self.attention_mask[one, columns], self.last_position[one] - unread)
+        rows, columns = slice(row, row + 1), slice(start, length)
+        kv_cache = tuple((keys[rows, :, columns], values[rows, :, columns]) for keys, values in self.kv_cache)
+        later = self.attention_mask.shape[1] - length  # all of it text, one position each
+        return Context(kv_cache, self.attention_mask[rows, columns], self.last_position[rows] - later)
 
 
 def stack_contexts(contexts: list[Context]) -> Context:
-    """Contexts of one row each as one batch, padded on the right: what is not seen may stand anywhere."""
-    spare = [-context.attention_mask.shape[1] for context in contexts]
-    spare = [n - min(spare) for n in spare]
-    side = lambda layer, k: torch.cat(  # noqa: E731
-        [F.pad(context.kv_cache[layer][k], (0, 0, 0, n)) for context, n in zip(contexts, spare, strict=True)]
-    )
-    memory = tuple((side(layer, 0), side(layer, 1)) for layer in range(len(contexts[0].kv_cache)))
-    seen = torch.cat(
-        [F.pad(context.attention_mask, (0, n)) for context, n in zip(contexts, spare, strict=True)]
-    )
-    return Context(memory, seen, torch.cat([context.last_position for context in contexts]))
+    """Join contexts of one row each into a batch, padded on the right: masked columns may stand anywhere."""
+    lengths = [context.attention_mask.shape[1] for context in contexts]
+    padding = [max(lengths) - length for length in lengths]
+
+    def join(layer, part):
+        tensors = [context.kv_cache[layer][part] for context in contexts]
+        return torch.cat([F.pad(tensor, (0, 0, 0, n)) for tensor, n in zip(tensors, padding, strict=True)])
+
+    kv_cache = tuple((join(layer, 0), join(layer, 1)) for layer in range(len(contexts[0].kv_cache)))
+    masks = [F.pad(context.attention_mask, (0, n)) for context, n in zip(contexts, padding, strict=True)]
+    return Context(kv_cache, torch.cat(masks), torch.cat([context.last_position for context in contexts]))
 
 
 class KVCache:
-    """As much of the library's cache as attention asks for; it appends to a copy, never in place."""
+    """As much of the library's cache as attention calls; it appends to a copy, never in place."""
 
     def __init__(self, layers):
         self.layers = list(layers)
@@ -69,60 +69,58 @@ class KVCache:
 
 
 class PreallocatedKVCache(KVCache):
-    """The same, but it appends in place, to columns made `ROOM` at a time: for rows that no other row branches off."""
+    """A cache that appends in place, to `STEP` columns allocated at a time: for rows that no other row branches off."""
 
-    ROOM = 32
+    STEP = 32
 
     def __init__(self, layers):
         super().__init__(layers)
-        self.used, self.rooms = [layer[0].shape[2] for layer in layers], list(layers)
+        self.lengths, self.buffers = [keys.shape[2] for keys, _ in layers], list(layers)
 
     def update(self, keys, values, layer, *_):
-        used, end = self.used[layer], self.used[layer] + keys.shape[2]
-        if end > self.rooms[layer][0].shape[2]:
-            more = max(self.ROOM, keys.shape[2])
-            self.rooms[layer] = tuple(F.pad(part[:, :, :used], (0, 0, 0, more)) for part in self.rooms[layer])
-        for room, new in zip(self.rooms[layer], (keys, values), strict=True):
-            room[:, :, used:end] = new
-        self.used[layer] = end
-        self.layers[layer] = tuple(room[:, :, :end] for room in self.rooms[layer])
+        length, end = self.lengths[layer], self.lengths[layer] + keys.shape[2]
+        if end > self.buffers[layer][0].shape[2]:
+            more = max(self.STEP, keys.shape[2])
+            self.buffers[layer] = tuple(
+                F.pad(part[:, :, :length], (0, 0, 0, more)) for part in self.buffers[layer]
+            )
+        for buffer, new in zip(self.buffers[layer], (keys, values), strict=True):
+            buffer[:, :, length:end] = new
+        self.lengths[layer] = end
+        self.layers[layer] = tuple(buffer[:, :, :end] for buffer in self.buffers[layer])
         return self.layers[layer]
 
 
 def inplace_cache(context: Context) -> KVCache:
-    """The memory of a context that is read on in place, for `read`; where there are gradients, in copies."""
+    """Return a cache for `extend` that grows in place; where gradients are on, one that grows in copies."""
     return (KVCache if torch.is_grad_enabled() else PreallocatedKVCache)(context.kv_cache)
 
 
-@contextmanager
-def _final_norm(core):
-    """A list that gets what goes into the final norm; `hidden_states[-1]` is that or its result (STACK.md 2.7)."""
-    assert not (core.training and core.is_activation_checkpointing), "it drops the cache (STACK.md 2.8)"
-    inputs = []
-    hook = core.norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    try:
-        yield inputs
-    finally:
-        hook.remove()
+# --- Prefill
 
 
-def common_prefix(prompts: list[inputs.Prompt], video: int) -> list[int]:
-    """The ids that all prompts begin with, up to `video`, where a video begins; at least one of each is left.
+def common_prefix(prompts: list[inputs.Prompt], vision_start: int) -> list[int]:
+    """Return the ids that all prompts begin with, up to where a video begins; each prompt keeps one more token.
 
-    Of a single prompt none: nobody shares them.
+    A single prompt shares nothing.
 
-    >>> common([Prompt([1, 2, 3, 9]), Prompt([1, 2, 3])], 9), common([Prompt([1, 9, 3, 4]), Prompt([1, 9, 3, 5])], 9)
-    ([1, 2], [1])
+    >>> common_prefix([inputs.Prompt([1, 2, 3, 9]), inputs.Prompt([1, 2, 3])], 9)
+    [1, 2]
+    >>> common_prefix([inputs.Prompt([1, 9, 3, 4]), inputs.Prompt([1, 9, 3, 5])], 9)
+    [1]
     """
     if len(prompts) == 1:
         return []
     shortest = min((prompt.ids for prompt in prompts), key=len)
-    same = lambda at: shortest[at] != video and all(p.ids[at] == shortest[at] for p in prompts)  # noqa: E731
-    return shortest[: next((at for at in range(len(shortest) - 1) if not same(at)), len(shortest) - 1)]
+    for length in range(len(shortest) - 1):
+        token = shortest[length]
+        if token == vision_start or any(prompt.ids[length] != token for prompt in prompts):
+            return shortest[:length]
+    return shortest[: len(shortest) - 1]
 
 
 def prefill_prefix(model, ids: list[int], rows: int) -> DynamicCache:
-    """A cache in which `rows` rows have read `ids`, words alone; they are read once, forward and backward.
+    """Return a cache in which `rows` rows share `ids`, text alone, read in one forward and one backward pass.
 
     The system prompt is a third of what the mini models read.
     """
@@ -135,23 +133,72 @@ def prefill_prefix(model, ids: list[int], rows: int) -> DynamicCache:
     return cache
 
 
-def _video_features(model, videos: list[inputs.Video]):
-    """What the eyes make of videos, as the library puts it; None without any.
+def prefill(model, prompts: list[inputs.Prompt], pad: int, share=True) -> tuple[Context, torch.Tensor]:
+    """Read prompts with their videos; return the context and the last hidden states (B, H), after the final norm.
 
-    As long as the eyes do not learn, it takes the place of the patches: a video is looked at once.
+    share  read the common prefix once; False, for comparison: row by row
+    """
+    prefix = common_prefix(prompts, model.config.vision_start_token_id) if share else []
+    cache = prefill_prefix(model, prefix, len(prompts))
+    batch = inputs.collate(prompts, model, pad, len(prefix), pixels=False)
+    features = _video_features(model, [prompt.video for prompt in prompts if prompt.video is not None])
+    with _final_norm_inputs(model.model.language_model):
+        output = model.model(**batch, past_key_values=cache, mm_encoder_outputs={"video": features})
+    last = batch["position_ids"][:, :, -1]  # (3, B)
+    assert (last == last[0]).all(), "a prompt has to end in text"
+    kv_cache = tuple((layer.keys, layer.values) for layer in cache.layers)
+    context = Context(kv_cache, batch["attention_mask"].bool(), last[0])
+    return context, output.last_hidden_state[:, -1]
+
+
+def extend(
+    model, context: Context, embeds: torch.Tensor, cache: KVCache | None = None
+) -> tuple[Context, torch.Tensor, torch.Tensor]:
+    """Read embeddings (B, L, H) on; return the context and the hidden states before and after the final norm.
+
+    Token embeddings and soft tokens are read alike, one position each.
+
+    cache  that of the context, to be grown in place (`inplace_cache`); None: in a copy
+    """
+    core, (rows, count) = model.model.language_model, embeds.shape[:2]
+    cache = cache or KVCache(context.kv_cache)
+    causal = context.attention_mask.new_ones(rows, count, count).tril()
+    mask = torch.cat([context.attention_mask[:, None].expand(-1, count, -1), causal], dim=2)[:, None]
+    positions = context.last_position[:, None] + torch.arange(1, count + 1, device=embeds.device)  # (B, L)
+    options = {"attention_mask": mask, "position_ids": positions.expand(3, -1, -1), "past_key_values": cache}
+    with _final_norm_inputs(core) as pre_norm:
+        post_norm = core(inputs_embeds=embeds, **options).last_hidden_state
+    attention_mask = torch.cat([context.attention_mask, causal[:, -1]], dim=1)
+    return Context(tuple(cache.layers), attention_mask, positions[:, -1]), pre_norm[0], post_norm
+
+
+@contextmanager
+def _final_norm_inputs(core):
+    """Give a list that collects what enters the final norm: `hidden_states[-1]` of the library is its result."""
+    assert not (core.training and core.is_activation_checkpointing), "activation checkpointing drops the cache"
+    states = []
+    hook = core.norm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
+def _video_features(model, videos: list[inputs.Video]):
+    """Encode videos in the form the library expects; None without any.
+
+    As long as the vision tower is frozen, the features replace the patches: a video is encoded once.
     """
     if not videos:
         return None
     if any(weight.requires_grad for weight in model.model.visual.parameters()):
         return _encode_videos(model, videos)
     if fresh := list(dict.fromkeys(video for video in videos if video.features is None)):
-        found = _encode_videos(model, fresh)
-        layers = zip(found.pooler_output, *found.deepstack_features, strict=True)
-        for video, parts in zip(fresh, layers, strict=True):
-            video.features, video.patches = (
-                [part.clone() for part in parts],
-                None,
-            )  # not a view of all of them
+        encoded = _encode_videos(model, fresh)
+        layers = zip(encoded.pooler_output, *encoded.deepstack_features, strict=True)
+        for video, features in zip(fresh, layers, strict=True):
+            video.features = [part.clone() for part in features]  # a view would keep those of all videos
+            video.patches = None
     first, *deep = zip(*(video.features for video in videos), strict=True)
     return BaseModelOutputWithDeepstackFeatures(pooler_output=first, deepstack_features=deep)
 
@@ -162,74 +209,32 @@ def _encode_videos(model, videos):
     return model.model.get_video_features(patches, grids, return_dict=True)
 
 
-def prefill(model, prompts: list[inputs.Prompt], pad: int, share=True) -> tuple[Context, torch.Tensor]:
-    """What the model has read after prompts and their videos, and its states (B, H) at their ends, after the norm.
-
-    share  read what all of them begin with once; False, for comparison: row by row
-    """
-    words = common_prefix(prompts, model.config.vision_start_token_id) if share else []
-    cache, batch = (
-        prefill_prefix(model, words, len(prompts)),
-        inputs.collate(prompts, model, pad, len(words), pixels=False),
-    )
-    seen = {"video": _video_features(model, [prompt.video for prompt in prompts if prompt.video is not None])}
-    with _final_norm(model.model.language_model):
-        post = model.model(**batch, past_key_values=cache, mm_encoder_outputs=seen).last_hidden_state
-    last = batch["position_ids"][:, :, -1]  # (3, B)
-    assert (last == last[0]).all(), "a prompt has to end in text"
-    memory = tuple((layer.keys, layer.values) for layer in cache.layers)
-    return Context(memory, batch["attention_mask"].bool(), last[0]), post[:, -1]
-
-
-def extend(
-    model, context: Context, embeds: torch.Tensor, memory: KVCache | None = None
-) -> tuple[Context, torch.Tensor, torch.Tensor]:
-    """What the model has read after embeddings (B, L, H) more, and its states there before and after the final norm.
-
-    Words and soft tokens are read alike: one position each. `memory` is that of the context, unless it is handed over.
-    """
-    core, (rows, count) = model.model.language_model, embeds.shape[:2]
-    memory = memory or KVCache(context.kv_cache)
-    new = context.attention_mask.new_ones(rows, count, count).tril()  # each sees itself and those before it
-    sight = torch.cat([context.attention_mask[:, None].expand(-1, count, -1), new], dim=2)[:, None]
-    positions = context.last_position[:, None] + torch.arange(1, count + 1, device=embeds.device)  # (B, L)
-    options = {
-        "attention_mask": sight,
-        "position_ids": positions.expand(3, -1, -1),
-        "past_key_values": memory,
-    }
-    with _final_norm(core) as inputs:
-        post = core(inputs_embeds=embeds, **options).last_hidden_state
-    seen = torch.cat([context.attention_mask, new[:, -1]], dim=1)
-    return Context(tuple(memory.layers), seen, positions[:, -1]), inputs[0], post
-
-
-# --- speaking --------------------------------------------------------------------------------------------------------
+# --- Decoding
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a reply is spoken."""
+    """How replies are sampled."""
 
-    stop_token_id: int  # the token that ends it
-    banned_tokens: torch.Tensor  # (vocabulary,) True where a token may not be said
-    max_new_tokens: int  # tokens of the longest reply
-    temperature: float = 0.0  # 0: always the likeliest token
-    top_p: float = 1.0  # only the likeliest tokens that together hold this much of the mass may be said
+    stop_token_id: int  # the token that ends a reply
+    banned_tokens: torch.Tensor  # (vocabulary,) True where a token may not be sampled
+    max_new_tokens: int
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0  # only the likeliest tokens that together hold this much of the mass are sampled
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One reply, and the row of a context where the model has read it (the last token excepted)."""
+    """One reply, and the row of a context in which it was read, its last token excepted."""
 
-    ids: list[int]  # exactly those sampled, `stop` included where it was reached
+    ids: list[int]  # exactly those sampled, the stop token included where it was reached
     logps: list[float]
     context: Context
     row: int
 
 
 def log_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Log-probabilities (..., vocabulary), float32, of the distribution that replies are drawn from.
+    """Return log-probabilities (..., vocabulary), float32, of the distribution that replies are sampled from.
 
     Rollout and replay share it. At temperature 0 it is that of temperature 1.
     """
@@ -244,58 +249,57 @@ def log_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 def sample_token(logp: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
-    """(B,) tokens: where uniform draws (B,) fall in the cumulated probabilities (B, vocabulary), or the likeliest."""
+    """Return tokens (B,) at uniform draws (B,) in the cumulated probabilities (B, vocabulary); None: the likeliest."""
     if draws is None:
         return logp.argmax(dim=-1)
     mass = logp.double().exp().cumsum(dim=-1)
-    found = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True)[:, 0]
-    return found.clamp(max=logp.shape[-1] - 1)
+    tokens = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True)[:, 0]
+    return tokens.clamp(max=logp.shape[-1] - 1)
 
 
 @torch.no_grad()
 def decode(
-    model, context: Context, now: torch.Tensor, params: SamplingParams, draws=None
+    model, context: Context, last_hidden: torch.Tensor, params: SamplingParams, draws=None
 ) -> list[Generation]:
-    """Every row continued in step, from the state (B, H) of its last token to `stop` or the limit.
+    """Sample a reply for every row in step, from the hidden state (B, H) of its last token to the stop token.
 
-    draws  (B, limit) float64, uniform in [0, 1), for sampling; each row has its own, so no row depends on the others
+    draws  (B, max_new_tokens) float64, uniform in [0, 1), for sampling; each row has its own, so that no row depends
+           on the others; None: greedy
 
-    When half of the rows have ended, the other half goes on alone: one endless reply costs a row, not a batch.
+    When more than half of the rows have ended, the others continue alone: one endless reply costs a row, not a batch.
     """
-    rows = torch.arange(len(now), device=now.device)  # which reply each row of the batch is
+    rows = torch.arange(len(last_hidden), device=last_hidden.device)  # the reply of each row of the batch
     ids = rows.new_full((len(rows), params.max_new_tokens), params.stop_token_id)
-    logps, homes = torch.zeros(ids.shape, device=ids.device), {}
-    ended, memory = torch.zeros_like(rows, dtype=torch.bool), inplace_cache(context)
+    logps, contexts = torch.zeros(ids.shape, device=ids.device), {}
+    ended, cache = torch.zeros_like(rows, dtype=torch.bool), inplace_cache(context)
     for step in range(params.max_new_tokens):
-        logp = log_probs(model.lm_head(now), params)  # (B, vocabulary)
-        token = sample_token(logp, None if draws is None else draws[rows, step]).masked_fill(
-            ended, params.stop_token_id
-        )
+        logp = log_probs(model.lm_head(last_hidden), params)  # (B, vocabulary)
+        token = sample_token(logp, None if draws is None else draws[rows, step])
+        token = token.masked_fill(ended, params.stop_token_id)
         ids[rows, step], logps[rows, step] = token, logp.gather(1, token[:, None])[:, 0]
         ended = ended | (token == params.stop_token_id)
         if ended.all() or step + 1 == params.max_new_tokens:
             break
         if 2 * ended.sum() > len(rows):
-            homes |= {row: (context, at) for at, row in enumerate(rows.tolist()) if ended[at]}
+            contexts |= {reply: (context, row) for row, reply in enumerate(rows.tolist()) if ended[row]}
             rows, token, context, ended = rows[~ended], token[~ended], context.rows(~ended), ended[~ended]
-            memory = inplace_cache(context)
-        context, _, post = extend(model, context, model.get_input_embeddings()(token)[:, None], memory)
-        now = post[:, -1]
-    homes |= {row: (context, at) for at, row in enumerate(rows.tolist())}
-    said = []
-    for row, spoken in enumerate(ids.tolist()):
-        end = (
-            spoken.index(params.stop_token_id) + 1
-            if params.stop_token_id in spoken
-            else params.max_new_tokens
-        )
-        said.append(Generation(spoken[:end], logps[row, :end].tolist(), *homes[row]))
-    return said
+            cache = inplace_cache(context)
+        context, _, hidden = extend(model, context, model.get_input_embeddings()(token)[:, None], cache)
+        last_hidden = hidden[:, -1]
+    contexts |= {reply: (context, row) for row, reply in enumerate(rows.tolist())}
+    return [_generation(ids[reply], logps[reply], params, *contexts[reply]) for reply in range(len(ids))]
 
 
-def replay(model, context: Context, now: torch.Tensor, ids: torch.Tensor, params: SamplingParams):
-    """What the model has read after given replies (B, L), and log-probabilities (B, L) of them; differentiable."""
-    context, _, post = extend(model, context, model.get_input_embeddings()(ids))
-    before = torch.cat([now[:, None], post[:, :-1]], dim=1)  # (B, L, H): what each token was chosen from
-    logp = log_probs(model.lm_head(before), params)  # (B, L, vocabulary)
+def _generation(ids, logps, params, context, row):
+    """Return one reply up to its stop token."""
+    ids, stop = ids.tolist(), params.stop_token_id
+    length = ids.index(stop) + 1 if stop in ids else params.max_new_tokens
+    return Generation(ids[:length], logps[:length].tolist(), context, row)
+
+
+def replay(model, context: Context, last_hidden: torch.Tensor, ids: torch.Tensor, params: SamplingParams):
+    """Read given replies (B, L); return the context and their log-probabilities (B, L), differentiable."""
+    context, _, hidden = extend(model, context, model.get_input_embeddings()(ids))
+    hidden = torch.cat([last_hidden[:, None], hidden[:, :-1]], dim=1)  # (B, L, H) each token was sampled from
+    logp = log_probs(model.lm_head(hidden), params)  # (B, L, vocabulary)
     return context, logp.gather(2, ids[..., None])[..., 0]
