@@ -30,6 +30,13 @@ def test_every_shipped_profile_loads_and_differs_from_the_others():
     assert len(digests) == len(list((config.PACKAGE / "profiles").glob("*.yaml"))) >= 3
 
 
+@pytest.mark.parametrize("name", ["paper", "paper-24gb"])
+def test_a_gpu_machine_resizes_frames_in_several_threads(name):
+    """One thread would bound the embedding of videos; which number it is changes no digest."""
+    assert config.load(name).threads > 1
+    assert dataclasses.replace(config.load(name), threads=1).digest() == config.load(name).digest()
+
+
 def test_a_minimal_file_gets_the_defaults_and_its_own_name(tmp_path):
     profile = load(tmp_path, GOOD)
     assert (profile.name, profile.max_frames, profile.world) == ("mine", 64, None)

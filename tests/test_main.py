@@ -70,6 +70,13 @@ def test_a_real_process_shows_no_traceback_for_bad_input():
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
 
 
+def test_without_faiss_a_command_says_how_to_install_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    status, _, err = run(capsys, "corpus")
+    assert status == 2 and err.startswith("error: faiss is not installed; `make` does it")
+
+
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(pipeline, "corpus", lambda *_: {}["absent"])
     with pytest.raises(KeyError):

@@ -1,18 +1,21 @@
-"""The set-up hangs together: pins, Makefile, setup.sh, imports, and what must not be in a tracked file."""
+"""The set-up hangs together: pins, Makefile, setup.sh, folders, and what must not be in a tracked file."""
 
 import ast
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+from collections import Counter
 
 import pytest
 import yaml
 
+from vsr1 import cache
 from vsr1.config import ROOT
 
-MODULES = sorted(path.stem for path in (ROOT / "vsr1").glob("*.py") if path.stem != "__init__")
+MODULES = sorted(cache.SOURCES)
 
 
 def text(name):
@@ -177,33 +180,95 @@ def test_an_unusable_python_is_one_line_with_the_remedy(clone, fault, words):
     assert done.stderr.count("\n") == 1 and calls(clone) == []
 
 
-def file_map():
-    """The modules in the order of the README's map."""
-    return re.findall(r"^\| `(\w+)` \|", text("README.md").partition("<!-- map -->")[2], re.M)
+FOLDERS = "config cache data models loop training evaluation mini report experiments apps __main__".split()
+METHOD = FOLDERS[: FOLDERS.index("mini")]
 
 
-def test_the_readme_maps_every_module():
-    assert sorted(file_map()) == MODULES
+def folder_of(module):
+    """The folder of a module, or the module itself where it lies in none: vsr1.data.source is in data."""
+    return module.split(".")[1] if "." in module else None
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_those_above_it_in_the_map(module):
-    above = file_map()[: file_map().index(module)]
-    for node in ast.walk(ast.parse(text(f"vsr1/{module}.py"))):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module == "vsr1":
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vsr1."):
-            names = [node.module.split(".")[1]]
-        elif isinstance(node, ast.Import):
-            names = [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("vsr1.")]
-        assert set(names) <= set(above), f"{module} imports {set(names) - set(above)}, which stands below it"
+def imports(module):
+    """All modules of the package that `module` imports, at any depth of its code."""
+    return [
+        name for name in cache._imports(module) if name != "vsr1" and cache.FILES[name].stem != "__init__"
+    ]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "vsr1"])
+def test_a_module_imports_nothing_from_a_folder_to_its_right(module):
+    allowed = FOLDERS[: FOLDERS.index(folder_of(module)) + 1]
+    wrong = [name for name in imports(module) if folder_of(name) not in allowed]
+    assert not wrong, f"{module} imports {', '.join(wrong)}"
+
+
+@pytest.mark.parametrize("folder", METHOD)
+def test_the_method_knows_nothing_of_the_rendered_world_of_pages_and_of_notebooks(folder):
+    """Not even by way of what it imports."""
+    for module in MODULES:
+        if folder_of(module) == folder:
+            assert {folder_of(name) for name in cache.import_closure(module)} <= {*METHOD, None}, module
+
+
+def test_config_and_cache_import_what_stands_before_them_only():
+    assert cache.import_closure("vsr1.config") == {"vsr1.config"}
+    assert cache.import_closure("vsr1.cache") == {"vsr1.cache", "vsr1.config"}
+
+
+def test_a_folder_has_at_most_twelve_modules():
+    sizes = Counter(folder_of(name) for name in MODULES if cache.FILES[name].stem != "__init__")
+    assert max(sizes.values()) <= 12, sizes
+    assert set(sizes) == set(FOLDERS)
+
+
+def test_every_package_that_the_code_imports_is_a_dependency():
+    """And no dependency is left that nobody imports."""
+    names = {"PIL": "pillow", "faiss": "faiss-cpu", "yaml": "pyyaml", "IPython": "ipykernel"}
+    names |= {"huggingface_hub": "huggingface-hub", "mpl_toolkits": "matplotlib"}
+    found = set()
+    for module in MODULES:
+        for node in ast.walk(ast.parse(cache.SOURCES[module])):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module.split(".")[0])
+    packages = {names.get(name, name) for name in found - set(sys.stdlib_module_names) - {"vsr1"}}
+    direct, extra = asked()
+    assert packages <= direct.keys() | extra["cpu"].keys()
+    tools = {
+        "jupyter-server",
+        "ipywidgets",
+        "nbconvert",
+        "nbformat",
+        "nbclient",
+        "jupyterlab",
+        "ipykernel",
+        "decord",
+    }
+    assert direct.keys() - packages <= tools | {"pyarrow"}  # parquet files of pandas
+
+
+def test_nothing_refers_to_a_page_that_is_not_in_the_repository():
+    """Pages are named by their path from the top, or from the page that names them."""
+    pages, dangling = re.compile(r"[\w./<>{}*-]*\w\.md\b"), []
+    for path in tracked():
+        if path.suffix in {".py", ".ipynb", ".md", ".sh", ".yml", ".yaml", ".html"} and path.exists():
+            if path.is_relative_to(ROOT / "results") or path.name == "LOG.md" or "log" in path.parent.parts:
+                continue  # records of runs and of former days
+            for page in pages.findall(path.read_text(encoding="utf-8")):
+                if path.is_relative_to(ROOT / "tests") or any(mark in page for mark in "<>{}*"):
+                    continue
+                places = [ROOT / page, path.parent / page, ROOT / "results" / "mini" / page]
+                if not any(place.exists() for place in places):
+                    dangling.append(f"{path.relative_to(ROOT)}: {page}")
+    assert not dangling, sorted(set(dangling))
 
 
 def test_no_code_asks_for_the_name_of_a_profile():
     asks = re.compile(r"(profile|name)\w*\s*(==|!=|in)\s*\(?[\"'](mini|smoke|paper)[\"']")
     found = [
-        f"{module}: {match[0]}" for module in MODULES for match in asks.finditer(text(f"vsr1/{module}.py"))
+        f"{name}: {match[0]}" for name in MODULES for match in asks.finditer(cache.SOURCES[name].decode())
     ]
     assert not found
 

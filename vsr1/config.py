@@ -109,7 +109,7 @@ class Profile:
     seed: CountOrZero = 42  # official; `make paper SEED=...` replaces it
 
     # What the machine does at once. All ours.
-    threads: Count = 1  # of torch and OpenMP; two can stall on a shared machine
+    threads: Count = 1  # of torch and OpenMP; two can stall on a shared machine, a GPU machine wants more
     parallel_datasets: Count = (
         1  # data sets that are worked on at once, a process each; more would share one GPU
     )

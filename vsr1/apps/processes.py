@@ -1,5 +1,6 @@
 """Processes of a command: those a launcher started, and one for each data set that is worked on at once."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -25,6 +26,10 @@ def start(profile, command: str, shared: bool) -> None:
     """
     # torch and OpenMP read it when they are first imported, in this process and in the kernels of notebooks.
     os.environ["OMP_NUM_THREADS"] = str(profile.threads)
+    if importlib.util.find_spec("faiss") is None:  # no default dependency: the two builds exclude each other
+        raise InputError(
+            "faiss is not installed; `make` does it, or pip install faiss-cpu (faiss-gpu on a GPU machine)"
+        )
     _check_launcher()
     if cache.dist_state(profile.device).num_processes > 1 and not shared:
         raise InputError(f"{command}: works in one process; start it without a launcher")
