@@ -69,7 +69,7 @@ bench: setup  ## the speed claims, measured side by side on this machine, into r
 foundation: setup  ## retrain the mini models that ship with the package
 	@$(VSR1) foundation
 
-clean:  ## delete what was computed (runs/) and caches; results/, pins.json, indexes/ and .venv stay
+clean:  ## delete what was computed (runs/) and caches; results/, indexes/, revisions.json and .venv stay
 	rm -rf runs *.egg-info .pytest_cache .ruff_cache
 	find vsr1 tests -name __pycache__ -prune -exec rm -rf {} +
 

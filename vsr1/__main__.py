@@ -17,7 +17,7 @@ from vsr1.config import ROOT, InputError
 INTERRUPTED = 130
 RANK_0_FIRST = 10  # seconds in which a launcher ends the other processes when one has ended
 MEMORY_KNOBS = "batch_tokens, eval_batch, sft_batch, grpo_rollout_batch, grpo_micro_batch or max_frame_pixels"
-LISTS = ("--datasets", "--dataset", "--seeds")  # options that take several words
+LISTS = ("--datasets", "--dataset", "--seeds", "--iou")  # options that take several words
 
 Profile = Annotated[str, Option("--profile", help="Name in vsr1/profiles/, or a path to a .yaml.")]
 Seed = Annotated[int | None, Option("--seed", min=0, help="Of the experiment; else the profile's own.")]
@@ -67,7 +67,7 @@ def _join_lists(argv):
     words = []
     for word in argv:
         open_list = len(words) > 1 and words[-2] in LISTS
-        if open_list and not word.startswith("-"):
+        if open_list and not re.match(r"-\D", word):  # a negative number is a value
             words[-1] += f" {word}"
         else:
             words.append(word)
@@ -229,20 +229,38 @@ def lab(port: Annotated[int, Option(help="On this machine only.")] = 8888):
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
-@app.command(context_settings=PASS_ON)
-def search(context: typer.Context):
-    """Search a folder of your own videos."""
+@app.command()
+def search(
+    videos: Annotated[Path, Option(metavar="DIR", help="Searched with all folders below it.")],
+    query: Annotated[str, Option(help="What to look for, in words.")],
+    profile: Profile = "mini",
+    dataset: Annotated[str | None, Option(help="Take the policy trained on this data set.")] = None,
+    weights: Annotated[str | None, Option(help="Of a policy: a folder, or a name on the hub.")] = None,
+    system: Annotated[str | None, Option(help="sqr where the policy has heads, else walkdown.")] = None,
+    turns: Annotated[int | None, Option(min=1, help="Turns at most; else the profile's max_turns.")] = None,
+    index: Annotated[
+        Path | None, Option(metavar="DIR", help="Of index and pages; else indexes/PROFILE.")
+    ] = None,
+    as_json: Annotated[bool, Option("--json", help="One JSON object on stdout, all else on stderr.")] = False,
+):
+    """Search a folder of your own videos: status 0 if a video was accepted, 1 if none was."""
     from vsr1.apps import search_folder
 
-    return search_folder.main(context.args)
+    options = {"dataset": dataset, "weights": weights, "system": system, "turns": turns, "index": index}
+    return search_folder.search_and_print(_load("search", profile), videos, query, as_json, options)
 
 
-@app.command(context_settings=PASS_ON)
-def score(context: typer.Context):
+@app.command()
+def score(
+    submission: Annotated[Path, Argument(help="Ranked predictions for all queries, json.")],
+    groundtruth: Annotated[Path, Argument(help="FIG or TVR annotations, one query a line.")],
+    iou: Annotated[list[str], Option(help="Thresholds; else 0.3 0.5 0.7.")] = [],  # noqa: B006
+    float32: Annotated[bool, Option("--float32", help="Round as TVR's evaluator does.")] = False,
+):
     """Score a submission to a FIG benchmark."""
     from vsr1.evaluation import fig_scorer
 
-    return fig_scorer.main(context.args)
+    fig_scorer.print_scores(submission, groundtruth, _split(iou), float32)
 
 
 @app.command("download-release", context_settings=PASS_ON)

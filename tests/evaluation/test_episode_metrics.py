@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vsr1.evaluation import fig_scorer, metrics
+from vsr1 import __main__ as cli
+from vsr1.evaluation import metrics
 from vsr1.loop.moments import span_iou, span_ms
 from vsr1.loop.records import Cost, Episode, Run, Turn
 from vsr1.loop.replies import read_reply
@@ -192,7 +193,9 @@ def test_vcmr_equals_what_the_benchmark_s_evaluator_says_of_the_same_answers(tmp
     (tmp_path / "submission.json").write_text(json.dumps({"video2idx": index, "VCMR": entries}))
     (tmp_path / "truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--float32"] if float32 else []
-    assert fig_scorer.main([str(tmp_path / "submission.json"), str(tmp_path / "truth.jsonl"), *options]) == 0
+    assert (
+        cli.main(["score", str(tmp_path / "submission.json"), str(tmp_path / "truth.jsonl"), *options]) == 0
+    )
     said = json.loads(capsys.readouterr().out)["VCMR"]
     suffix = "_tvr" if float32 else ""
     ours = percents(episodes, *[f"vcmr@{m}{suffix}" for m in metrics.THRESHOLDS])

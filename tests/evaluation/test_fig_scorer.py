@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vsr1 import __main__ as cli
 from vsr1.evaluation import fig_scorer
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ def run(tmp_path, capsys):
         lines = truth if isinstance(truth, str) else "".join(json.dumps(row) + "\n" for row in truth)
         (tmp_path / "sub.json").write_text(text, encoding="utf-8")
         (tmp_path / "truth.jsonl").write_text(lines, encoding="utf-8")
-        status = fig_scorer.main([str(tmp_path / "sub.json"), str(tmp_path / "truth.jsonl"), *options])
+        status = cli.main(["score", str(tmp_path / "sub.json"), str(tmp_path / "truth.jsonl"), *options])
         return status, *capsys.readouterr()
 
     return run
@@ -136,7 +137,7 @@ def test_blank_lines_a_missing_last_line_end_and_gzip_change_nothing(run, tmp_pa
     plain = run(SUBMISSION, TRUTH)
     assert run(SUBMISSION, lines) == plain
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    assert fig_scorer.main([str(tmp_path / "sub.json"), str(tmp_path / "t.jsonl.gz")]) == 0
+    assert cli.main(["score", str(tmp_path / "sub.json"), str(tmp_path / "t.jsonl.gz")]) == 0
     assert capsys.readouterr().out == plain[1]
 
 
@@ -190,7 +191,7 @@ def test_a_file_that_cannot_be_read_is_named(run, tmp_path, capsys, name, conten
         (tmp_path / name).mkdir()
     elif content:
         (tmp_path / name).write_bytes(content)
-    status = fig_scorer.main([str(tmp_path / "sub.json"), str(tmp_path / "truth.jsonl")])
+    status = cli.main(["score", str(tmp_path / "sub.json"), str(tmp_path / "truth.jsonl")])
     assert refused((status, *capsys.readouterr()), str(tmp_path / name))
 
 
@@ -297,7 +298,7 @@ def test_an_error_leaves_no_warning_beside_it(run):
 def test_a_name_with_line_ends_stays_on_one_line(run, capsys):
     rows = [TRUTH[0] | {"video": "A\nB\u2028C\r"}, TRUTH[1]]
     assert refused(run(SUBMISSION, rows), "sub.json")
-    assert refused((fig_scorer.main(["no\nsuch.json", "no\nsuch.jsonl"]), *capsys.readouterr()))
+    assert refused((cli.main(["score", "no\nsuch.json", "no\nsuch.jsonl"]), *capsys.readouterr()))
 
 
 @pytest.mark.parametrize("value", ["0", "-0.5", "1.01", "nan", "inf", "half", "50%"])
@@ -307,13 +308,11 @@ def test_a_threshold_outside_its_range_is_named(run, value):
 
 def test_an_unknown_option_or_a_missing_file_name_is_one_error_line(capsys):
     for argv in ([], ["one.json"], ["a", "b", "c"], ["a", "b", "--float"], ["a", "b", "--iou"]):
-        assert refused((fig_scorer.main(argv), *capsys.readouterr()))
+        assert refused((cli.main(["score", *argv]), *capsys.readouterr()))
 
 
 def test_help_exits_with_zero(capsys):
-    with pytest.raises(SystemExit) as leave:
-        fig_scorer.main(["--help"])
-    assert leave.value.code == 0 and "--float32" in capsys.readouterr().out
+    assert cli.main(["score", "--help"]) == 0 and "--float32" in capsys.readouterr().out
 
 
 # --- The same numbers computed another way

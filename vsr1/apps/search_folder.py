@@ -4,10 +4,9 @@ Nobody knows the right video here. So every `Ranking` says rank 0, which no rank
 made of these episodes. A video that was rejected is not shown again (`episode.choose`: skip_rejected). What is searched
 is a FAISS index over all readable videos of the folder and those below it.
 
-runs/<profile>/yours/<hash of the folder's path>/    index.npz, and a page for each query in pages/
+indexes/<profile>/<hash of the folder's path>/    index.npz, and a page for each query in pages/
 """
 
-import argparse
 import base64
 import fcntl
 import functools
@@ -251,7 +250,7 @@ def search(
 ) -> dict:
     """What became of one query over the videos of `folder`, as `--json` prints it; a page about it is written.
 
-    index  folder of the index and the pages; None: runs/<profile>/yours/<folder>
+    index  folder of the index and the pages; None: indexes/<profile>/<folder>, which `make clean` leaves
     say    is told, line by line, what a reader should know before the search
     """
     if profile.world:
@@ -260,7 +259,7 @@ def search(
     find(folder)
     weights, system = pick(profile, dataset, weights, system)
     say(f"weights: {_near(weights)}; system: {system}")
-    home = Path(index or profile.data_dir("yours") / cache.fingerprint(str(folder))).absolute()
+    home = Path(index or config.ROOT / "indexes" / profile.name / cache.fingerprint(str(folder))).absolute()
     pair = functools.cache(lambda: runner.load_pair(profile, runner.SYSTEMS[system], weights))
     with hold(home):
         kept = refresh(profile, lambda: pair()[0], folder, home / "index.npz")
@@ -457,29 +456,20 @@ def _data(content):
     return base64.b64encode(content).decode()
 
 
-def main(argv: list[str]) -> int:
-    """Search a folder of your own videos. Status: 0 a video was accepted, 1 none was, 2 an error."""
-    parser = argparse.ArgumentParser(prog="python -m vsr1 search", description=main.__doc__)
-    parser.add_argument("--videos", required=True, metavar="DIR", help="searched with all folders below it")
-    parser.add_argument("--query", required=True, help="what to look for, in words")
-    parser.add_argument("--profile", default="mini", help="name in vsr1/profiles/, or a path to a .yaml")
-    parser.add_argument("--dataset", metavar="NAME", help="take the policy trained on this data set")
-    parser.add_argument("--weights", metavar="DIR", help="of a policy: a folder, or a name on the hub")
-    parser.add_argument("--system", choices=SYSTEMS, help="sqr where the policy has heads, else walkdown")
-    parser.add_argument("--turns", type=int, metavar="T", help="looks at most (the profile's max_turns)")
-    parser.add_argument("--index", metavar="DIR", help="where index and pages are kept (runs/PROFILE/yours)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
-    args = parser.parse_args(argv)
-    profile = config.load(args.profile)
-    if args.dataset:
-        config.check_dataset(args.dataset, "--dataset")
-    if args.turns is not None:
-        if args.turns < 1:
-            raise InputError(f"--turns {args.turns}: at least one look is needed")
-        profile = replace(profile, max_turns=args.turns)
-    say = functools.partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
-    named = {name: getattr(args, name) for name in ("dataset", "weights", "system", "index")}
-    told = search(profile, args.videos, args.query, say=say, **named)
-    for line in [json.dumps(told)] if args.json else lines(told):
+def search_and_print(profile, videos, query: str, as_json: bool, options: dict) -> int:
+    """Search a folder and print what came of it; the status is 0 if a video was accepted, else 1.
+
+    as_json  one JSON object on stdout, all else on stderr
+    options  dataset, weights, system and index as in `search`, and turns: at most so many; None means unset
+    """
+    if options["dataset"]:
+        config.check_dataset(options["dataset"], "--dataset")
+    if options["system"] not in (None, *SYSTEMS):
+        raise InputError(f"--system {options['system']}: no such system; there are {', '.join(SYSTEMS)}")
+    if turns := options.pop("turns"):
+        profile = replace(profile, max_turns=turns)
+    say = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+    result = search(profile, videos, query, say=say, **options)
+    for line in [json.dumps(result)] if as_json else lines(result):
         print(line)
-    return 0 if told["accepted"] else 1
+    return 0 if result["accepted"] else 1

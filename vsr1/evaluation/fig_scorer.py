@@ -5,7 +5,6 @@ refusals are DATASETS section 5. A fault of the input is one `error:` line on st
 number is printed only when it is about every query of the ground truth.
 """
 
-import argparse
 import gc
 import json
 import sys
@@ -199,24 +198,23 @@ def _recalls(prefix, ranks):
 # --- Command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse would print its own lines and leave
-        raise InputError(f"{message}; see `python -m vsr1 score --help`")
+def print_scores(submission, groundtruth, iou=(), float32=False) -> None:
+    """Print the scores of a submission as one JSON object; a warning goes to stderr.
 
-
-def _options(argv):
-    parser = _Parser(prog="python -m vsr1 score", description="Score a submission.", allow_abbrev=False)
-    parser.add_argument("submission", metavar="SUBMISSION.json", help="ranked predictions for all queries")
-    parser.add_argument(
-        "groundtruth", metavar="GROUNDTRUTH.jsonl", help="FIG or TVR annotations, one query a line"
-    )
-    parser.add_argument(
-        "--iou", nargs="+", default=metrics.THRESHOLDS, metavar="M", help="default: 0.3 0.5 0.7"
-    )
-    parser.add_argument("--float32", action="store_true", help="round as TVR's evaluator does")
-    options = parser.parse_args(argv)
-    options.iou = [_threshold(text) for text in options.iou]
-    return options
+    submission   path of ranked predictions for all queries
+    groundtruth  path of FIG or TVR annotations, one query a line
+    iou          thresholds as a person typed them; empty: `metrics.THRESHOLDS`
+    float32      round as TVR's evaluator does
+    """
+    thresholds = [_threshold(text) for text in iou or metrics.THRESHOLDS]
+    truth = read_truth(groundtruth)
+    rankings = read_submission(submission, truth)
+    if truth.swapped:
+        print(f"warning: {groundtruth}: {truth.swapped} reversed times swapped", file=sys.stderr)
+    scores = {
+        task: task_scores(task, ranked, truth, thresholds, float32) for task, ranked in rankings.items()
+    }
+    print(json.dumps(scores))
 
 
 def _threshold(text):
@@ -227,22 +225,3 @@ def _threshold(text):
     if not 0 < threshold <= 1:  # also where it is not a number
         raise InputError(f"--iou {text}: not a number above 0 and at most 1")
     return threshold
-
-
-def main(argv):
-    """Print the scores as one JSON object; exit status 0, or 2 after one `error:` line on stderr."""
-    try:
-        options = _options(argv)
-        truth = read_truth(options.groundtruth)
-        submission = read_submission(options.submission, truth)
-    except InputError as error:
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
-    if truth.swapped:
-        print(f"warning: {options.groundtruth}: {truth.swapped} reversed times swapped", file=sys.stderr)
-    scores = {
-        task: task_scores(task, ranked, truth, options.iou, options.float32)
-        for task, ranked in submission.items()
-    }
-    print(json.dumps(scores))
-    return 0
