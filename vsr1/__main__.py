@@ -263,12 +263,16 @@ def score(
     fig_scorer.print_scores(submission, groundtruth, _split(iou), float32)
 
 
-@app.command("download-release", context_settings=PASS_ON)
-def download_release(context: typer.Context):
+@app.command("download-release")
+def download_release(
+    dataset: Dataset,
+    source: Annotated[str | None, Option(help="A folder with manifest.json and shards/, or hf://...")] = None,
+    profile: Profile = "paper",
+):
     """Download what the authors released, without its frames."""
-    from vsr1.data import official_release
+    from vsr1.apps import download_release as release
 
-    return official_release.main(context.args)
+    release.main(config.load(profile), config.check_dataset(dataset, "--dataset"), source)
 
 
 @app.command(context_settings=PASS_ON)

@@ -148,41 +148,41 @@ EXPECTED = {
 
 
 def test_the_wanted_files_arrive_whole_and_nothing_else_does(profile, whole, home, monkeypatch):
-    assert official_release.fetch(profile, "charades", str(whole)) == []
+    assert official_release.download(profile, "charades", str(whole)) == []
     got = there(home)
     assert json.loads(got.pop("release.json"))["source"] == str(whole)
     assert got == EXPECTED and set(EXPECTED) == set(official_release.wanted("charades").values())
     monkeypatch.setattr(official_release, "connect", None)  # a second call needs no source
-    assert official_release.fetch(profile, "charades") == []
+    assert official_release.download(profile, "charades") == []
 
 
 def test_what_is_fetched_is_where_others_look(profile, whole, home):
-    official_release.fetch(profile, "charades", str(whole))
+    official_release.download(profile, "charades", str(whole))
     (home / "videos").mkdir()
     (home / "videos" / "CCCCC.mp4").write_bytes(b"film")
     assert real_datasets.import_dataset(profile, "charades").name == "videos"
-    assert sft_data.source(profile, "charades").read_bytes() == b"[]"
+    assert sft_data.reply_file(profile, "charades").read_bytes() == b"[]"
 
 
 def test_a_file_that_was_there_before_stays_as_it_is(profile, whole, home):
     own = home / "annotations" / "charades_fig_test.jsonl"
     own.parent.mkdir(parents=True)
     own.write_bytes(b"mine")
-    official_release.fetch(profile, "charades", str(whole))
+    official_release.download(profile, "charades", str(whole))
     assert there(home)["annotations/charades_fig_test.jsonl"] == b"mine"
 
 
 def test_what_the_release_lacks_is_named_and_its_shards_are_read_once(profile, home, tmp_path, monkeypatch):
     folder = lay(tmp_path / "copy", one=tar(TEXTS | STILLS))
-    absent = official_release.fetch(profile, "charades", str(folder))
+    absent = official_release.download(profile, "charades", str(folder))
     assert absent == sorted(set(official_release.wanted("charades")) - set(TEXTS))
-    monkeypatch.setattr(official_release, "_walk", None)
-    assert official_release.fetch(profile, "charades") == absent
+    monkeypatch.setattr(official_release, "_read_shard", None)
+    assert official_release.download(profile, "charades") == absent
 
 
 def test_a_release_without_annotations_is_none(profile, tmp_path):
     with pytest.raises(InputError, match=r"no raw_annotation/ with train\.jsonl"):
-        official_release.fetch(profile, "charades", str(lay(tmp_path / "copy", one=tar(VECTORS))))
+        official_release.download(profile, "charades", str(lay(tmp_path / "copy", one=tar(VECTORS))))
 
 
 # --- From the hub
@@ -267,7 +267,7 @@ def hub(whole, monkeypatch):
 
 def test_the_hub_gives_the_same_and_the_frames_stay_there(profile, hub, home, whole):
     """Through the library's own code for buckets; only its address is another."""
-    assert official_release.fetch(profile, "charades") == []
+    assert official_release.download(profile, "charades") == []
     got = there(home)
     record = json.loads(got.pop("release.json"))
     assert record["source"] == "hf://buckets/VideoSearchR1/data/datasets/charades-sta"
@@ -279,29 +279,29 @@ def test_the_hub_gives_the_same_and_the_frames_stay_there(profile, hub, home, wh
 def test_no_shard_is_opened_that_holds_nothing_wanted(profile, hub, home, whole):
     (whole / "shards" / "frames.tar").write_bytes(tar(STILLS))
     (whole / "shards" / "texts.tar").write_bytes(tar(TEXTS | GRPO))
-    assert official_release.fetch(profile, "charades") == []
+    assert official_release.download(profile, "charades") == []
     assert hub.asked and not any("frames" in path for path in hub.asked)
 
 
 def test_another_revision_is_refused(profile, hub, home, monkeypatch):
     """A bucket has none: the hash of its files tells."""
-    walk, walked = official_release._walk, []
+    read_shard, calls = official_release._read_shard, []
 
     def once(*args):
-        if walked:
+        if calls:
             raise RuntimeError("stopped")
-        walked.append(args)
-        walk(*args)
+        calls.append(args)
+        read_shard(*args)
 
-    monkeypatch.setattr(official_release, "_walk", once)
+    monkeypatch.setattr(official_release, "_read_shard", once)
     with pytest.raises(RuntimeError, match="stopped"):
-        official_release.fetch(profile, "charades")
+        official_release.download(profile, "charades")
     assert len(there(home)) > 1
     hub.marks["vectors.1"] = "b" * 64
     with pytest.raises(
         InputError, match=rf"shards/vectors\.1: another revision .*b{{64}}.*delete {home}/release\.json"
     ):
-        official_release.fetch(profile, "charades")
+        official_release.download(profile, "charades")
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_another_revision_is_refused(profile, hub, home, monkeypatch):
 )
 def test_a_place_that_is_not_on_the_hub_is_one_line(source, profile, hub):
     with pytest.raises(InputError, match=rf"^{source}/manifest.json: not .*--source") as refused:
-        official_release.fetch(profile, "charades", source)
+        official_release.download(profile, "charades", source)
     assert "\n" not in str(refused.value)
 
 
@@ -347,7 +347,7 @@ def test_after_an_interruption_the_next_call_goes_on(number, profile, whole, hom
     with pytest.raises(
         InputError, match=rf"^{whole}/shards/.*the line broke.*run the same command again"
     ) as said:
-        official_release.fetch(profile, "charades", str(whole))
+        official_release.download(profile, "charades", str(whole))
     assert "\n" not in str(said.value)
     before = {
         path: path.stat().st_mtime_ns
@@ -356,7 +356,7 @@ def test_after_an_interruption_the_next_call_goes_on(number, profile, whole, hom
     }
     assert len(before) >= {1: 0, 2: 3, 3: 3, 4: 6, 5: 16}[number]
     Flaky.number = 0
-    assert official_release.fetch(profile, "charades", str(whole)) == []
+    assert official_release.download(profile, "charades", str(whole)) == []
     got = there(home)
     assert got.pop("release.json") and got == EXPECTED
     assert {path: path.stat().st_mtime_ns for path in before} == before, "fetched twice"
@@ -389,14 +389,14 @@ def test_a_damaged_shard_is_one_line_and_what_was_fetched_stays(what, profile, h
     with pytest.raises(
         InputError, match=r"shards/other\.tar: cut short, damaged, or no tar \(.*again$"
     ) as said:
-        official_release.fetch(profile, "charades", str(folder))
+        official_release.download(profile, "charades", str(folder))
     assert "\n" not in str(said.value)
     kept = there(home)
     kept.pop("release.json", None)
     whole = {name: content for name, content in kept.items() if not name.endswith(".partial")}
     assert all(EXPECTED[name] == content for name, content in whole.items()), "half a file"
     (folder / "shards" / "other.tar").write_bytes(tar(TEXTS | VECTORS))
-    assert official_release.fetch(profile, "charades", str(folder)) == []
+    assert official_release.download(profile, "charades", str(folder)) == []
     got = there(home)
     assert got.pop("release.json") and got == EXPECTED
 
@@ -406,35 +406,33 @@ def test_a_missing_part_is_named_where_it_matters(profile, whole, home):
     with pytest.raises(
         InputError, match=r"shards/vectors\.1: not there, and still missing is .*test/.*; copy or"
     ):
-        official_release.fetch(profile, "charades", str(whole))
+        official_release.download(profile, "charades", str(whole))
     assert "annotations/charades_fig_test.jsonl" in there(home)
     (whole / "shards" / "vectors.1").write_bytes(in_three(tar(VECTORS, "charades-sta/"))[1])
-    assert official_release.fetch(profile, "charades") == []
+    assert official_release.download(profile, "charades") == []
 
 
 def test_a_copy_without_the_frames_will_do(profile, tmp_path):
     folder = lay(tmp_path / "copy", frames=tar(STILLS), rest=tar(TEXTS | VECTORS | GRPO))
     (folder / "shards" / "frames.tar").unlink()
-    assert official_release.fetch(profile, "charades", str(folder)) == []
+    assert official_release.download(profile, "charades", str(folder)) == []
 
 
 def test_a_file_that_changed_after_it_was_fetched_is_named(profile, whole, home):
-    official_release.fetch(profile, "charades", str(whole))
+    official_release.download(profile, "charades", str(whole))
     path = home / "test" / "video_embedding_1fps" / "segment_embeds.npy"
     path.write_bytes(spoilt(path.read_bytes(), 200))
-    with pytest.raises(
-        InputError, match=rf"^{path}: not what was fetched, by its checksum; delete it, and fetch"
-    ):
-        official_release.fetch(profile, "charades")
+    with pytest.raises(InputError, match=rf"^{path}: not what was downloaded, by its checksum; delete it"):
+        official_release.download(profile, "charades")
     path.unlink()
-    assert official_release.fetch(profile, "charades") == []
+    assert official_release.download(profile, "charades") == []
     assert path.read_bytes() == EXPECTED["test/video_embedding_1fps/segment_embeds.npy"]
 
 
 def test_another_source_halfway_is_refused(profile, whole, home, tmp_path):
-    official_release.fetch(profile, "charades", str(whole))
+    official_release.download(profile, "charades", str(whole))
     with pytest.raises(InputError, match=rf"release.json: begun from {whole}; to begin anew delete it"):
-        official_release.fetch(profile, "charades", str(tmp_path))
+        official_release.download(profile, "charades", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -445,11 +443,11 @@ def test_another_source_halfway_is_refused(profile, whole, home, tmp_path):
             r"manifest\.json: not there \(No such file or directory\); --source names a folder with manifest.json",
         ),
         ("{", r"manifest\.json, line 1: not JSON"),
-        ("[]", r"manifest\.json: not a JSON object"),
-        ('{"shards": {}}', r"'shards' must be a list"),
-        ('{"shards": [{"parts": []}]}', r"manifest\.json: shard 1 is not named"),
-        ('{"shards": [{"name": "a", "parts": [1]}]}', r"manifest\.json: shard 1 is not named"),
-        ('{"shards": [3]}', r"manifest\.json: shard 1 is not named"),
+        ("[]", r"manifest\.json: must be an object, found \[\]"),
+        ('{"shards": {}}', r"manifest\.json: 'shards': must be a valid array, found {}"),
+        ('{"shards": [{"parts": []}]}', r"manifest\.json: 'shards\[0\].name': Field required"),
+        ('{"shards": [{"name": "a", "parts": [1]}]}', r"manifest\.json: 'shards\[0\].parts\[0\]': must"),
+        ('{"shards": [3]}', r"manifest\.json: 'shards\[0\]': must be .*, found 3"),
         ('{"shards": [{"name": "../../secret"}]}', r"copy/shards/secret: not there"),
     ],
 )
@@ -459,8 +457,37 @@ def test_a_folder_that_is_no_release_is_one_line(manifest, said, profile, tmp_pa
     if manifest is not None:
         (tmp_path / "copy" / "manifest.json").write_text(manifest)
     with pytest.raises(InputError, match=said) as refused:
-        official_release.fetch(profile, "charades", str(tmp_path / "copy"))
+        official_release.download(profile, "charades", str(tmp_path / "copy"))
     assert "\n" not in str(refused.value)
+
+
+class Counting(LocalFileSystem):
+    """Remembers what was opened."""
+
+    cachable = False
+    files: list = []
+
+    def open(self, path, mode="rb", **options):
+        self.files.append(super().open(path, mode, **options))
+        return self.files[-1]
+
+
+def test_every_file_of_a_source_is_closed_also_after_an_error(profile, whole, monkeypatch):
+    monkeypatch.setattr(official_release, "connect", lambda _: Counting())
+    (whole / "shards" / "texts.tar").write_bytes(b"no tar" * 1000)
+    with pytest.raises(InputError, match="no tar"):
+        official_release.download(profile, "charades", str(whole))
+    (whole / "shards" / "texts.tar").write_bytes(tar(TEXTS, "./"))
+    assert official_release.download(profile, "charades", str(whole)) == []
+    assert len(Counting.files) >= 5 and all(file.closed for file in Counting.files)
+
+
+def test_a_wanted_file_of_absurd_size_is_refused_before_it_is_read(profile, home, tmp_path, monkeypatch):
+    folder = lay(tmp_path / "copy", one=tar(TEXTS | VECTORS | GRPO))
+    monkeypatch.setattr(official_release, "MAX_MEMBER", 100)
+    with pytest.raises(InputError, match=r"one\.tar: .*raw_annotation/train\.jsonl claims"):
+        official_release.download(profile, "charades", str(folder))
+    assert not there(home).keys() - {"release.json"}
 
 
 NAME, LINK = "raw_annotation/train.jsonl", {"linkname": "/etc/passwd"}
@@ -509,7 +536,7 @@ def test_a_hostile_tar_writes_nothing_where_it_likes(what, profile, home, tmp_pa
     folder, started = lay(tmp_path / "copy", one=content), time.monotonic()
     before = {path for path in tmp_path.rglob("*")}
     with pytest.raises(InputError, match=r"one\.tar: cut short, damaged|no raw_annotation") as refused:
-        official_release.fetch(profile, "charades", str(folder))
+        official_release.download(profile, "charades", str(folder))
     assert "\n" not in str(refused.value) and time.monotonic() - started < 10
     written = {path for path in tmp_path.rglob("*") if path.is_file()} - before
     assert written <= {home / "release.json", home / "annotations" / f".{'charades_fig_train.jsonl'}.partial"}
@@ -519,7 +546,7 @@ def test_links_and_strange_names_beside_good_files_do_no_harm(profile, home, tmp
     strange = [*HOSTILE["absolute"], *HOSTILE["upwards"], *HOSTILE["a file through a symlink"]]
     good = [(header(name, len(content)), content) for name, content in (TEXTS | VECTORS | GRPO).items()]
     assert (
-        official_release.fetch(profile, "charades", str(lay(tmp_path / "copy", one=tar(strange + good))))
+        official_release.download(profile, "charades", str(lay(tmp_path / "copy", one=tar(strange + good))))
         == []
     )
     got = there(home)
@@ -570,7 +597,7 @@ def broken_vectors(home, what):
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("no fig id", "query_meta.test.jsonl, line 2: 'qid' must be a text like '17_fig'"),
+        ("no fig id", "query_meta.test.jsonl, line 2: 'qid': .* match pattern .*, found '4'"),
         ("an id twice", "vectors of other annotations \\(1 queries without a vector, 0 unknown videos"),
         ("another video", "vectors of other annotations \\(0 queries without a vector, 1 unknown videos"),
         ("a row twice", "docid2row.json: not one row for each video"),
@@ -582,11 +609,11 @@ def broken_vectors(home, what):
     ],
 )
 def test_vectors_that_do_not_fit_are_refused(what, said, profile, whole, home):
-    official_release.fetch(profile, "charades", str(whole))
-    assert len(official_release.vectors(profile, "charades").query_ids) == 4
+    official_release.download(profile, "charades", str(whole))
+    assert len(official_release.read_vectors(profile, "charades").query_ids) == 4
     broken_vectors(home, what)
     with pytest.raises(InputError, match=said) as refused:
-        official_release.vectors(profile, "charades")
+        official_release.read_vectors(profile, "charades")
     assert "\n" not in str(refused.value)
 
 
@@ -602,7 +629,8 @@ def test_doctor_says_step_by_step_what_is_there_and_what_it_allows(profile, whol
     status, said, rows = told(profile)
     assert (status, rows) == ("missing", "no row")
     assert re.search(
-        r"no charades_fig_train.jsonl -> python -m vsr1 download-release --dataset charades downloads about 0\.2 GB", said
+        r"no charades_fig_train.jsonl -> python -m vsr1 download-release --dataset charades downloads about 0\.2 GB",
+        said,
     )
     for name in ("raw_annotation/train.jsonl", "raw_annotation/test.jsonl"):
         path = home / official_release.wanted("charades")[name]
@@ -612,9 +640,12 @@ def test_doctor_says_step_by_step_what_is_there_and_what_it_allows(profile, whol
     assert (
         (status, rows) == ("missing", "chance") and "videos of test 0.0%" in said and "put the videos" in said
     )
-    official_release.fetch(profile, "charades", str(whole))
+    official_release.download(profile, "charades", str(whole))
     status, said, rows = told(profile)
-    assert (status, rows) == ("missing", "VR of ZS and FT, by the released vectors (fetch prints it)")
+    assert (status, rows) == (
+        "missing",
+        "VR of ZS and FT, by the released vectors (download-release prints it)",
+    )
     assert "released vectors" in said
     (home / "videos").mkdir()
     for video in ("CCCCC", "DDDDD"):
