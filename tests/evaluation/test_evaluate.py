@@ -1,8 +1,11 @@
 """The wiring of the loop, on five rendered films, with a random engine and a policy that says what the test wants."""
 
 import contextlib
+import copy
 import dataclasses
 import json
+import os
+import shutil
 import time
 
 import numpy as np
@@ -15,7 +18,7 @@ from vsr1 import config
 from vsr1.config import InputError
 from vsr1.data import annotations, clip_cache, video_reader
 from vsr1.data.annotations import Query
-from vsr1.evaluation import evaluate, metrics
+from vsr1.evaluation import evaluate, metrics, run_batches
 from vsr1.loop import episode, replies, runner, sqr
 from vsr1.loop.records import read_episodes
 from vsr1.mini import architecture, renderer
@@ -267,7 +270,7 @@ def test_a_film_that_broke_after_embedding_is_a_recorded_problem_in_every_denomi
     content = victim.read_bytes()
     try:
         victim.write_bytes(b"not a film")
-        walked = run(agent, "known-right")
+        walked = run(agent, "oracle-right")
     finally:
         victim.write_bytes(content)
     broken = [one for one in walked if one.problem]
@@ -298,7 +301,7 @@ def test_a_run_that_was_killed_goes_on_and_leaves_the_same_file(world, agent, ru
         "notes.json",
     ]
     assert json.loads((folder / "resumed" / "notes.json").read_text())["problems"] == []
-    monkeypatch.setattr(evaluate, "_run_episodes", lambda *_: pytest.fail("nothing changed, nothing runs"))
+    monkeypatch.setattr(run_batches, "run", lambda *_: pytest.fail("nothing changed, nothing runs"))
     assert run(agent, "sqr", "resumed") == resumed == read_episodes(folder / "resumed.jsonl")
 
 
@@ -339,28 +342,21 @@ def test_films_are_decoded_once_and_only_as_many_are_kept_as_fit(world, read, qu
     assert [clip.problem for clip in again] == [None] * 3 and seen == [*ids[:3], ids[1]]
 
 
-def test_known_video_shows_the_right_and_the_best_wrong_one(world, agent, made, monkeypatch, queries):
-    """A policy that knows nothing but a colour: half right by chance, and right about the moment where it matches."""
+def test_oracle_retrieval_shows_the_right_and_the_best_wrong_video(world, agent, run, queries):
+    """A policy that always matches: half right by chance, and right about the moment where the video is."""
     vectors = search_index.load_vectors(world.data_dir("charades") / "embed" / "engine" / "test")
-    monkeypatch.setattr(runner, "load_pair", lambda *_: (made, agent))
     agent.script = lambda *_: MATCH
-    numbers = evaluate.known_video(world, "charades", name=f"known-{time.time_ns()}")
-    assert (numbers["verdict"], numbers["verdict_right"], numbers["verdict_wrong"]) == (50, 100, 0)
-    truth = np.array([query.span for query in queries])
-    told = metrics.known_video(np.tile([1.0, 4.0], (len(queries), 1)), truth)
-    assert [numbers[f"grounding@{m}"] for m in metrics.THRESHOLDS] == [
-        told[f"{m}-r1"] for m in metrics.THRESHOLDS
-    ]
-    assert numbers["grounding@0.3"] == numbers["matched@0.3"] and numbers["miou"] == pytest.approx(
-        told["miou"]
-    )
-    shown = [clip for _, _, clip in agent.told]
-    assert len(shown) == 2 * len(queries) and numbers["majority"] == 50
-    scores = vectors.query_vecs @ vectors.video_vecs.T
-    path = sorted((world.runs("charades") / "episodes").glob("known-*-wrong.jsonl"))[-1]
-    for one in read_episodes(path):
-        row = scores[vectors.query_ids.index(one.desc_id)].copy()
-        row[vectors.video_ids.index(one.gt_video)] = -9
+    right, wrong = run(agent, "oracle-right"), run(agent, "oracle-wrong")
+    assert len(agent.told) == 2 * len(queries)
+    assert metrics.ver_hits(right).all() and not metrics.ver_hits(wrong).any()
+    by_hand = metrics.grounding([(1.0, 4.0)] * len(queries), [query.span for query in queries])
+    for m in metrics.THRESHOLDS:
+        hits = metrics.reaches(metrics.moment_ious(right), m)
+        assert metrics.percent(hits) == by_hand[f"grounding@{m}"]
+        assert (metrics.vcmr_hits(right, m) == hits).all()
+    for one in wrong:
+        row = vectors.video_vecs @ vectors.query_vec(one.desc_id)
+        row[vectors.column(one.gt_video)] = -9
         assert one.turns[0].shown_id == vectors.video_ids[row.argmax()] and not one.turns[0].shown_is_gt
 
 
@@ -371,15 +367,15 @@ def test_a_span_beside_a_wrong_verdict_is_grounding_but_no_match(agent, run, que
         return f"<answer>not_matched</answer> <start>{spans[query][0]}</start> <end>{spans[query][1]}</end>"
 
     agent.script = script
-    right = run(agent, "known-right")
-    numbers = evaluate.known_numbers(right, right, [query.duration for query in queries], 0)
-    assert numbers["matched@0.3"] == 0 and numbers["grounding@0.7"] == 100 and numbers["verdict_right"] == 0
+    right = run(agent, "oracle-right")
+    assert metrics.moment_ious(right).tolist() == [1.0] * len(queries)
+    assert not metrics.vcmr_hits(right, 0.3).any() and not metrics.ver_hits(right).any()
 
 
 def test_queries_that_do_not_fit_together_walk_in_halves_to_the_same_episodes(agent, run, world, monkeypatch):
     """Out of memory at the second look of six queries; updates cut before that are not counted twice."""
     agent.script = lambda *_: f"<query_update>{300 * 'a red dog '}</query_update>"
-    whole, say, sizes = run(agent, "hqr-blind", "fits"), runner.EpisodeRunner._say, []
+    whole, say, sizes = run(agent, "hqr-blind", "fits"), runner.EpisodeRunner._reply, []
 
     def full(self, prompts):
         sizes.append(len(prompts))
@@ -387,7 +383,7 @@ def test_queries_that_do_not_fit_together_walk_in_halves_to_the_same_episodes(ag
             raise torch.OutOfMemoryError("CUDA out of memory")
         return say(self, prompts)
 
-    monkeypatch.setattr(runner.EpisodeRunner, "_say", full)
+    monkeypatch.setattr(runner.EpisodeRunner, "_reply", full)
     with pytest.warns(UserWarning, match="6 at once do not fit in memory: half of eval_batch from now on"):
         halves = run(agent, "hqr-blind", "halved")
     untimed = lambda one: [(turn.shown_id, turn.rank_in, turn.rank_out, turn.reply) for turn in one.turns]  # noqa: E731
@@ -401,3 +397,56 @@ def test_queries_that_do_not_fit_together_walk_in_halves_to_the_same_episodes(ag
 def test_an_unknown_system_is_one_line(world):
     with pytest.raises(InputError, match="hqr-unseen: no such system; there are zs, walkdown, sqr"):
         evaluate.run_system(world, "charades", "hqr-unseen")
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "trained"),
+    [
+        ("sft", "sqr", ["sft/sft"]),
+        ("walkdown-ft", "walkdown", ["sft/ft"]),
+        ("vsr1-single", "sqr", ["sft/sft", "grpo/vsr1-single"]),
+        ("zs", "zs", []),
+    ],
+)
+def test_a_trained_system_gets_the_weights_of_its_stages_trained_now(world, monkeypatch, name, like, trained):
+    calls = []
+
+    def stage(module, default):
+        def train(profile, dataset, name=default):
+            calls.append(f"{module}/{name}")
+            return f"{dataset}/{calls[-1]}"
+
+        return train
+
+    monkeypatch.setattr(evaluate.sft, "train", stage("sft", "sft"))
+    monkeypatch.setattr(evaluate.grpo, "train", stage("grpo", "vsr1"))
+    weights = f"charades/{trained[-1]}" if trained else None
+    assert evaluate.trained_weights(world, "charades", name) == (like, weights) and calls == trained
+
+
+def test_vectors_are_computed_before_a_system_runs_on_them(world, made, agent, monkeypatch):
+    """A changed knob of the engine's input makes new vectors, and not an evaluation on the old ones."""
+    monkeypatch.setattr(runner, "load_pair", lambda *_: (made, agent))
+    profile = dataclasses.replace(world, instruction="Find it.", name="another", max_new_tokens=15)
+    for part in ("corpus", "videos"):
+        shutil.copytree(world.data_dir("charades") / part, profile.data_dir("charades") / part)
+    assert not (profile.data_dir("charades") / "embed").exists()
+    assert len(read_episodes(evaluate.run_system(profile, "charades", "zs"))) == 8
+
+
+def test_two_processes_may_link_the_same_episodes(tmp_path):
+    """The second finds the link of the first, whatever it saw before."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        evaluate._link(tmp_path / "zs.jsonl", f"{name}/episodes.jsonl")
+        assert os.readlink(tmp_path / "zs.jsonl") == f"{name}/episodes.jsonl"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second", "zs.jsonl"]
+
+
+def test_a_policy_without_heads_is_not_evaluated_with_random_ones(world, made, agent, monkeypatch):
+    base = policy.Policy(agent.model, copy.deepcopy(agent.tokenizer), None, None, 4096)
+    monkeypatch.setattr(runner.checkpoints, "load", lambda *_: base)
+    with pytest.raises(InputError, match="me/mine: no soft-query heads in it"):
+        runner.load_pair(world, runner.SYSTEMS["sqr"], "me/mine")
+    _, untrained = runner.load_pair(world, runner.SYSTEMS["sqr-untrained"], "me/mine")
+    assert untrained.heads is not None

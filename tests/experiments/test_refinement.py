@@ -10,7 +10,7 @@ from tiny import clip, random_policy
 from transformers import Qwen3VLModel
 
 from vsr1 import config
-from vsr1.evaluation import evaluate, metrics
+from vsr1.evaluation import metrics
 from vsr1.experiments import refinement, verification
 from vsr1.loop import replies, sqr
 from vsr1.mini import architecture
@@ -41,18 +41,11 @@ def values(numbers):
     return {name.split("/", 2)[2]: number.value for name, number in numbers.items()}
 
 
-def test_v1_says_what_the_stage_says_and_counts_every_look(looked):
+def test_v1_counts_every_oracle_video(looked):
     numbers = verification.known_numbers(PROFILE, "charades", looked)
-    told = evaluate.known_numbers(looked.right, looked.wrong, looked.durations, PROFILE.seed)
     found = values(numbers)
-    for name in (
-        "verdict",
-        "verdict_right",
-        "verdict_wrong",
-        "miou",
-        *(f"grounding@{m}" for m in metrics.THRESHOLDS),
-    ):
-        assert found[f"zs/{name}"] == pytest.approx(told[name])
+    assert [found[f"zs/verdict_{half}"] for half in ("right", "wrong")] == [25.0, 50.0]
+    assert found["zs/grounding@0.7"] == 25.0 and found["zs/miou"] == pytest.approx(100 * (0.5 + 1) / 4)
     assert found["zs/verdict"] == 100 * 3 / 8 and found["zs/grounding@0.5"] == 50.0
     assert found["zs/readable"] == 62.5 and found["zs/spanned"] == 37.5
     assert numbers["V1/charades/zs/verdict"].n == 8 and numbers["V1/charades/zs/verdict_right"].n == 4

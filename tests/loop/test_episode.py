@@ -479,7 +479,7 @@ DAMAGE = {
     "line 2: stop_reason is missing": _line(2, lambda row: row.pop("stop_reason")),
     "line 2: no such knob 'rank'": _line(2, lambda row: row.update(rank=1)),
     "line 4: desc_id: expected int, found '7'": _line(4, lambda row: row.update(desc_id="7")),
-    "line 4: gt_span_ms: expected 2 values": _line(4, lambda row: row.update(gt_span_ms=[1])),
+    "line 4: gt_span_ms: a value is missing": _line(4, lambda row: row.update(gt_span_ms=[1])),
     "line 4: turns: expected a list": _line(4, lambda row: row.update(turns=None)),
     "line 5: not an episode": lambda lines: [*lines[:4], "[1, 2]", *lines[5:]],
     "line 1: not a header of 'vsr1 episodes' version 2": _line(1, lambda row: row.update(version=1)),

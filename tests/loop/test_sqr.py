@@ -228,13 +228,6 @@ def test_the_three_rewriters_see_what_they_should(made):
     assert all('Query: "a dog"' in text for text in texts)
 
 
-def test_updates_replace_the_query_or_follow_it():
-    updates = ["a red dog", "a red dog at night"]
-    assert hqr.compose_query("a dog", updates, "replace") == "a red dog at night"
-    assert hqr.compose_query("a dog", updates, "append") == "a dog a red dog at night"
-    assert hqr.compose_query("a dog", updates, "append", 2) == "a dog a red dog a red dog at night"
-
-
 def test_a_long_update_fits_where_a_query_would_be_cut(search):
     text = "a red dog by the lake " * 30
     long = hqr.with_query_limit(search)

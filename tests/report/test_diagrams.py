@@ -119,7 +119,7 @@ def test_the_rewriters_are_those_that_are_run(run):
     seen = [hqr.rewrite_prompt(variant) for variant in ("blind", "seen", "reasoned")]
     assert words.count("in a call after") == sum(prompt == prompt_text.REWRITE for prompt, _ in seen) == 2
     assert words.count("none") == sum(not sees for _, sees in seen) + 2  # no video, no reasoning
-    assert words.count("ours") == 3 and hqr.compose_query("$q_1$", ["TEXT"], "append") in words
+    assert words.count("ours") == 3 and hqr.compose_query("$q_1$", "TEXT", "append") in words
     assert " ".join(prompt_text.REWRITE.split()) in words
 
 

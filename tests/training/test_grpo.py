@@ -240,7 +240,7 @@ def test_rows_are_read_again_with_the_log_probabilities_they_were_sampled_with(w
     made, rows = walked
     assert {row.t for row in rows} == {1, 2} and {row.latents is None for row in rows} == {True, False}
     for row in rows:
-        again = made.agent.replay([row.prompt], [row.ids], temperature=1.0)
+        again = made.policy.replay([row.prompt], [row.ids], temperature=1.0)
         np.testing.assert_allclose(again.logps[0].tolist(), row.old_logps, atol=1e-5)
 
 
@@ -250,10 +250,10 @@ def test_rewards_are_those_of_the_soft_tokens_that_stood_in_the_query(walked):
     marked = [row for row in rows if row.latents is not None]
     assert {len(row.earlier_latents) for row in marked} == {0, 1}
     for row in marked:
-        branch = made.agent.replay([row.prompt], [row.ids]).refine_contexts[0]
-        latents = sqr.soft_tokens(made.agent, [branch], 3)
+        branch = made.policy.replay([row.prompt], [row.ids]).refine_contexts[0]
+        latents = sqr.soft_tokens(made.policy, [branch], 3)
         carried = torch.cat([*(block[None] for block in row.earlier_latents), latents], dim=1)
-        vec = sqr.soft_query(made.engine, made.agent.heads, [row.query.text], carried)[0].detach()
+        vec = sqr.soft_query(made.engine, made.policy.heads, [row.query.text], carried)[0].detach()
         scores = {
             v: float(made.gallery_vecs[made.vectors.column(v)] @ vec) / 0.1
             for v in (row.query.video, *row.negatives)
@@ -447,8 +447,8 @@ def test_the_heads_learn_unless_they_are_frozen(profile, search, vectors, starts
 @torch.no_grad()
 def test_without_its_adapters_the_policy_is_the_anchor_that_a_copy_would_be(walked):
     made, rows = walked
-    copied = copy.copy(made.agent)
-    copied.model = copy.deepcopy(made.agent.model).requires_grad_(False)
+    copied = copy.copy(made.policy)
+    copied.model = copy.deepcopy(made.policy.model).requires_grad_(False)
     prompts, replies = rows[0].prompt, rows[0].ids
     made.knobs = dataclasses.replace(made.knobs, lora_rank=4)
     objective_module = grpo.GRPOTrainer(made).objective
@@ -458,8 +458,8 @@ def test_without_its_adapters_the_policy_is_the_anchor_that_a_copy_would_be(walk
     read = lambda one: one.replay([prompts], [replies]).logps  # noqa: E731
     with objective_module.ref_policy.adapters_disabled():
         assert (read(objective_module.ref_policy) == read(copied)).all()
-        assert objective_module.ref_policy.model is made.agent.model
-    assert (read(made.agent) - read(copied)).abs().max() > 1e-3
+        assert objective_module.ref_policy.model is made.policy.model
+    assert (read(made.policy) - read(copied)).abs().max() > 1e-3
     assert weights.keys() == {
         name for name, weight in objective_module.named_parameters() if weight.requires_grad
     }
@@ -469,7 +469,7 @@ def test_adapters_and_heads_get_a_gradient_and_nothing_else(walked):
     """The same loss as without adapters, which begin as nothing; its KL is to the policy without them."""
     made, rows = walked
     loss, _ = learned(made, rows)
-    made.agent.model.zero_grad()
+    made.policy.model.zero_grad()
     made.knobs = dataclasses.replace(made.knobs, lora_rank=4)
     other, grads = learned(made, rows)
     torch.testing.assert_close(other, loss, atol=1e-6, rtol=1e-5)
@@ -492,12 +492,12 @@ def afresh():
 def test_what_learns_is_float32_beside_bfloat16_weights_that_do_not(profile, search, vectors, starts, rank):
     profile = dataclasses.replace(profile, dtype="bfloat16", lora_rank=rank)
     made = sampler(profile, search, vectors)
-    made.agent.model.bfloat16()
+    made.policy.model.bfloat16()
     trainer = grpo.GRPOTrainer(made)
     line, _ = trainer.train_step(1, starts[:2])
     assert line["norm"] > 0 and line["kl"] < 1e-3
     learn = {id(weight) for group in trainer.optimizer.param_groups for weight in group["params"]}
-    for name, weight in made.agent.model.named_parameters():
+    for name, weight in made.policy.model.named_parameters():
         assert weight.requires_grad == (id(weight) in learn)
         assert weight.dtype == (torch.float32 if weight.requires_grad else torch.bfloat16), name
 
@@ -508,11 +508,11 @@ def test_noisy_soft_tokens_are_the_actions_that_were_rewarded(profile, search, v
     members = [dataclasses.replace(starts[0], member=m) for m in range(4)]
     rows = [r for rows in made.rollout(members, [1]) for r in rows if r.latents is not None]
     for row in rows:
-        branch = made.agent.replay([row.prompt], [row.ids]).refine_contexts
+        branch = made.policy.replay([row.prompt], [row.ids]).refine_contexts
         with torch.no_grad():
-            means = sqr.soft_tokens(made.agent, branch, 3, taken=row.latents[None])
-            plain = sqr.soft_tokens(made.agent, branch, 3)
-            vec = sqr.soft_query(search, made.agent.heads, [row.query.text], row.latents[None])
+            means = sqr.soft_tokens(made.policy, branch, 3, taken=row.latents[None])
+            plain = sqr.soft_tokens(made.policy, branch, 3)
+            vec = sqr.soft_query(search, made.policy.heads, [row.query.text], row.latents[None])
         spread = (row.latents - means[0]).std().item()
         assert 0.8 * profile.latent_noise_std < spread < 1.2 * profile.latent_noise_std
         assert (means[0, 0] == plain[0, 0]).all() and not torch.allclose(
@@ -874,7 +874,7 @@ def checkpointed(folder, rank, killed=False):
             trainer.run(starts, starts[:2], folder, "stage 2")
     fsdp.unshard(trainer.objective)
     if trainer.accelerator.is_main_process:
-        checkpoints.save(trainer.worker.agent, folder)
+        checkpoints.save(trainer.worker.policy, folder)
     return trainer
 
 

@@ -53,22 +53,12 @@ def evaluate(profile, dataset: str, systems) -> None:
     systems  "sft", a variant of stage 2, one of `runner.SYSTEMS`, "sft-released" or "vsr1-released"
     """
     from vsr1.evaluation import evaluate as evaluation
-    from vsr1.models import checkpoints
-    from vsr1.training import rollout
 
-    checkpoint = {"sft": "sft", "walkdown-ft": "ft"} | {name: name for name in rollout.VARIANTS}
-    released = {f"{name}-released": stage for name, stage in (("sft", 1), ("vsr1", 2))}
-    corpus(profile, (dataset,))
     embed(profile, (dataset,))
     for name in systems:
-        started, like, weights = time.time(), name, None
-        if name in released:
-            like, weights = "sqr", checkpoints.released_name(dataset, released[name])
-        elif name in checkpoint:
-            like = "walkdown" if name == "walkdown-ft" else "sqr"
-            weights = str(_trained(profile, dataset, checkpoint[name]))
-        path = evaluation.run_system(profile, dataset, name, like=like, weights=weights)
-        if name in released:
+        started = time.time()
+        path = evaluation.run_system(profile, dataset, name)
+        if name in evaluation.RELEASED:
             _record(profile, dataset, name, path)
         _print_time(f"evaluate {name} {dataset}", started)
 

@@ -35,7 +35,7 @@ from vsr1.loop.records import ORIGINAL, Episode, Ranking
 from vsr1.models import checkpoints, loading, search_index
 from vsr1.report import qualitative
 
-SYSTEMS = [name for name in runner.SYSTEMS if not name.startswith("known") and name != "sqr-untrained"]
+SYSTEMS = [name for name in runner.SYSTEMS if not name.startswith("oracle") and name != "sqr-untrained"]
 ENDINGS = tuple(
     ending for ending in annotations.CONTAINERS if len(ending) > 1
 )  # a file without is no video here

@@ -136,27 +136,27 @@ def chance_recall(videos, k):
     return min(k / videos, 1.0) * 100
 
 
-def known_video(answers, truth, thresholds=THRESHOLDS):
-    """`<m>-r1` and `miou`, percent, of one answer per query in its right video; both (Q, 2) seconds."""
+def grounding(answers, truth, thresholds=THRESHOLDS):
+    """`grounding@m` and `miou`, percent, of one answer per query in its right video; both (Q, 2) seconds."""
     iou = span_iou(answers, truth)  # (Q,)
-    return {f"{m}-r1": percent(reaches(iou, m)) for m in thresholds} | {"miou": percent(iou)}
+    return {f"grounding@{m}": percent(reaches(iou, m)) for m in thresholds} | {"miou": percent(iou)}
 
 
 def whole_video_floor(durations, truth, thresholds=THRESHOLDS):
-    """`known_video` of the answer [0, duration]; (Q,) and (Q, 2) seconds.
+    """`grounding` of the answer [0, duration]; (Q,) and (Q, 2) seconds.
 
     >>> whole_video_floor([10, 10], [(0, 5), (2, 4)])
-    {'0.3-r1': 50.0, '0.5-r1': 50.0, '0.7-r1': 0.0, 'miou': 35.0}
+    {'grounding@0.3': 50.0, 'grounding@0.5': 50.0, 'grounding@0.7': 0.0, 'miou': 35.0}
     """
     durations = np.asarray(durations, dtype=np.float64)
-    return known_video(np.stack([np.zeros_like(durations), durations], axis=1), truth, thresholds)
+    return grounding(np.stack([np.zeros_like(durations), durations], axis=1), truth, thresholds)
 
 
 def random_span_floor(durations, truth, thresholds=THRESHOLDS, draws=100, *, rng):
-    """`known_video` of an answer with two uniform times in [0, duration], a mean over `draws`."""
+    """`grounding` of an answer with two uniform times in [0, duration], a mean over `draws`."""
     durations = np.asarray(durations, dtype=np.float64)
     trials = [
-        known_video(np.sort(rng.random((len(durations), 2)), axis=1) * durations[:, None], truth, thresholds)
+        grounding(np.sort(rng.random((len(durations), 2)), axis=1) * durations[:, None], truth, thresholds)
         for _ in range(draws)
     ]
     return {name: sum(trial[name] for trial in trials) / draws for name in trials[0]}

@@ -151,14 +151,14 @@ def turns(profile: Profile, table: str, dataset: str, runs: dict[str, list[Episo
 class Retry(runner.EpisodeRunner):
     """The loop of the retry study (METHOD.md 11): every look is a rejection, and every SQR reply asks for a search."""
 
-    def _say(self, prompts):
-        said = super()._say(prompts)
-        mute = [i for i, (one, _) in enumerate(said) if self.agent.refine_token_id not in one.ids]
-        if self.system.refine == "sqr" and mute:
-            marked = self._mark([prompts[i] for i in mute], [said[i] for i in mute])
-            for i, one in zip(mute, marked, strict=True):
-                said[i] = one
-        return said
+    def _reply(self, prompts):
+        completions, seconds = super()._reply(prompts)
+        without = [i for i, one in enumerate(completions) if self.policy.refine_token_id not in one.ids]
+        if self.system.refine == "sqr" and without:
+            appended = self._append_refine([prompts[i] for i in without], [completions[i] for i in without])
+            for i, completion in zip(without, appended, strict=True):
+                completions[i] = completion
+        return completions, seconds
 
     def ask(self, pairs):
         """As in the loop, but whatever was said means no."""
@@ -227,7 +227,7 @@ def behind(profile: Profile, dataset: str, walked: list[Episode]) -> list[Episod
     """The same rewrites behind the query in place of for it: what mode `append` would have found."""
     vectors = search_index.load_vectors(profile.data_dir(dataset) / "embed" / "engine" / "test")
     rows = [at for at, one in enumerate(walked) if one.turns and one.turns[0].update_text]
-    texts = [hqr.compose_query(walked[at].query, [walked[at].turns[0].update_text], "append") for at in rows]
+    texts = [hqr.compose_query(walked[at].query, walked[at].turns[0].update_text, "append") for at in rows]
     found = list(walked)
     if rows:
         scores = vectors.scores(hqr.with_query_limit(engine.load(profile)).embed_texts(texts))  # (R, V)

@@ -1,6 +1,6 @@
 """What notebooks 02 and 06 measure: verdicts and spans where the video is given away, and what refinements do.
 
-02 reads episodes of `known-right` and `known-wrong` (each test query with its right video, and with the engine's best
+02 reads episodes of `oracle-right` and `oracle-wrong` (each test query with its right video, and with the engine's best
 wrong one) and of the loop. 06 follows one query latent by latent, and puts refinements side by side on a sample.
 """
 
@@ -143,7 +143,7 @@ def sweeps(profile: Profile, dataset: str, vectors: search_index.Vectors, ways: 
                 0
             ].path
             made, agent = runner.load_pair(profile, runner.SYSTEMS[system], weights)
-            asked = prompt_text.SYSTEM_ZS if runner.SYSTEMS[system].marked else agent.settings.system
+            asked = prompt_text.SYSTEM_ZS if runner.SYSTEMS[system].append_refine else agent.settings.system
             done[name] = sweep(made, agent, vectors, one, reader.read(path), asked)
     return done
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from vsr1.config import Profile
 from vsr1.data import annotations, video_reader
-from vsr1.evaluation import evaluate, metrics
+from vsr1.evaluation import metrics
 from vsr1.experiments import refinement, retrieval
 from vsr1.loop import moments
 from vsr1.loop.records import Episode
@@ -36,7 +36,7 @@ class Known:
 def known(profile: Profile, dataset: str) -> Known:
     """Both halves of the base model's known-video test."""
     queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
-    halves = [refinement.episodes(profile, dataset, f"known-{half}") for half in ("right", "wrong")]
+    halves = [refinement.episodes(profile, dataset, f"oracle-{half}") for half in ("right", "wrong")]
     return Known(*halves, [query.duration for query in queries])
 
 
@@ -52,12 +52,15 @@ def known_numbers(profile: Profile, dataset: str, looked: Known) -> dict[str, Es
     values |= {"miou": (looked.right, ious)}
     values |= {key: (looked.both, hits) for key, hits in readings(looked.both).items() if key != "cut"}
     numbers = {f"zs/{key}": refinement.share(profile, *pair) for key, pair in values.items()}
-    told = evaluate.known_numbers(looked.right, looked.wrong, looked.durations, profile.seed)
-    numbers["majority/verdict"] = Estimate(told["majority"], len(looked.both))
-    for floor in ("wholevideo", "random"):
-        for m in metrics.THRESHOLDS:
-            numbers[f"{floor}/grounding@{m}"] = Estimate(told[f"{floor}@{m}"], len(looked.right))
-        numbers[f"{floor}/miou"] = Estimate(told[f"{floor}_miou"], len(looked.right))
+    largest = max(len(looked.right), len(looked.wrong))
+    numbers["majority/verdict"] = Estimate(100 * largest / len(looked.both), len(looked.both))
+    truth, rng = np.array([one.gt_span_ms for one in looked.right]) / 1000, np.random.default_rng([profile.seed, 0])
+    floors = {
+        "wholevideo": metrics.whole_video_floor(looked.durations, truth),
+        "random": metrics.random_span_floor(looked.durations, truth, rng=rng),
+    }
+    for floor, values in floors.items():
+        numbers |= {f"{floor}/{key}": Estimate(value, len(truth)) for key, value in values.items()}
     return {f"V1/{dataset}/{name}": number for name, number in numbers.items()}
 
 

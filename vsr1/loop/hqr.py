@@ -1,16 +1,14 @@
-"""Hard query refinement (HQR): rewrite the query in words."""
+"""Hard query refinement (HQR): rewrite the query in words, in three variants (docs/method.md section 11)."""
 
 import copy
 
 from vsr1.models import prompt_text
 
-# --- hard: the query rewritten in words, in three variants that this project defines (METHOD.md 11) ------------------
-
 
 def rewrite_prompt(variant: str) -> tuple[str, bool]:
-    """(system prompt, does it see the rejected video?); `reasoned` judges and rewrites in one reply.
+    """Return (system prompt, whether the rejected video is shown with it); `reasoned` judges and rewrites at once.
 
-    What it answers is read with every other reply, by `episode.read_reply`.
+    Replies are parsed by `replies.read_reply`, as all others are.
     """
     return {
         "blind": (prompt_text.REWRITE, False),
@@ -19,18 +17,18 @@ def rewrite_prompt(variant: str) -> tuple[str, bool]:
     }[variant]
 
 
-def compose_query(query: str, updates: list[str], mode: str, count: int = 1) -> str:
-    """The next query in words: the latest `count` updates; in mode `append` after the query itself, not for it.
+def compose_query(query: str, update: str, mode: str) -> str:
+    """Return the next query in words: the update in place of the query, or appended to it.
 
-    >>> hard_text("a dog", ["a red dog"], "append")
+    >>> compose_query("a dog", "a red dog", "append")
     'a dog a red dog'
     """
     assert mode in ("replace", "append"), mode
-    return " ".join([query] * (mode == "append") + updates[-count:])
+    return f"{query} {update}" if mode == "append" else update
 
 
 def with_query_limit(engine, tokens: int = 512):
-    """The same engine with room for longer texts, so that updates are not cut where queries are."""
+    """Return the same engine with a higher limit of tokens, so that updates are not cut where queries are."""
     other = copy.copy(engine)
     other.max_query_tokens, other.num_truncated = tokens, 0
     return other

@@ -12,32 +12,47 @@ from vsr1.data import annotations, clip_cache
 from vsr1.loop import episode, hqr, sqr
 from vsr1.loop.records import ORIGINAL, Cost, Ranking, Refinement, Verification
 from vsr1.loop.replies import read_reply
-from vsr1.models import checkpoints, engine, policy, prompt_text, search_index
+from vsr1.models import checkpoints, prompt_text, search_index
+from vsr1.models import engine as engines
+from vsr1.models import policy as policies
 
-MIN_COSINE, COMPARED_QUERIES = 0.999, 8  # METHOD.md 8: lowest cosine; of so many queries (ours)
+MIN_COSINE, COMPARED_QUERIES = 0.999, 8  # docs/method.md section 8: lowest cosine; of so many queries (ours)
 
 
 @dataclass(frozen=True)
 class System:
     """What a system does where systems differ."""
 
-    refine: str | None = None  # walkdown, sqr, or an HQR variant: blind, seen, reasoned; None: it looks once
-    mode: str = "replace"  # of HQR: the update instead of the query, or append: behind it
-    display_rule: str | None = None  # None: as the profile says
-    first: str = "ranked"  # what the first search shows; "right" and "wrong" are given away (known video)
-    marked: bool = False  # <REFINE> is put behind every reply: heads on a model that never learned to say it
+    refine: str | None = (
+        None  # walkdown, sqr, or an HQR variant: blind, seen, reasoned; None: it has one turn
+    )
+    mode: str = "replace"  # of HQR: the update instead of the query; append: after the query
+    display_rule: str | None = None  # None: the profile's
+    first: str = (
+        "ranked"  # what the first search shows; "right", "wrong": the oracle video, the best wrong one
+    )
+    append_refine: bool = (
+        False  # <REFINE> is appended to every reply: for heads of a model that never says it
+    )
 
 
 SYSTEMS = {
     "zs": System(),
     "walkdown": System("walkdown", display_rule="skip_rejected"),
     "sqr": System("sqr"),
-    "sqr-untrained": System("sqr", marked=True),
+    "sqr-untrained": System("sqr", append_refine=True),
     **{f"hqr-{variant}": System(variant) for variant in ("blind", "seen", "reasoned")},
     **{f"hqr-{variant}-append": System(variant, "append") for variant in ("blind", "seen", "reasoned")},
-    "known-right": System(first="right"),
-    "known-wrong": System(first="wrong"),
+    "oracle-right": System(first="right"),
+    "oracle-wrong": System(first="wrong"),
 }
+
+
+def find_system(name: str) -> System:
+    """Return the system of SYSTEMS called `name`. Raises InputError."""
+    if name not in SYSTEMS:
+        raise InputError(f"{name}: no such system; there are {', '.join(SYSTEMS)}")
+    return SYSTEMS[name]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,168 +66,199 @@ class QueryState:
 class EpisodeRunner:
     """Engine, policy and videos as the functions that the loop is handed: `search`, `ask`, `refine`."""
 
-    def __init__(self, profile, system: System, made, agent, vectors, clips: clip_cache.ClipCache):
-        self.system, self.engine, self.agent, self.vectors, self.clips = system, made, agent, vectors, clips
-        self.max_new_tokens, self.top = profile.max_new_tokens, profile.max_turns + 1
-        self.carry = agent.settings.carry_blocks if system.refine == "sqr" else 1
-        plain = agent.settings is None or system.marked  # it is asked for what it knows
-        self.prompt = prompt_text.SYSTEM_ZS if plain else agent.settings.system
-        self.layout = "plain" if agent.heads is None else "sqr"
+    def __init__(self, profile, system: System, engine, policy, vectors, clips: clip_cache.ClipCache):
+        self.system, self.engine, self.policy, self.vectors, self.clips = (
+            system,
+            engine,
+            policy,
+            vectors,
+            clips,
+        )
+        self.max_new_tokens, self.top_k = profile.max_new_tokens, profile.max_turns + 1
+        self.carry = policy.settings.carry_blocks if system.refine == "sqr" else 1
+        untrained = policy.settings is None or system.append_refine
+        self.prompt = prompt_text.SYSTEM_ZS if untrained else policy.settings.system
+        self.layout = "plain" if policy.heads is None else "sqr"
         if system.refine == "reasoned":
             self.prompt, self.layout = prompt_text.SYSTEM_HQR, "hqr"
-        self.long = hqr.with_query_limit(made)  # for updates in words
-        kinds = {None: None, "walkdown": episode.rank_fallback, "sqr": self.soft}
-        self.refine = kinds.get(system.refine, self.hard)
+        self.rewrite_engine = hqr.with_query_limit(engine)
+        functions = {None: None, "walkdown": episode.rank_fallback, "sqr": self.refine_soft}
+        self.refine = functions.get(system.refine, self.refine_hard)
+
+    @property
+    def updates_cut(self) -> int:
+        """How many updates in words were longer than the engine reads, so far."""
+        return self.rewrite_engine.num_truncated
 
     def search(self, pairs) -> list[Ranking]:
-        """The gallery in the order of each query's vector."""
-        # (B, D) query vectors against (V, D) of the videos
-        vecs = np.stack(
-            [self.vectors.query_vec(q.id) if state is ORIGINAL else state.vec for q, state in pairs]
-        )
+        """Rank the gallery by each query's vector."""
+        states = [self.vectors.query_vec(q.id) if state is ORIGINAL else state.vec for q, state in pairs]
+        vecs = np.stack(states)  # (B, D)
         scores = self.vectors.scores(vecs)  # (B, V)
-        _, best = self.vectors.search(vecs, self.top, scores)  # (B, top)
+        _, best = self.vectors.search(vecs, self.top_k, scores)  # (B, top_k)
         right = self.vectors.columns([query.video for query, _ in pairs], missing=0)
         ranks, ties = search_index.ranks(scores, right), search_index.ties(scores, right)
-        found = []
+        rankings = []
         for row, (query, _) in enumerate(pairs):
             top = tuple(self.vectors.video_ids[column] for column in best[row])
-            score, first = float(scores[row, right[row]]), float(scores[row, best[row, 0]])
-            known = self.vectors.has_video(query.video)
-            place = (int(ranks[row]), int(ties[row])) if known else (None, None)
-            found.append(Ranking(*place, self._given(query, top), score if known else None, first))
-        return found
+            found = (
+                int(ranks[row]),
+                int(ties[row]),
+                self._shown_first(query, top),
+                float(scores[row, right[row]]),
+            )
+            if not self.vectors.has_video(query.video):
+                found = None, None, found[2], None
+            rankings.append(Ranking(*found, float(scores[row, best[row, 0]])))
+        return rankings
 
-    def _given(self, query, top):
-        """What is shown where the right or the best wrong video is given away."""
+    def _shown_first(self, query, top):
+        """The best videos, or the right one alone, or all but the right one."""
         if self.system.first == "right":
             return (query.video,)
         return tuple(v for v in top if v != query.video) if self.system.first == "wrong" else top
 
     def ask(self, pairs) -> list[Verification]:
-        """What the policy says to each query and its video; videos are decoded apart from the seconds."""
+        """Let the policy verify and ground each query in its video; decoding the video is not in the seconds."""
         clips = self.clips.get([video for _, video in pairs])
         good = [row for row, clip in enumerate(clips) if clip.problem is None]
-        prompts = [self.agent.prompt(self.prompt, pairs[row][0].text, clips[row]) for row in good]
-        looks = [Verification(None, problem=clip.problem) for clip in clips]
-        replies = self._say(prompts)
-        if self.system.marked and replies:
-            replies = self._mark(prompts, replies)
-        for row, prompt, (said, seconds) in zip(good, prompts, replies, strict=True):
-            reply = read_reply(
-                said.text,
-                said.ids,
-                layout=self.layout,
-                refine_id=self.agent.refine_token_id,
-                ended=said.ended,
+        prompts = [self.policy.prompt(self.prompt, pairs[row][0].text, clips[row]) for row in good]
+        verifications = [Verification(None, problem=clip.problem) for clip in clips]
+        completions, seconds = self._reply(prompts)
+        if self.system.append_refine and prompts:
+            completions = self._append_refine(prompts, completions)
+        for row, prompt, completion in zip(good, prompts, completions, strict=True):
+            # It holds the KV cache of its whole batch: only where soft tokens are decoded from it.
+            context = completion.refine_context if self.system.refine == "sqr" else None
+            verifications[row] = Verification(
+                self._read(completion),
+                clips[row].seconds,
+                _cost(prompt, completion, seconds),
+                (context, clips[row]),
             )
-            cost = Cost(seconds, len(said.ids), len(prompt.ids) + len(said.ids), 0)
-            # A branch holds the KV cache of its whole batch: only where soft tokens are made from it.
-            branch = said.refine_context if self.system.refine == "sqr" else None
-            looks[row] = Verification(reply, clips[row].seconds, cost, state=(branch, clips[row]))
-        return looks
+        return verifications
 
-    def _say(self, prompts):
-        """(completion, seconds) of each prompt, greedily, as one batch."""
+    def _reply(self, prompts):
+        """(completions, seconds of each), decoded greedily as one batch."""
+        if not prompts:
+            return [], 0.0
         started = time.perf_counter()
-        said = self.agent.reply(prompts, max_new_tokens=self.max_new_tokens) if prompts else []
-        seconds = (time.perf_counter() - started) / max(1, len(said))
-        return [(one, seconds) for one in said]
+        completions = self.policy.reply(prompts, max_new_tokens=self.max_new_tokens)
+        return completions, (time.perf_counter() - started) / len(completions)
 
-    def _mark(self, prompts, replies):
-        """The same replies with <REFINE> at their end, and their branches there."""
-        branches = self.agent.append_refine(prompts, [said.ids for said, _ in replies])
+    def _read(self, completion):
+        """A completion, parsed in the layout that was asked for."""
+        options = {"layout": self.layout, "refine_id": self.policy.refine_token_id, "ended": completion.ended}
+        return read_reply(completion.text, completion.ids, **options)
+
+    def _append_refine(self, prompts, completions):
+        """The same completions with <REFINE> at their end."""
+        appended = self.policy.append_refine(prompts, [completion.ids for completion in completions])
         return [
-            (replace(said, ids=ids, text=f"{said.text} {prompt_text.REFINE}", refine_context=branch), seconds)
-            for (said, seconds), (ids, branch) in zip(replies, branches, strict=True)
+            replace(old, ids=ids, text=f"{old.text} {prompt_text.REFINE}", refine_context=context)
+            for old, (ids, context) in zip(completions, appended, strict=True)
         ]
 
     @torch.no_grad()
-    def soft(self, rejected) -> list[Refinement]:
-        """SQR: N latents of each reply that asks for them, and the query with 1, 2, .. N of them."""
-        started, n = time.perf_counter(), self.agent.settings.n_soft
-        steps = [Refinement("sqr", None) for _ in rejected]
-        rows = [row for row, (_, look, _) in enumerate(rejected) if look.reply.has_refine]
+    def refine_soft(self, rejected) -> list[Refinement]:
+        """SQR: decode N soft tokens for each reply that asks for them, and embed the query with 1, 2, .. N of them."""
+        refinements = [Refinement("sqr", None) for _ in rejected]
+        rows = [row for row, (_, verification, _) in enumerate(rejected) if verification.reply.has_refine]
         if not rows:
-            return steps
-        latents = sqr.soft_tokens(self.agent, [rejected[row][1].state[0] for row in rows], n)  # (B, N, D)
-        earlier = [() if rejected[row][2] is ORIGINAL else rejected[row][2].carried for row in rows]
-        blocks = [torch.stack(turn) for turn in zip(*earlier, strict=True)]  # all walks are at the same turn
-        texts = [rejected[row][0].text for row in rows]
-        carried = sqr.stack_blocks([*blocks, latents], self.carry)  # (B, up to C * N, D)
-        vecs = sqr.soft_query(self.engine, self.agent.heads, texts, carried).cpu().numpy()
-        seconds = (time.perf_counter() - started) / len(rows)
-        kept = carried[:, : carried.shape[1] - n]  # of earlier turns
+            return refinements
+        started, n, heads = time.perf_counter(), self.policy.settings.n_soft, self.policy.heads
+        queries, verifications, states = zip(*(rejected[row] for row in rows), strict=True)
+        texts = [query.text for query in queries]
+        latents = sqr.soft_tokens(self.policy, [shown.state[0] for shown in verifications], n)  # (B, N, D)
+        earlier = [() if state is ORIGINAL else state.carried for state in states]
+        blocks = [
+            torch.stack(turn) for turn in zip(*earlier, strict=True)
+        ]  # all episodes are at the same turn
+        soft = sqr.stack_blocks([*blocks, latents], self.carry)  # (B, up to C * N, D)
+        vecs = sqr.soft_query(self.engine, heads, texts, soft).cpu().numpy()
+        cost = Cost((time.perf_counter() - started) / len(rows), n, n, 1)  # the last latent is not read again
+        before = soft[:, : soft.shape[1] - n]  # of earlier turns
         depths = range(1, n + 1)  # with the last, which is known, for one soft token has no other
-        sweep = sqr.prefix_queries(self.engine, self.agent.heads, texts, latents, kept, depths).cpu().numpy()
+        sweep = sqr.prefix_queries(self.engine, heads, texts, latents, before, depths).cpu().numpy()
         for i, row in enumerate(rows):
             state = QueryState((*earlier[i], latents[i])[-self.carry :], vecs[i])
             by_depth = (*(QueryState((), vec) for vec in sweep[i, :-1]), state)
-            cost = Cost(seconds, n, n, 1)  # <REFINE> is read once more, the last latent is not
-            steps[row] = Refinement("sqr", state, n, n + 1, cost=cost, by_depth=by_depth)
-        return steps
+            refinements[row] = Refinement("sqr", state, n, n + 1, cost=cost, by_depth=by_depth)
+        return refinements
 
-    def hard(self, rejected) -> list[Refinement]:
-        """HQR: the query in other words, from the reply itself (reasoned) or from another call (blind, seen)."""
-        variant, mode = self.system.refine, self.system.mode
-        updates, costs = [look.reply.update for _, look, _ in rejected], [Cost()] * len(rejected)
-        if variant != "reasoned":
-            system, sees = hqr.rewrite_prompt(variant)
-            asked = [(query.text, look.state[1] if sees else None) for query, look, _ in rejected]
-            prompts = [self.agent.prompt(system, *one) for one in asked]
-            said = self._say(prompts)
-            updates = [read_reply(one.text, one.ids, ended=one.ended).update for one, _ in said]
-            costs = [
-                Cost(seconds, len(one.ids), len(prompt.ids) + len(one.ids), 0)
-                for prompt, (one, seconds) in zip(prompts, said, strict=True)
-            ]
+    def refine_hard(self, rejected) -> list[Refinement]:
+        """HQR: embed each query in other words, where the policy wrote any."""
+        system = self.system
+        kind = f"hqr-{system.refine}" + "-append" * (system.mode == "append")
+        updates = self._updates(rejected)
+        refinements = [Refinement(kind, None, cost=cost) for _, cost in updates]
+        rows = [row for row, (update, _) in enumerate(updates) if update is not None]
+        if not rows:
+            return refinements
         started = time.perf_counter()
-        rows = [row for row, update in enumerate(updates) if update is not None]
-        texts = [hqr.compose_query(rejected[row][0].text, [updates[row]], mode) for row in rows]
-        vecs = self.long.embed_texts(texts) if texts else []
-        seconds = (time.perf_counter() - started) / max(1, len(rows))
-        kind = f"hqr-{variant}" + "-append" * (mode == "append")
-        steps = [Refinement(kind, None, cost=cost) for cost in costs]
+        texts = [hqr.compose_query(rejected[row][0].text, updates[row][0], system.mode) for row in rows]
+        vecs = self.rewrite_engine.embed_texts(texts)
+        embedding = Cost((time.perf_counter() - started) / len(rows), 0, 0, 1)
         for row, vec in zip(rows, vecs, strict=True):
-            size = self._tokens(updates[row]), self._tokens(f"<query_update>{updates[row]}</query_update>")
-            cost = costs[row] + Cost(seconds, 0, 0, 1)
-            steps[row] = Refinement(kind, QueryState((updates[row],), vec), *size, updates[row], cost)
-        return steps
+            update, cost = updates[row]
+            sizes = self._tokens(update), self._tokens(f"<query_update>{update}</query_update>")
+            refinements[row] = Refinement(kind, QueryState((update,), vec), *sizes, update, cost + embedding)
+        return refinements
+
+    def _updates(self, rejected):
+        """(update in words or None, its cost) of each: from the reply itself (reasoned), or from another call."""
+        if self.system.refine == "reasoned":
+            return [(verification.reply.update, Cost()) for _, verification, _ in rejected]
+        prompt, sees_video = hqr.rewrite_prompt(self.system.refine)
+        prompts = [
+            self.policy.prompt(prompt, query.text, verification.state[1] if sees_video else None)
+            for query, verification, _ in rejected
+        ]
+        completions, seconds = self._reply(prompts)
+        return [
+            (read_reply(one.text, one.ids, ended=one.ended).update, _cost(prompt, one, seconds))
+            for prompt, one in zip(prompts, completions, strict=True)
+        ]
 
     def _tokens(self, text):
-        return len(self.agent.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(self.policy.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def find_system(name):
-    if name not in SYSTEMS:
-        raise InputError(f"{name}: no such system; there are {', '.join(SYSTEMS)}")
-    return SYSTEMS[name]
+def _cost(prompt, completion, seconds):
+    return Cost(seconds, len(completion.ids), len(prompt.ids) + len(completion.ids), 0)
+
+
+# --- Engine and policy
 
 
 def load_pair(profile, system: System, weights: str):
-    """(engine, policy) that fit each other: the profile's engine, or the one that came with the policy.
+    """Load (engine, policy) that fit each other: the profile's engine, or the one that came with the policy.
 
-    Raises InputError for SQR with a policy without heads; only the untrained control (`System.marked`) gets new ones.
+    Raises InputError for SQR with a policy without heads, or with another engine's; only the untrained control
+    (`System.append_refine`) gets new heads.
     """
-    agent = checkpoints.load(weights, profile)
-    agent.model.requires_grad_(False)  # a video is looked at once, then (`qwen.prefill`)
-    made = engine.load(replace(profile, engine=agent.query_embedder) if agent.query_embedder else profile)
+    policy = checkpoints.load(weights, profile)
+    policy.model.requires_grad_(False)  # so that `decoding.prefill` encodes a video once
+    engine = engines.load(
+        replace(profile, engine=policy.query_embedder) if policy.query_embedder else profile
+    )
     if system.refine == "sqr":
-        if agent.heads is None and not system.marked:
+        if policy.heads is None and not system.append_refine:
             raise InputError(
                 f"{weights}: no soft-query heads in it, which sqr needs; train it, or choose sqr-untrained or walkdown"
             )
-        if agent.heads is None:
-            settings = policy.new_settings(profile, made.instruction)
-            agent = policy.new_heads(agent, settings, profile.seed, made)
-        sqr.check_fit(agent, made)
-    return made, agent
+        if policy.heads is None:
+            settings = policies.new_settings(profile, engine.instruction)
+            policy = policies.new_heads(policy, settings, profile.seed, engine)
+        sqr.check_fit(policy, engine)
+    return engine, policy
 
 
-def warn_engine_mismatch(made, vectors, queries) -> None:
-    """Says so where an engine that came with a policy is not the one that embedded the corpus (METHOD.md 8)."""
-    some = annotations.evenly_spaced(queries, COMPARED_QUERIES)
-    cosines = (made.embed_texts([q.text for q in some]) * vectors.vecs_of([q.id for q in some])).sum(axis=1)
-    if cosines.min() < MIN_COSINE:
-        far = f"a query's vector has cosine {cosines.min():.4f} with that beside the index"
-        warnings.warn(f"{made.name}: {far}; is the profile's engine the same?", stacklevel=2)
+def warn_engine_mismatch(engine, vectors, queries) -> None:
+    """Warn where an engine that came with a policy is not the one that embedded the corpus."""
+    sample = annotations.evenly_spaced(queries, COMPARED_QUERIES)
+    vecs = engine.embed_texts([query.text for query in sample])  # (Q, D)
+    lowest = (vecs * vectors.vecs_of([query.id for query in sample])).sum(axis=1).min()
+    if lowest < MIN_COSINE:
+        far = f"a query's vector has cosine {lowest:.4f} with that beside the index"
+        warnings.warn(f"{engine.name}: {far}; is the profile's engine the same?", stacklevel=2)

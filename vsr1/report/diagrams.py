@@ -220,7 +220,7 @@ def rewriters() -> Figure:
         _card(axes, (6.6, y, 2.3, 1.05), RED, title, [*said, "<query_update>TEXT</query_update>"])
         _arrow(axes, [(3.6, y + 0.52), (3.9, y + 0.52)])
         _arrow(axes, [(6.3, y + 0.52), (6.6, y + 0.52)])
-    ways = [f"{way}: embed({hqr.compose_query('$q_1$', ['TEXT'], way)})" for way in ("replace", "append")]
+    ways = [f"{way}: embed({hqr.compose_query('$q_1$', 'TEXT', way)})" for way in ("replace", "append")]
     _card(axes, (0.95, 0.08, 7.95, 0.45), GREY, "next query $q_{t+1}$", ["      ".join(ways)])
     return figure
 

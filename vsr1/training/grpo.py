@@ -59,12 +59,12 @@ class GRPOTrainer:
         # Where no reply of a process asked for a search, its heads get no gradient: the others must not wait for it.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = Accelerator(
-            cpu=worker.agent.model.device.type == "cpu",
+            cpu=worker.policy.model.device.type == "cpu",
             mixed_precision="bf16" if self.knobs.dtype == "bfloat16" else "no",
             kwargs_handlers=[unused],
         )
-        objective = Objective(worker, _reference_policy(self.knobs, worker.agent))
-        optimizer = torch.optim.AdamW(_parameter_groups(self.knobs, worker.variant, worker.agent))
+        objective = Objective(worker, _reference_policy(self.knobs, worker.policy))
+        optimizer = torch.optim.AdamW(_parameter_groups(self.knobs, worker.variant, worker.policy))
         fsdp.shard(objective, optimizer, self.accelerator)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.splitter = batching.OOMSplitter("grpo_rollout_batch")
@@ -92,7 +92,7 @@ class GRPOTrainer:
             for group, prompt in share
             for member in range(members)
         ]
-        with self.accelerator.autocast(), self.worker.agent.adapters_merged():
+        with self.accelerator.autocast(), self.worker.policy.adapters_merged():
             return [step for steps in self.worker.rollout(prompts, seed) for step in steps]
 
     def train_step(self, number: int, prompts: list[RolloutPrompt]) -> tuple[dict, list[dict]]:

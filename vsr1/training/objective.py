@@ -37,8 +37,8 @@ class Objective(nn.Module):
 
     def __init__(self, worker: RolloutWorker, ref_policy: Policy):
         super().__init__()
-        self.model, self.heads = worker.agent.model, worker.agent.heads
-        self.policy, self.worker, self.ref_policy = worker.agent, worker, ref_policy
+        self.model, self.heads = worker.policy.model, worker.policy.heads
+        self.policy, self.worker, self.ref_policy = worker.policy, worker, ref_policy
 
     def forward(self, steps: list[RolloutStep], totals: tuple[int, int], share_prompts=True):
         """Return (loss, sums for the log) of some steps of an update.

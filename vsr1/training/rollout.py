@@ -187,7 +187,7 @@ class RolloutWorker(runner.EpisodeRunner):
             order, *self._generate([pairs[row] for row in order], clips), strict=True
         ):
             self.steps[step.query.group, step.query.member].append(step)
-            options = {"layout": self.layout, "refine_id": self.agent.refine_token_id}
+            options = {"layout": self.layout, "refine_id": self.policy.refine_token_id}
             reply = replies.read_reply(completion.text, completion.ids, **options, ended=completion.ended)
             seconds = clips[step.query.group, step.shown].seconds
             verifications[row] = Verification(reply, seconds, state=step)
@@ -199,7 +199,7 @@ class RolloutWorker(runner.EpisodeRunner):
             return [], []
         counts = Counter((prompt.group, video) for prompt, video in pairs)  # in the order of the pairs
         texts = {prompt.group: prompt.text for prompt, _ in pairs}
-        prompts = {key: self.agent.prompt(self.prompt, texts[key[0]], clips[key]) for key in counts}
+        prompts = {key: self.policy.prompt(self.prompt, texts[key[0]], clips[key]) for key in counts}
         completions, noise = self._sample(prompts, list(counts.values()))
         steps = [
             self._new_step(query, video, prompts[query.group, video], completion)
@@ -218,14 +218,14 @@ class RolloutWorker(runner.EpisodeRunner):
         """
         keys = [(group, self.vectors.column(video)) for group, video in prompts]
         rngs = [np.random.default_rng([*self.seed, self.turn, *key]) for key in keys]
-        completions = self.agent.reply(
+        completions = self.policy.reply(
             list(prompts.values()),
             group=counts,
             max_new_tokens=self.max_new_tokens,
             temperature=self.knobs.rollout_temperature,
             rng=rngs,
         )
-        shape = self.agent.settings.n_soft, self.agent.heads.width
+        shape = self.policy.settings.n_soft, self.policy.heads.width
         noise = [rng.standard_normal((count, *shape)) for rng, count in zip(rngs, counts, strict=True)]
         return completions, np.concatenate(noise)
 
@@ -243,7 +243,7 @@ class RolloutWorker(runner.EpisodeRunner):
             noise = self.knobs.latent_noise_std * noise
         else:
             noise = None
-        latents = sqr.soft_tokens(self.agent, contexts, self.agent.settings.n_soft, noise)  # (B, N, D)
+        latents = sqr.soft_tokens(self.policy, contexts, self.policy.settings.n_soft, noise)  # (B, N, D)
         vecs = self.query_vecs(steps, latents)
         original = torch.from_numpy(self.vectors.vecs_of([step.query.id for step in steps])).to(vecs)
         after, before = self.infonce_losses(vecs, steps), self.infonce_losses(original, steps)
@@ -255,7 +255,7 @@ class RolloutWorker(runner.EpisodeRunner):
         """Embed the queries of steps of one turn with soft tokens (B, N, D), behind those carried: (B, D)."""
         blocks = [torch.stack(turn) for turn in zip(*(step.earlier_latents for step in steps), strict=True)]
         carried = sqr.stack_blocks([*blocks, latents], self.variant.carry)
-        return sqr.soft_query(self.engine, self.agent.heads, [step.query.text for step in steps], carried)
+        return sqr.soft_query(self.engine, self.policy.heads, [step.query.text for step in steps], carried)
 
     def infonce_losses(self, vecs, steps, all_videos=False) -> torch.Tensor:
         """Return InfoNCE (B,) of query vectors (B, D), against each step's own negatives.
@@ -277,7 +277,7 @@ class RolloutWorker(runner.EpisodeRunner):
     def refine_step(self, rejected):
         """Search next with the query and the soft tokens that were made when the reply was given."""
         n, vecs = (
-            self.agent.settings.n_soft,
+            self.policy.settings.n_soft,
             [verification.state.query_vec for _, verification, _ in rejected],
         )
         states = [None if vec is None else runner.QueryState((), vec) for vec in vecs]
