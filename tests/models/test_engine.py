@@ -121,9 +121,7 @@ def test_a_query_over_the_limit_loses_words_not_the_template(made):
 
 def test_a_template_that_ends_differently_is_refused(made):
     tokenizer = architecture.make_tokenizer()
-    tokenizer.chat_template = architecture.CHAT.replace(
-        "<|im_start|>assistant\n", "<|im_start|>assistant"
-    )
+    tokenizer.chat_template = architecture.CHAT.replace("<|im_start|>assistant\n", "<|im_start|>assistant")
     other = engine.Engine(config.load("smoke"), made.model, tokenizer, "other")
     with pytest.raises(config.InputError, match="unexpected end of the query template"):
         other.query_prompt("hello")

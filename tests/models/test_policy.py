@@ -293,10 +293,19 @@ def test_a_saved_policy_comes_back_with_heads_settings_and_the_same_replies(made
     ]
 
 
+def test_settings_of_older_checkpoints_are_read_under_their_new_names(saved, tmp_path):
+    copied = copy_of(saved, tmp_path)
+    record = json.loads((copied / "vsr1.json").read_text())
+    settings = record["settings"]
+    settings |= {"seed_norm": settings.pop("first_latent_state"), "gate": "off", "pooling": "last"}
+    settings |= {"query_tokens": settings.pop("max_query_tokens") + 1}
+    (copied / "vsr1.json").write_text(json.dumps(record))
+    loaded = checkpoints.load(str(copied), profile()).settings
+    assert (loaded.first_latent_state, loaded.max_query_tokens) == ("pre", settings["query_tokens"])
+
+
 def test_a_base_model_has_no_heads_and_can_reply(made, tmp_path, prompts):
-    base = policy.Policy(
-        made.model, architecture.make_tokenizer(), None, None, 4096
-    )
+    base = policy.Policy(made.model, architecture.make_tokenizer(), None, None, 4096)
     checkpoints.save(base, tmp_path)
     loaded = checkpoints.load(str(tmp_path), profile())
     assert loaded.heads is loaded.settings is None

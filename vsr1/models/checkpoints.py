@@ -19,11 +19,10 @@ from vsr1.models.policy import Policy
 
 AUTHORS = "VideoSearchR1/"  # whose checkpoints need their own prompt and times (docs/method.md section 8)
 SETTINGS = "vsr1.json"  # file of a checkpoint: how its heads were trained
-FORMER_SETTINGS = {"gate", "insertion", "pooling"}  # each had one value, which is now the only way
+# Settings of older checkpoints: other names for two, and three that had one value each, now the only way.
+FORMER_SETTINGS = {"seed_norm": "first_latent_state", "query_tokens": "max_query_tokens"}
+FORMER_SETTINGS |= dict.fromkeys(("gate", "insertion", "pooling"))
 EMBEDDER = "query_embedder"  # folder that may lie in such a checkpoint: the engine's query side
-
-
-# --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def load(name: str, profile) -> Policy:
@@ -186,9 +185,10 @@ def _read_settings(folder):
         )
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not readable ({error!r}); restore it") from error
+    settings = {FORMER_SETTINGS.get(key, key): value for key, value in settings.items()}
+    settings.pop(None, None)
     if absent := [field.name for field in fields(soft_heads.Settings) if field.name not in settings]:
         raise InputError(f"{path}: settings.{absent[0]} is missing; restore it")  # a default would be a guess
-    settings = {key: value for key, value in settings.items() if key not in FORMER_SETTINGS}
     settings = config.parse(soft_heads.Settings, settings, str(path))
     if _sha256(settings.system) != system_sha256:
         raise InputError(f"{path}: settings.system was changed after training; restore it")

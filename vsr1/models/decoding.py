@@ -175,7 +175,9 @@ def extend(
 @contextmanager
 def _final_norm_inputs(core):
     """Give a list that collects what enters the final norm: `hidden_states[-1]` of the library is its result."""
-    assert not (core.training and core.is_activation_checkpointing), "activation checkpointing drops the cache"
+    assert not (core.training and core.is_activation_checkpointing), (
+        "activation checkpointing drops the cache"
+    )
     states = []
     hook = core.norm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
     try:

@@ -1,7 +1,7 @@
-"""The frozen video search engine: texts, videos and soft-token queries to unit vectors, and a FAISS index over them.
+"""The frozen video search engine: texts, videos and queries with soft tokens to unit vectors.
 
-The recipe is Qwen3-VL-Embedding's: a chat prompt with the instruction, the state of the last position after the final
-norm, unit length (METHOD.md 3.3). The same code loads Qwen3-VL-Embedding-2B and the mini engines.
+The recipe is Qwen3-VL-Embedding's: a chat prompt with the instruction, the hidden state of the last position after the
+final norm, unit length (docs/method.md section 3). The same code loads Qwen3-VL-Embedding-2B and the mini engines.
 """
 
 import unicodedata
@@ -17,6 +17,8 @@ from vsr1.data import video_reader
 from vsr1.models import batching, inputs, loading
 
 MAX_BATCH_BYTES = 512 * 2**20  # ours: a shard of the mini world, six films of 64 frames in 480p
+TAIL = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"  # of a query's prompt, behind its last word
+TAIL_TOKENS = 6
 
 
 class Engine:
@@ -27,52 +29,51 @@ class Engine:
         self.instruction, self.max_query_tokens = _sentence(profile.instruction), profile.max_query_tokens
         self.max_pixels, self.batch_tokens = profile.max_frame_pixels, profile.batch_tokens
         self.width = self.model.config.text_config.hidden_size
-        self.num_truncated = 0  # query texts shortened to the limit so far
+        self.num_truncated = 0  # query texts shortened to max_query_tokens so far
         self.splitter = batching.OOMSplitter("batch_tokens")
 
     def query_prompt(self, text: str) -> tuple[inputs.Prompt, int]:
-        """The prompt of a query and the position right after its last word, where soft tokens go.
+        """Return the prompt of a query and the position right after its last word, where soft tokens go.
 
-        Between the two stands the template's tail. That it is what we think is verified against the tokenizer each
-        time: soft tokens in the wrong place would be no error anybody sees.
+        A text over max_query_tokens loses its last words, never the template's tail. The tail is checked each time,
+        since soft tokens in the wrong place would be no error that anybody sees.
         """
         ids = self._ids(inputs.chat(self.tokenizer, self.instruction, text.strip()))
         closing = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         end = len(ids) - 1 - ids[::-1].index(closing)
         tail = self.tokenizer.decode(ids[end:])
-        if tail != "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>" or len(ids) - end != 6:
+        if tail != TAIL or len(ids) - end != TAIL_TOKENS:
             raise InputError(
                 f"{self.name}: unexpected end of the query template {tail!r}; this engine is not supported"
             )
-        if len(ids) > self.max_query_tokens:  # shorten the text, never the tail
+        if len(ids) > self.max_query_tokens:
             self.num_truncated += 1
-            ids = ids[: self.max_query_tokens - 6] + ids[end:]
-            end = self.max_query_tokens - 6
+            ids = ids[: self.max_query_tokens - TAIL_TOKENS] + ids[end:]
+            end = self.max_query_tokens - TAIL_TOKENS
         return inputs.Prompt(ids), end
 
     def video_prompt(self, clip: video_reader.Clip) -> inputs.Prompt:
-        """The prompt of a video: the same instruction, the frames with the seconds they were seen at."""
+        """Return the prompt of a video: the same instruction, and the frames with the seconds they were seen at."""
         config = self.model.config.vision_config
         video = inputs.Video(*inputs.patchify(clip.frames, config, self.max_pixels))
-        per_pair = video.grid[1] * video.grid[2] // config.spatial_merge_size**2
-        text = inputs.chat(self.tokenizer, self.instruction, inputs.video_text(clip.timestamps, per_pair))
-        return inputs.Prompt(self._ids(text), video)
+        text = inputs.video_text(clip.timestamps, video.tokens_per_pair(config.spatial_merge_size))
+        return inputs.Prompt(self._ids(inputs.chat(self.tokenizer, self.instruction, text)), video)
 
     def _ids(self, text):
-        """Token ids of a rendered prompt, with the end-of-text token whose state is the vector."""
+        """Return the ids of a prompt, with the end-of-text token whose hidden state is the vector."""
         end = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + [end]
-        own = self.tokenizer(text)["input_ids"]
-        assert own[-1] != end or own == ids, "the tokenizer's own ending differs from ours"
+        by_default = self.tokenizer(text)["input_ids"]
+        assert by_default[-1] != end or by_default == ids, "the tokenizer's own ending differs from ours"
         return ids
 
     def pool(self, batch: dict) -> torch.Tensor:
-        """(B, D) float32 unit vectors of a left-padded batch: the last position is the end-of-text token."""
+        """Return (B, D) float32 unit vectors of a left-padded batch: the last position is the end-of-text token."""
         states = self.model(**batch).last_hidden_state[:, -1]
         return torch.nn.functional.normalize(states.float(), dim=-1)
 
     def text_batch(self, texts: list[str], soft: torch.Tensor | None = None) -> dict:
-        """A batch of queries; `soft` (B, N, D), if given, stands right after each query's last word."""
+        """Return a batch of queries; `soft` (B, N, D), if given, stands right after each query's last word."""
         prompts = [self.query_prompt(text) for text in texts]
         batch = inputs.collate([prompt for prompt, _ in prompts], self.model, self.tokenizer.pad_token_id)
         if soft is None:
@@ -80,9 +81,9 @@ class Engine:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         rows, count = soft.shape[:2]
         words = self.model.get_input_embeddings()(ids)  # (B, L, D)
-        # Every row is padded on the left, so its tail of six, and the place before it, are the same columns.
-        embeds = torch.cat([words[:, :-6], soft.to(words), words[:, -6:]], dim=1)
-        mask = torch.cat([mask[:, :-6], mask.new_ones(rows, count), mask[:, -6:]], dim=1)
+        # Every row is padded on the left, so that its tail, and the place before it, are the same columns.
+        embeds = torch.cat([words[:, :-TAIL_TOKENS], soft.to(words), words[:, -TAIL_TOKENS:]], dim=1)
+        mask = torch.cat([mask[:, :-TAIL_TOKENS], mask.new_ones(rows, count), mask[:, -TAIL_TOKENS:]], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         return {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions.expand(3, -1, -1)}
 
@@ -90,7 +91,7 @@ class Engine:
     def embed_texts(
         self, texts: list[str], soft: torch.Tensor | None = None, what="embed queries"
     ) -> np.ndarray:
-        """(Q, D) vectors of queries, each with its own soft tokens (Q, N, D) if given."""
+        """Embed queries, each with its own soft tokens (Q, N, D) if given; return (Q, D)."""
         lengths = [len(self.tokenizer(text)["input_ids"]) + 16 for text in texts]
         vecs = np.zeros((len(texts), self.width), np.float32)
         for rows in cache.progress(batching.batches(lengths, self.batch_tokens), what):
@@ -99,18 +100,20 @@ class Engine:
         return vecs
 
     def embed_clips(self, clips: Iterable[video_reader.Clip]) -> np.ndarray:
-        """(V, D) vectors of videos. Of a stream about `HELD` bytes of frames are taken at once: decoders read on while
-        the engine is at them."""
-        vecs, held = [], []
+        """Embed a stream of videos and return (V, D); about MAX_BATCH_BYTES of frames wait for a forward pass at once.
+
+        Decoders read on while the engine works.
+        """
+        vecs, waiting = [], []
         for clip in clips:
-            held.append(clip)
-            if sum(one.frames.nbytes for one in held) >= MAX_BATCH_BYTES:
-                vecs.append(self._embed_held(held))
-                held = []
-        return np.concatenate([*vecs, self._embed_held(held)])
+            waiting.append(clip)
+            if sum(clip.frames.nbytes for clip in waiting) >= MAX_BATCH_BYTES:
+                vecs.append(self._embed_together(waiting))
+                waiting = []
+        return np.concatenate([*vecs, self._embed_together(waiting)])
 
     @torch.no_grad()
-    def _embed_held(self, clips):
+    def _embed_together(self, clips):
         prompts = [self.video_prompt(clip) for clip in clips]
         vecs = np.zeros((len(clips), self.width), np.float32)
 
@@ -124,7 +127,7 @@ class Engine:
 
 
 def load(profile, which: str = "engine") -> Engine:
-    """The engine that a profile names under `engine` or `engine_large`, frozen."""
+    """Load the frozen engine that a profile names under `engine` or `engine_large`."""
     torch.set_num_threads(profile.threads)
     name, device = getattr(profile, which), loading.pick_device(profile.device)
     model, tokenizer = loading.load(Qwen3VLModel, name, profile.dtype, device)
@@ -132,5 +135,5 @@ def load(profile, which: str = "engine") -> Engine:
 
 
 def _sentence(text):
-    """The instruction, with a full stop where it ends without punctuation (official)."""
+    """Return the instruction, with a full stop where it ends without punctuation (official)."""
     return text if unicodedata.category(text.rstrip()[-1]).startswith("P") else text.rstrip() + "."

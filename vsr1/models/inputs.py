@@ -1,9 +1,7 @@
-"""Qwen3-VL plumbing that the search engine and the policy share: prompts to ids, frames to patches, batches to states,
-and reading on from what was read before.
+"""Turn prompts into token ids, frames into patches, and rows into batches, for the search engine and the policy.
 
-The ids and the patches are made here, in the open, because the library's own processor doubles the vision wrapper,
-needs torchvision and picks frames by average rate (STACK.md 2.4, 2.9, 2.10). The layout is transformers 4.57.1's, which
-the released weights were trained with; a golden test pins it.
+The library's own processor is not used: it doubles the vision wrapper, needs torchvision, and picks frames by average
+rate. The layout is that of transformers 4.57.1, which the released weights were trained with; a golden test pins it.
 """
 
 import os
@@ -20,13 +18,15 @@ if not torch.cuda.is_available():
 
 @dataclass(eq=False)
 class Video:
-    """A video as the model takes it in: patches, until its eyes have made features of them (`_see`)."""
+    """The patches of a video, until a frozen vision tower has encoded them into features (`decoding.prefill`)."""
 
     patches: torch.Tensor | None  # (P, 3 * 2 * patch * patch) float32
     grid: tuple[int, int, int]  # pairs of frames, patch rows, patch columns; P is their product
-    features: list[torch.Tensor] | None = (
-        None  # (P / merge^2, H) each: for the input, and for the first layers
-    )
+    features: list[torch.Tensor] | None = None  # (P / merge^2, H) each: for the input and the first layers
+
+    def tokens_per_pair(self, merge: int) -> int:
+        """Return how many tokens a pair of frames takes."""
+        return self.grid[1] * self.grid[2] // merge**2
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Prompt:
 
 
 def chat(tokenizer, system: str, user: str) -> str:
-    """The prompt text up to where the assistant speaks."""
+    """Return the text of a prompt up to where the assistant's reply begins."""
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def video_text(timestamps: np.ndarray, tokens_per_pair: int) -> str:
-    """A video as text: for each pair of frames the mean of their two times and its placeholders.
+    """Return a video as text: for each pair of frames the mean of its two times, and its placeholders.
 
     >>> video_text(np.array([0.0, 1.0]), 1)
     '<0.5 seconds><|vision_start|><|video_pad|><|vision_end|>'
@@ -56,14 +56,14 @@ def video_text(timestamps: np.ndarray, tokens_per_pair: int) -> str:
 
 
 def pair_times(timestamps: np.ndarray) -> np.ndarray:
-    """(T / 2,) seconds of each pair of frames, from those of T frames."""
+    """Return the seconds of each pair of frames, (T / 2,), from those of T frames."""
     return timestamps.reshape(-1, 2).mean(axis=1)
 
 
 def resized_size(height: int, width: int, multiple: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) of a frame for the model: sides in multiples, at most `max_pixels`, aspect kept (nearly).
+    """Return (height, width) of a frame for the model: multiples of `multiple`, at most `max_pixels`.
 
-    >>> fit(128, 128, 32, 4096), fit(480, 854, 32, 200704)
+    >>> resized_size(128, 128, 32, 4096), resized_size(480, 854, 32, 200704)
     ((64, 64), (320, 576))
     """
     rows, columns = (max(multiple, round(side / multiple) * multiple) for side in (height, width))
@@ -74,7 +74,7 @@ def resized_size(height: int, width: int, multiple: int, max_pixels: int) -> tup
 
 
 def patchify(frames: np.ndarray, config, max_pixels: int) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """Patches (P, 3 * 2 * patch * patch) in [-1, 1] and their grid, from frames (T, H, W, 3) uint8, T even.
+    """Return patches (P, 3 * 2 * patch * patch) in [-1, 1] and their grid, from frames (T, H, W, 3) uint8, T even.
 
     The order is Qwen2-VL's: pairs of frames, then blocks of merge x merge patches, then the patches of a block.
     """
@@ -99,35 +99,39 @@ def _resized(frame, height, width):
     return pixels.round().clamp(0, 255)
 
 
-def collate(prompts: list[Prompt], model, pad: int, known: int = 0, pixels=True) -> dict[str, torch.Tensor]:
-    """A left-padded batch, with every position spelled out, since the model guesses them wrongly (STACK.md 2.2, 2.3).
+def collate(prompts: list[Prompt], model, pad: int, prefix: int = 0, pixels=True) -> dict[str, torch.Tensor]:
+    """Return a left-padded batch with explicit position ids, which the model would guess wrongly.
 
-    input_ids (B, L), attention_mask (B, known + L); position_ids (3, B, L); with videos also pixel_values_videos,
+    input_ids (B, L), attention_mask (B, prefix + L) and position_ids (3, B, L). With videos also pixel_values_videos,
     video_grid_thw and mm_token_type_ids.
 
-    known   how many tokens all begin with that a cache holds (`opening`): they are left out, the padding follows them
+    prefix  length of the common prefix that a cache holds: it is left out, and the padding follows it
     pixels  False leaves pixel_values_videos out
     """
-    length = max(len(prompt.ids) for prompt in prompts) - known
-    ids = torch.full((len(prompts), length), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        own = prompt.ids[known:]
-        ids[row, length - len(own) :] = torch.tensor(own)
-        mask[row, length - len(own) :] = 1
+    ids, mask = _pad_left([prompt.ids[prefix:] for prompt in prompts], pad)
+    batch = {"input_ids": ids, "attention_mask": mask}
     videos = [prompt.video for prompt in prompts if prompt.video is not None]
     if not videos:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
-        batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions.expand(3, -1, -1)}
+        batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
     else:
         kinds = (ids == model.config.video_token_id).int() * 2
         grids = torch.tensor([video.grid for video in videos])
         core = getattr(model, "model", model)
         positions, _ = core.get_rope_index(ids, kinds, video_grid_thw=grids, attention_mask=mask)
-        batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "video_grid_thw": grids}
-        batch |= {"mm_token_type_ids": kinds}
+        batch |= {"position_ids": positions, "video_grid_thw": grids, "mm_token_type_ids": kinds}
         if pixels:
             batch["pixel_values_videos"] = torch.cat([video.patches for video in videos])
-    batch["position_ids"] = batch["position_ids"] + known
-    batch["attention_mask"] = F.pad(mask, (known, 0), value=1)
+    batch["position_ids"] = batch["position_ids"] + prefix
+    batch["attention_mask"] = F.pad(mask, (prefix, 0), value=1)
     return {name: value.to(model.device) for name, value in batch.items()}
+
+
+def _pad_left(rows, pad):
+    """Return (ids, mask), both (B, L), of rows of ids."""
+    length = max(len(row) for row in rows)
+    ids = torch.full((len(rows), length), pad)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, length - len(row) :] = torch.tensor(row)
+        mask[number, length - len(row) :] = 1
+    return ids, mask

@@ -2,7 +2,7 @@
 
 REFINE = "<REFINE>"
 
-# --- what the policy is told (METHOD.md 4: the sentences; the wording is ours) ---------------------------------------
+# System prompts, docs/method.md section 4. The wording is ours.
 
 _JUDGE = (
     "You judge one retrieved video against a query. Inside <think> </think>, compare step by step what the query asks "
@@ -21,7 +21,7 @@ REWRITE = (  # blind and seen
 
 
 def user_message(query: str, video: str) -> str:
-    """The user's words: a query, and the retrieved video as text."""
+    """Return the user's message: a query, and the retrieved video as text."""
     return f'Query: "{query}"\nRetrieved video: {video}'
 
 

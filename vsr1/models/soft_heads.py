@@ -8,8 +8,6 @@ from torch import nn
 
 from vsr1.models import prompt_text
 
-# --- heads and settings ----------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -33,14 +31,12 @@ class Settings:
 class SoftHeads(nn.Module):
     """The modules of soft query refinement, named as in the released checkpoints (docs/method.md section 3); float32.
 
-    init  "zero": the last layer of P starts at zero, as in the official code; "default": at the library's random
-          values; "scaled" (ours): the same, and what A and B hand out is as long as a token embedding
-    lengths  of the token embeddings of policy and engine, for "scaled"
+    init   "zero": the last layer of the projector P starts at zero, as in the official code; "default": at the
+           library's random values; "scaled" (ours): the same, and outputs of A and B are as long as token embeddings
+    norms  mean lengths of the token embeddings of policy and engine, for "scaled"
     """
 
-    def __init__(
-        self, hidden: int, width: int, init: str = "zero", lengths: tuple[float, float] | None = None
-    ):
+    def __init__(self, hidden: int, width: int, init: str = "zero", norms: tuple[float, float] | None = None):
         super().__init__()
         self.refine_projector = nn.Sequential(  # P: a state of the policy to a soft token
             nn.Linear(hidden, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width)
@@ -62,29 +58,29 @@ class SoftHeads(nn.Module):
                 nn.init.zeros_(weight)
         if init == "scaled":
             # A LayerNorm's output is sqrt(D) long: 10 to 18 token embeddings of the mini models.
-            ways_in = self.refine_latent_input_projector, self.refine_append_input_projector
-            for way_in, length in zip(ways_in, lengths, strict=True):
-                nn.init.constant_(way_in[0].weight, length / width**0.5)
+            projectors = self.refine_latent_input_projector, self.refine_append_input_projector
+            for projector, norm in zip(projectors, norms, strict=True):
+                nn.init.constant_(projector[0].weight, norm / width**0.5)
 
     def project(self, states: torch.Tensor) -> torch.Tensor:
-        """Soft tokens (..., D) from states of the policy (..., H)."""
-        return _full(self.refine_projector, states)
+        """Return soft tokens (..., D) from hidden states of the policy (..., H)."""
+        return _in_float32(self.refine_projector, states)
 
     def to_policy(self, latents: torch.Tensor) -> torch.Tensor:
-        """Inputs of the policy (..., H) from soft tokens (..., D)."""
-        return _full(self.refine_latent_input_projector, latents)
+        """Return input embeddings of the policy (..., H) from soft tokens (..., D)."""
+        return _in_float32(self.refine_latent_input_projector, latents)
 
     def to_engine(self, latents: torch.Tensor) -> torch.Tensor:
-        """Inputs of the engine (..., D) from soft tokens (..., D)."""
-        return _full(self.refine_append_input_projector, latents)
+        """Return input embeddings of the engine (..., D) from soft tokens (..., D)."""
+        return _in_float32(self.refine_append_input_projector, latents)
 
     @property
     def width(self) -> int:
-        """D: of soft tokens, and of the engine they are for."""
+        """D, the width of soft tokens and of the engine they are for."""
         return self.refine_projector[3].out_features
 
 
-def _full(module, values):
-    """`module` in its own precision, float32, even where training runs under autocast."""
+def _in_float32(module, values):
+    """Run `module` in its own precision, float32, even where training runs under autocast."""
     with torch.autocast(values.device.type, enabled=False):
         return module(values.to(module[-1].weight.dtype))
