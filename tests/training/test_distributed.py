@@ -17,7 +17,7 @@ from vsr1.models import checkpoints, embedding
 from vsr1.training import grpo, sft
 
 SMALL = {"eval_batch": 3, "grpo_steps": 1, "num_val_prompts": 2, "max_new_tokens": 32, "max_turns": 2}
-SMALL |= {"sft_negatives": 4, "grpo_negatives": 4, "sft_rows": 3}
+SMALL |= {"sft_negatives": 4, "grpo_negatives": 4, "sft_rows": 3, "save_minutes": 0}
 EVALUATED = ("zs", "vsr1")
 
 
@@ -32,8 +32,9 @@ def clone(tmp_path_factory):
     knobs["world"] |= {"train_videos": 8, "test_videos": 7}
     (folder / "small.yaml").write_text(yaml.safe_dump(knobs))
     lost = two_processes("dying", folder, *words(folder, "train", "--stage", "sft"))
-    partial = folder / "runs" / "small" / "charades" / "sft.partial"
-    assert lost.returncode and "Signal 9" in lost.stderr and sft.checkpoint(partial), lost.stderr[-3000:]
+    assert lost.returncode and "Signal 9" in lost.stderr, lost.stderr[-3000:]
+    (partial,) = home_of(folder).glob("sft.*.partial")
+    assert sft.checkpoint(partial), lost.stderr[-3000:]
     log = (partial / "log.jsonl").read_text().splitlines()
     (partial / "log.jsonl").write_text("".join(f"{line}\n" for line in ['{"marked": 1}', *log[1:]]))
     train, walk = words(folder, "train", "--stage", "grpo"), words(folder, "evaluate", *EVALUATED)
@@ -50,12 +51,16 @@ def clone(tmp_path_factory):
     return folder
 
 
+def home_of(folder):
+    return folder / "runs" / "small" / "charades" / "seed-42"
+
+
 def words(folder, command, *more):
     return [command, *more, "--dataset", "charades", "--profile", str(folder / "small.yaml")]
 
 
 def test_a_run_that_lost_a_process_goes_on_when_it_is_started_again(clone):
-    home = clone / "runs" / "small" / "charades"
+    home = home_of(clone)
     log = [json.loads(line) for line in (home / "sft" / "log.jsonl").open()]
     assert log[0] == {"marked": 1} and [line["step"] for line in log[1:]] == list(range(2, len(log) + 1))
     assert len(log) > 2 and not list(home.rglob("*.partial")) and not list(home.rglob("steps"))
@@ -76,13 +81,13 @@ def test_two_processes_embed_and_evaluate_as_one_does(clone, tmp_path, monkeypat
     monkeypatch.setattr(config, "ROOT", tmp_path)
     monkeypatch.setattr(embedding, "SHARD_SIZE", 3)
     shutil.copytree(clone / "runs", tmp_path / "runs", symlinks=True)
-    home, theirs = (folder / "runs" / "small" / "charades" for folder in (tmp_path, clone))
-    for stage in ("embed", "episodes"):
-        shutil.rmtree(home / stage)
+    home, theirs = map(home_of, (tmp_path, clone))
+    for step in (home.parent / "embed", home / "episodes"):
+        shutil.rmtree(step)
     for command in (("embed",), ("evaluate", *EVALUATED)):
         assert cli.main(words(clone, *command)) == 0
     for split in ("train", "test"):
-        one, two = (folder / "embed" / "engine" / split for folder in (home, theirs))
+        one, two = (folder.parent / "embed" / "engine" / split for folder in (home, theirs))
         assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
         for name in ("video_vecs.npy", "query_vecs.npy"):
             np.testing.assert_array_equal(np.load(one / name), np.load(two / name))
@@ -136,7 +141,7 @@ def test_accelerate_s_own_file_asks_for_shares(clone, tmp_path):
     done = two_processes("sharing", tmp_path, *words(tmp_path, "train", "--stage", "grpo"), launch=launch)
     assert done.returncode == 0, done.stderr[-3000:]
     for stage, skip in (("sft", 1), ("grpo/vsr1", 0)):  # the first line was marked
-        one, two = (folder / "runs" / "small" / "charades" / stage for folder in (clone, tmp_path))
+        one, two = (home_of(folder) / stage for folder in (clone, tmp_path))
         logs = [[json.loads(line) for line in (folder / "log.jsonl").open()][skip:] for folder in (one, two)]
         for ours, theirs in zip(*logs, strict=True):
             for key in ("loss", "info_nce", "norm"):  # no InfoNCE where a step has no rejection
