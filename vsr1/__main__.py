@@ -217,7 +217,7 @@ def doctor(profile: Profile = "mini", seed: Seed = None):
     """Print what this machine can reproduce, and what is missing."""
     from vsr1.apps import doctor as checks
 
-    return checks.main(_load("doctor", profile, seed))
+    return checks.main(config.load(profile, seed))  # `processes.start` asks for packages that may be missing
 
 
 @app.command()

@@ -205,7 +205,9 @@ class Profile:
     max_zero_std: Share = (
         0.9  # ours: share of groups whose members may all earn the same, per quarter of the run
     )
-    save_minutes: PositiveOrZero = 10.0  # ours: between saved states of both stages, what a kill costs; 0: every step
+    save_minutes: PositiveOrZero = (
+        10.0  # ours: between saved states of both stages, what a kill costs; 0: every step
+    )
     tensorboard: bool = False  # ours: curves of both stages for TensorBoard too, beside log.jsonl
 
     # Studies beside the paper's tables.
@@ -252,6 +254,17 @@ def _set_knobs(config):
         if value != field.default:
             knobs[field.name] = _set_knobs(value) if dataclasses.is_dataclass(value) else value
     return knobs
+
+
+REVISIONS = (
+    "revisions.json"  # in the clone, not in runs/: `make clean` must not move a model to another commit
+)
+
+
+def revisions() -> dict[str, str]:
+    """Return {hub name: the commit that it stands for in this clone}; empty before the first was fetched."""
+    path = ROOT / REVISIONS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def load(name: str, seed: int | None = None, datasets: typing.Sequence[str] = ()) -> Profile:

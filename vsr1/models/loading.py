@@ -12,15 +12,12 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
 from vsr1 import cache, config
-from vsr1.config import InputError
+from vsr1.config import REVISIONS, InputError, revisions
 
 hf_logging.disable_progress_bar()
 hf_logging.set_verbosity_error()  # of tensors: a missing one is refused here, and soft-query heads belong to no model
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # all that is fetched: no pickle, no code
-REVISIONS = (
-    "revisions.json"  # in the clone, not in runs/: `make clean` must not move a model to another commit
-)
 
 
 def local_path(name: str) -> str:
@@ -53,12 +50,6 @@ def download(name: str) -> Path:
     with cache.updated_json(config.ROOT / REVISIONS) as commits:
         commit = commits.setdefault(name, folder.name)  # a snapshot folder is called after its commit
     return folder if commit == folder.name else download(name)  # another process was first, at another commit
-
-
-def revisions() -> dict[str, str]:
-    """Return {hub name: the commit that it stands for in this clone}; empty before the first was fetched."""
-    path = config.ROOT / REVISIONS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def version(name: str) -> str:
