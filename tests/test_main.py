@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 
+import fake
 import nbformat
 import pytest
 import torch
@@ -339,3 +341,28 @@ def test_data_sets_side_by_side_keep_the_order_of_their_notebooks(home, monkeypa
     began.clear()
     assert cli.main(["notebook", "01_a", "03_c", "--profile", "smoke", "--jobs", "2"]) == 0
     assert sorted(began) == sorted(ended[-6:]) and len(began) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        (["--datasets", "charades"], "results-charades"),
+        (["--datasets", "charades", "--seed", "7"], "results-charades-seed7"),
+    ],
+)
+def test_the_report_of_a_part_leaves_the_committed_results_as_they_are(
+    tmp_path, monkeypatch, capsys, words, folder
+):
+    """`make paper DATASETS=charades` emptied results/mini for the other data sets."""
+    fake.profile(tmp_path, monkeypatch)
+    committed = tmp_path / "results" / "mini" / "numbers.json"
+    committed.parent.mkdir(parents=True)
+    committed.write_text("{}")
+    shutil.copy(ROOT / "DEVIATIONS.md", tmp_path)
+    fake.record(config.load("mini", 7 if "7" in words else None, ["charades"]))
+    status, out, err = run(capsys, "report", *words)
+    assert status == 0, err
+    assert f"runs/mini/{folder}/report.html" in out.splitlines()[-1]
+    assert committed.read_text() == "{}" and len(list((tmp_path / "results").rglob("*.*"))) == 1
+    numbers = json.loads((tmp_path / "runs" / "mini" / folder / "numbers.json").read_text())
+    assert {name.split("/")[1] for name in numbers} == {"charades", "mean"}

@@ -292,3 +292,18 @@ def test_no_tracked_file_names_a_path_of_somebodys_machine():
 
 def test_continuous_integration_types_what_a_person_types():
     assert os.access(ROOT / ".ci" / "run", os.X_OK) and "make test" in text(".ci/run")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["DATASETS=charades"], "--profile mini --datasets charades"),
+        (["DATASETS=didemo,charades", "SEED=7"], "--profile mini --seed 7 --datasets didemo charades"),
+        (["PROFILE=smoke"], "--profile smoke"),
+    ],
+)
+def test_make_paper_hands_its_variables_to_every_command(words, expected):
+    shown = subprocess.run(["make", "-n", "paper", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    commands = [" ".join(line.split(" -m vsr1 ")[1].split()) for line in shown.stdout.splitlines() if " -m vsr1 " in line]
+    assert [command.split()[0] for command in commands] == ["corpus", "embed", "notebook", "report"]
+    assert all(command.endswith(expected) for command in commands), commands

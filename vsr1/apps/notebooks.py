@@ -75,11 +75,11 @@ def _cells(source):
 
 
 def _steps_of(profile, dataset):
-    """Return {folder of a finished step: its key} of all that a notebook about `dataset` may rest on."""
+    """Return {folder of a finished step, from runs(dataset): its key} of all that a notebook about `dataset` may rest on."""
     home, runs = profile.data_dir(dataset), profile.runs(dataset)
     paths = [path for path in cache.steps(home) if not path.relative_to(home).parts[0].startswith("seed-")]
     paths += cache.steps(runs)
-    return {path.relative_to(home).as_posix(): cache.metadata(path)["key"] for path in paths}
+    return {os.path.relpath(path, runs): cache.metadata(path)["key"] for path in paths}
 
 
 def _inputs_of_all(profile):
@@ -112,12 +112,12 @@ def execute(source, parameters: dict, profile, home, steps: dict, others) -> boo
     }
     if copy.exists() and record.exists():
         last = json.loads(record.read_text(encoding="utf-8"))
-        if last["inputs"] == inputs and last["steps"].items() <= steps.items():
+        if last["inputs"] == inputs and last["stages"].items() <= steps.items():
             return False
     copy.parent.mkdir(parents=True, exist_ok=True)
     _papermill(source, copy, parameters)
     after = _steps_of(profile, parameters["dataset"]) if "dataset" in parameters else {}
-    cache.write_json(record, {"inputs": inputs, "steps": after})
+    cache.write_json(record, {"inputs": inputs, "stages": after})
     return True
 
 

@@ -161,7 +161,7 @@ def collect(profile: Profile) -> dict:
 def need_run(profile: Profile) -> None:
     """Refuses where nothing was run: what is collected would replace the committed numbers by nothing."""
     home = profile.run_root()
-    if not any(home.glob("*/numbers/*.json")):
+    if not any(home.glob("*/seed-*/numbers/*.json")):
         raise InputError(
             f"{home}: no notebook has left numbers; run `make paper` first; results/ stay as they are"
         )
