@@ -1,11 +1,13 @@
 """What is said over several seeds, against loops over queries; and which files count."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
 from fake import profile as fake_profile
 
+from vsr1 import cache
 from vsr1.evaluation import claims
 from vsr1.experiments import seeds
 from vsr1.report import results, tables
@@ -40,7 +42,7 @@ def run(tmp_path, monkeypatch):
 
 
 def numbers(run):
-    return json.loads(seeds.summary(run).read_text())["numbers"]
+    return json.loads(seeds.summarize(run).read_text())["numbers"]
 
 
 def by_loop(run, dataset, claim):
@@ -50,12 +52,16 @@ def by_loop(run, dataset, claim):
     for told in seeds_hits:
         ours, theirs, gained = told[claim.system], told[claim.baseline], []
         for at, key in enumerate(theirs["ids"]):
-            if not all(key in one[side]["ids"] for one in seeds_hits for side in (claim.system, claim.baseline)):
+            if not all(
+                key in one[side]["ids"] for one in seeds_hits for side in (claim.system, claim.baseline)
+            ):
                 continue
             place = ours["ids"].index(key)
             if claim.failed_only and ours["vr@1_orig"][place] == "1":
                 continue
-            gained.append(int(ours[claim.metric][place]) - int(theirs[claim.baseline_metric or claim.metric][at]))
+            gained.append(
+                int(ours[claim.metric][place]) - int(theirs[claim.baseline_metric or claim.metric][at])
+            )
         points.append(100 * sum(gained) / len(gained))
     return points, len(gained)
 
@@ -77,7 +83,7 @@ def test_a_claim_is_the_mean_over_seeds_of_what_queries_gain(run, name):
 
 
 def test_the_numbers_reach_the_report_and_not_those_of_other_knobs(run, capsys):
-    seeds.summary(run)
+    seeds.summarize(run)
     entry = results.collect(run)["R2/charades/vsr1/ver"]
     assert entry["measured"] and entry["seeds"] == [1, 2, 3]
     assert "Seeds 1, 2, 3. All of it committed; made at c." in tables.basis(run, results.collect(run), "R2")
@@ -92,3 +98,15 @@ def test_the_mean_of_the_data_sets_waits_for_all_of_them_and_the_same_seeds(run,
     for path in (run.results() / "seeds").glob(f"{run.datasets[-1]}-{lost}.json"):
         path.unlink()
     assert not [name for name in numbers(run) if name.startswith("R1/mean/")]
+
+
+def test_a_summary_waits_for_one_that_is_being_written(run):
+    """Two commands end at once: the second reads what the first has left, so the last file holds all seeds."""
+    path, done = run.results() / "seeds" / "numbers.json", []
+    thread = threading.Thread(target=lambda: done.append(seeds.summarize(run)))
+    with cache.updated_json(path):
+        thread.start()
+        thread.join(timeout=0.5)
+        assert not done
+    thread.join()
+    assert numbers(run)["R2/charades/vsr1/ver"]["seeds"] == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""The ladder: its gradients by finite differences, its losses by another formula, and what must not move."""
+"""The soft-token upper bound: gradients by finite differences, losses by another formula, what must not move."""
 
 from dataclasses import replace
 
@@ -60,25 +60,25 @@ def drawn(shape, seed=0):
 
 @pytest.mark.parametrize("name", ["raw", "raw-kept", "b", "scaled"])
 def test_the_slope_of_free_latents_is_that_of_finite_differences(made, gallery, name):
-    way = soft_token_bound.ways(made)[name]
+    layout = soft_token_bound.layouts(made)[name]
     free, turn = 0.1 * drawn((3, 4, made.width)), drawn((3, 4, made.width), seed=1)
 
     def losses(step):
-        vecs = made.pool(made.text_batch(QUERIES, way.through(free + step * turn)))
+        vecs = made.pool(made.text_batch(QUERIES, layout.to_engine(free + step * turn)))
         return soft_token_bound.gallery_nce(vecs, gallery, RIGHT, 0.1)
 
-    _, slope, _ = soft_token_bound.free_step(made, way, QUERIES, free, gallery, RIGHT, 0.1)
+    _, slope, _ = soft_token_bound.latent_step(made, layout, QUERIES, free, gallery, RIGHT, 0.1)
     with torch.no_grad():
         measured = (losses(1e-3) - losses(-1e-3)) / 2e-3  # (Q,)
     assert torch.allclose((slope * turn).sum((1, 2)), measured, rtol=0.03, atol=0.03)
 
 
 def test_each_query_has_its_latents_to_itself(made, gallery):
-    way, free = soft_token_bound.ways(made)["scaled-zero-clipped"], 0.1 * drawn((3, 2, made.width))
-    losses, slope, ranks = soft_token_bound.free_step(made, way, QUERIES, free, gallery, RIGHT, 0.1)
+    layout, free = soft_token_bound.layouts(made)["scaled-zero-clipped"], 0.1 * drawn((3, 2, made.width))
+    losses, slope, ranks = soft_token_bound.latent_step(made, layout, QUERIES, free, gallery, RIGHT, 0.1)
     for row, text in enumerate(QUERIES):
-        one = soft_token_bound.free_step(
-            made, way, [text], free[row : row + 1], gallery, RIGHT[row : row + 1], 0.1
+        one = soft_token_bound.latent_step(
+            made, layout, [text], free[row : row + 1], gallery, RIGHT[row : row + 1], 0.1
         )
         assert torch.allclose(one[0], losses[row : row + 1], atol=1e-4)
         assert torch.allclose(one[1][0], slope[row], atol=1e-4)
@@ -93,7 +93,9 @@ def test_what_stands_in_the_query_has_the_length_that_its_way_promises(made):
         ]
     )
     free = drawn((2, 3, made.width)) * torch.tensor([0.1, 1.0, 40.0])[:, None]
-    longs = {name: way.through(free).norm(dim=-1) for name, way in soft_token_bound.ways(made).items()}
+    longs = {
+        name: layout.to_engine(free).norm(dim=-1) for name, layout in soft_token_bound.layouts(made).items()
+    }
     for name in ("raw-kept", "scaled", "scaled-zero"):
         assert torch.allclose(longs[name], torch.tensor(length, dtype=torch.float32), rtol=1e-2), name
     assert torch.allclose(longs["b"], torch.tensor(made.width**0.5), rtol=1e-2)
@@ -101,12 +103,12 @@ def test_what_stands_in_the_query_has_the_length_that_its_way_promises(made):
 
 
 def test_clipping_shortens_long_slopes_and_leaves_short_ones(made, gallery):
-    way, free = soft_token_bound.ways(made)["raw"], 0.1 * drawn((3, 2, made.width))
-    _, slope, _ = soft_token_bound.free_step(made, way, QUERIES, free, gallery, RIGHT, 0.1)
+    layout, free = soft_token_bound.layouts(made)["raw"], 0.1 * drawn((3, 2, made.width))
+    _, slope, _ = soft_token_bound.latent_step(made, layout, QUERIES, free, gallery, RIGHT, 0.1)
     lengths = slope.flatten(1).norm(dim=1)
     limit = lengths.median().item()
-    _, clipped, _ = soft_token_bound.free_step(
-        made, replace(way, clip=limit), QUERIES, free, gallery, RIGHT, 0.1
+    _, clipped, _ = soft_token_bound.latent_step(
+        made, replace(layout, max_grad_norm=limit), QUERIES, free, gallery, RIGHT, 0.1
     )
     want = slope * (limit / lengths).clamp(max=1)[:, None, None]
     assert torch.allclose(clipped, want) and (lengths > limit).any() and (lengths < limit).any()
@@ -114,14 +116,14 @@ def test_clipping_shortens_long_slopes_and_leaves_short_ones(made, gallery):
 
 def test_at_zero_a_norm_multiplies_the_first_slope(made, gallery):
     """What stops Adam there: its second moment remembers this slope for hundreds of steps."""
-    for layout in ("raw", "b", "scaled"):
-        way, zero = soft_token_bound.ways(made)[layout], torch.zeros(3, 2, made.width)
-        start = way.start * torch.nn.functional.normalize(drawn(zero.shape), dim=-1)
+    for name in ("raw", "b", "scaled"):
+        layout, zero = soft_token_bound.layouts(made)[name], torch.zeros(3, 2, made.width)
+        start = layout.start_norm * torch.nn.functional.normalize(drawn(zero.shape), dim=-1)
         lengths = [
-            soft_token_bound.free_step(made, way, QUERIES, free, gallery, RIGHT, 0.1)[1].norm()
+            soft_token_bound.latent_step(made, layout, QUERIES, free, gallery, RIGHT, 0.1)[1].norm()
             for free in (zero, start)
         ]
-        assert lengths[0] > 30 * lengths[1], layout
+        assert lengths[0] > 30 * lengths[1], name
 
 
 def test_the_gallery_loss_is_info_nce_with_all_others_as_negatives(made, gallery):
@@ -142,9 +144,9 @@ def test_the_gallery_loss_is_info_nce_with_all_others_as_negatives(made, gallery
 
 def test_scaled_heads_hand_out_token_lengths_and_are_default_heads_otherwise(agent, made):
     latents = drawn((5, made.width))
-    for inputs, reader in ((agent.heads.to_policy(latents), agent), (agent.heads.to_engine(latents), made)):
+    for entering, reader in ((agent.heads.to_policy(latents), agent), (agent.heads.to_engine(latents), made)):
         tokens = reader.model.get_input_embeddings().weight[: len(reader.tokenizer)].detach()
-        assert torch.allclose(inputs.norm(dim=-1), tokens.norm(dim=1).mean(), rtol=2e-2)
+        assert torch.allclose(entering.norm(dim=-1), tokens.norm(dim=1).mean(), rtol=2e-2)
     plain = policy.new_heads(agent, soft_heads.Settings(refine_init="default"), 0, made).heads.state_dict()
     differ = {
         name for name, weight in agent.heads.state_dict().items() if not torch.equal(weight, plain[name])
@@ -154,18 +156,18 @@ def test_scaled_heads_hand_out_token_lengths_and_are_default_heads_otherwise(age
 
 def test_what_was_read_once_gives_the_vectors_of_reading_anew(agent, made, gallery):
     once = soft_token_bound.QueryBatch(
-        rows(), soft_token_bound.read_once(agent, rows(), batch=2), gallery, RIGHT
+        rows(), soft_token_bound.read_replies_once(agent, rows(), batch=2), gallery, RIGHT
     )
     anew = replace(once, contexts=None)
     with torch.no_grad():
-        pair = [soft_token_bound.vecs_of(made, agent, asked, 2) for asked in (once, anew)]
-        plain = soft_token_bound.vecs_of(made, agent, once, 0)
+        pair = [soft_token_bound.query_vecs(made, agent, asked, 2) for asked in (once, anew)]
+        plain = soft_token_bound.query_vecs(made, agent, once, 0)
     assert torch.allclose(*pair, atol=1e-5)
     assert np.allclose(plain, made.embed_texts(QUERIES), atol=1e-5)
     order = (plain @ gallery.T).argsort(dim=1, descending=True)
-    told = soft_token_bound.ask(made, agent, once, 0, 0.1, batch=2)
+    told = soft_token_bound.evaluate_heads(made, agent, once, 0, 0.1, size=2)
     assert told["ranks"] == [order[row].tolist().index(RIGHT[row]) + 1 for row in range(3)]
-    some = soft_token_bound.vecs_of(made, agent, once.some([2, 0]), 2)
+    some = soft_token_bound.query_vecs(made, agent, once.select([2, 0]), 2)
     assert torch.allclose(some, pair[0][[2, 0]], atol=1e-5)
 
 
@@ -177,7 +179,8 @@ def test_what_is_read_is_prompt_and_reply_without_a_gap(agent):
     with torch.no_grad():
         context, _ = decoding.prefill(model, [whole], agent.tokenizer.pad_token_id)
         pair = [
-            sqr.soft_tokens(agent, branch, 3) for branch in ([context], soft_token_bound.read(agent, [row]))
+            sqr.soft_tokens(agent, branch, 3)
+            for branch in ([context], soft_token_bound.read_replies(agent, [row]))
         ]
     assert said[-1] == agent.refine_token_id and torch.allclose(*pair, atol=1e-5)
 
@@ -192,27 +195,29 @@ def same(module, before):
 
 def test_heads_learn_alone_or_with_the_policy(agent, made, gallery):
     """Heads alone leave policy and engine as they are to the last bit; with the policy both move, the engine never."""
-    asked = soft_token_bound.QueryBatch(rows(), soft_token_bound.read_once(agent, rows()), gallery, RIGHT)
+    asked = soft_token_bound.QueryBatch(
+        rows(), soft_token_bound.read_replies_once(agent, rows()), gallery, RIGHT
+    )
     before = {part: weights(part) for part in (agent.heads, agent.model, made.model)}
-    losses = soft_token_bound.learn(made, agent, asked, 2, 6, PROFILE)
+    losses = soft_token_bound.train_heads(made, agent, asked, 2, 6, PROFILE)
     assert all(same(agent.model, before[agent.model])) and all(same(made.model, before[made.model]))
     assert not all(same(agent.heads, before[agent.heads])) and np.mean(losses[-2:]) < np.mean(losses[:2])
-    soft_token_bound.learn(made, agent, replace(asked, contexts=None), 2, 1, PROFILE)
+    soft_token_bound.train_heads(made, agent, replace(asked, contexts=None), 2, 1, PROFILE)
     assert not all(same(agent.model, before[agent.model])) and all(same(made.model, before[made.model]))
 
 
 # --- what it compares, and what it says
 
 
-def test_courses_differ_from_the_reference_in_one_thing():
+def test_runs_differ_from_the_reference_in_one_thing():
     profile = config.load("mini")
-    courses = soft_token_bound.plan(profile)
+    runs = soft_token_bound.head_runs(profile)
     reference = soft_token_bound.HeadRun(
         "scaled", profile.soft_token_bound.n_soft, profile.soft_token_bound.train_queries[-1]
     )
-    assert reference in courses and len({course.name for course in courses}) == len(courses)
-    for course in courses:
-        assert sum(vars(course)[key] != value for key, value in vars(reference).items()) <= 1
+    assert reference in runs and len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        assert sum(vars(run)[key] != value for key, value in vars(reference).items()) <= 1
 
 
 def test_numbers_are_shares_of_the_right_queries(tmp_path, monkeypatch):
@@ -244,8 +249,8 @@ def test_real_queries_take_the_replies_of_stage_1(monkeypatch, tmp_path):
     file = tmp_path / released_replies.FILE
     monkeypatch.setattr(sft_data, "reply_file", lambda *_: file)
     monkeypatch.setattr(released_replies, "read_released", lambda *_: (released, {}))
-    ours, asked = soft_token_bound.taught(profile, "charades", queries, None)
+    ours, asked = soft_token_bound.split_examples(profile, "charades", queries, None)
     assert {row.desc_id for row in ours} == learn and {row.desc_id for row in asked} == held
     released[:] = ours
     with pytest.raises(config.InputError, match=f"{file}: no replies about held-out videos"):
-        soft_token_bound.taught(profile, "charades", queries, None)
+        soft_token_bound.split_examples(profile, "charades", queries, None)

@@ -41,7 +41,7 @@ def folder(world):
 
 def test_windows_are_the_whole_clip_in_order_and_their_vectors_those_of_the_engine():
     film = clip(10)  # two whole windows and a short one
-    parts, edges = two_stage.cut(film)
+    parts, edges = two_stage.split_windows(film)
     assert np.array_equal(np.concatenate([part.frames for part in parts]), film.frames)
     assert np.array_equal(np.concatenate([part.timestamps for part in parts]), film.timestamps)
     assert edges.tolist() == [0.25, 8.25, 16.25, 20.0]
@@ -50,12 +50,12 @@ def test_windows_are_the_whole_clip_in_order_and_their_vectors_those_of_the_engi
 def test_windows_read_back_are_those_of_each_video_alone(world, folder):
     profile, made = world
     windows = two_stage.load_windows(folder, "test")
-    video = annotations.find_videos(profile.data_dir("charades") / "videos", list(windows.row))[-1]
+    video = annotations.find_videos(profile.data_dir("charades") / "videos", list(windows.rows))[-1]
     with video_reader.Reader(profile.video_fps, profile.max_frames) as read:
-        parts, edges = two_stage.cut(read.read(video.path))
-    row = windows.row[video.id]
+        parts, edges = two_stage.split_windows(read.read(video.path))
+    row = windows.rows[video.id]
     vecs = np.concatenate([made.embed_clips([part]) for part in parts])
-    np.testing.assert_allclose(windows.vecs[row][windows.there[row]], vecs, atol=1e-3)  # kept in float16
+    np.testing.assert_allclose(windows.vecs[row][windows.mask[row]], vecs, atol=1e-3)  # kept in float16
     np.testing.assert_allclose(windows.edges[row][: len(edges)], edges)
 
 
@@ -90,10 +90,10 @@ def test_a_head_that_says_the_targets_gets_the_spans_back():
 def test_a_span_ends_in_the_video_and_never_before_it_starts():
     """Against a double loop over all pairs of windows, on a random head."""
     windows, rows, query = windows_of([5, 3, 4]), np.array([0, 1, 2]), torch.randn(3, 6)
-    head = two_stage.Head(6, 8).eval()
-    scores, shifts = (part.detach() for part in head(query, windows.vecs, windows.there))
+    head = two_stage.SpanHead(6, 8).eval()
+    scores, shifts = (part.detach() for part in head(query, windows.vecs, windows.mask))
     for row, span in enumerate(two_stage.locate(head, query, windows, rows)):
-        last = int(windows.there[row].sum())
+        last = int(windows.mask[row].sum())
         pairs = [(i, j) for i in range(last) for j in range(i, last)]
         i, j = max(pairs, key=lambda pair: float(scores[row, 0, pair[0]] + scores[row, 1, pair[1]]))
         ends = np.array([i + float(shifts[row, 0, i]), j + 1 + float(shifts[row, 1, j])]) * 4.0
@@ -102,9 +102,9 @@ def test_a_span_ends_in_the_video_and_never_before_it_starts():
 
 def test_padding_does_not_change_what_the_head_says():
     windows, query = windows_of([5, 3]), torch.randn(2, 6)
-    head = two_stage.Head(6, 8).eval()
-    scores, shifts = head(query, windows.vecs, windows.there)
-    alone = head(query[1:], windows.vecs[1:, :3], windows.there[1:, :3])
+    head = two_stage.SpanHead(6, 8).eval()
+    scores, shifts = head(query, windows.vecs, windows.mask)
+    alone = head(query[1:], windows.vecs[1:, :3], windows.mask[1:, :3])
     torch.testing.assert_close(scores[1:, :, :3], alone[0])
     torch.testing.assert_close(shifts[1:, :, :3], alone[1])
     assert torch.isneginf(scores[1, :, 3:]).all()
@@ -123,11 +123,11 @@ def test_the_head_learns_the_moments_it_is_shown():
         windows.vecs[row, at : at + 2] += 4 * query[row]
     spans = np.stack([first * 4.0, first * 4.0 + 8], axis=1)
     parts = np.arange(48), np.arange(48, 60)
-    ours, held = (two_stage.QueryBatch(query[p], p, spans[p], np.ones(len(p), bool)) for p in parts)
-    head = two_stage.Head(16, 8)
+    ours, held = (two_stage.SpanQueries(query[p], p, spans[p], np.ones(len(p), bool)) for p in parts)
+    head = two_stage.SpanHead(16, 8)
     log = two_stage.train(profile, head, ours, held, windows, "test")
     best = max(line["miou"] for line in log)
-    again = moments.span_iou(two_stage.locate(head, held.query, windows, held.rows), held.spans)
+    again = moments.span_iou(two_stage.locate(head, held.vecs, windows, held.rows), held.spans)
     assert metrics.percent(again) == best > 80  # the head that is left is the one that was chosen
 
 
@@ -135,9 +135,9 @@ def test_nothing_is_learned_from_held_out_videos_and_the_cost_is_bounded(world, 
     profile, _ = world
     queries = annotations.read_fig(profile.data_dir("charades") / "corpus" / "train.jsonl")
     learn, held = map(annotations.gallery_ids, annotations.split_validation(queries, profile.val_fraction))
-    used = set(two_stage.load_windows(folder, "train").row)
+    used = set(two_stage.load_windows(folder, "train").rows)
     assert len(used & set(learn)) == 4 and len(used & set(held)) == 1 and len(used) == 5
-    assert len(training_curves.lines(folder)) == profile.two_stage.epochs
+    assert len(training_curves.read_log(folder)) == profile.two_stage.epochs
 
 
 def split_of(profile):
@@ -161,7 +161,7 @@ def test_the_evaluator_and_t1_agree(world, folder, capsys):
     ):  # half of the queries find their video, for a random engine may not
         vectors.query_vecs[2 * row] = vectors.video_vecs[column[query.video]]
     found, windows = retrieval.first_search(queries, vectors), two_stage.load_windows(folder, "test")
-    told = two_stage.submission(two_stage.Head(made.width, 8).eval(), queries, vectors, windows)
+    told = two_stage.submission(two_stage.SpanHead(made.width, 8).eval(), queries, vectors, windows)
     for query, *lists in list(zip(queries, told["VCMR"], told["SVMR"], strict=True))[::3]:
         for line in lists:  # and a third are told their moment, wherever their right video is listed
             right = told["video2idx"][query.video]
@@ -169,7 +169,7 @@ def test_the_evaluator_and_t1_agree(world, folder, capsys):
                 [at, *(query.span if at == right else span)] for at, *span in line["predictions"]
             ]
     (home / "submission.json").write_text(json.dumps(told))
-    numbers = two_stage.numbers(profile, "charades", found, two_stage.known_spans(home, queries))
+    numbers = two_stage.numbers(profile, "charades", found, two_stage.oracle_spans(home, queries))
     assert not found.ties()
     fig_scorer.print_scores(home / "submission.json", profile.data_dir("charades") / "corpus" / "test.jsonl")
     scored = json.loads(capsys.readouterr().out)
@@ -190,9 +190,9 @@ def test_a_right_video_without_windows_is_a_miss_that_counts(world, folder):
     fewer = dataclasses.replace(
         vectors, video_ids=[vectors.video_ids[at] for at in kept], video_vecs=vectors.video_vecs[kept]
     )
-    windows.row.pop(gone)
-    told = two_stage.submission(two_stage.Head(made.width, 8).eval(), queries, fewer, windows)
+    windows.rows.pop(gone)
+    told = two_stage.submission(two_stage.SpanHead(made.width, 8).eval(), queries, fewer, windows)
     assert told["SVMR"][0] == {"desc_id": queries[0].id, "predictions": []} and gone in told["video2idx"]
     (home / "submission.json").write_text(json.dumps(told))
-    spans = two_stage.known_spans(home, queries)
+    spans = two_stage.oracle_spans(home, queries)
     assert len(spans) == len(queries) and spans[0].tolist() == [0, 0]

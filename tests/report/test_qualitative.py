@@ -16,7 +16,7 @@ from fake import record
 
 from vsr1.config import InputError
 from vsr1.data import annotations, video_reader
-from vsr1.experiments import retrieval
+from vsr1.experiments import common
 from vsr1.loop import episode, records, replies
 from vsr1.loop.records import Cost, Ranking, Refinement, Verification
 from vsr1.mini import renderer, world
@@ -181,7 +181,7 @@ def test_what_differs_in_the_video_found_first_is_marked_in_the_query(run, seen)
     nearest = min(
         scenes[wrong].moments, key=lambda m: sum(a != b for a, b in zip(m.attributes(), asked.attributes(), strict=True))
     )
-    told = retrieval.differences(
+    told = common.differences(
         replace(scenes[wrong], moments=(asked,)), replace(scenes[wrong], moments=(nearest,))
     )
     named = [line.split(": ")[1].split()[0] for line in told if " start " not in line and " end " not in line]

@@ -65,14 +65,14 @@ def evaluate(profile, dataset: str, systems) -> None:
 
 def _record(profile, dataset, name, path):
     """Put a row of table T1 that no notebook makes among the numbers of the report, and print it."""
-    from vsr1.experiments import refinement, training_curves
+    from vsr1.experiments import common
     from vsr1.loop import records
     from vsr1.report import results
 
     if cache.dist_state().is_main_process:
-        numbers = training_curves.test_rows(profile, dataset, name, records.read_episodes(path))
+        numbers = common.test_row(profile, dataset, name, records.read_episodes(path))
         results.record(profile, dataset, name, numbers)
-        print(refinement.table(numbers).to_string())
+        print(common.table(numbers).to_string())
 
 
 def seeds(profile, datasets, numbers) -> None:
@@ -84,7 +84,7 @@ def seeds(profile, datasets, numbers) -> None:
             started = time.time()
             study.run(profile, dataset, seed)
             _print_time(f"seed {seed} {dataset}", started)
-            study.summary(profile)
+            study.summarize(profile)
 
 
 def ablations(profile, datasets) -> None:

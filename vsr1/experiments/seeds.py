@@ -1,6 +1,5 @@
-"""Other seeds: both stages trained again on the same corpora and vectors, to tell a result from luck.
+"""Train both stages again with other seeds, on the same corpora and vectors, to tell a result from luck.
 
-runs/<profile>-seed<N>/<dataset>/             what the other seeds left; corpus, videos and vectors are linked
 results/<profile>/seeds/<dataset>-<N>.json    what each system got right, query by query, and the commit that did it
 results/<profile>/seeds/numbers.json          tables R1 and R2, read by `results.collect` like any other part
 """
@@ -16,78 +15,77 @@ from vsr1.config import Profile
 from vsr1.data import annotations
 from vsr1.evaluation import claims
 from vsr1.evaluation.claims import CLAIMS, KEPT, VARIANTS
-from vsr1.experiments import ablations, refinement, retrieval, two_stage
-from vsr1.models import search_index
+from vsr1.evaluation.statistics import Estimate
+from vsr1.experiments import ablations, common, retrieval, two_stage
+from vsr1.models import embedding, search_index
 from vsr1.report import results
-from vsr1.report.results import Estimate
-from vsr1.training import grpo, sft
 
 
 def run(profile: Profile, dataset: str, seed: int) -> Path:
-    """Train and walk with one seed; its file of hits. What stands is not made again."""
-    own = replace(profile, seed=seed)
-    walked = {
-        name: refinement.episodes(own, dataset, name, like="sqr", weights=str(train(own, dataset)))
-        for name, train in {"sft": sft.train, "vsr1": grpo.train}.items()
-    }
-    down = refinement.episodes(
-        own, dataset, "walkdown-ft", like="walkdown", weights=str(sft.train(own, dataset, "ft"))
-    )
-    walked |= {"walkdown": down, "skip": ablations.skipping(own, dataset)}
-    walked["zs-walkdown"] = refinement.episodes(
-        profile, dataset, "walkdown"
-    )  # greedy: the same for all seeds
-    walked |= {name: refinement.sampled(profile, dataset, name) for name in VARIANTS}
-    folder = profile.results() / "seeds"
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = {"seed": seed, "profile": profile.digest(), "commit": results.commit()} | claims.tally(walked)
-    kept["hits"]["twostage"] = _one_shot(own, dataset)
-    path = folder / f"{dataset}-{seed}.json"
-    cache.write_json(path, kept)
+    """Train and run all systems with one seed unless that is current, and write its file of hits."""
+    seeded = replace(profile, seed=seed)
+    runs = {name: common.run_episodes(seeded, dataset, name) for name in ("sft", "vsr1")}
+    runs["walkdown"] = common.run_episodes(seeded, dataset, "walkdown-ft")
+    runs["skip"] = ablations.no_repeat(seeded, dataset)
+    runs["zs-walkdown"] = common.run_episodes(profile, dataset, "walkdown")  # greedy: the same for all seeds
+    runs |= {name: common.run_sample(profile, dataset, name) for name in VARIANTS}
+    hits = {"seed": seed, "profile": profile.digest(), "commit": results.commit()} | claims.tally(runs)
+    hits["hits"]["twostage"] = _two_stage_hits(seeded, dataset)
+    path = profile.results() / "seeds" / f"{dataset}-{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_json(path, hits)
     return path
 
 
-def _one_shot(own, dataset):
-    """Hits of the two-stage baseline, in the shape of `claims.hits`."""
-    folder, home = two_stage.run(own, dataset), own.data_dir(dataset)
-    queries = annotations.read_fig(home / "corpus" / "test.jsonl")
-    found = retrieval.first_search(queries, search_index.load_vectors(home / "embed" / "engine" / "test"))
-    values = two_stage.hits(own, found, two_stage.known_spans(folder, queries))
-    return {"ids": [query.id for query in queries]} | {
-        name: claims.digits(values[name]) for name in KEPT if name in values
-    }
+def _two_stage_hits(profile, dataset):
+    """Return the hits of the two-stage baseline, in the form of `claims.hits`."""
+    folder = two_stage.run(profile, dataset)
+    queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
+    vectors = search_index.load_vectors(embedding.embed_corpus(profile, dataset, "test"))
+    found = retrieval.first_search(queries, vectors)
+    values = two_stage.hits(profile, found, two_stage.oracle_spans(folder, queries))
+    digits = {name: claims.digits(values[name]) for name in KEPT if name in values}
+    return {"ids": [query.id for query in queries]} | digits
 
 
 # --- The tables
 
 
-def summary(profile: Profile) -> Path:
-    """R1 and R2 of all seeds that have a file and were run with this profile."""
-    kept = {}
-    for path in sorted((profile.results() / "seeds").glob("*-*.json")):
-        one = json.loads(path.read_text(encoding="utf-8"))
-        if one["profile"] == profile.digest():
-            one["videos"] = {
-                int(key): video for key, video in one["videos"].items()
-            }  # json has text keys only
-            kept.setdefault(path.stem.rpartition("-")[0], []).append(one)
-        else:
-            print(f"left out: {path} was run with other knobs; make it again with `make seeds`")
-    numbers = {}
-    for dataset in (name for name in profile.datasets if name in kept):
-        numbers |= claims.compare(profile, f"R1/{dataset}", kept[dataset], note=_note(kept[dataset])) | means(
-            profile, dataset, kept[dataset]
-        )
-    if kept.keys() >= set(profile.datasets):
-        numbers |= average(profile, numbers)
-    told = {name: results.plain(asdict(number)) for name, number in numbers.items()}
+def summarize(profile: Profile) -> Path:
+    """Write R1 and R2 of all seeds that have a file and were run with this profile.
+
+    Several processes may do so at once: the last one to write has read all files.
+    """
     path = profile.results() / "seeds" / "numbers.json"
-    cache.write_json(path, {"profile": profile.digest(), "numbers": told, "series": {}})
+    with cache.updated_json(path) as part:
+        runs = read_runs(profile)
+        numbers = {}
+        for dataset in (name for name in profile.datasets if name in runs):
+            note = _note(runs[dataset])
+            numbers |= claims.compare(profile, f"R1/{dataset}", runs[dataset], note=note)
+            numbers |= mean_numbers(profile, dataset, runs[dataset])
+        if runs.keys() >= set(profile.datasets):
+            numbers |= mean_of_datasets(profile, numbers)
+        plain = {name: results.plain(asdict(number)) for name, number in numbers.items()}
+        part |= {"profile": profile.digest(), "numbers": plain, "series": {}}
     return path
 
 
-def means(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, Estimate]:
-    """R2: the trained systems, mean over seeds."""
+def read_runs(profile: Profile) -> dict[str, list[dict]]:
+    """Read {data set: what each seed got right}; files of other knobs are named and left out."""
+    runs = {}
+    for path in sorted((profile.results() / "seeds").glob("*-*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if run["profile"] == profile.digest():
+            run["videos"] = {int(key): video for key, video in run["videos"].items()}  # json has text keys
+            runs.setdefault(path.stem.rpartition("-")[0], []).append(run)
+        else:
+            print(f"left out: {path} was run with other knobs; make it again with `make seeds`")
+    return runs
+
+
+def mean_numbers(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, Estimate]:
+    """Measure the trained systems, mean over seeds (R2)."""
     numbers = {}
     for system in ("twostage", "ft", "walkdown", "sft", "vsr1", "skip"):
         ids = runs[0]["hits"][system]["ids"]
@@ -100,16 +98,16 @@ def means(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, Estimat
     return numbers
 
 
-def average(profile: Profile, numbers: dict[str, Estimate]) -> dict[str, Estimate]:
-    """R1 on the mean of the data sets, each counting the same, where all have the same seeds; no interval."""
-    found = {}
+def mean_of_datasets(profile: Profile, numbers: dict[str, Estimate]) -> dict[str, Estimate]:
+    """Average R1 over the data sets, each counting the same, where all have the same seeds; no interval."""
+    means = {}
     for name in CLAIMS:
         rows = [numbers[f"R1/{dataset}/{name}/points"] for dataset in profile.datasets]
         if len({row.seeds for row in rows}) == 1 and all(row.n for row in rows):
             value, count = float(np.mean([row.value for row in rows])), sum(row.n for row in rows)
-            found[f"R1/mean/{name}/points"] = replace(rows[0], value=value, n=count, ci=None)
-    return found
+            means[f"R1/mean/{name}/points"] = replace(rows[0], value=value, n=count, ci=None)
+    return means
 
 
 def _note(runs):
-    return f"committed; made at {', '.join(sorted({one['commit'][:7] for one in runs}))}"
+    return f"committed; made at {', '.join(sorted({run['commit'][:7] for run in runs}))}"

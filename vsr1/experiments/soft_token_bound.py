@@ -1,13 +1,13 @@
-"""The ladder: from what any soft query could reach down to what heads learn, with one more restriction on each rung.
+"""Bound what any soft query could reach, and measure what heads learn, with one more restriction at a time.
 
-    free       latents of each test query, optimised against the frozen engine, by how they are written: the bound
-    range      InfoNCE of the query as it is and of the right video's own vector: the room to work in
+    free       soft tokens of each test query, optimised against the frozen engine: the upper bound
+    range      InfoNCE of the original query and of the right video's own vector: the room to work in
     overfit    a handful of train queries by heart: through the heads alone, then through heads and policy
-    held       heads alone, trained on some train queries, asked about train videos held out
+    held       heads alone, trained on some train queries, evaluated on queries of validation videos
 
-All but the first go the real way: the state at <REFINE>, `refine.soft_tokens`, `refine.soft_query`. They are text
-only: the policy reads the query and what the teacher says about the video that the first search shows, not the video.
-Negatives are the whole gallery. Test queries take part in the first rung only, which chooses nothing.
+All but the first go through the state at <REFINE>, `sqr.soft_tokens` and `sqr.soft_query`. They are text only: the
+policy reads the query and the teacher's reply about the video that the first search shows, not the video. Negatives are
+the whole gallery. Test queries take part in the first only, which chooses nothing.
 """
 
 import copy
@@ -20,178 +20,203 @@ import torch
 import torch.nn.functional as F
 
 from vsr1 import cache
-from vsr1.config import InputError
+from vsr1.config import InputError, Profile
 from vsr1.data import annotations, source
 from vsr1.data.annotations import evenly_spaced
 from vsr1.evaluation import metrics, statistics
+from vsr1.evaluation.statistics import Estimate
 from vsr1.loop import sqr
-from vsr1.models import checkpoints, decoding, engine, loading, policy, prompt_text, search_index, soft_heads
-from vsr1.report.results import Estimate
-from vsr1.training import common, released_replies, sft_data, sft_examples
+from vsr1.models import (
+    checkpoints,
+    decoding,
+    embedding,
+    engine,
+    loading,
+    policy,
+    prompt_text,
+    search_index,
+    soft_heads,
+)
+from vsr1.training import common, released_replies, sft_data
+from vsr1.training.sft_examples import SFTExample, choose_examples
 
 INITS = ("zero", "default", "scaled")
 DEPTHS = (1, 2, 4, 8)  # soft tokens
 
 
-# --- free latents: nothing but the frozen engine
+# --- Free soft tokens: nothing but the frozen engine
 
 
 @dataclass(frozen=True)
-class Way:
-    """How free latents are written: their length at the start (0: all zero), and what they pass on their way in."""
+class Layout:
+    """How free latents become inputs of the engine, and how they are optimised."""
 
-    start: float
-    through: Callable
-    clip: float = torch.inf  # longest gradient of one query's latents
+    start_norm: float  # length of the random start; 0: all zero
+    to_engine: Callable
+    max_grad_norm: float = torch.inf  # of the latents of one query
 
 
-def ways(made: engine.Engine) -> dict[str, Way]:
-    """Raw embeddings, or what B makes of latents in the official and in the scaled layout; three starts of each."""
-    length = policy.mean_embedding_norm(made)
+def layouts(encoder: engine.Engine) -> dict[str, Layout]:
+    """Return raw embeddings, and what B makes of latents, official and scaled; three starts of each."""
+    norm = policy.mean_embedding_norm(encoder)
     heads = {
-        init: soft_heads.SoftHeads(made.width, made.width, init, (length, length))
+        init: soft_heads.SoftHeads(encoder.width, encoder.width, init, (norm, norm))
         for init in ("zero", "scaled")
     }
-    layouts = {"raw": lambda free: free, "b": heads["zero"].B, "scaled": heads["scaled"].B}
-    found = {"raw-kept": Way(length, lambda free: length * F.normalize(free, dim=-1))}
-    for name, through in layouts.items():
-        found |= {name: Way(length, through), f"{name}-zero": Way(0.0, through)}
-        found[f"{name}-zero-clipped"] = Way(0.0, through, clip=1.0)
+    inputs = {
+        "raw": lambda latents: latents,
+        "b": heads["zero"].to_engine,
+        "scaled": heads["scaled"].to_engine,
+    }
+    found = {"raw-kept": Layout(norm, lambda latents: norm * F.normalize(latents, dim=-1))}
+    for name, to_engine in inputs.items():
+        found |= {name: Layout(norm, to_engine), f"{name}-zero": Layout(0.0, to_engine)}
+        found[f"{name}-zero-clipped"] = Layout(0.0, to_engine, max_grad_norm=1.0)
     return found
 
 
-def free_step(made, way: Way, texts, free, gallery, right, tau):
-    """Losses (Q,) of queries with their free latents (Q, N, D), the gradient of their sum, and ranks (Q,)."""
-    free = free.detach().requires_grad_()
-    vecs = made.pool(made.text_batch(texts, way.through(free)))
+def latent_step(encoder, layout: Layout, texts, latents, gallery, right, tau):
+    """Return losses (Q,) of queries with their latents (Q, N, D), the clipped gradient of their sum, and ranks (Q,)."""
+    latents = latents.detach().requires_grad_()
+    vecs = encoder.pool(encoder.text_batch(texts, layout.to_engine(latents)))
     losses = gallery_nce(vecs, gallery, right, tau)
-    (slope,) = torch.autograd.grad(losses.sum(), free)
-    longest = slope.flatten(1).norm(dim=1)[:, None, None]  # (Q, 1, 1)
-    return losses.detach(), slope * (way.clip / longest).clamp(max=1), ranks_of(vecs, gallery, right)
+    (gradient,) = torch.autograd.grad(losses.sum(), latents)
+    norms = gradient.flatten(1).norm(dim=1)[:, None, None]  # (Q, 1, 1)
+    clipped = gradient * (layout.max_grad_norm / norms).clamp(max=1)
+    return losses.detach(), clipped, ranks_of(vecs, gallery, right)
 
 
-def free_latents(made, way: Way, texts, gallery, right, profile):
-    """Ranks (steps + 1, Q) of the right videos as the latents of each query are optimised for it alone."""
-    noise = torch.randn(
-        len(texts), profile.n_soft, made.width, generator=torch.Generator().manual_seed(profile.seed)
-    )
-    free = way.start * F.normalize(noise, dim=-1).to(gallery)
-    adam, ranks = torch.optim.Adam([free], profile.soft_token_bound.free_lr), []
-    for _ in range(profile.soft_token_bound.free_steps + 1):
-        _, free.grad, now = free_step(made, way, texts, free, gallery, right, profile.infonce_temperature)
-        ranks.append(now)
-        adam.step()
+def optimise_latents(encoder, layout: Layout, texts, gallery, right, profile: Profile) -> np.ndarray:
+    """Optimise the latents of each query for it alone; return ranks (steps + 1, Q) of the right videos."""
+    knobs, generator = profile.soft_token_bound, torch.Generator().manual_seed(profile.seed)
+    noise = torch.randn(len(texts), profile.n_soft, encoder.width, generator=generator)
+    latents = layout.start_norm * F.normalize(noise, dim=-1).to(gallery)
+    optimizer, ranks = torch.optim.Adam([latents], knobs.free_lr), []
+    for _ in range(knobs.free_steps + 1):
+        _, latents.grad, step_ranks = latent_step(
+            encoder, layout, texts, latents, gallery, right, profile.infonce_temperature
+        )
+        ranks.append(step_ranks)
+        optimizer.step()
     return np.array(ranks)
 
 
 def gallery_nce(vecs, gallery, right, tau):
-    """(Q,) InfoNCE of query vectors (Q, D) against all of a gallery (V, D); `right` (Q,) are columns of it."""
+    """Return InfoNCE (Q,) of query vectors (Q, D) against all of a gallery (V, D); `right` (Q,) are its columns."""
     return F.cross_entropy(vecs @ gallery.T / tau, right, reduction="none")
 
 
-def ranks_of(vecs, gallery, right):
-    """(Q,) ranks of the right videos."""
+def ranks_of(vecs, gallery, right) -> np.ndarray:
+    """Return the ranks (Q,) of the right videos."""
     return search_index.ranks((vecs.detach() @ gallery.T).cpu().numpy(), right.cpu().numpy())
 
 
-# --- heads on a policy that reads
+def score(vecs, gallery, right, tau) -> dict:
+    """Return rank of the right video and InfoNCE of each query vector (Q, D), as lists of Q."""
+    losses = gallery_nce(vecs, gallery, right, tau)
+    return {"ranks": ranks_of(vecs, gallery, right).tolist(), "nce": losses.tolist()}
 
 
-def read(agent: policy.Policy, rows: list[sft_examples.SFTExample]) -> list[decoding.Context]:
-    """All that the policy has read when it comes to the <REFINE> of each row's reply; the video is left out."""
-    prompts = [agent.prompt(agent.settings.system, row.query) for row in rows]
-    said = [
-        agent.tokenizer(f"{row.reply} {prompt_text.REFINE}", add_special_tokens=False)["input_ids"]
-        for row in rows
-    ]
-    return agent.replay(prompts, [[*ids, agent.stop_token_id] for ids in said]).refine_contexts
+# --- Heads on a policy that reads replies
+
+
+def read_replies(reader: policy.Policy, rows: list[SFTExample]) -> list[decoding.Context]:
+    """Return what the policy has read at the <REFINE> of each example's reply; the video is left out."""
+    prompts = [reader.prompt(reader.settings.system, row.query) for row in rows]
+    texts = [f"{row.reply} {prompt_text.REFINE}" for row in rows]
+    ids = [reader.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return reader.replay(prompts, [[*reply, reader.stop_token_id] for reply in ids]).refine_contexts
 
 
 @torch.no_grad()
-def read_once(agent, rows, batch=32) -> list[decoding.Context]:
-    """The same for a policy that stays as it is."""
+def read_replies_once(reader, rows, batch=32) -> list[decoding.Context]:
+    """Return the same for a policy that is not trained."""
     parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-    return [context for part in cache.progress(parts, "read replies") for context in read(agent, part)]
+    return [
+        context for part in cache.progress(parts, "read replies") for context in read_replies(reader, part)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
 class QueryBatch:
-    """Rows that heads learn from or are asked about, in one gallery."""
+    """Examples that heads are trained or evaluated on, in one gallery."""
 
-    rows: list[sft_examples.SFTExample]
-    contexts: list[decoding.Context] | None  # None: the policy learns too, and reads anew each time
+    rows: list[SFTExample]
+    contexts: list[decoding.Context] | None  # None: the policy is trained too, and reads anew each time
     gallery: torch.Tensor  # (V, D)
     right: torch.Tensor  # (R,) columns
     wrong: torch.Tensor | None = None  # (R, K) columns of the only negatives; None: the whole gallery
 
-    def some(self, picked) -> "QueryBatch":
-        """A few of the rows, by number."""
-        wrong = None if self.wrong is None else self.wrong[picked]
-        contexts = None if self.contexts is None else [self.contexts[i] for i in picked]
-        return QueryBatch([self.rows[i] for i in picked], contexts, self.gallery, self.right[picked], wrong)
+    def select(self, numbers) -> "QueryBatch":
+        """Return some of the examples, by number."""
+        wrong = None if self.wrong is None else self.wrong[numbers]
+        contexts = None if self.contexts is None else [self.contexts[i] for i in numbers]
+        rows = [self.rows[i] for i in numbers]
+        return QueryBatch(rows, contexts, self.gallery, self.right[numbers], wrong)
+
+    def first(self, count: int) -> "QueryBatch":
+        """Return the first `count` examples, or all."""
+        return self.select(range(min(count, len(self.rows))))
 
     def losses(self, vecs, tau) -> torch.Tensor:
-        """InfoNCE of the rows' query vectors (R, D), (R,)."""
+        """Return InfoNCE (R,) of the query vectors (R, D) of the examples."""
         if self.wrong is None:
             return gallery_nce(vecs, self.gallery, self.right, tau)
         return common.info_nce(vecs, self.gallery[self.right], self.gallery[self.wrong], tau)
 
 
-def vecs_of(made, agent, asked: QueryBatch, n: int) -> torch.Tensor:
-    """(R, D): query vectors with `n` soft tokens, as in the loop."""
-    contexts = read(agent, asked.rows) if asked.contexts is None else asked.contexts
-    latents = sqr.soft_tokens(agent, contexts, n)
-    return sqr.soft_query(made, agent.heads, [row.query for row in asked.rows], latents)
+def query_vecs(encoder, reader, batch: QueryBatch, n: int) -> torch.Tensor:
+    """Embed the queries with `n` soft tokens, as in the loop, (R, D)."""
+    contexts = read_replies(reader, batch.rows) if batch.contexts is None else batch.contexts
+    latents = sqr.soft_tokens(reader, contexts, n)
+    return sqr.soft_query(encoder, reader.heads, [row.query for row in batch.rows], latents)
 
 
-def learn(made, agent, asked: QueryBatch, n: int, steps: int, profile) -> list[float]:
-    """Losses of `steps` steps that train the heads of `agent`; and the policy too, unless it has read already."""
-    learned = [weight for weight in agent.heads.parameters() if weight.requires_grad]
-    groups = [{"params": learned, "lr": profile.soft_token_bound.head_lr}]
-    if asked.contexts is None:
-        groups.append({"params": list(agent.model.parameters()), "lr": profile.soft_token_bound.policy_lr})
-    adam = torch.optim.Adam(groups)
-    fade = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, steps)
+def train_heads(encoder, reader, batch: QueryBatch, n: int, steps: int, profile: Profile) -> list[float]:
+    """Train the heads of `reader` and return the loss of each step; the policy is trained too without contexts."""
+    knobs = profile.soft_token_bound
+    trainable = [weight for weight in reader.heads.parameters() if weight.requires_grad]
+    groups = [{"params": trainable, "lr": knobs.head_lr}]
+    if batch.contexts is None:
+        groups.append({"params": list(reader.model.parameters()), "lr": knobs.policy_lr})
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     rng, order, losses = np.random.default_rng([profile.seed, 12]), [], []
-    for _ in cache.progress(range(steps), f"heads {agent.settings.refine_init}"):
+    for _ in cache.progress(range(steps), f"heads {reader.settings.refine_init}"):
         if not order:
-            order = np.array_split(
-                rng.permutation(len(asked.rows)), -(-len(asked.rows) // profile.soft_token_bound.batch)
-            )
-        batch = asked.some(order.pop())
-        vecs = vecs_of(made, agent, batch, n)
-        loss = batch.losses(vecs, profile.infonce_temperature).mean()
-        adam.zero_grad()
+            order = np.array_split(rng.permutation(len(batch.rows)), -(-len(batch.rows) // knobs.batch))
+        part = batch.select(order.pop())
+        loss = part.losses(query_vecs(encoder, reader, part, n), profile.infonce_temperature).mean()
+        optimizer.zero_grad()
         loss.backward()
-        for group in adam.param_groups:  # apart: zero heads start with a gradient that would drown all others
+        for (
+            group
+        ) in optimizer.param_groups:  # apart: zero heads start with a gradient that would drown all others
             torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-        adam.step()
-        fade.step()
+        optimizer.step()
+        schedule.step()
         losses.append(loss.item())
     return losses
 
 
 @torch.no_grad()
-def ask(made, agent, asked: QueryBatch, n: int, tau: float, batch=48) -> dict:
-    """`scored` for the rows with `n` soft tokens; the queries as they are with n = 0."""
-    starts = range(0, len(asked.rows), batch)
-    parts = [asked.some(range(start, min(start + batch, len(asked.rows)))) for start in starts]
-    vecs = torch.cat([vecs_of(made, agent, part, n) for part in parts])
-    return scored(vecs, asked.gallery, asked.right, tau)
+def evaluate_heads(encoder, reader, batch: QueryBatch, n: int, tau: float, size=48) -> dict:
+    """Return `score` of the queries with `n` soft tokens; of the original queries with n = 0."""
+    starts = range(0, len(batch.rows), size)
+    parts = [batch.select(range(start, min(start + size, len(batch.rows)))) for start in starts]
+    vecs = torch.cat([query_vecs(encoder, reader, part, n) for part in parts])
+    return score(vecs, batch.gallery, batch.right, tau)
 
 
-def scored(vecs, gallery, right, tau) -> dict:
-    """Rank of the right video and InfoNCE of each query vector (Q, D), as lists of Q."""
-    losses = gallery_nce(vecs, gallery, right, tau)
-    return {"ranks": ranks_of(vecs, gallery, right).tolist(), "nce": losses.tolist()}
+# --- The step
 
 
-# --- the stage
+def measure_bound(profile: Profile, dataset: str) -> dict[str, dict]:
+    """Return {system: ranks, InfoNCE and right videos of its queries, curve over its steps}, unless it is current.
 
-
-def ladder(profile, dataset: str) -> dict[str, dict]:
-    """{system: ranks, InfoNCE and right videos of its queries, curve over its steps}, a stage: see `numbers`."""
-    home, knobs = profile.runs(dataset), asdict(profile.soft_token_bound)
+    `numbers` says what the systems are called.
+    """
+    folders = [embedding.embed_corpus(profile, dataset, split) for split in ("train", "test")]
     shared = (
         "infonce_temperature",
         "n_soft",
@@ -202,165 +227,166 @@ def ladder(profile, dataset: str) -> dict[str, dict]:
         "instruction",
     )
     inputs = {
-        "vectors": [
-            cache.metadata(profile.data_dir(dataset) / "embed" / "engine" / split).get("key")
-            for split in ("train", "test")
-        ],
+        "vectors": [cache.metadata(folder)["key"] for folder in folders],
         "replies": sft_data.digest(profile, dataset),
         "policy": loading.version(profile.policy),
-        "knobs": knobs | {name: getattr(profile, name) for name in shared},
+        "knobs": asdict(profile.soft_token_bound) | {name: getattr(profile, name) for name in shared},
         "code": cache.source_digest(__name__),
     }
 
     def work(folder):
-        made = engine.load(profile)
-        found = climb_free(profile, dataset, made) | climb_heads(profile, dataset, made)
-        cache.write_json(folder / "ladder.json", found)
+        encoder, (train, test) = engine.load(profile), map(search_index.load_vectors, folders)
+        systems = optimise_free(profile, dataset, encoder, test)
+        systems |= train_all_heads(HeadTrainer(profile, dataset, encoder, train))
+        cache.write_json(folder / "systems.json", systems)
 
-    target = cache.build(home / "ladder", inputs, work)
-    return json.loads((target / "ladder.json").read_text(encoding="utf-8"))
+    target = cache.build(profile.runs(dataset) / "soft_token_bound", inputs, work)
+    return json.loads((target / "systems.json").read_text(encoding="utf-8"))
 
 
-def climb_free(profile, dataset, made) -> dict[str, dict]:
-    """The first rung, on test queries spread evenly."""
-    vectors = search_index.load_vectors(profile.data_dir(dataset) / "embed" / "engine" / "test")
-    queries = [
-        q
-        for q in annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
-        if vectors.has_video(q.video)
-    ]
+def optimise_free(profile, dataset, encoder, vectors) -> dict[str, dict]:
+    """Optimise the latents of test queries, spread evenly, in each layout."""
+    queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
+    queries = [query for query in queries if vectors.has_video(query.video)]
     queries = evenly_spaced(queries, profile.soft_token_bound.free_queries)
     texts, videos = [query.text for query in queries], [query.video for query in queries]
-    gallery = torch.from_numpy(vectors.video_vecs).to(made.model.device)
+    gallery = torch.from_numpy(vectors.video_vecs).to(encoder.model.device)
     right = torch.from_numpy(vectors.columns(videos)).to(gallery.device)
     with torch.no_grad():
-        plain = scored(made.pool(made.text_batch(texts)), gallery, right, profile.infonce_temperature)
-    found = {"free-plain": plain | {"videos": videos}}
-    for name, way in cache.progress(ways(made).items(), f"free latents {dataset}"):
-        ranks = free_latents(made, way, texts, gallery, right, profile)
+        plain = score(encoder.pool(encoder.text_batch(texts)), gallery, right, profile.infonce_temperature)
+    systems = {"free-plain": plain | {"videos": videos}}
+    for name, layout in cache.progress(layouts(encoder).items(), f"free latents {dataset}"):
+        ranks = optimise_latents(encoder, layout, texts, gallery, right, profile)
         curve = [metrics.percent(row == 1) for row in ranks]
-        found[f"free-{name}"] = {"ranks": ranks[-1].tolist(), "videos": videos, "curve": curve}
-    return found
+        systems[f"free-{name}"] = {"ranks": ranks[-1].tolist(), "videos": videos, "curve": curve}
+    return systems
 
 
 @dataclass(frozen=True)
 class HeadRun:
-    """How heads of the last rung are trained."""
+    """How heads that are evaluated on validation queries are trained."""
 
     init: str
     n: int  # soft tokens
     rows: int  # train queries at most
     hard: bool = False  # negatives: the hard ones of stage 1 only, not the whole gallery
-    long: bool = False  # goes on for `long_steps`
+    long: bool = False  # for `long_steps`
 
     @property
     def name(self) -> str:
-        """What its numbers are filed under."""
+        """The name of its numbers."""
         return f"held-{self.init}-n{self.n}-r{self.rows}" + "-hard" * self.hard + "-long" * self.long
 
 
-def plan(profile) -> list[HeadRun]:
-    """What the last rung compares: one thing changed at a time."""
+def head_runs(profile: Profile) -> list[HeadRun]:
+    """List the runs that are compared: one thing changed at a time."""
     n, most = profile.soft_token_bound.n_soft, profile.soft_token_bound.train_queries[-1]
-    courses = [HeadRun(init, n, most) for init in INITS] + [
-        HeadRun("scaled", depth, most) for depth in DEPTHS
-    ]
-    courses += [HeadRun("scaled", n, rows) for rows in profile.soft_token_bound.train_queries]
-    return list(
-        dict.fromkeys(
-            [*courses, HeadRun("scaled", n, most, hard=True), HeadRun("scaled", n, most, long=True)]
-        )
-    )
+    runs = [HeadRun(init, n, most) for init in INITS] + [HeadRun("scaled", depth, most) for depth in DEPTHS]
+    runs += [HeadRun("scaled", n, rows) for rows in profile.soft_token_bound.train_queries]
+    runs += [HeadRun("scaled", n, most, hard=True), HeadRun("scaled", n, most, long=True)]
+    return list(dict.fromkeys(runs))
 
 
-def taught(profile, dataset, queries, vectors) -> list[list[sft_examples.SFTExample]]:
-    """Rows of train queries to learn from, and of those held out, with what a teacher says: the replies of stage 1."""
+def split_examples(profile, dataset, queries, vectors) -> list[list[SFTExample]]:
+    """Return examples of train queries to learn from, and of validation queries, with the replies of stage 1."""
     parts, negatives = annotations.split_validation(queries, profile.val_fraction), profile.grpo_negatives
     writer = source.of(profile).reply_writer(profile, dataset)
     if writer is not None:
-        many = {"most": len(queries), "negatives": negatives, "seed": profile.seed}
-        return [sft_examples.choose_examples(part, vectors, writer[0], **many) for part in parts]
+        options = {"most": len(queries), "negatives": negatives, "seed": profile.seed}
+        return [choose_examples(part, vectors, writer[0], **options) for part in parts]
     file = sft_data.reply_file(profile, dataset)
     rows, _ = released_replies.read_released(file, queries, vectors, negatives)
     ids = [{query.id for query in part} for part in parts]
-    parts = [[row for row in rows if row.desc_id in some] for some in ids]
-    if not all(parts):
-        raise InputError(f"{file}: no replies about held-out videos, which the ladder asks; take all rows")
-    return parts
+    examples = [[row for row in rows if row.desc_id in part] for part in ids]
+    if not all(examples):
+        raise InputError(f"{file}: no replies about held-out videos, which this study needs; take all rows")
+    return examples
 
 
-class Workshop:
-    """Engine, base policy and train rows that the heads of a data set share; test queries do not come in."""
+class HeadTrainer:
+    """Engine, base policy and train queries that the heads of a data set share; no test query comes in."""
 
-    def __init__(self, profile, dataset: str, made: engine.Engine):
-        self.profile, self.made = profile, made
-        vectors = search_index.load_vectors(profile.data_dir(dataset) / "embed" / "engine" / "train")
+    def __init__(self, profile: Profile, dataset: str, encoder: engine.Engine, vectors: search_index.Vectors):
+        self.profile, self.knobs, self.encoder, self.vectors = (
+            profile,
+            profile.soft_token_bound,
+            encoder,
+            vectors,
+        )
         queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl")
-        parts, rng = taught(profile, dataset, queries, vectors), np.random.default_rng(profile.seed)
-        ours, held = ([rows[at] for at in rng.permutation(len(rows))] for rows in parts)
-        self.column = vectors.column
-        self.gallery = torch.from_numpy(vectors.video_vecs).to(made.model.device)
+        parts, rng = split_examples(profile, dataset, queries, vectors), np.random.default_rng(profile.seed)
+        learn, validation = ([rows[at] for at in rng.permutation(len(rows))] for rows in parts)
+        self.gallery = torch.from_numpy(vectors.video_vecs).to(encoder.model.device)
         self.base = checkpoints.load(profile.policy, profile)
         self.base.model.requires_grad_(False)
-        self.ours = self.asked(ours[: profile.soft_token_bound.train_queries[-1]])
-        self.held = self.asked(held[: profile.soft_token_bound.val_queries])
-        self.few = self.ours.some(range(min(profile.soft_token_bound.overfit_queries, len(self.ours.rows))))
+        self.learn = self._read(learn[: self.knobs.train_queries[-1]])
+        self.validation = self._read(validation[: self.knobs.val_queries])
+        self.few = self.learn.first(self.knobs.overfit_queries)
 
-    def fresh(self, init: str, learns: bool = False) -> policy.Policy:
-        """The policy with new heads; a copy of it if it `learns` too."""
-        model = copy.deepcopy(self.base.model).requires_grad_() if learns else self.base.model
+    def new_policy(self, init: str, trainable: bool = False) -> policy.Policy:
+        """Return the base policy with new heads; a copy of it if it is to be trained too."""
+        model = copy.deepcopy(self.base.model).requires_grad_() if trainable else self.base.model
         bare = policy.Policy(model, self.base.tokenizer, None, None, self.profile.max_frame_pixels)
-        settings = replace(policy.new_settings(self.profile, self.made.instruction), refine_init=init)
-        return policy.new_heads(bare, settings, self.profile.seed, self.made)
+        settings = replace(policy.new_settings(self.profile, self.encoder.instruction), refine_init=init)
+        return policy.new_heads(bare, settings, self.profile.seed, self.encoder)
 
-    def asked(self, rows: list[sft_examples.SFTExample]) -> QueryBatch:
-        """Rows with what the base policy has read of them, whatever its heads."""
-        right = torch.tensor([self.column(row.right) for row in rows], device=self.gallery.device)
-        return QueryBatch(rows, read_once(self.fresh("zero"), rows), self.gallery, right)
+    def _read(self, rows):
+        """Return examples with what the base policy has read of them, whatever its heads."""
+        right = torch.tensor([self.vectors.column(row.right) for row in rows], device=self.gallery.device)
+        return QueryBatch(rows, read_replies_once(self.new_policy("zero"), rows), self.gallery, right)
 
-    def lessons(self, course: HeadRun) -> QueryBatch:
-        """What the heads of a course learn from."""
-        some = self.ours.some(range(min(course.rows, len(self.ours.rows))))
-        if not course.hard:
-            return some
-        wrong = [[self.column(video) for video in row.negatives] for row in some.rows]
-        return replace(some, wrong=torch.tensor(wrong, device=self.gallery.device))
+    def batch_of(self, run: HeadRun) -> QueryBatch:
+        """Return what the heads of a run are trained on."""
+        batch = self.learn.first(run.rows)
+        if not run.hard:
+            return batch
+        wrong = [self.vectors.columns(row.negatives).tolist() for row in batch.rows]
+        return replace(batch, wrong=torch.tensor(wrong, device=self.gallery.device))
+
+    def train(self, reader: policy.Policy, batch: QueryBatch, n: int, steps: int) -> list[float]:
+        """Train the heads of `reader` by `train_heads`."""
+        return train_heads(self.encoder, reader, batch, n, steps, self.profile)
+
+    def evaluate(self, reader: policy.Policy, batch: QueryBatch, n: int) -> dict:
+        """Evaluate the heads of `reader` by `evaluate_heads`."""
+        return evaluate_heads(self.encoder, reader, batch, n, self.profile.infonce_temperature)
 
 
-def climb_heads(profile, dataset, made) -> dict[str, dict]:
-    """The other rungs, on train queries in the train gallery."""
-    shop, n, tau = (
-        Workshop(profile, dataset, made),
-        profile.soft_token_bound.n_soft,
-        profile.infonce_temperature,
-    )
-    few, held, agent = shop.few, shop.held, shop.fresh("scaled")
-    found = {"overfit-plain": ask(made, agent, few, 0, tau), "held-plain": ask(made, agent, held, 0, tau)}
-    found["range-own"] = scored(held.gallery[held.right], held.gallery, held.right, tau)
+def train_all_heads(trainer: HeadTrainer) -> dict[str, dict]:
+    """Train and evaluate heads on train queries in the train gallery: all systems but the free ones."""
+    n, knobs, few, validation = trainer.knobs.n_soft, trainer.knobs, trainer.few, trainer.validation
+    plain, tau = trainer.new_policy("scaled"), trainer.profile.infonce_temperature
+    systems = {
+        "overfit-plain": trainer.evaluate(plain, few, 0),
+        "held-plain": trainer.evaluate(plain, validation, 0),
+    }
+    own = validation.gallery[validation.right]
+    systems["range-own"] = score(own, validation.gallery, validation.right, tau)
     for init in INITS:
-        found[f"range-{init}"] = ask(made, shop.fresh(init), held, n, tau)
-    brief, whole = profile.soft_token_bound.policy_steps, replace(few, contexts=None)
-    courses = [("heads", few, profile.soft_token_bound.steps)]
-    courses += [("heads", few, brief), ("policy", whole, brief)] if brief else []
-    for who, asked, steps in courses:
-        agent = shop.fresh("scaled", learns=who == "policy")
-        losses = learn(made, agent, asked, n, steps, profile)
-        found[f"overfit-{who}-s{steps}"] = ask(made, agent, asked, n, tau) | {"curve": losses}
-    for course in plan(profile):
-        agent = shop.fresh(course.init)
-        steps = profile.soft_token_bound.long_steps if course.long else profile.soft_token_bound.steps
-        losses = learn(made, agent, shop.lessons(course), course.n, steps, profile)
-        found[course.name] = ask(made, agent, held, course.n, tau) | {"curve": losses}
-    for name, one in found.items():
-        one["videos"] = [row.right for row in (few if name.startswith("overfit") else held).rows]
-    return found
+        systems[f"range-{init}"] = trainer.evaluate(trainer.new_policy(init), validation, n)
+    overfit = [("heads", few, knobs.steps)]
+    if knobs.policy_steps:
+        brief = knobs.policy_steps
+        overfit += [("heads", few, brief), ("policy", replace(few, contexts=None), brief)]
+    for part, batch, steps in overfit:
+        reader = trainer.new_policy("scaled", trainable=part == "policy")
+        curve = trainer.train(reader, batch, n, steps)
+        systems[f"overfit-{part}-s{steps}"] = trainer.evaluate(reader, batch, n) | {"curve": curve}
+    for run in head_runs(trainer.profile):
+        reader = trainer.new_policy(run.init)
+        steps = knobs.long_steps if run.long else knobs.steps
+        curve = trainer.train(reader, trainer.batch_of(run), run.n, steps)
+        systems[run.name] = trainer.evaluate(reader, validation, run.n) | {"curve": curve}
+    for name, system in systems.items():
+        system["videos"] = [row.right for row in (few if name.startswith("overfit") else validation).rows]
+    return systems
 
 
-# --- what it says
+# --- Numbers
 
 
 def steps_to(curve: list[float], start: float, share: float) -> int | None:
-    """The first step at which a curve has closed `share` of the distance from `start` to 100; None: never.
+    """Return the first step at which a curve has closed `share` of the distance from `start` to 100; None: never.
 
     >>> steps_to([22.0, 50.0, 95.0, 90.0], 20.0, 0.9), steps_to([22.0, 21.0], 20.0, 0.9)
     (2, None)
@@ -369,44 +395,37 @@ def steps_to(curve: list[float], start: float, share: float) -> int | None:
     return next((step for step, value in enumerate(curve) if value >= goal), None)
 
 
-def numbers(profile, dataset: str, found: dict[str, dict]) -> dict[str, Estimate]:
-    """L1: R@1 of every rung; steps90 of the first; R@1 on failures, on hits, and InfoNCE of the others."""
-    measured, plain = {}, metrics.percent(np.array(found["free-plain"]["ranks"]) == 1)
-    for system, one in found.items():
-        ranks = np.array(one["ranks"])
-        picked = {"vr@1": np.ones(len(ranks), bool)}
-        if system.startswith("held"):
-            failed = np.array(found["held-plain"]["ranks"]) > 1
-            picked |= {"vr@1_failed": failed, "vr@1_kept": ~failed}
-        for metric, rows in picked.items():
-            measured[f"{system}/{metric}"] = _share(profile, ranks[rows] == 1, np.array(one["videos"])[rows])
-        if system.startswith("free") and "curve" in one:
-            measured[f"{system}/steps90"] = Estimate(
-                steps_to(one["curve"], plain, 0.9), len(ranks), unit="steps"
-            )
-        if "nce" in one:
-            measured[f"{system}/nce"] = Estimate(float(np.mean(one["nce"])), len(ranks), unit="nats")
-    failed = [rank for rank in found["held-plain"]["ranks"] if rank > 1]
-    second = metrics.percent(np.array(failed) == 2) if failed else None
-    measured["held-walkdown/vr@1_failed"] = Estimate(second, len(failed))
+def numbers(profile: Profile, dataset: str, systems: dict[str, dict]) -> dict[str, Estimate]:
+    """Measure R@1 of every system (L1).
+
+    Also steps90 of the free ones; R@1 on failed and on successful first searches, and InfoNCE of the others.
+    """
+    measured, plain = {}, metrics.percent(np.array(systems["free-plain"]["ranks"]) == 1)
+    failed = np.array(systems["held-plain"]["ranks"]) > 1
+    for name, system in systems.items():
+        ranks, videos = np.array(system["ranks"]), np.array(system["videos"])
+        groups = {"vr@1": np.ones(len(ranks), bool)}
+        if name.startswith("held"):
+            groups |= {"vr@1_failed": failed, "vr@1_kept": ~failed}
+        for metric, rows in groups.items():
+            measured[f"{name}/{metric}"] = statistics.estimate(ranks[rows] == 1, videos[rows], profile)
+        if name.startswith("free") and "curve" in system:
+            steps = steps_to(system["curve"], plain, 0.9)
+            measured[f"{name}/steps90"] = Estimate(steps, len(ranks), unit="steps")
+        if "nce" in system:
+            measured[f"{name}/nce"] = Estimate(float(np.mean(system["nce"])), len(ranks), unit="nats")
+    lost = np.array(systems["held-plain"]["ranks"])[failed]
+    rank_2 = metrics.percent(lost == 2) if len(lost) else None
+    measured["held-walkdown/vr@1_failed"] = Estimate(rank_2, len(lost))
     return {f"L1/{dataset}/{name}": number for name, number in measured.items()}
 
 
-def _share(profile, hits, videos):
-    """A percentage with its interval, clustered by right video; missing where there is no query."""
-    if not len(hits):
-        return Estimate(None, 0)
-    rng = np.random.default_rng(profile.seed)
-    ci = statistics.bootstrap(hits, videos, profile.bootstrap_samples, rng=rng)
-    return Estimate(metrics.percent(hits), len(hits), ci, (profile.seed,))
-
-
-def series(dataset: str, found: dict[str, dict]) -> dict[str, list]:
-    """L1: R@1 by step of free latents, loss by step of heads."""
-    kinds = {
-        name: "vr@1" if name.startswith("free") else "loss" for name, one in found.items() if "curve" in one
-    }
+def series(dataset: str, systems: dict[str, dict]) -> dict[str, list]:
+    """Return R@1 by step of free latents, and loss by step of heads (L1)."""
     return {
-        f"L1/{dataset}/{name}/{kind}": [list(p) for p in enumerate(found[name]["curve"])]
-        for name, kind in kinds.items()
+        f"L1/{dataset}/{name}/{'vr@1' if name.startswith('free') else 'loss'}": [
+            list(point) for point in enumerate(system["curve"])
+        ]
+        for name, system in systems.items()
+        if "curve" in system
     }

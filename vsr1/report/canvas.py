@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from vsr1.config import Profile
 from vsr1.data import annotations, video_reader
-from vsr1.experiments import retrieval
+from vsr1.experiments import common
 from vsr1.loop import replies
 from vsr1.loop.records import Episode, Turn
 from vsr1.mini import captions, teacher, world
@@ -129,7 +129,7 @@ class Films:
         _, near = self.moments(one, video)
         span = (near.start, near.end) if near else (0.0, clip.seconds)
         span = tuple(np.array(one.gt_span_ms) / 1000) if video == one.gt_video else span
-        times = retrieval.moments_to_see(span, clip.seconds, count)[1:-1]
+        times = common.moments_to_see(span, clip.seconds, count)[1:-1]
         clip = self.reader.read(path, times)
         return plots.Strip(clip.frames, clip.timestamps, video, span) if clip.problem is None else None
 

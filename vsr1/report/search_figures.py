@@ -19,8 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from vsr1 import cache
 from vsr1.config import Profile
 from vsr1.data import video_reader
-from vsr1.evaluation import metrics
-from vsr1.experiments import refinement
+from vsr1.evaluation import metrics, soft_token_sweep
 from vsr1.loop import records
 from vsr1.loop.records import Episode
 from vsr1.models import search_index
@@ -133,7 +132,7 @@ def _rank(profile, dataset, weights, chosen, folder):
     """Fill the folder of `ranks_by_depth`."""
 
     vectors = search_index.load_vectors(profile.data_dir(dataset) / "embed" / "engine" / "test")
-    swept = refinement.sweeps(
+    swept = soft_token_sweep.sweep_policies(
         profile, dataset, vectors, {one.desc_id: ("sqr", weights, one) for one in chosen}
     )
     ranks = {}

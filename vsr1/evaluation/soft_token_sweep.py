@@ -1,0 +1,71 @@
+"""Follow one query as its soft tokens are added one by one: vectors, ranks and cosines at each depth."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vsr1.config import Profile
+from vsr1.data import annotations, video_reader
+from vsr1.loop import runner, sqr
+from vsr1.loop.records import Episode
+from vsr1.models import prompt_text, search_index
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """One query with the first 0, 1, .. N soft tokens after one reply, in the engine's space."""
+
+    vecs: np.ndarray  # (N + 1, D)
+    ranks: np.ndarray  # (N + 1,) of the right video
+    cosines: dict[str, np.ndarray]  # (N + 1,) with the right, the shown, the best video, the original query
+    lengths: np.ndarray  # (N,) of the latents inside the policy
+    appended: np.ndarray  # (N,) of the soft tokens that stand in the query for them
+    words: np.ndarray  # (L,) of the engine's embeddings of the query's own tokens
+
+
+@torch.no_grad()
+def sweep(
+    engine, policy, vectors: search_index.Vectors, episode: Episode, clip: video_reader.Clip, system: str
+) -> Sweep:
+    """Sweep the soft tokens after the first reply of an episode; a reply without <REFINE> gets one behind it.
+
+    clip    the video of its first turn
+    system  the system prompt of that episode
+    """
+    n = policy.settings.n_soft
+    prompt, ids = policy.prompt(system, episode.query, clip), list(episode.turns[0].reply.ids)
+    if policy.refine_token_id in ids:
+        contexts = policy.replay([prompt], [ids]).refine_contexts
+    else:
+        contexts = [context for _, context in policy.append_refine([prompt], [ids])]
+    latents = sqr.soft_tokens(policy, contexts, n)  # (1, N, D)
+    vecs = sqr.prefix_queries(engine, policy.heads, [episode.query], latents)[0].cpu().numpy()  # (N + 1, D)
+    scores = vectors.scores(vecs)  # (N + 1, V)
+    right, shown = vectors.column(episode.gt_video), vectors.column(episode.turns[0].shown_id)
+    cosines = {"right": scores[:, right], "shown": scores[:, shown], "best": scores.max(axis=1)}
+    query_prompt, _ = engine.query_prompt(episode.query)
+    words = engine.model.get_input_embeddings()(torch.tensor(query_prompt.ids, device=latents.device))
+    lengths = lambda tokens: tokens.float().norm(dim=-1).cpu().numpy()  # noqa: E731
+    return Sweep(
+        vecs,
+        search_index.ranks(scores, np.full(n + 1, right)),
+        cosines | {"typed": vecs @ vecs[0]},
+        lengths(latents[0]),
+        lengths(policy.heads.to_engine(latents)[0]),
+        lengths(words),
+    )
+
+
+def sweep_policies(
+    profile: Profile, dataset: str, vectors: search_index.Vectors, policies: dict
+) -> dict[str, Sweep]:
+    """Sweep one query by several policies: {name: (system of `runner.SYSTEMS`, weights, its episode)}."""
+    sweeps, folder = {}, profile.data_dir(dataset) / "videos"
+    with video_reader.Reader(profile.video_fps, profile.max_frames) as reader:
+        for name, (system, weights, episode) in policies.items():
+            (video,) = annotations.find_videos(folder, [episode.turns[0].shown_id])
+            engine, policy = runner.load_pair(profile, runner.SYSTEMS[system], weights)
+            prompt = prompt_text.SYSTEM_ZS if runner.SYSTEMS[system].append_refine else policy.settings.system
+            sweeps[name] = sweep(engine, policy, vectors, episode, reader.read(video.path), prompt)
+    return sweeps

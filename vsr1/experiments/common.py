@@ -1,0 +1,160 @@
+"""Run systems, read their episodes and compare them: what several notebooks and studies share."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from vsr1.config import Profile
+from vsr1.data import annotations, video_reader
+from vsr1.data.annotations import Query
+from vsr1.evaluation import evaluate, metrics, statistics
+from vsr1.evaluation.statistics import Estimate
+from vsr1.loop import records
+from vsr1.loop.records import Episode
+from vsr1.report.plots import Strip
+from vsr1.report.results import digits
+
+MOMENTS = (*(f"vcmr@{m}" for m in metrics.THRESHOLDS), "ver")
+
+
+def run_episodes(profile: Profile, dataset: str, system: str, **options) -> list[Episode]:
+    """Run a system unless its episodes are current, and return them; options as of `evaluate.run_system`."""
+    return records.read_episodes(evaluate.run_system(profile, dataset, system, **options))
+
+
+def run_sample(profile: Profile, dataset: str, system: str) -> list[Episode]:
+    """Run a system on the sample of test queries that refinements are compared on."""
+    count = profile.studies.sample_queries
+    return run_episodes(profile, dataset, f"{system}-sample", like=system, count=count)
+
+
+def select(episodes: list[Episode], ids) -> list[Episode]:
+    """Return the episodes of the queries `ids`, in that order."""
+    by_id = {episode.desc_id: episode for episode in episodes}
+    return [by_id[desc_id] for desc_id in ids]
+
+
+# --- Numbers
+
+
+def estimate(profile: Profile, episodes: list[Episode], values, unit: str = "%") -> Estimate:
+    """Estimate the percentage of `values` (Q,), one an episode, clustered by right video; missing without episodes."""
+    return statistics.estimate(values, [episode.gt_video for episode in episodes], profile, unit)
+
+
+def estimate_metrics(
+    profile: Profile, place: str, episodes: list[Episode], names: tuple[str, ...]
+) -> dict[str, Estimate]:
+    """Estimate metrics of `metrics.hits`: {<place>/<metric>}; `vr@1_failed` over failed first searches only.
+
+    place  <table>/<data set>/<system>
+    """
+    hits = metrics.hits(episodes, profile.vr_ks)
+    chosen = {name: metrics.failed(episodes) if name == "vr@1_failed" else episodes for name in names}
+    return {f"{place}/{name}": estimate(profile, chosen[name], hits[name]) for name in names}
+
+
+def test_row(profile: Profile, dataset: str, system: str, episodes: list[Episode]) -> dict[str, Estimate]:
+    """Estimate the row of one system in T1: moments, verdicts, and its last rankings."""
+    names = (*MOMENTS, *(f"vr@{k}" for k in profile.vr_ks))
+    return estimate_metrics(profile, f"T1/{dataset}/{system}", episodes, names)
+
+
+# --- Tables for readers
+
+
+def table(numbers: dict[str, Estimate]) -> pd.DataFrame:
+    """Arrange numbers as rows of systems and columns of metrics, each with half its interval."""
+    rows = {}
+    for name, number in numbers.items():
+        _, _, system, metric = name.split("/")
+        spread = f" ± {digits((number.ci[1] - number.ci[0]) / 2)}" if number.ci else ""
+        rows.setdefault(system, {})[metric] = digits(number.value) + spread
+    return pd.DataFrame(rows).T.fillna("")
+
+
+def turn_budgets(episodes: list[Episode]) -> pd.DataFrame:
+    """Arrange what one run gives at 1, 2, .. T turns, in percent."""
+    rows = {}
+    for budget in range(1, episodes[0].run.max_turns + 1):
+        hits = metrics.hits(metrics.within(episodes, budget))
+        rows[f"{budget} turns" if budget > 1 else "1 turn"] = {
+            key: round(metrics.percent(hits[key]), 1) for key in MOMENTS
+        }
+    return pd.DataFrame(rows).T
+
+
+def difference(profile: Profile, a, b, videos) -> dict[str, str]:
+    """Say how far hits `a` (Q,) are ahead of `b` on the same queries: points, interval, and whether that is better."""
+    ahead = statistics.difference(a, b, videos, profile)
+    if ahead.value is None:
+        return {"points": "—", "95 % interval": "—", "better": "not shown"}
+    low, high = ahead.ci
+    better = "yes" if low > 0 else "no" if high < 0 else "not shown"
+    return {"points": f"{ahead.value:+.1f}", "95 % interval": f"{low:+.1f} to {high:+.1f}", "better": better}
+
+
+def compare(profile: Profile, pairs: dict[str, tuple[list[Episode], list[Episode], str]]) -> pd.DataFrame:
+    """Arrange the `difference` of each pair {words: (system, baseline, metric)}, paired over the same queries.
+
+    `vr@1_orig` compares the last ranking of the system with the first of the baseline.
+    """
+    rows = {}
+    for words, (system, baseline, metric) in pairs.items():
+        assert [episode.desc_id for episode in system] == [episode.desc_id for episode in baseline]
+        a = metrics.hits(system, profile.vr_ks)[metric.removesuffix("_orig")]
+        b = metrics.hits(baseline, profile.vr_ks)[metric]
+        rows[words] = difference(profile, a, b, [episode.gt_video for episode in system])
+    return pd.DataFrame(rows).T
+
+
+# --- Rows of contact sheets
+
+
+def moments_to_see(span: tuple[float, float], seconds: float, inside: int = 4) -> np.ndarray:
+    """Return the seconds of frames that show a moment: one from before it, `inside` from within, one from after.
+
+    >>> moments_to_see((10, 20), 30)
+    array([ 5. , 11.25, 13.75, 16.25, 18.75, 25. ])
+    """
+    start, end = min(span[0], seconds), min(span[1], seconds)  # the truth may end behind the video
+    within = start + (end - start) * (np.arange(inside) + 0.5) / inside
+    return np.array([start / 2, *within, (end + seconds) / 2])
+
+
+def moment_strips(folder: Path, queries: list[Query], videos: list[str], captions: list[str]) -> list[Strip]:
+    """Return a row for each readable video of `folder`, with frames around the moment of its query."""
+    rows = []
+    with video_reader.Reader() as reader:
+        for video, query, caption in zip(
+            annotations.find_videos(folder, videos), queries, captions, strict=True
+        ):
+            if video.path is not None:
+                clip = reader.read(video.path, moments_to_see(query.span, query.duration - 0.5))
+                if clip.problem is None:
+                    rows.append(Strip(clip.frames, clip.timestamps, caption, query.span))
+    return rows
+
+
+def video_strips(profile: Profile, dataset: str, videos: list[str], captions: list[str]) -> list[Strip]:
+    """Return a row for each readable video of a data set, with frames along all of it, as the policy sees it."""
+    rows, folder = [], profile.data_dir(dataset) / "videos"
+    with video_reader.Reader(profile.video_fps, profile.max_frames) as reader:
+        for video, caption in zip(annotations.find_videos(folder, videos), captions, strict=True):
+            clip = reader.read(video.path)
+            if clip.problem is None:
+                rows.append(Strip(clip.frames, clip.timestamps, caption))
+    return rows
+
+
+def differences(scene, other) -> list[str]:
+    """Say what differs between two rendered scenes of a family, moment by moment."""
+    if scene.family != other.family:
+        return ["not of one family"]
+    return [
+        f"moment {number}: {name} {getattr(b, name)} instead of {getattr(a, name)}"
+        for number, (a, b) in enumerate(zip(scene.moments, other.moments, strict=True), 1)
+        for name in vars(a)
+        if getattr(a, name) != getattr(b, name)
+    ]

@@ -1,0 +1,148 @@
+"""Measure the first refinement in galleries that grow to a hundred times the test videos (B3)."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from vsr1.config import Profile
+from vsr1.data import clip_cache, video_reader
+from vsr1.evaluation.statistics import Estimate
+from vsr1.experiments import common
+from vsr1.loop import hqr, runner, sqr
+from vsr1.loop.records import Episode
+from vsr1.models import batching, embedding, engine, search_index
+from vsr1.training import grpo
+
+GROWTH = 100  # size of the largest gallery: times the test videos
+BLOCK = 8192  # made-up videos whose vectors are in memory at once
+
+
+def gallery_numbers(profile: Profile, dataset: str) -> dict[str, Estimate]:
+    """Measure R@1 and R@10 before and after the first refinement as the gallery grows.
+
+    The video that is rejected is that of the small gallery.
+    """
+    vectors = _load(profile, dataset, "test")
+    weights = str(grpo.train(profile, dataset))
+    hard = [one for one in common.run_sample(profile, dataset, "hqr-seen") if one.problem is None]
+    ids = [one.desc_id for one in hard]
+    soft = common.select(common.run_episodes(profile, dataset, "vsr1"), ids)
+    original = vectors.vecs_of(ids)
+    queries = {
+        "none": original,
+        "sqr": _soft_vecs(profile, dataset, soft, original, weights),
+        "hqr-seen": _rewritten_vecs(profile, hard, original),
+    }
+    numbers = {}
+    for size, ranks in growing_ranks(queries, galleries(profile, dataset, vectors), _right(vectors, soft)):
+        for system, values in ranks.items():
+            for k in (1, 10):
+                estimate = common.estimate(profile, soft, values <= k)
+                numbers[f"B3/{dataset}/{system}/vr@{k}_{size}"] = estimate
+    return numbers
+
+
+def _load(profile, dataset, split):
+    return search_index.load_vectors(embedding.embed_corpus(profile, dataset, split))
+
+
+def _right(vectors, episodes):
+    return vectors.columns([one.gt_video for one in episodes])
+
+
+# --- Galleries
+
+
+def galleries(
+    profile: Profile, dataset: str, vectors: search_index.Vectors
+) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+    """Yield (name, blocks (V, D) of vectors that the gallery has beyond the one before).
+
+    own    the test videos
+    train  with the train videos
+    all    with the videos of the other data sets, where the profile has any
+    made   with made-up videos, GROWTH times as many as the first: a video of this data set, moved by the difference of
+           the two that are most alike
+    """
+    others = [name for name in profile.datasets if name != dataset]
+    train = _load(profile, dataset, "train").video_vecs
+    yield "own", [vectors.video_vecs]
+    yield "train", [train]
+    far = [_load(profile, name, split).video_vecs for name in others for split in ("train", "test")]
+    if far:
+        yield "all", far
+    real = np.concatenate([vectors.video_vecs, train])
+    count = GROWTH * len(vectors.video_vecs) - len(real) - sum(map(len, far))
+    yield "made", _made_up(real, count, np.random.default_rng(profile.seed))
+
+
+def _made_up(real, count, rng):
+    """Yield blocks of `count` made-up vectors, moved from videos (V, D) by differences of near-duplicates."""
+    nearest = (real @ real.T - 2 * np.eye(len(real))).argmax(axis=1)  # of each video the one most like it
+    start, pair = rng.integers(0, len(real), (2, count))
+    for at in range(0, count, BLOCK):
+        rows, ends = start[at : at + BLOCK], pair[at : at + BLOCK]
+        moved = real[rows] + real[ends] - real[nearest[ends]]
+        yield moved / np.linalg.norm(moved, axis=1, keepdims=True)
+
+
+def growing_ranks(
+    queries: dict[str, np.ndarray], galleries: Iterable, right: np.ndarray
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Yield (name, {system: ranks (Q,)}) of galleries that each add blocks of videos to the one before.
+
+    queries  {system: vectors (Q, D)}
+    right    (Q,) columns in the first block
+    """
+    scores_right, ranks = {}, {system: np.ones(len(right), int) for system in queries}
+    for name, blocks in galleries:
+        for block in blocks:
+            for system, vecs in queries.items():
+                scores = vecs @ block.T  # (Q, V)
+                scores_right.setdefault(system, scores[np.arange(len(right)), right])
+                ranks[system] += (scores > scores_right[system][:, None]).sum(axis=1)
+        yield name, {system: values.copy() for system, values in ranks.items()}
+
+
+# --- Refined queries
+
+
+@torch.no_grad()
+def _soft_vecs(profile, dataset, episodes: list[Episode], original, weights):
+    """Compute query vectors (Q, D) after the first refinement again, from recorded replies; original without one."""
+    search_engine, policy = runner.load_pair(profile, runner.SYSTEMS["sqr"], weights)
+    vecs = original.copy()
+    rows = [row for row, one in enumerate(episodes) if one.turns and one.turns[0].rank_by_depth]
+    shown = {episodes[row].turns[0].shown_id for row in rows}
+    splitter, reader = (
+        batching.OOMSplitter("eval_batch"),
+        video_reader.Reader(profile.video_fps, profile.max_frames),
+    )
+    with video_reader.reader_pool(reader, profile.decode_workers) as read:
+        clips = clip_cache.ClipCache(profile.data_dir(dataset) / "videos", shown, read)
+
+        def refine(rows):
+            batch = [episodes[row] for row in rows]
+            videos = clips.get([one.turns[0].shown_id for one in batch])
+            texts, system = [one.query for one in batch], policy.settings.system
+            prompts = [policy.prompt(system, *pair) for pair in zip(texts, videos, strict=True)]
+            replies = [list(one.turns[0].reply.ids) for one in batch]
+            latents = sqr.soft_tokens(
+                policy, policy.replay(prompts, replies).refine_contexts, policy.settings.n_soft
+            )
+            vecs[rows] = sqr.soft_query(search_engine, policy.heads, texts, latents).cpu().numpy()
+
+        for start in range(0, len(rows), profile.eval_batch):
+            splitter.run(refine, rows[start : start + profile.eval_batch])
+    return vecs
+
+
+def _rewritten_vecs(profile, episodes: list[Episode], original):
+    """Compute query vectors (Q, D) of the first rewrite; original without one."""
+    vecs = original.copy()
+    rows = [row for row, one in enumerate(episodes) if one.turns and one.turns[0].update_text]
+    if rows:
+        rewriter = hqr.with_query_limit(engine.load(profile))
+        vecs[rows] = rewriter.embed_texts([episodes[row].turns[0].update_text for row in rows])
+    return vecs
