@@ -36,7 +36,7 @@ def noise(count, height=64, width=64, seed=0):
 
 
 def test_the_prompt_of_a_video_has_one_wrapper_around_each_pair_of_frames(tiny):
-    """Golden ids in the layout of transformers 4.57.1; 5.x's processor doubles the wrapper (STACK.md 2.4)."""
+    """Golden ids in the layout of transformers 4.57.1; 5.x's processor doubles the wrapper."""
     _, tokenizer = tiny
     tokens = tokenizer.convert_ids_to_tokens(video_row(tiny, noise(4), question="Who?").ids)
     block = ["<|vision_start|>"] + ["<|video_pad|>"] * 4 + ["<|vision_end|>"]
@@ -108,7 +108,7 @@ def test_positions_of_videos_follow_the_rule_of_the_paper_s_model(tiny):
 
 
 def test_black_frames_and_other_times_change_the_answer(tiny):
-    """The cheapest detector of a video that never reached the model (STACK.md 5.1)."""
+    """The cheapest detector of a video that never reached the model."""
     model, tokenizer = tiny
     answer = lambda row: model(**inputs.collate([row], model, tokenizer.pad_token_id)).logits[0, -1]  # noqa: E731
     seen = answer(video_row(tiny, noise(4)))

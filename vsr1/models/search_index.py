@@ -12,6 +12,8 @@ import numpy as np
 from vsr1.config import InputError
 from vsr1.models import ivf_index
 
+MAX_CANDIDATES = 2048  # of a query, which is what FAISS finds on a GPU; beyond, all scores are sorted
+
 # --- Vectors
 
 
@@ -78,14 +80,15 @@ class Vectors:
 
     def _search_exact(self, query_vecs, k, scores):
         """Take more candidates until no other video can reach the k-th best, whatever FAISS's rounding."""
-        count, total, margin = 2 * k + 8, len(self.video_ids), self._margin(query_vecs)
-        while True:
-            approximate, columns = self.index.search(query_vecs, min(count, total))
+        count, margin = 2 * k + 8, self._margin(query_vecs)
+        while count < min(len(self.video_ids), MAX_CANDIDATES):
+            approximate, columns = self.index.search(query_vecs, count)
             columns = np.sort(columns, axis=1)
             best, columns = _best(np.take_along_axis(scores, columns, axis=1), columns, k)
-            if count >= total or (best[:, -1] > approximate[:, -1] + margin).all():
+            if (best[:, -1] > approximate[:, -1] + margin).all():
                 return best, columns
             count *= 4
+        return _best(scores, np.broadcast_to(np.arange(scores.shape[1]), scores.shape), k)
 
     def _margin(self, query_vecs):
         """Return how far two float32 products of the same vectors can be apart: twice the bound of one's error."""
