@@ -23,12 +23,12 @@ from vsr1.config import ROOT, InputError
 from vsr1.data import video_reader
 from vsr1.models import checkpoints, engine
 
-MODULES = sorted((ROOT / "vsr1").glob("*.py"))
+MODULES = sorted([*(ROOT / "vsr1").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 
 
 def calls():
     """(where, name as written, {keyword: its source}) of every call in the package and its notebooks' code."""
-    sources = {path.name: path.read_text(encoding="utf-8") for path in MODULES}
+    sources = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in MODULES}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
@@ -73,7 +73,7 @@ def test_no_text_is_run_as_code(called):
 
 
 def test_no_archive_is_unpacked(called):
-    """`release` reads known files out of tars; their names, links and devices lead nowhere (`test_release`)."""
+    """`official_release` reads known files out of tars; no name, link or device in one leads anywhere."""
     for where, name, _ in called:
         assert name.rpartition(".")[2] not in ("extract", "extractall", "unpack_archive"), where
 
@@ -99,7 +99,9 @@ def trapped(tmp_path):
 
     def make(kind, file):
         source, folder = {"policy": "policy", "engine": "engine-small"}[kind], tmp_path / "model"
-        shutil.copytree(ROOT / "vsr1/models" / source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(
+            ROOT / "vsr1/mini/weights" / source, folder, ignore=shutil.ignore_patterns("*.safetensors")
+        )
         (folder / file).write_bytes(trap)
         if kind == "policy":
             return lambda: checkpoints.load(str(folder), profile), folder

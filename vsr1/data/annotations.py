@@ -257,19 +257,3 @@ def find_videos(folder, ids):
     several = sum(len(files.get(id, [])) > 1 for id in set(ids))
     _warn_repairs(folder, {"ids with several files, first taken": several})
     return [Video(id, files.get(id, [None])[0], None) for id in ids]
-
-
-# --- Until training/sft_data reads its rows with `parse_json`
-
-NAME = ("a text that is not empty", lambda value: isinstance(value, str) and value != "")
-
-
-def check_object(value, kinds, where):
-    """Refuse a JSON value that is no object, lacks a key of `kinds`, or holds something else there."""
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: not a JSON object; it needs the keys {', '.join(kinds)}")
-    for key, (wanted, fits) in kinds.items():
-        if key not in value:
-            raise InputError(f"{where}: no key {key!r}; it must be {wanted}")
-        if not fits(value[key]):
-            raise InputError(f"{where}: {key!r} must be {wanted}, found {value[key]!r:.60}")
