@@ -301,7 +301,7 @@ def test_one_turn_is_the_first_turn_of_two(profile, search, vectors, starts, wal
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 def test_the_objective_is_trl_s_in_value_and_gradient(tmp_path, beta):
-    """Text only, where its trainer is right: the same tokens, masks and advantages (STACK.md 5.3)."""
+    """Text only, where its trainer is right: the same tokens, masks and advantages."""
     import datasets
     from trl import GRPOConfig, GRPOTrainer
 
@@ -420,7 +420,7 @@ def test_all_at_once_is_one_after_the_other(walked, knob, value, count):
 
 
 def test_another_video_gives_another_loss(walked):
-    """A trainer that drops the video would not notice (STACK.md 5.1)."""
+    """A trainer that drops the video would not notice."""
     made, rows = walked
     before = learned(made, rows)[0]
     black = {}

@@ -166,7 +166,7 @@ def test_the_loss_and_its_gradients_equal_those_of_a_replay(trainer, rows, profi
 
 @torch.no_grad()
 def test_another_video_gives_another_loss(trainer, rows):
-    """A trainer that drops the video would not notice (STACK.md 5.1)."""
+    """A trainer that drops the video would not notice."""
     before = trainer.compute_loss(trainer.policy.model, batch(trainer, rows))
     trainer.data_collator.clips = Shelf(seed=50)
     assert abs(trainer.compute_loss(trainer.policy.model, batch(trainer, rows)) - before) > 1e-3

@@ -26,7 +26,9 @@ RECORDED = {
 
 def read_log(folder: Path, name: str = "log") -> list[dict]:
     """Read a log of a training run, one dict a line."""
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    with open(folder / f"{name}.jsonl", encoding="utf-8", newline="
+") as file:  # replies hold other line breaks
+        return [json.loads(line) for line in file]
 
 
 def smoothed(place: str, log: list[dict], keys, width: int = 9) -> dict[str, list]:
