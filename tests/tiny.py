@@ -109,6 +109,8 @@ def two_processes(*words, launch=None, **variables):
     launch = launch or ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = [str(config.ROOT / "tests" / "one_of_two.py"), *map(str, words)]
     command, options = [sys.executable, "-m", *launch, *script], {"capture_output": True, "text": True}
+    paths = [config.ROOT, config.ROOT / "tests", config.ROOT / "tests" / "training"]
+    variables = {"PYTHONPATH": os.pathsep.join(map(str, paths))} | variables
     return subprocess.run(command, cwd=config.ROOT, env=os.environ | variables, timeout=300, **options)
 
 

@@ -573,7 +573,9 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors
     assert [line["step"] for line in logs[1]] == [1, 2, 3, 4]
     for one, other in zip(*logs, strict=True):
         assert one.keys() == other.keys()
-        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5) and one["reward"] == other["reward"]
+        # A resumed process reads the same weights at other addresses, and sums may round differently.
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert one["reward"] == pytest.approx(other["reward"], abs=1e-6)
     assert [line["step"] for line in lines(tmp_path / "parts", "held")] == [0, 1, 2, 3, 4]
     assert {row["group"] for line in lines(tmp_path / "parts", "groups") for row in line["rows"]} == {0}
     assert [path.name for path in (tmp_path / "parts" / "steps").iterdir()] == ["000004"]
