@@ -27,6 +27,7 @@ from tiny import (
 
 from vsr1 import cache, config
 from vsr1.data import annotations, clip_cache, video_reader
+from vsr1.experiments import training_curves
 from vsr1.loop import sqr
 from vsr1.models import checkpoints, embedding, inputs, search_index
 from vsr1.training import common, fsdp, grpo, objective, rewards, rollout, sft
@@ -617,6 +618,8 @@ def test_a_step_without_a_readable_video_is_skipped_and_too_many_end_the_run(
 def test_without_validation_prompts_nothing_is_watched(tmp_path, profile, search, vectors, starts):
     begin(profile, search, vectors).run(starts, [], tmp_path, "unwatched")
     assert len(lines(tmp_path)) == 4 and lines(tmp_path, "held") == []
+    log = training_curves.read_log(tmp_path, "held")
+    assert training_curves.reward_numbers("charades", "vsr1", log) == {}
 
 
 def test_states_are_saved_by_time(tmp_path, monkeypatch, profile, search, vectors, starts):
