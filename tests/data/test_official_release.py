@@ -160,7 +160,8 @@ def test_what_is_fetched_is_where_others_look(profile, whole, home):
     official_release.download(profile, "charades", str(whole))
     (home / "videos").mkdir()
     (home / "videos" / "CCCCC.mp4").write_bytes(b"film")
-    assert real_datasets.import_dataset(profile, "charades").name == "videos"
+    real_datasets.prepare(profile, "charades")
+    assert (profile.data_dir("charades") / "videos" / "CCCCC.mp4").read_bytes() == b"film"
     assert sft_data.reply_file(profile, "charades").read_bytes() == b"[]"
 
 
@@ -461,15 +462,17 @@ def test_a_folder_that_is_no_release_is_one_line(manifest, said, profile, tmp_pa
     assert "\n" not in str(refused.value)
 
 
+opened = []
+
+
 class Counting(LocalFileSystem):
     """Remembers what was opened."""
 
     cachable = False
-    files: list = []
 
     def open(self, path, mode="rb", **options):
-        self.files.append(super().open(path, mode, **options))
-        return self.files[-1]
+        opened.append(super().open(path, mode, **options))
+        return opened[-1]
 
 
 def test_every_file_of_a_source_is_closed_also_after_an_error(profile, whole, monkeypatch):
@@ -479,7 +482,7 @@ def test_every_file_of_a_source_is_closed_also_after_an_error(profile, whole, mo
         official_release.download(profile, "charades", str(whole))
     (whole / "shards" / "texts.tar").write_bytes(tar(TEXTS, "./"))
     assert official_release.download(profile, "charades", str(whole)) == []
-    assert len(Counting.files) >= 5 and all(file.closed for file in Counting.files)
+    assert len(opened) >= 5 and all(file.closed for file in opened)
 
 
 def test_a_wanted_file_of_absurd_size_is_refused_before_it_is_read(profile, home, tmp_path, monkeypatch):

@@ -30,8 +30,14 @@ def profile(home):
     return config.load("paper")
 
 
+def imported(profile):
+    """The folder of links, current."""
+    real_datasets.prepare(profile, "charades")
+    return profile.data_dir("charades") / "videos"
+
+
 def test_annotations_and_videos_arrive_and_a_missing_video_is_named(profile, capsys):
-    folder = real_datasets.import_dataset(profile, "charades")
+    folder = imported(profile)
     queries = annotations.read_fig(folder.parent / "corpus" / "test.jsonl")
     assert [(query.video, query.text, query.span) for query in queries] == [
         ("BBBBB", "f", (1, 3)),
@@ -45,15 +51,15 @@ def test_annotations_and_videos_arrive_and_a_missing_video_is_named(profile, cap
     assert capsys.readouterr().out == said
 
 
-def test_a_video_that_arrives_later_changes_the_stage_and_nothing_else_does(home, profile, capsys):
-    videos = real_datasets.import_dataset(profile, "charades")
+def test_a_video_that_arrives_later_changes_the_step_and_nothing_else_does(home, profile, capsys):
+    videos = imported(profile)
     first = cache.metadata(videos)["key"]
     (home / "videos" / "holiday.mp4").write_bytes(b"of somebody else")
-    real_datasets.import_dataset(profile, "charades")
+    imported(profile)
     assert cache.metadata(videos)["key"] == first
     (home / "videos" / "CCCCC.mp4").write_bytes(b"three")
     capsys.readouterr()
-    real_datasets.import_dataset(profile, "charades")
+    imported(profile)
     assert cache.metadata(videos)["key"] != first and (videos / "CCCCC.mp4").read_bytes() == b"three"
     assert (home / "videos" / "AAAAA.mp4").exists(), "only links are replaced"
     assert capsys.readouterr().out == ""
@@ -75,7 +81,7 @@ def test_a_video_that_arrives_later_changes_the_stage_and_nothing_else_does(home
 def test_a_video_is_found_in_any_container_and_one_folder_down(name, home, profile, capsys):
     (home / "videos" / name).parent.mkdir(exist_ok=True)
     (home / "videos" / name).write_bytes(b"three")
-    folder = real_datasets.import_dataset(profile, "charades")
+    folder = imported(profile)
     assert annotations.find_videos(folder, ["CCCCC"])[0].path.read_bytes() == b"three"
     assert capsys.readouterr().out == ""
 
@@ -86,9 +92,7 @@ def test_a_video_is_found_in_any_container_and_one_folder_down(name, home, profi
 def test_what_is_no_video_of_that_name_is_not_taken_for_one(name, home, profile):
     (home / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
     (home / "videos" / name).write_bytes(b"three")
-    assert (
-        annotations.find_videos(real_datasets.import_dataset(profile, "charades"), ["CCCCC"])[0].path is None
-    )
+    assert annotations.find_videos(imported(profile), ["CCCCC"])[0].path is None
 
 
 def test_of_several_files_the_first_by_a_rule_is_taken_and_they_are_counted(home, profile):
@@ -96,7 +100,7 @@ def test_of_several_files_the_first_by_a_rule_is_taken_and_they_are_counted(home
         (home / "videos" / name).parent.mkdir(exist_ok=True)
         (home / "videos" / name).write_bytes(name.encode())
     with pytest.warns(annotations.CorpusWarning, match="1 ids with several files, first taken"):
-        folder = real_datasets.import_dataset(profile, "charades")
+        folder = imported(profile)
     assert annotations.find_videos(folder, ["CCCCC"])[0].path.read_bytes() == b"later/CCCCC.mp4"
 
 
@@ -117,11 +121,11 @@ def test_downloads_of_activitynet_may_lack_the_mark_of_their_ids(tmp_path):
 def test_what_is_not_there_is_named(home, profile, absent):
     (home / absent).rename(home / "elsewhere")
     with pytest.raises(config.InputError, match=absent):
-        real_datasets.import_dataset(profile, "charades")
+        imported(profile)
 
 
 def test_a_folder_without_one_annotated_video_is_refused(home, profile):
     for file in (home / "videos").iterdir():
         file.rename(file.with_name(f"copy of {file.name}"))
     with pytest.raises(config.InputError, match=r"videos: none of the annotated videos .*: AAAAA\.mp4"):
-        real_datasets.import_dataset(profile, "charades")
+        imported(profile)

@@ -1,6 +1,6 @@
-"""The real data sets, from the files of their owners into the folders of a run.
+"""Import the real data sets: from the files of their owners into the folders of a run (`vsr1.data.source`).
 
-data/<dataset>/annotations/  VERIFIED's files, named as in `corpus.FILES`
+data/<dataset>/annotations/  VERIFIED's files, named as in `annotations.FILES`
 data/<dataset>/videos/       any container, also one folder down
 """
 
@@ -16,45 +16,49 @@ from vsr1.config import ROOT, InputError
 from vsr1.data import annotations
 
 SPLITS = ("train", "test")
-# What lies beside downloaded videos and is none. Whatever else has a video's name is tried, and named if unreadable.
-BESIDE = (
-    ".json .txt .csv .xml .md5 .srt .vtt .jpg .jpeg .png .webp .npy .part .ytdl .tmp .m4a .mp3 .wav".split(
-        " "
-    )
+# Endings of what lies beside downloaded videos. Any other file with a video's name is tried, and named if unreadable.
+NO_VIDEO = (
+    ".json .txt .csv .xml .md5 .srt .vtt .jpg .jpeg .png .webp .npy .part .ytdl .tmp .m4a .mp3 .wav".split()
 )
 
 
 def annotation_files(profile, dataset: str) -> list[Path]:
-    """The files of (train, test), in a folder where they need not be."""
+    """Return where the files of (train, test) should be; they need not be there."""
     return [ROOT / profile.data / dataset / "annotations" / name for name in annotations.FILES[dataset]]
 
 
 def locate(folder: Path, ids) -> dict[str, list[Path]]:
-    """{id: its files} for the ids that have any in a folder or one folder below; `.mp4` first, then known containers.
+    """Return {id: its files} for the ids that have any in a folder or one folder below.
 
-    Names are compared whole, but for one ending or two (`x.mp4.webm`) and the `v_` that downloads of ActivityNet lack.
+    Of several files `.mp4` comes first, then other known containers. Names are compared whole, but for one ending or
+    two (`x.mp4.webm`) and the `v_` that downloads of ActivityNet lack.
     """
+    ids, files = set(ids), {}
+    for path in sorted(_list_files(folder), key=_preference):
+        stem = os.path.splitext(path.name)[0]
+        names = (path.name, stem, os.path.splitext(stem)[0])
+        matches = [prefix + name for name in names for prefix in ("", "v_") if prefix + name in ids]
+        if matches and path.suffix.lower() not in NO_VIDEO:
+            files.setdefault(matches[0], []).append(path)
+    return files
+
+
+def _list_files(folder):
     try:
         top = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
         entries = top + [file for entry in top if entry.is_dir() for file in os.scandir(entry.path)]
-        files = [Path(entry.path) for entry in entries if entry.is_file() and not entry.name.startswith(".")]
+        return [Path(entry.path) for entry in entries if entry.is_file() and not entry.name.startswith(".")]
     except OSError as error:
         raise InputError(f"{folder}: cannot be listed ({error.strerror}); put the videos there") from error
-    kind = lambda file: file.suffix.lower()  # noqa: E731
-    ids, found = set(ids), {}
-    for file in sorted(
-        files, key=lambda file: (kind(file) != ".mp4", kind(file) not in annotations.CONTAINERS, file)
-    ):
-        stem = os.path.splitext(file.name)[0]
-        names = (file.name, stem, os.path.splitext(stem)[0])
-        known = [mark + name for name in names for mark in ("", "v_") if mark + name in ids]
-        if known and kind(file) not in BESIDE:
-            found.setdefault(known[0], []).append(file)
-    return found
+
+
+def _preference(path):
+    ending = path.suffix.lower()
+    return ending != ".mp4", ending not in annotations.CONTAINERS, path
 
 
 def videos(profile, dataset: str) -> tuple[dict[str, list[str]], dict[str, list[Path]]]:
-    """({split: ids of its videos}, {id: its files}) of a data set whose annotations are there."""
+    """Return ({split: ids of its videos}, {id: its files}) of a data set whose annotations are there."""
     files, folder = annotation_files(profile, dataset), ROOT / profile.data / dataset / "videos"
     ids = {
         split: annotations.gallery_ids(annotations.read_fig(file))
@@ -64,69 +68,67 @@ def videos(profile, dataset: str) -> tuple[dict[str, list[str]], dict[str, list[
 
 
 def prepare(profile, dataset: str) -> None:
-    """Make corpus and videos of a real data set current (`vsr1.data.source`)."""
-    import_dataset(profile, dataset)
+    """Make corpus/{train,test}.jsonl and videos/, which is full of links, current (`vsr1.data.source`).
+
+    A video without a file is named in `videos/missing.csv`, and one line says how many there are. The videos count by
+    name and size: to read them all for a changed byte would take longer than it is worth.
+    """
+    corpus = _import_annotations(profile, dataset)
+    queries = {split: annotations.read_fig(corpus / f"{split}.jsonl") for split in SPLITS}
+    counts = Counter((query.video, split) for split in SPLITS for query in queries[split])
+    files = _locate_videos(ROOT / profile.data / dataset / "videos", {video for video, _ in counts})
+    missing = [[video, split, n] for (video, split), n in sorted(counts.items()) if video not in files]
+    links = sorted(_link(video, paths[0]) for video, paths in files.items())
+
+    def link(folder):
+        for name, target, _ in links:
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(target)
+        with open(folder / "missing.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("video", "split", "queries"), *missing])
+
+    inputs = {"videos": links, "missing": missing}
+    folder = cache.build(profile.data_dir(dataset) / "videos", inputs, link)
+    if missing and cache.dist_state().is_main_process:
+        share = f"{len(missing)} of {len(counts)} videos are missing ({len(missing) / len(counts):.1%})"
+        test = sum(split == "test" for _, split, _ in missing), len(annotations.gallery_ids(queries["test"]))
+        print(f"{dataset}: {share}, {test[0]} of {test[1]} in test: {folder / 'missing.csv'}", flush=True)
 
 
 def reply_writer(profile, dataset: str) -> None:
     """Return None: nobody knows what real videos show (`vsr1.data.source`)."""
 
 
-def import_dataset(profile, dataset: str) -> Path:
-    """The real data set under runs/<profile>/<dataset>/: `corpus/{train,test}.jsonl`, and `videos/` full of links.
-
-    A video without a file is named in `videos/missing.csv`, and one line says how many there are. The videos count by
-    name and size: reading them all to notice a changed byte would take longer than it is worth.
-    """
-    home, source, files = (
-        profile.data_dir(dataset),
-        ROOT / profile.data / dataset,
-        annotation_files(profile, dataset),
-    )
+def _import_annotations(profile, dataset):
+    """Return corpus/, with the queries of both splits under names that every data source has."""
+    files = annotation_files(profile, dataset)
     for file in files:
         if not file.exists():
             raise InputError(f'{file}: not there; README, "Real data", says what goes where')
 
-    def annotate(folder):
+    def write(folder):
         for split, file in zip(SPLITS, files, strict=True):
             annotations.write_fig(folder / f"{split}.jsonl", annotations.read_fig(file))
 
     inputs = {"files": [cache.file_digest(file) for file in files], "code": cache.source_digest(__name__)}
-    cache.build(home / "corpus", inputs, annotate)
-    queries = {split: annotations.read_fig(home / "corpus" / f"{split}.jsonl") for split in SPLITS}
-    asked = Counter((query.video, split) for split in SPLITS for query in queries[split])
-    found = locate(source / "videos", (video for video, _ in asked))
-    if not found:
-        example = f"{min(asked)[0]}.mp4"
+    return cache.build(profile.data_dir(dataset) / "corpus", inputs, write)
+
+
+def _locate_videos(folder, ids):
+    """Locate the videos; InputError if there are none, a warning where an id has several files."""
+    files = locate(folder, ids)
+    if not files:
         raise InputError(
-            f"{source}/videos: none of the annotated videos is there; name them as annotated: {example}"
+            f"{folder}: none of the annotated videos is there; name them as annotated: {min(ids)}.mp4"
         )
-    several = sum(len(some) > 1 for some in found.values())
+    several = sum(len(paths) > 1 for paths in files.values())
     if several:
-        warnings.warn(
-            f"{source}/videos: {several} ids with several files, first taken",
-            annotations.CorpusWarning,
-            stacklevel=2,
-        )
-    missing = [[video, split, count] for (video, split), count in sorted(asked.items()) if video not in found]
-    links = sorted(_link(video, some[0]) for video, some in found.items())
-
-    def link(folder):
-        for name, path, _ in links:
-            (folder / name).unlink(missing_ok=True)
-            (folder / name).symlink_to(path)
-        with open(folder / "missing.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("video", "split", "queries"), *missing])
-
-    folder = cache.build(home / "videos", {"videos": links, "missing": missing}, link)
-    if missing and cache.dist_state().is_main_process:
-        told = f"{len(missing)} of {len(asked)} videos are missing ({len(missing) / len(asked):.1%})"
-        test = sum(split == "test" for _, split, _ in missing), len(annotations.gallery_ids(queries["test"]))
-        print(f"{dataset}: {told}, {test[0]} of {test[1]} in test: {folder / 'missing.csv'}", flush=True)
-    return folder
+        message = f"{folder}: {several} ids with several files, first taken"
+        warnings.warn(message, annotations.CorpusWarning, stacklevel=3)
+    return files
 
 
 def _link(video, file):
-    """[name, where it leads, bytes]. An ending that `corpus.find_videos` does not know is dropped: content decides."""
+    """Return [name, target, bytes]. An ending that `find_videos` does not know is dropped: content decides."""
     ending = file.suffix if file.suffix.lower() in annotations.CONTAINERS else ""
     return [video + ending, str(file.resolve()), file.stat().st_size]
