@@ -117,7 +117,7 @@ def clock(work) -> float:
 
 
 def search(path: Path, queries: np.ndarray, true_rows: np.ndarray) -> dict:
-    """Measure recall, ms a query and peak memory in a process that only searches, one query at a time on CORES cores."""
+    """Measure recall, time and peak memory in a process that only searches, one query at a time on CORES cores."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
     cold = []

@@ -59,7 +59,7 @@ def profile(hub, tmp_path, monkeypatch):
 
 
 def by_hand(folder, film, reply):
-    """Soft tokens (8, D) and query vector (D,) of a reply up to its <REFINE>, by full forwards: docs/method.md section 3 as is."""
+    """Soft tokens (8, D) and query vector (D,) of a reply up to its <REFINE>, by full forwards."""
     tensors, tokenizer = load_file(folder / "model.safetensors"), AutoTokenizer.from_pretrained(folder)
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder).eval()
 
@@ -147,7 +147,7 @@ def test_our_own_checkpoint_on_the_hub_is_loaded_with_its_heads(hub, profile):
     assert loaded.settings.system == agent.settings.system
     assert search_folder.pick(profile, weights="me/mine") == ("me/mine", "sqr")
     (home / "snapshots" / COMMIT / "vsr1.json").unlink()
-    with pytest.raises(config.InputError, match="soft-query heads but no vsr1.json"):
+    with pytest.raises(config.InputError, match=r"soft-query heads but no vsr1\.json"):
         checkpoints.load("me/mine", profile)
 
 
@@ -179,6 +179,18 @@ def test_a_name_stays_at_the_commit_of_its_first_use(hub, profile):
         branch.write_text(COMMIT)
     assert json.loads((config.ROOT / loading.REVISIONS).read_text()) == {NAME: COMMIT}
     assert loading.version(str(hub)) == cache.file_digest(hub)
+
+
+def test_a_pin_that_another_process_wrote_meanwhile_is_kept(hub, profile, monkeypatch):
+    fetch, path = loading.snapshot_download, config.ROOT / loading.REVISIONS
+
+    def fetch_slowly(*args, **options):
+        path.write_text(json.dumps({"other/model": "b" * 40}))
+        return fetch(*args, **options)
+
+    monkeypatch.setattr(loading, "snapshot_download", fetch_slowly)
+    assert loading.download(NAME) == hub
+    assert loading.revisions() == {"other/model": "b" * 40, NAME: COMMIT}
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ def open_index(path: Path) -> faiss.Index:
 
 def exact(stream: Stream, queries: np.ndarray, k: int) -> np.ndarray:
     """Return the rows (Q, k) of the vectors nearest to each query, best first, by comparison with all vectors."""
-    return knn_ground_truth(queries, _blocks(stream), k, faiss.METRIC_INNER_PRODUCT)[1]
+    blocks = (block for _, block in _blocks(stream))
+    return knn_ground_truth(queries, blocks, k, faiss.METRIC_INNER_PRODUCT)[1]
 
 
 def recalls(rows: np.ndarray, true_rows: np.ndarray) -> np.ndarray:
@@ -72,24 +73,18 @@ def build(path: Path, stream: Stream, queries: np.ndarray, target: float = RECAL
     queries  (Q, D), two at least. On half of them `nprobe` grows until it surely finds `target` of the K best. The
              returned recall is that of the other half
     """
-    count, dim = _shape(stream)
-    if queries.shape[1] != dim:
-        raise InputError(
-            f"{path}: queries of {queries.shape[1]} dimensions for vectors of {dim}; take one engine"
-        )
+    count, dim = _shape(path, stream, queries)
     parts = path.with_name(f"{path.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
-    trained = parts / "trained.faiss"
+    trained, files = parts / "trained.faiss", []
     if not trained.exists():
         _write(_train(stream, count, dim), trained)
-    files, row = [], 0
-    for block in cache.progress(_blocks(stream), "index vectors", math.ceil(count / BLOCK)):
-        files.append(parts / f"{row:012}.part")
+    for start, block in cache.progress(_blocks(stream), "index vectors", math.ceil(count / BLOCK)):
+        files.append(parts / f"{start:012}.part")
         if not files[-1].exists():
-            part, rows = _read(trained), np.arange(row, row + len(block))
-            part.add_with_ids(_finite(block, rows), rows)
+            part = _read(trained)
+            part.add_with_ids(block, np.arange(start, start + len(block)))
             _write(part, files[-1])
-        row += len(block)
     index = _merge(_read(trained), files, parts / "merged.ivfdata")
     queries = np.ascontiguousarray(queries[:: math.ceil(len(queries) / CHECKS)], np.float32)
     measured = _tune(index, queries, exact(stream, queries, min(K, count)), target)
@@ -99,47 +94,44 @@ def build(path: Path, stream: Stream, queries: np.ndarray, target: float = RECAL
     return {"vectors": count, "dimensions": dim, "lists": index.nlist} | measured
 
 
-def _shape(stream):
-    """Return (vectors, dimensions) of a stream."""
+def _shape(path, stream, queries):
+    """Return (vectors, dimensions) of a stream whose vectors and queries have one width."""
     shapes = [vecs.shape for vecs in stream()]
-    for number, (_, dim) in enumerate(shapes):
-        if dim != shapes[0][1]:
-            raise InputError(
-                f"shard {number}: vectors of {dim} dimensions, the first has {shapes[0][1]}; "
-                "index those of one engine"
-            )
+    widths = {dim for _, dim in shapes} | {queries.shape[1]}
+    if len(widths) > 1:
+        raise InputError(
+            f"{path}: vectors and queries of {sorted(widths)} dimensions; index those of one engine"
+        )
     if not (count := sum(size for size, _ in shapes)):
-        raise InputError("there are no vectors to index")
-    return count, shapes[0][1]
+        raise InputError(f"{path}: there are no vectors to index")
+    return count, widths.pop()
 
 
 def _blocks(stream):
-    """Give the vectors of a stream, at most BLOCK at once."""
+    """Give (first row, vectors) of blocks of a stream, at most BLOCK vectors each; all are checked to be finite."""
+    row = 0
     for vecs in stream():
         for start in range(0, len(vecs), BLOCK):
-            yield np.ascontiguousarray(vecs[start : start + BLOCK], np.float32)
+            block = np.ascontiguousarray(vecs[start : start + BLOCK], np.float32)
+            if not (finite := np.isfinite(block).all(axis=1)).all():
+                raise InputError(
+                    f"the vector of row {row + finite.argmin()} holds no numbers; make its shard again"
+                )
+            yield row, block
+            row += len(block)
 
 
 def _train(stream, count, dim):
     """Return the index without vectors: centroids by spherical k-means on vectors spread evenly over the stream."""
     lists = round(math.sqrt(count))
-    rows, start, sample = np.linspace(0, count - 1, min(count, SAMPLE * lists)).astype(int), 0, []
-    for vecs in stream():
-        here = rows[(rows >= start) & (rows < start + len(vecs))] - start
-        sample.append(_finite(vecs[here], start + here))
-        start += len(vecs)
+    rows = np.linspace(0, count - 1, min(count, SAMPLE * lists)).astype(int)
+    sample = [
+        block[rows[(rows >= start) & (rows < start + len(block))] - start] for start, block in _blocks(stream)
+    ]
     half, ip = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
     index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, lists, half, ip, False)
     index.train(np.concatenate(sample))
     return index
-
-
-def _finite(vecs, rows):
-    """Return the vectors of `rows` if all are finite."""
-    if not (finite := np.isfinite(vecs).all(axis=1)).all():
-        bad = rows[~finite][0]
-        raise InputError(f"the vector of row {bad} holds values that are no numbers; make its shard again")
-    return vecs
 
 
 def _merge(index, files, data):
