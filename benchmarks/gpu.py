@@ -29,7 +29,7 @@ from vsr1.data.video_writer import write_video
 from vsr1.loop import episode, records, runner
 from vsr1.mini import architecture
 from vsr1.models import checkpoints, embedding, engine, loading, policy, search_index
-from vsr1.report import results
+from vsr1.report import provenance
 from vsr1.training import grpo, rollout, sft, sft_examples
 
 SHAPES = {  # of Qwen3-VL-2B-Instruct and Qwen3-VL-Embedding-2B, as their config.json has them
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
             for row in found:
                 print(f"{row.profile}  {row.what}: {row.seconds} s a round, {row.peak_gb} GB", flush=True)
     facts = {"seconds": "of the clock", "minutes": round((time.time() - started) / 60, 1)}
-    facts |= {"rows_a_step": LESS} if args.cpu else {"device": results.device()["gpu"]}
+    facts |= {"rows_a_step": LESS} if args.cpu else {"device": provenance.device()["gpu"]}
     speed.write(rows, config.ROOT / "results" / "bench", "cpu" if args.cpu else "gpu", **facts)
 
 

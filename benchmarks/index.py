@@ -21,7 +21,7 @@ import numpy as np
 from vsr1 import cache, config
 from vsr1.config import InputError
 from vsr1.models import ivf_index
-from vsr1.report import results
+from vsr1.report import provenance
 
 # All ours.
 CORES = 2  # that a search may use
@@ -164,9 +164,9 @@ def main(argv: list[str] | None = None) -> int:
         print(", ".join(f"{key} {value}" for key, value in rows[-1].items()))
     args.out.mkdir(parents=True, exist_ok=True)
     rows[0] |= {"target_recall": TARGET_RECALL, "target_ms": TARGET_MS}
-    facts = {"minutes": round((time.time() - started) / 60, 1), "machine": results.device(), "cores": CORES}
+    facts = {"minutes": round((time.time() - started) / 60, 1), "machine": provenance.device(), "cores": CORES}
     facts |= {
-        "commit": results.commit(),
+        "commit": provenance.commit(),
         "k": ivf_index.K,
         "faiss": faiss.__version__,
         "queries": QUERIES // 2,

@@ -27,7 +27,7 @@ from vsr1.data import annotations, video_reader
 from vsr1.loop import sqr
 from vsr1.mini import architecture
 from vsr1.models import engine, inputs, policy, prompt_text, search_index, soft_heads
-from vsr1.report import results
+from vsr1.report import provenance
 from vsr1.training import grpo, rollout
 
 LATENTS = GROUP = 8
@@ -341,9 +341,9 @@ def write(rows: list, folder: Path, name="agent", **facts) -> None:
     """`name`.json with the rows, the machine and the versions; `name`.csv with the rows alone."""
     folder.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    facts = {"seconds": "of the processor", "device": "CPU only", "machine": results.device()} | facts
-    facts |= {"threads": torch.get_num_threads(), "commit": results.commit()}
-    facts |= {"versions": versions | {name: results.version(name) for name in ("transformers", "flash-attn")}}
+    facts = {"seconds": "of the processor", "device": "CPU only", "machine": provenance.device()} | facts
+    facts |= {"threads": torch.get_num_threads(), "commit": provenance.commit()}
+    facts |= {"versions": versions | {name: provenance.version(name) for name in ("transformers", "flash-attn")}}
     facts |= {"peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
     cache.write_json(folder / f"{name}.json", facts | {"rows": [asdict(row) for row in rows]})
     with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:

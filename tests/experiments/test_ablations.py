@@ -70,7 +70,7 @@ def test_what_is_kept_grows_and_forgets_other_knobs(tmp_path, monkeypatch):
     run = fake_profile(tmp_path, monkeypatch)
     ablations.record(run, "didemo", {"B1/didemo/m1/ver": Estimate(50.0, 4)})
     ablations.record(run, "didemo", {"B1/didemo/m3/ver": Estimate(60.0, 4)})
-    entry = results.collect(run)["B1/didemo/m1/ver"]
+    entry = results.collect(run).loc["B1/didemo/m1/ver"]
     assert (entry["value"], entry["measured"]) == (50.0, True) and entry["note"].startswith(
         "committed; run at "
     )
@@ -78,7 +78,7 @@ def test_what_is_kept_grows_and_forgets_other_knobs(tmp_path, monkeypatch):
     ablations.record(other, "didemo", {"B1/didemo/m3/ver": Estimate(70.0, 4)})
     path = run.results() / "ablations" / "didemo.json"
     assert list(json.loads(path.read_text())["numbers"]) == ["B1/didemo/m3/ver"]
-    assert not results.collect(run).get("B1/didemo/m3/ver", {}).get("measured")
+    assert not results.collect(run).measured.get("B1/didemo/m3/ver")
 
 
 def measured(run, dataset, names):
@@ -90,17 +90,17 @@ def measured(run, dataset, names):
 def test_a_mean_of_the_data_sets_needs_all_of_them_and_stands_beside_the_paper(tmp_path, monkeypatch):
     run = fake_profile(tmp_path, monkeypatch)
     for at, dataset in enumerate(run.datasets):
-        assert not results.collect(run)["F4/mean/vsr1/d2"]["measured"]
+        assert not results.collect(run).at["F4/mean/vsr1/d2", "measured"]
         measured(run, dataset, [(f"F4/{dataset}/vsr1/d{d}", 10.0 * d + at) for d in range(9)])
-    entry = results.collect(run)["F4/mean/vsr1/d2"]
-    assert (entry["value"], entry["paper"], entry["ci"]) == (21.0, 32.3, None) and entry["verdict"] is None
+    entry = results.collect(run).loc["F4/mean/vsr1/d2"]
+    assert (entry["value"], entry["paper"], entry["low"]) == (21.0, 32.3, None) and entry["verdict"] is None
 
 
 def test_curves_show_what_is_measured_and_the_last_panel_what_the_paper_shows(tmp_path, monkeypatch):
     run = fake_profile(tmp_path, monkeypatch)
     for dataset in run.datasets:
         measured(run, dataset, [(f"F4/{dataset}/vsr1/d{d}", 10.0 * d) for d in range(9) if d != 4])
-    figure = plots.soft_tokens(results.collect(run), ["didemo"])
+    figure = plots.soft_tokens(results.collect(run), {}, ["didemo"])
     ours, paper = (axes.lines[0].get_xydata().tolist() for axes in figure.axes)
     assert ours == [[d, 10.0 * d] for d in range(9) if d != 4]  # a gap is no zero
     published = [results.published()[f"F4/mean/vsr1/d{d}"] for d in range(9)]
@@ -108,11 +108,12 @@ def test_curves_show_what_is_measured_and_the_last_panel_what_the_paper_shows(tm
     assert len(figure.axes[1].lines[1].get_xydata()) == 0  # the paper has no such line
 
 
-def test_bars_of_two_engines_leave_a_gap_where_soft_tokens_were_not_trained(tmp_path, monkeypatch):
+def test_marks_of_two_engines_leave_a_gap_where_soft_tokens_were_not_trained(tmp_path, monkeypatch):
     run = fake_profile(tmp_path, monkeypatch)
     measured(run, "didemo", [("A2/didemo/sqr/vr@1_small", 70.0), ("A2/didemo/hqr-seen/vr@1_large", 5.0)])
-    (axes,) = plots.engines(results.collect(run), ["didemo"]).axes
-    assert sorted(bar.get_width() for bar in axes.patches) == [5.0, 70.0]
+    (axes,) = plots.engines(results.collect(run), {}, ["didemo"]).axes
+    marks = [line for line in axes.lines if line.get_marker() in ("o", "s")]
+    assert sorted(line.get_xdata()[0] for line in marks) == [5.0, 70.0]
 
 
 def test_every_variant_has_its_words_where_its_table_is_laid_out():

@@ -84,7 +84,7 @@ def test_a_claim_is_the_mean_over_seeds_of_what_queries_gain(run, name):
 
 def test_the_numbers_reach_the_report_and_not_those_of_other_knobs(run, capsys):
     seeds.summarize(run)
-    entry = results.collect(run)["R2/charades/vsr1/ver"]
+    entry = results.collect(run).loc["R2/charades/vsr1/ver"]
     assert entry["measured"] and entry["seeds"] == [1, 2, 3]
     assert "Seeds 1, 2, 3. All of it committed; made at c." in tables.basis(run, results.collect(run), "R2")
     path = run.results() / "seeds" / "charades-2.json"

@@ -232,7 +232,7 @@ def test_the_command_leaves_episodes_and_the_row_of_t1(hub, profile, tmp_path, m
     small = config.load(str(tmp_path / "small.yaml"))
     walked = records.read_episodes(small.runs("charades") / "episodes" / "vsr1-released.jsonl")
     numbers = results.collect(small)
-    found = numbers["T1/charades/vsr1-released/vr@1"]
+    found = numbers.loc["T1/charades/vsr1-released/vr@1"]
     assert found["measured"] and found["n"] == len(walked) > 4
     assert found["value"] == pytest.approx(100 * np.mean([one.rank_orig == 1 for one in walked]))
     vectors = search_index.load_vectors(small.data_dir("charades") / "embed" / "engine" / "test")

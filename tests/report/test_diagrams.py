@@ -64,7 +64,7 @@ def every(run):
     pair = "charades", walk(1, [30, 12, 1], "vsr1", text=LONG), walk(1, [30, 31, 32], "hqr", text=LONG)
     for n in (1, 8, 64):
         numbered = replace(run, n_soft=n, max_turns=10, sft_negatives=1024)
-        yield from (diagrams.pipeline(numbered), diagrams.hard_and_soft(numbered, pair, {}))
+        yield from (diagrams.loop(numbered), diagrams.hard_and_soft(numbered, pair, {}))
     yield from (diagrams.hard_and_soft(run, None, {}), diagrams.rewriters())
 
 
@@ -107,7 +107,7 @@ def test_arrows_go_around_boxes_and_words(run):
 
 def test_the_loop_and_the_refinements_have_the_numbers_of_the_profile(run):
     run = replace(run, n_soft=5, max_turns=4, sft_negatives=24)
-    loop, two = diagrams.pipeline(run), diagrams.hard_and_soft(run, None, {})
+    loop, two = diagrams.loop(run), diagrams.hard_and_soft(run, None, {})
     assert all(
         words in said(loop) for words in ("N = 5", "T = 4", "at t = 4", REFINE, "or unknown", "no_refine")
     )
@@ -188,7 +188,7 @@ def test_the_example_shows_its_ranks_and_its_frames_unless_they_are_of_real_vide
         )
         for one in pair
     )
-    shown = diagrams.films(run, dataset, soft, hard)
+    shown = diagrams.frames(run, dataset, soft, hard)
     assert shown.keys() == set(names.values()) and all(len(pictures) == 2 for pictures in shown.values())
     figure = diagrams.hard_and_soft(run, (dataset, soft, hard), shown)
     words = said(figure)

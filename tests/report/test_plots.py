@@ -8,13 +8,13 @@ from fake import record
 from PIL import Image
 
 from vsr1 import config
-from vsr1.report import plots, results
+from vsr1.report import canvas, plots, results
 
 
 def strip(colours, caption="a clip", span=None):
     """A clip of one second per colour."""
     frames = np.broadcast_to(np.array(colours, np.uint8)[:, None, None, :], (len(colours), 24, 32, 3))
-    return plots.Strip(frames, np.arange(len(colours), dtype=float), caption, span)
+    return canvas.Strip(frames, np.arange(len(colours), dtype=float), caption, span)
 
 
 def pixels(path):
@@ -27,7 +27,7 @@ def pixels(path):
 
 def test_a_contact_sheet_shows_every_frame_of_every_clip(tmp_path):
     rows = [[(200, 10 * i, 30) for i in range(1, 5)], [(20, 10 * i, 130) for i in range(1, 5)]]
-    sheet = plots.contact_sheet([strip(row) for row in rows], columns=4)
+    sheet = canvas.contact_sheet([strip(row) for row in rows], columns=4)
     seen = pixels(plots.save(sheet, tmp_path, "sheet", "two clips", kinds=("png",)))
     areas = [seen.get(colour, 0) for row in rows for colour in row]
     assert min(areas) > 10_000 and max(areas) < 1.1 * min(areas)
@@ -36,7 +36,7 @@ def test_a_contact_sheet_shows_every_frame_of_every_clip(tmp_path):
 def test_frames_inside_the_moment_are_marked(tmp_path):
     red = tuple(int(plots.RED[i : i + 2], 16) for i in (1, 3, 5))
     grey = [(90, 90, 90)] * 4
-    marked, plain = (plots.contact_sheet([strip(grey, span=span)], columns=4) for span in ((1.0, 2.0), None))
+    marked, plain = (canvas.contact_sheet([strip(grey, span=span)], columns=4) for span in ((1.0, 2.0), None))
     assert pixels(plots.save(marked, tmp_path, "marked", "", kinds=("png",))).get(red, 0) > 500
     assert pixels(plots.save(plain, tmp_path, "plain", "", kinds=("png",))).get(red, 0) == 0
 
@@ -44,10 +44,15 @@ def test_frames_inside_the_moment_are_marked(tmp_path):
 def test_a_long_clip_is_spread_over_the_columns(tmp_path):
     colours = [(i, 100, 100) for i in range(64)]
     seen = pixels(
-        plots.save(plots.contact_sheet([strip(colours)], columns=3), tmp_path, "long", "", ("png",))
+        plots.save(canvas.contact_sheet([strip(colours)], columns=3), tmp_path, "long", "", ("png",))
     )
     assert sum(seen.get(colour, 0) > 10_000 for colour in colours) == 3
     assert seen[(0, 100, 100)] > 10_000 and seen[(63, 100, 100)] > 10_000
+
+
+def collect_and_draw(run):
+    results.collect(run)
+    return plots.publish(run)
 
 
 @pytest.fixture
@@ -56,19 +61,19 @@ def run(tmp_path, monkeypatch):
 
 
 def test_figures_carry_their_captions_and_are_the_same_bytes_twice(run):
-    paths = plots.figures(run, results.collect(run))
+    paths = collect_and_draw(run)
     assert [path.stem for path in paths] == ["H1", "H2"]
     assert "rendered corpora" in Image.open(paths[0]).text["Description"]
     files = {p: p.read_bytes() for p in paths[0].parent.iterdir()}
     assert {p.suffix for p in files} == {".png", ".svg"} and len(files) == 4
-    plots.figures(run, results.collect(run))
+    collect_and_draw(run)
     assert files == {p: p.read_bytes() for p in paths[0].parent.iterdir()}
 
 
 def test_a_missing_number_leaves_a_gap_and_no_bar_of_height_zero(run):
     numbers = results.collect(run)
-    numbers["H1/didemo/probe/vr@1"] |= {"value": None, "measured": False}
-    heights = [bar.get_height() for bar in plots.headroom(numbers, list(run.datasets)).axes[0].patches]
+    numbers.loc["H1/didemo/probe/vr@1", ["value", "measured"]] = None, False
+    heights = [bar.get_height() for bar in plots.headroom(numbers, {}, list(run.datasets)).axes[0].patches]
     assert sorted(heights) == [24.4, 34.4, 44.4, 54.4, 74.4]
 
 
@@ -83,7 +88,7 @@ def test_the_curve_shows_the_measured_series_chance_and_the_papers_points(run):
 
 def test_drawing_leaves_matplotlib_as_it_was(run):
     before = dict(matplotlib.rcParams)
-    plots.figures(run, results.collect(run))
+    collect_and_draw(run)
     assert dict(matplotlib.rcParams) == before
 
 
@@ -125,7 +130,7 @@ def agent_run(run):
 
 
 def test_what_is_untrained_or_ours_says_so_in_its_caption(agent_run):
-    paths = {path.stem: path for path in plots.figures(agent_run, results.collect(agent_run))}
+    paths = {path.stem: path for path in collect_and_draw(agent_run)}
     assert list(paths) == list(plots.FIGURES)
     captions = {stem: Image.open(path).text["Description"] for stem, path in paths.items()}
     assert "what neutral tokens do" in captions["S1"] and "learned nothing" in captions["S2"]
@@ -135,16 +140,16 @@ def test_what_is_untrained_or_ours_says_so_in_its_caption(agent_run):
 def test_the_ladder_has_a_row_for_each_course_and_the_plain_query_beside_it(agent_run):
     numbers = results.collect(agent_run)
     series = json.loads((agent_run.results() / "series.json").read_text())
-    _, held = plots.ladder(numbers, series, ["didemo"]).axes
+    _, held = plots.soft_token_bound(numbers, series, ["didemo"]).axes
     labels = [label.get_text() for label in held.get_yticklabels()]
     assert labels == ["zero, N 8, 100 queries", "scaled, N 8, 100 queries, hard"]
     dots = [line.get_xdata()[0] for line in held.lines if line.get_marker() == "o"]
-    assert dots == [numbers[f"L1/didemo/{name}/vr@1"]["value"] for name in ("held-zero-n8-r100",) * 2]
+    assert dots == [numbers.at[f"L1/didemo/{name}/vr@1", "value"] for name in ("held-zero-n8-r100",) * 2]
 
 
 def test_a_refinement_without_a_number_has_no_line(agent_run):
     numbers = results.collect(agent_run)
-    axes = plots.refinements(numbers, ["charades"]).axes[0]
+    axes = plots.refinements(numbers, {}, ["charades"]).axes[0]
     points = {
         (line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_label() == "after"
     }
@@ -156,7 +161,7 @@ def test_a_refinement_without_a_number_has_no_line(agent_run):
 
 
 def test_bars_show_floors_of_zero_and_leave_gaps_for_what_is_missing(agent_run):
-    verdicts, spans = plots.known_video(results.collect(agent_run), list(agent_run.datasets)).axes
+    verdicts, spans = plots.known_video(results.collect(agent_run), {}, list(agent_run.datasets)).axes
     heights = [sorted(bar.get_height() for bar in axes.patches) for axes in (verdicts, spans)]
     assert heights[0] == [66.0, 66.0, 67.0, 67.0, 68.0, 68.0]  # no half with wrong videos
     assert heights[1] == [0.0] * 3 + [41.0] * 3  # no random span
@@ -165,7 +170,7 @@ def test_bars_show_floors_of_zero_and_leave_gaps_for_what_is_missing(agent_run):
 def test_the_sweep_puts_rank_one_on_top(agent_run):
     results.collect(agent_run)
     series = json.loads((agent_run.results() / "series.json").read_text())
-    ranks = plots.sweep(series, ["didemo"]).axes[0]
+    ranks = plots.prefix_sweep(None, series, ["didemo"]).axes[0]
     assert ranks.get_ylim()[0] > ranks.get_ylim()[1] and len(ranks.lines) == len(plots.HEADS)
 
 
@@ -174,7 +179,7 @@ def test_no_curve_leaves_its_panel():
     mini = config.load("mini")
     numbers = results.load(mini)
     for draw in (plots.soft_tokens, plots.turn_counts):
-        for axes in draw(numbers, mini.datasets).axes:
+        for axes in draw(numbers, {}, mini.datasets).axes:
             low, high = axes.get_ylim()
             values = np.concatenate([line.get_ydata() for line in axes.lines])
             assert low <= values.min() and values.max() <= high, axes.get_title()

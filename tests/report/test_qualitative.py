@@ -15,7 +15,7 @@ from fake import profile as fake_profile
 from fake import record
 
 from vsr1.config import InputError
-from vsr1.data import annotations, video_reader
+from vsr1.data import annotations, previews, video_reader
 from vsr1.experiments import common
 from vsr1.loop import episode, records, replies
 from vsr1.loop.records import Cost, Ranking, Refinement, Verification
@@ -81,7 +81,7 @@ def run(tmp_path_factory):
                 scene,
                 data / "videos" / f"{scene.video}.mp4",
                 64,
-                2 * qualitative.FPS,
+                2 * previews.FPS,
             )
         first = {
             query.video: query
@@ -147,7 +147,7 @@ def test_what_a_hostile_caption_or_reply_says_is_shown_and_not_run(made, seen):
 
 def test_every_card_has_every_turn_of_every_system(run, seen):
     assert len(seen) == len(PLAN)
-    for walk in qualitative.walks(run, "charades"):
+    for walk in qualitative.searches(run, "charades"):
         turns = {system: len(one.turns) for system, one in walk.items()}
         assert seen[f"charades-{walk['sqr'].desc_id}"]["turns"] == turns
     assert sum(sum(card["turns"].values()) for card in seen.values()) > 40
@@ -175,7 +175,7 @@ def test_outcomes_are_those_of_the_plan_and_of_the_files(run, made, seen):
 
 def test_what_differs_in_the_video_found_first_is_marked_in_the_query(run, seen):
     scenes = world.read_scenes(run.data_dir("charades") / "corpus")
-    walk = next(walk for walk in qualitative.walks(run, "charades") if walk["sqr"].desc_id == 1)
+    walk = next(walk for walk in qualitative.searches(run, "charades") if walk["sqr"].desc_id == 1)
     one, wrong = walk["sqr"], walk["sqr"].turns[0].shown_id
     asked = qualitative.asked_for(one, scenes)
     nearest = min(
@@ -191,9 +191,9 @@ def test_what_differs_in_the_video_found_first_is_marked_in_the_query(run, seen)
 
 def test_without_scenes_words_are_marked_that_no_rewrite_kept(run, tmp_path):
     real = replace(run, world=None)
-    walk = qualitative.walks(run, "charades")[1]
-    shelf = qualitative.Shelf(real, "charades", {})
-    (card,) = Reading(shelf.card(walk)).cards
+    walk = qualitative.searches(run, "charades")[1]
+    part = {"dataset": "charades", "queries": 6, "cards": [qualitative.Cards(real, "charades", {}).card(walk)]}
+    (card,) = Reading(qualitative.page(real, [part])).cards
     words = set(re.findall(r"\w{3,}", walk["sqr"].query)) - {"someone", "else", *re.findall(r"\w+", HOSTILE)}
     assert words and set(card["marks"]) >= words and "cannot be read" in card["text"]
 
@@ -203,7 +203,7 @@ def test_a_missing_file_is_named_in_one_line(run, tmp_path):
     shutil.move(path, tmp_path / "kept")
     try:
         with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: not there; run notebook .*$"):
-            qualitative.walks(run, "charades")
+            qualitative.searches(run, "charades")
     finally:
         shutil.move(tmp_path / "kept", path)
 
@@ -215,7 +215,7 @@ def test_a_query_that_one_system_lacks_is_named(run, tmp_path):
     try:
         records.write_episodes(path, kept[0].run, kept)
         with pytest.raises(InputError, match="query 5 is not in it"):
-            qualitative.walks(run, "charades")
+            qualitative.searches(run, "charades")
     finally:
         path.write_text(whole)
 
@@ -227,7 +227,7 @@ def test_a_film_is_small_h264_and_shows_the_same_at_the_same_second(run, made):
         assert box.streams.video[0].codec_context.name == "h264"
     assert small.stat().st_size < source.stat().st_size
     whole, copy = (video_reader.read_frames(path, np.arange(20.0)) for path in (source, small))
-    assert abs(whole.seconds - copy.seconds) <= 1 / qualitative.FPS
+    assert abs(whole.seconds - copy.seconds) <= 1 / previews.FPS
     errors = np.abs(copy.frames[:, None].astype(int) - whole.frames[None]).mean(axis=(2, 3, 4))  # (20, 20)
     over = errors - errors.min(axis=1, keepdims=True)  # how much worse than the second that fits best
     assert np.diag(over).max() < 0.5 and np.diag(over, 1).max() > 3  # a second off would be noticed
@@ -244,7 +244,9 @@ def test_a_film_whose_clock_begins_late_is_the_same(run, made, tmp_path):
                 )
                 packet.stream = copy
                 late.mux(packet)
-    qualitative.film(tmp_path / "late.mkv", tmp_path / "late.mp4")
+    with video_reader.Reader() as reader:
+        clip = reader.read(tmp_path / "late.mkv")
+        assert previews.film(reader, tmp_path / "late.mkv", clip, tmp_path / "late.mp4") is None
     with av.open(str(tmp_path / "late.mkv")) as box:
         assert next(box.decode(video=0)).time >= 5
     films = made / "charades" / source.name, tmp_path / "late.mp4"
@@ -256,25 +258,34 @@ def test_a_strip_shows_the_frame_of_each_time_it_names(run, made):
     films = json.loads((made / "films.json").read_text())
     source = next((run.data_dir("charades") / "videos").glob("*.mp4"))
     clip = video_reader.Reader().read(source)
-    picture, times = qualitative.strip(clip)
-    assert times == films[source.stem]["times"] and len(times) == qualitative.STRIP
-    width = picture.width // qualitative.STRIP
+    picture, times = previews.strip(clip)
+    assert times == films[source.stem]["times"] and len(times) == previews.STRIP
+    width = picture.width // previews.STRIP
     for place, time in enumerate(times):
         tile = np.asarray(
             picture.crop((place * width, 0, (place + 1) * width, picture.height)).resize((64, 64))
         )
         errors = np.abs(clip.frames.astype(int) - tile).mean(axis=(1, 2, 3))
         assert errors[np.flatnonzero(clip.timestamps == time)[0]] < errors.min() + 0.5 and errors.max() > 5
-        assert abs(time - (place + 0.5) / qualitative.STRIP * clip.seconds) <= 0.5  # it was seen every second
+        assert abs(time - (place + 0.5) / previews.STRIP * clip.seconds) <= 0.5  # it was seen every second
 
 
-def test_an_unreadable_video_has_no_film_and_its_card_says_so(run, tmp_path):
-    bad = run.data_dir("charades") / "videos" / "bad.mp4"
-    bad.write_bytes(b"no film")
-    qualitative.shoot(run, "charades", ["bad", "nowhere"], tmp_path)
-    bad.unlink()
-    assert json.loads((tmp_path / "films.json").read_text()) == {}
-    assert "cannot be read" in qualitative.Shelf(run, "charades", {}).clip("bad", 0, "")
+def test_an_unreadable_video_has_no_film_and_its_card_says_why(run, tmp_path):
+    folder = run.data_dir("charades") / "videos"
+    source = next(folder.glob("*.mp4")).read_bytes()
+    middle = len(source) // 2
+    bad = {"bad": b"no film", "torn": source[: middle - 4000] + bytes(8000) + source[middle + 4000 :]}
+    for name, content in bad.items():
+        (folder / f"{name}.mp4").write_bytes(content)
+    previews.make(folder, [*bad, "nowhere"], tmp_path, "charades")
+    for name in bad:
+        (folder / f"{name}.mp4").unlink()
+    films = json.loads((tmp_path / "films.json").read_text())
+    assert films["nowhere"]["problem"] == "no such file" and films["bad"]["problem"]
+    assert (films["torn"]["problem"] is None) == (tmp_path / "charades" / "torn.mp4").exists()
+    assert not (tmp_path / "charades" / "bad.webp").exists()
+    clip = qualitative.Cards(run, "charades", films).clip("bad", 0, [("right", (0, 1000))])
+    assert clip["problem"] == films["bad"]["problem"] and clip["bands"] == []
 
 
 def test_the_report_links_to_the_page_and_what_is_real_stays_out_of_results(run, made):
@@ -287,8 +298,17 @@ def test_the_report_links_to_the_page_and_what_is_real_stays_out_of_results(run,
     real = replace(run, world=None)
     assert qualitative.publish(real) == []  # those cards were made with other knobs
     qualitative.make(real, "charades")
-    assert qualitative.publish(real) == [made / "index.html"] and not copied.exists()
+    assert qualitative.publish(real) == [made / "index.html"]
     qualitative.make(run, "charades")
+
+
+def test_films_of_data_sets_that_were_not_run_stay(run, made):
+    kept = run.results() / "qualitative" / "didemo" / "kept.mp4"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_bytes(b"of an earlier run")
+    qualitative.publish(run)
+    assert kept.exists()
+    kept.unlink()
 
 
 # --- In a browser

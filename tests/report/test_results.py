@@ -16,7 +16,7 @@ from PIL import Image
 from vsr1 import __main__ as cli
 from vsr1 import cache
 from vsr1.config import ROOT, InputError, load
-from vsr1.report import html_report, plots, readme, results, tables
+from vsr1.report import canvas, html_report, plots, provenance, readme, results, tables
 from vsr1.report.results import Estimate
 
 
@@ -34,7 +34,8 @@ def expect(run, numbers, tolerance=0.5):
 
 
 def measured(run):
-    return {name: entry["value"] for name, entry in results.collect(run).items() if entry["measured"]}
+    numbers = results.collect(run)
+    return dict(numbers[numbers.measured.astype(bool)].value)
 
 
 def test_what_is_recorded_comes_out_of_numbers_json_unchanged(run):
@@ -46,14 +47,15 @@ def test_what_is_recorded_comes_out_of_numbers_json_unchanged(run):
 
 def test_a_missing_number_stays_missing_in_every_product(run):
     html_report.publish(run)
-    entry = results.collect(run)["T1/charades/zs/ver"]
-    assert entry["value"] is None and entry["measured"] is False and entry["paper"] == 30.0
+    numbers = results.collect(run)
+    entry = numbers.loc["T1/charades/zs/ver"]
+    assert entry.value is None and entry.measured is False and entry.paper == 30.0
     assert tables.cell(entry) == "— (30.0)"
     rows = list(csv.DictReader(open(run.results() / "tables" / "T1.csv")))
     row = next(r for r in rows if (r["dataset"], r["system"], r["metric"]) == ("charades", "zs", "ver"))
     assert row["value"] == "" and row["measured"] == "False"
-    zeros = [n for n, e in results.collect(run).items() if e["value"] == 0 and n.startswith("T1/")]
-    assert zeros == [f"T1/{d}/wholevideo/vcmr@0.7" for d in run.datasets]  # measured as zero, all of them
+    zeros = numbers[(numbers.table == "T1") & (numbers.value == 0)].index
+    assert list(zeros) == [f"T1/{d}/wholevideo/vcmr@0.7" for d in run.datasets]  # measured as zero, all of them
 
 
 def test_a_value_that_is_not_a_number_is_refused(run):
@@ -64,13 +66,12 @@ def test_a_value_that_is_not_a_number_is_refused(run):
 
 
 def test_mini_numbers_never_get_a_verdict_against_the_paper(run):
-    assert {entry["verdict"] for entry in results.collect(run).values()} == {None}
+    assert set(results.collect(run).verdict) == {None}
     expect(run, measured(run))
-    judged = {name: entry for name, entry in results.collect(run).items() if entry["verdict"]}
-    assert judged.keys() == measured(run).keys()
-    assert all(
-        entry["expected"][0] == entry["value"] for entry in judged.values()
-    )  # 24.4, not the paper's 21.6
+    numbers = results.collect(run)
+    judged = numbers[numbers.verdict.notna()]
+    assert set(judged.index) == measured(run).keys()
+    assert [pair[0] for pair in judged.expected] == list(judged.value)  # 24.4, not the paper's 21.6
 
 
 def test_paper_numbers_are_judged_against_the_published_ones(tmp_path, monkeypatch):
@@ -84,11 +85,11 @@ def test_paper_numbers_are_judged_against_the_published_ones(tmp_path, monkeypat
     numbers = {f"T1/charades/zs/{m}": Estimate(value, 3720, ci) for m, (value, ci, _) in hand_made.items()}
     results.record(run, "charades", "part", numbers)
     entries = results.collect(run)
-    assert {m: entries[f"T1/charades/zs/{m}"]["verdict"] for m in hand_made} == {
+    assert {m: entries.at[f"T1/charades/zs/{m}", "verdict"] for m in hand_made} == {
         metric: verdict for metric, (_, _, verdict) in hand_made.items()
     }
-    assert entries["T1/charades/zs/vcmr@0.3"]["verdict"] == "MISSING"
-    quoted = entries["T1/charades/conquer/vr@1"]
+    assert entries.at["T1/charades/zs/vcmr@0.3", "verdict"] == "MISSING"
+    quoted = entries.loc["T1/charades/conquer/vr@1"]
     assert (quoted["value"], quoted["measured"], quoted["verdict"]) == (2.8, False, None)
     assert results.check(run) == 1
 
@@ -115,7 +116,7 @@ def test_an_unreadable_expectation_names_its_file_and_key(run):
 
 
 def test_numbers_of_other_knobs_are_left_out_and_named(run, capsys):
-    other = results.dataclasses.replace(run, bootstrap_samples=7)
+    other = replace(run, bootstrap_samples=7)
     assert not measured(other) and "was measured with other knobs" in capsys.readouterr().out
 
 
@@ -128,11 +129,11 @@ def test_published_values_are_the_table_of_the_paper():
 
 def test_markdown_latex_and_html_show_the_cells_that_numbers_json_holds(run):
     html_report.publish(run)
-    numbers = json.loads((run.results() / "numbers.json").read_text())
+    numbers = results.load(run)
     text = {kind: (run.results() / "tables" / f"T1.{kind}").read_text() for kind in ("md", "tex")}
     shown = html.unescape(re.sub("<[^>]+>", " ", (run.results() / "report.html").read_text()))
-    for dataset, system, label, entries in tables.rows(numbers, "T1"):
-        cells = [tables.cell(entry) for entry in entries]
+    for dataset, system, label, cells in tables.rows(numbers, "T1"):
+        cells = [text for _, text in cells]
         row = next(r for r in text["md"].splitlines() if r.startswith(f"| {dataset} |") and label in r)
         assert [part.strip() for part in row.split("|")[3:-1]] == cells, (dataset, system)
         assert " & ".join(map(tables._tex, cells)) in text["tex"]
@@ -140,8 +141,9 @@ def test_markdown_latex_and_html_show_the_cells_that_numbers_json_holds(run):
     lines = list(csv.DictReader(open(run.results() / "tables" / "T1.csv")))
     for line in lines:
         name = f"T1/{line['dataset']}/{line['system']}/{line['metric']}"
-        assert line["value"] == ("" if numbers[name]["value"] is None else str(numbers[name]["value"]))
-    assert len(lines) == sum(name.startswith("T1/") for name in numbers)
+        value = numbers.at[name, "value"]
+        assert line["value"] == ("" if value is None else str(value))
+    assert len(lines) == (numbers.table == "T1").sum()
 
 
 def test_a_later_system_becomes_a_row_without_code(run):
@@ -193,12 +195,12 @@ def test_the_report_shows_the_sheets_of_its_runs_and_no_others(run, tmp_path, mo
     """Results are committed: a sheet of an older corpus may lie there."""
 
     plots.save(plots.Figure(), run.results() / "figures", "D1-charades", "of an older corpus")
-    plots.save(plots.Figure(), plots.sheets(run, "didemo"), "D1-didemo", "six queries")
+    plots.save(plots.Figure(), canvas.sheets(run, "didemo"), "D1-didemo", "six queries")
     text = html_report.publish(run).read_text()
     assert "six queries" in text and "of an older corpus" not in text
     assert [path.name for path in (run.results() / "figures").glob("D*.png")] == ["D1-didemo.png"]
     real = record(fake_profile(tmp_path, monkeypatch, "paper"))
-    plots.save(plots.Figure(), plots.sheets(real, "didemo"), "D1-didemo", "a stranger's face")
+    plots.save(plots.Figure(), canvas.sheets(real, "didemo"), "D1-didemo", "a stranger's face")
     assert "a stranger's face" not in html.unescape(html_report.publish(real).read_text())
 
 
@@ -213,7 +215,7 @@ def test_provenance_names_commit_device_libraries_and_what_stages_cost(run):
     own = run.data_dir("didemo") / "embed" / "engine", run.with_overrides("no-ret").runs("didemo") / "grpo"
     for folder in (*own, run.runs("elsewhere") / "sft"):
         cache.build(folder, {"a": 1}, lambda folder: (folder / "x").touch())
-    origin = results.provenance(run)
+    origin = provenance.write(run)
     assert re.fullmatch("[0-9a-f]{40}|unknown", origin["commit"])
     assert (
         origin["libraries"]["numpy"] and origin["device"]["cores"] >= 1 and origin["digest"] == run.digest()
@@ -233,7 +235,7 @@ def test_the_report_shows_the_items_of_the_paper_in_its_order_then_ours(run):
 
     for name in ("D2", "A3-didemo", "Z9"):  # drawn by somebody else; one that no list names
         plots.save(plots.Figure(), run.results() / "figures", name, f"caption of {name}")
-        plots.save(plots.Figure(), plots.sheets(run, "didemo"), name, f"caption of {name}", ("png",))
+        plots.save(plots.Figure(), canvas.sheets(run, "didemo"), name, f"caption of {name}", ("png",))
     text = html_report.publish(run).read_text()
     ids = sections(text)
     paper = "T1 T2 T3 F1 F2 F3 F4 F5 F6 F7 A1 A2 A3 A4 A5 A6 A7 C1".split()
@@ -270,7 +272,7 @@ def test_pictures_of_real_frames_are_linked_to_and_not_missing(run, real):
     html_report.publish(run)
     if real:
         run = replace(run, world=None)
-    drawn = [run.runs("figures") / "F1.png", plots.sheets(run, "didemo") / "E3-didemo.png"]
+    drawn = [run.runs("figures") / "F1.png", canvas.sheets(run, "didemo") / "E3-didemo.png"]
     for path in drawn:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(path)
@@ -292,7 +294,7 @@ def test_minutes_are_those_of_the_stages_that_an_item_names(run):
 
     for name in ("sft", "ft", "ladder"):
         cache.build(run.runs("didemo") / name, {"a": 1}, lambda folder: (folder / "x").touch())
-    origin = results.provenance(run)
+    origin = provenance.write(run)
     origin["stages"] = {
         f"didemo/seed-42/{name}": {"minutes": m} for name, m in (("sft", 2.0), ("ft", 3.0), ("ladder", 9.0))
     }
@@ -384,8 +386,8 @@ def test_the_readme_follows_its_numbers_and_names_a_lost_marker(run):
     path.write_text((ROOT / "results" / "mini" / "numbers.json").read_text())
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     told = readme.fill(text, run)
+    assert tables.cell(results.load(run).loc[key]) in told
     numbers = json.loads(path.read_text())
-    assert tables.cell(numbers[key]) in told
     numbers[key]["value"] = 12.34
     numbers["R1/didemo/refined/lowest"]["value"] = -1.0
     path.write_text(json.dumps(numbers))

@@ -1,5 +1,6 @@
-"""Searches on plates are those that the rules name, and nothing moves between two drawings."""
+"""Searches in figures are those that the rules name, and nothing moves between two drawings."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,11 @@ from PIL import Image
 from searches import episode as walk
 from searches import turn
 
+from vsr1 import cache
 from vsr1.data import annotations, video_reader
 from vsr1.loop import moments, records
 from vsr1.mini import renderer, world
-from vsr1.report import canvas, search_figures
+from vsr1.report import search_figures, search_panels
 
 WIDTH = 64  # pixels of the rendered films
 
@@ -58,50 +60,30 @@ def ids(found):
 
 
 def test_a_rule_takes_what_it_says_and_the_smallest_id_first():
-    won = search_figures.fitting(PAIRED, search_figures.ahead, search_figures.AGAINST)
-    assert (
-        ids(won)
-        == {dataset: named(dataset, "pair") for dataset in FIT}
-        == {"charades": [3, 7], "didemo": [9]}
-    )
-    lost = search_figures.fitting(
-        PAIRED, lambda one, other: search_figures.ahead(other, one), search_figures.FAILED
-    )
-    assert (
-        ids(lost)
-        == {dataset: named(dataset, "reverse") for dataset in FIT}
-        == {"charades": [8], "didemo": []}
-    )
-    assert not any(
-        search_figures.fitting(
-            PAIRED, lambda one, other: search_figures.ahead(other, one), search_figures.AGAINST
-        ).values()
-    )
+    won = search_figures.SQR_WINS.choose(PAIRED)
+    assert ids(won) == {dataset: named(dataset, "pair") for dataset in FIT} == {"charades": [3, 7], "didemo": [9]}
+    lost = search_figures.Rule(search_figures.behind, search_figures.ANY_FAILED, "").choose(PAIRED)
+    assert ids(lost) == {dataset: named(dataset, "reverse") for dataset in FIT} == {"charades": [8], "didemo": []}
+    assert not any(search_figures.HQR_WINS.choose(PAIRED).values())
     alone = {dataset: [one[:1] for one in own.values()] for dataset, own in FIT.items()}
-    assert ids(search_figures.fitting(alone, search_figures.in_two, search_figures.TEASER)) == {
-        d: named(d, "teaser") for d in FIT
-    }
+    assert ids(search_figures.RULES["F1"].choose(alone)) == {d: named(d, "teaser") for d in FIT}
 
 
-def test_one_look_or_a_problem_is_no_example():
+def test_one_turn_or_a_problem_is_no_example():
     one, other = FIT["charades"][7][:2]
-    assert search_figures.ahead(one, other)
+    assert search_figures.ahead(one, other) and not search_figures.ahead(other, one)
     assert not search_figures.ahead(one, replace(other, turns=other.turns[:1]))
-    assert not search_figures.ahead(one, replace(other, problem="gone")) and not search_figures.ahead(
-        other, one
-    )
+    assert not search_figures.ahead(one, replace(other, problem="gone"))
     nowhere = replace(one, rank_orig=None)
-    assert search_figures.fitting({"a": [(nowhere, other)]}, lambda *_: True, search_figures.AGAINST) == {
-        "a": []
-    }
+    assert search_figures.SQR_WINS.choose({"a": [(nowhere, other)]}) == {"a": []}
 
 
 def test_a_teaser_rejects_first():
     one = FIT["charades"][7][0]
-    assert search_figures.in_two(one)
+    assert search_figures.in_two_turns(one)
     unread = replace(one.turns[0], reply=replace(one.turns[0].reply, matched=None))
-    assert not search_figures.in_two(replace(one, turns=(unread, one.turns[1])))
-    assert not search_figures.in_two(replace(one, turns=(*one.turns, one.turns[1])))
+    assert not search_figures.in_two_turns(replace(one, turns=(unread, one.turns[1])))
+    assert not search_figures.in_two_turns(replace(one, turns=(*one.turns, one.turns[1])))
 
 
 @pytest.mark.parametrize(
@@ -171,11 +153,17 @@ def test_data_sets_come_in_turn_and_captions_count(said):
     assert all("Profile mini, rendered videos" in text for name, text in said.items())
 
 
-def test_what_no_search_fits_is_left_out_in_a_line_and_an_old_picture_goes(home, capsys):
+def test_what_no_search_fits_is_left_out_in_a_line_and_an_old_picture_goes_once_all_is_run(home, capsys):
     old = [home.results() / "figures" / f"A7.{kind}" for kind in ("png", "svg")]
     old[0].parent.mkdir(parents=True, exist_ok=True)
     for path in old:
         path.write_bytes(b"of an earlier run")
+    search_figures.publish(home)
+    assert all(path.exists() for path in old)  # it may show a data set that was not run
+    for dataset in home.datasets:
+        (home.runs(dataset) / "numbers").mkdir(parents=True, exist_ok=True)
+        cache.write_json(home.runs(dataset) / "numbers" / "01.json", {})
+    capsys.readouterr()
     search_figures.publish(home)
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
@@ -219,14 +207,14 @@ def drawn(figure):
 
 
 def films_of(home, dataset="charades"):
-    return canvas.Films(home, dataset, video_reader.Reader())
+    return search_panels.FrameSource(home, dataset, video_reader.Reader())
 
 
 def test_a_pair_shows_both_ways_and_no_words_overlap_or_leave(home):
-    ((one, other),) = [walk for walk in search_figures.searches(home)["charades"] if walk[0].desc_id == 7]
+    ((one, other),) = [pair for pair in search_figures.run_pairs(home)["charades"] if pair[0].desc_id == 7]
     films = films_of(home)
     try:
-        words, places, page = drawn(canvas.pair(one, other, films))
+        words, places, page = drawn(search_panels.compare(one, other, films))
     finally:
         films.reader.close()
     for part in (
@@ -234,7 +222,7 @@ def test_a_pair_shows_both_ways_and_no_words_overlap_or_leave(home):
         "rank 12 → 9",
         "8 soft tokens",
         "someone else",
-        "Look 2 is look 1 again",
+        "Turn 2 is turn 1 again",
         "rank 9 → 9",
     ):
         assert part in words
@@ -255,11 +243,11 @@ def test_a_pair_shows_both_ways_and_no_words_overlap_or_leave(home):
 
 
 def test_a_video_that_cannot_be_read_is_named_so(home, tmp_path):
-    walk_of = search_figures.searches(home)["charades"][0]
+    walk_of = search_figures.run_pairs(home)["charades"][0]
     films = films_of(home)
     films.folder = tmp_path
-    words, _, _ = drawn(canvas.pair(*walk_of, films))
-    assert "this video cannot be read" in words
+    words, _, _ = drawn(search_panels.compare(*walk_of, films))
+    assert "cannot be read: no such file" in words
 
 
 # --- What is found as tokens grow
@@ -267,19 +255,22 @@ def test_a_video_that_cannot_be_read_is_named_so(home, tmp_path):
 
 def growing(home, monkeypatch, by_depth, recorded=(25, 2, 1)):
     """The profile's singles where one search has three videos on top, with ranks that were computed as `by_depth`."""
-    one = next(one for one, _ in search_figures.searches(home)["charades"] if one.desc_id == 7)
+    one = next(one for (one,) in search_figures.run_searches(home)["charades"] if one.desc_id == 7)
     names = [one.turns[0].shown_id, one.turns[1].shown_id]
     third = next(v for v in world.read_scenes(home.data_dir("charades") / "corpus") if v not in names)
     tops = (names[0], third, one.gt_video)
     first = replace(one.turns[0], rank_in=25, rank_by_depth=recorded, top1_by_depth=tops)
     one = replace(one, rank_orig=25, turns=(first, one.turns[1]))
-    known = {7: dict(zip(tops, by_depth, strict=True))} if by_depth else {}
-    monkeypatch.setattr(search_figures, "ranks_by_depth", lambda *_: known)
+    path = home.runs("charades") / "depth_ranks" / "ranks.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"7": dict(zip(tops, by_depth, strict=True))} if by_depth else {}))
+    monkeypatch.setattr(search_figures, "run_searches", lambda _: {"charades": [(one,)]})
     films = films_of(home)
     try:
-        return search_figures.singles(home, {"charades": [(one, None)]}, lambda dataset: films)
+        return search_figures.singles(home, lambda dataset: films)
     finally:
         films.reader.close()
+        path.unlink()
 
 
 def test_ranks_of_three_videos_are_curves_with_the_best_on_top(home, monkeypatch, capsys):
@@ -293,9 +284,9 @@ def test_ranks_of_three_videos_are_curves_with_the_best_on_top(home, monkeypatch
 
 
 @pytest.mark.parametrize("by_depth", [None, [[1, 7, 9], [3, 1, 2], [25, 3, 1]]])
-def test_without_the_policy_or_with_other_ranks_than_recorded_there_are_no_curves(
+def test_without_ranks_or_with_others_than_recorded_there_are_no_curves(
     home, monkeypatch, capsys, by_depth
 ):
     made_of = growing(home, monkeypatch, by_depth)
     assert list(made_of) == ["F1"] and "the rejected one" not in made_of["F1"][1].partition("Paper")[0]
-    assert capsys.readouterr().out.startswith("left out: figures F6: the trained policy of charades is gone")
+    assert capsys.readouterr().out.startswith("left out: figures F6: notebook 08 left no ranks of charades")

@@ -28,12 +28,12 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from vsr1 import cache, config
 from vsr1.config import ROOT, InputError
-from vsr1.data import annotations, clip_cache, video_reader
+from vsr1.data import annotations, clip_cache, previews, video_reader
 from vsr1.data.video_writer import write_video
 from vsr1.loop import episode, records, replies, runner
 from vsr1.loop.records import ORIGINAL, Episode, Ranking
 from vsr1.models import checkpoints, loading, search_index
-from vsr1.report import qualitative
+from vsr1.report import templates
 
 SYSTEMS = [name for name in runner.SYSTEMS if not name.startswith("oracle") and name != "sqr-untrained"]
 ENDINGS = tuple(
@@ -441,14 +441,14 @@ def html_page(told: dict, clips: dict[str, video_reader.Clip], tape: bytes, abou
         "facts": facts,
         "end": end(told),
     }
-    return qualitative.fill("search.html", **given, plain=plain, strip=strip)
+    return templates.render("search.html", **given, plain=plain, strip=strip)
 
 
 def strip(clip: video_reader.Clip, moment) -> dict:
     """A whole video as a time axis: its picture, the times below it, the band of a moment that was named in it."""
-    picture, times = qualitative.strip(clip)
+    picture, times = previews.strip(clip)
     picture.save(tape := io.BytesIO(), "webp", quality=60)
-    band = qualitative.place(1000 * np.array(moment), clip.seconds) if moment else None
+    band = previews.band(1000 * np.array(moment), clip.seconds) if moment else None
     return {"picture": _data(tape.getvalue()), "times": list(map(clock, times)), "band": band}
 
 

@@ -18,7 +18,7 @@ from vsr1.evaluation import metrics, statistics
 from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments import common, gallery_growth, retry
 from vsr1.loop.records import Episode
-from vsr1.report import results
+from vsr1.report import provenance, results
 from vsr1.training import grpo, sft
 
 ABLATED = "didemo"  # the data set of the paper's ablation of stages and rewards (T2), and so of B1
@@ -172,7 +172,7 @@ def run(profile: Profile, dataset: str) -> Iterator[str]:
 
 def record(profile: Profile, dataset: str, numbers: dict[str, Estimate]) -> None:
     """Add numbers to results/<profile>/ablations/<dataset>.json; what was measured with other knobs goes."""
-    note = f"committed; run at {results.commit()[:7]}"
+    note = f"committed; run at {provenance.commit()[:7]}"
     new = {name: results.plain(asdict(replace(number, note=note))) for name, number in numbers.items()}
     with cache.updated_json(profile.results() / "ablations" / f"{dataset}.json") as part:
         old = part.get("numbers", {}) if part.get("profile") == profile.digest() else {}

@@ -12,7 +12,7 @@ from vsr1.evaluation import evaluate, metrics, statistics
 from vsr1.evaluation.statistics import Estimate
 from vsr1.loop import records
 from vsr1.loop.records import Episode
-from vsr1.report.plots import Strip
+from vsr1.report.canvas import Strip
 from vsr1.report.results import digits
 
 MOMENTS = (*(f"vcmr@{m}" for m in metrics.THRESHOLDS), "ver")

@@ -18,7 +18,7 @@ from vsr1.evaluation.claims import CLAIMS, KEPT, VARIANTS
 from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments import ablations, common, retrieval, two_stage
 from vsr1.models import embedding, search_index
-from vsr1.report import results
+from vsr1.report import provenance, results
 
 
 def run(profile: Profile, dataset: str, seed: int) -> Path:
@@ -29,7 +29,7 @@ def run(profile: Profile, dataset: str, seed: int) -> Path:
     runs["skip"] = ablations.no_repeat(seeded, dataset)
     runs["zs-walkdown"] = common.run_episodes(profile, dataset, "walkdown")  # greedy: the same for all seeds
     runs |= {name: common.run_sample(profile, dataset, name) for name in VARIANTS}
-    hits = {"seed": seed, "profile": profile.digest(), "commit": results.commit()} | claims.tally(runs)
+    hits = {"seed": seed, "profile": profile.digest(), "commit": provenance.commit()} | claims.tally(runs)
     hits["hits"]["twostage"] = _two_stage_hits(seeded, dataset)
     path = profile.results() / "seeds" / f"{dataset}-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,21 +1,17 @@
-"""Numbers leave a run: recorded with what they rest on, merged, judged, and given a provenance. No torch.
+"""Record, merge and judge the numbers of a run.
 
-A notebook records its numbers in runs/; `collect` merges them into results/<profile>/numbers.json. Tables,
-figures and pages (`gallery`, `page`) read only that file, so they cannot show what was not recorded.
+A notebook records its numbers in runs/. `collect` merges them into results/<profile>/numbers.json. Tables, figures and
+pages are made from that file alone, read as one tidy table (`frame`), so they cannot show what was not recorded.
 """
 
 import dataclasses
 import functools
 import math
-import os
-import platform
 import re
-import shutil
-import subprocess
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 from vsr1 import cache
@@ -26,40 +22,48 @@ from vsr1.loop import records
 
 VERDICTS = ("ok", "close", "OFF", "MISSING")
 EXPECTED = ROOT / "results" / "expected"
-CODE = ("--", ".", ":!results")  # for git: all but what runs write
-NAME = re.compile(r"[A-Z]\d+(/[a-z0-9.-]+){2}/[a-z0-9@._-]+")  # <id>/<dataset>/<system>/<metric>
-JUDGED = ("PAGE", "FIGURE", "FILES")  # second-hand values are shown without a verdict (PAPER.md)
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "numpy",
-    "faiss-cpu",
-    "faiss-gpu",
-    "decord",
-    "matplotlib",
-    "flash-attn",
-)
+NAME = re.compile(r"[A-Z]\d+(/[a-z0-9.-]+){2}/[a-z0-9@._-]+")
+KEY = ["table", "dataset", "system", "metric"]  # the parts of a name
+COLUMNS = [
+    *KEY,
+    "low",
+    "high",
+    "value",
+    "n",
+    "seeds",
+    "unit",
+    "note",
+    "measured",
+    "paper",
+    "verdict",
+    "expected",
+]
+JUDGED = ("PAGE", "FIGURE", "FILES")  # sources that give verdicts; second-hand values give none
+
+# --- Record
 
 
 def record(profile: Profile, dataset: str, part: str, numbers: dict, series: dict | None = None) -> Path:
-    """The file of one part: `numbers` (name -> Number) and, for figures, `series` (name -> [[x, y], ...])."""
-    for name, number in numbers.items():
+    """Write the numbers of one part of a notebook and return the path of the file.
+
+    numbers   {<table>/<dataset>/<system>/<metric>: Estimate}
+    series    {name: [[x, y], ...]} for figures
+    """
+    for name, estimate in numbers.items():
         assert NAME.fullmatch(name) and name.split("/")[1] == dataset, (
             f"{name}: not <id>/{dataset}/<system>/<metric>"
         )
-        for value in (number.value, *(number.ci or ())):
-            assert value is None or math.isfinite(value), f"{name}: {number}; a missing value is None"
+        for value in (estimate.value, *(estimate.ci or ())):
+            assert value is None or math.isfinite(value), f"{name}: {estimate}; a missing value is None"
     path = profile.runs(dataset) / "numbers" / f"{part}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {name: plain(dataclasses.asdict(number)) for name, number in numbers.items()}
-    cache.write_json(path, {"profile": profile.digest(), "numbers": kept, "series": plain(series or {})})
+    entries = {name: plain(dataclasses.asdict(estimate)) for name, estimate in numbers.items()}
+    cache.write_json(path, {"profile": profile.digest(), "numbers": entries, "series": plain(series or {})})
     return path
 
 
 def plain(value):
-    """`value` with numpy's numbers as Python's and floats at six decimals: two machines can agree on them."""
+    """Return `value` with numpy's numbers as Python's and floats at six decimals, on which two machines agree."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -69,55 +73,53 @@ def plain(value):
     return round(value, 6) if isinstance(value, float) else value
 
 
+# --- What is published and expected
+
+
 @functools.cache
 def layouts() -> dict:
-    """results/expected/published.yaml: per table its rows, columns, published values, their source."""
+    """Read results/expected/published.yaml: per table its rows, columns, published values and their source."""
     return yaml.safe_load((EXPECTED / "published.yaml").read_text(encoding="utf-8"))
 
 
 @functools.cache
 def items() -> dict:
-    """results/expected/items.yaml: what the report shows, in its order, and what each item was made of."""
+    """Read results/expected/items.yaml: what the report shows, in its order, and what each item was made of."""
     return yaml.safe_load((EXPECTED / "items.yaml").read_text(encoding="utf-8"))
 
 
 @functools.cache
 def published() -> dict:
-    """name -> published value, for every cell that is reported."""
+    """Return {name: published value} of every cell that is reported."""
     cells = {}
     for table, layout in layouts().items():
         for dataset, systems in layout["published"].items():
             for system, values in systems.items():
-                place, wanted = f"{table}/{dataset}/{system}", len(layout["metrics"])
-                assert len(values) == wanted, f"published.yaml: {place}: {len(values)} values of {wanted}"
-                for metric, value in zip(layout["metrics"], values, strict=True):
-                    cells[f"{place}/{metric}"] = value
+                place, width = f"{table}/{dataset}/{system}", len(layout["metrics"])
+                assert len(values) == width, f"published.yaml: {place}: {len(values)} values of {width}"
+                cells |= {f"{place}/{m}": value for m, value in zip(layout["metrics"], values, strict=True)}
     return {name: value for name, value in cells.items() if value is not None}
 
 
 def expectations(profile: Profile) -> dict | None:
-    """name -> (value, tolerance, reason) from results/expected/<profile>.yaml; None without such a file.
+    """Return {name: (value, tolerance)} from results/expected/<profile>.yaml; None without such a file.
 
-    The file is written by hand: `reasons:` gives each reason its name, tolerance and words (`why`),
-    `numbers:` gives each number as [value, name of the reason].
+    The file is written by hand: `reasons:` gives each reason its tolerance and words, `numbers:` gives each number as
+    [value, name of the reason].
     """
     path = EXPECTED / f"{profile.name}.yaml"
     if not path.exists():
         return None
-    kept = yaml.safe_load(path.read_text(encoding="utf-8"))
-    expected = {}
-    for name, pair in kept["numbers"].items():
-        if not (isinstance(pair, list) and len(pair) == 2 and pair[1] in kept["reasons"]):
-            raise InputError(
-                f"{path}: {name}: expected [value, one of {', '.join(kept['reasons'])}], found {pair!r}"
-            )
-        reason = kept["reasons"][pair[1]]
-        expected[name] = (pair[0], reason["tolerance"], reason["why"])
-    return expected
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    reasons = content["reasons"]
+    for name, pair in content["numbers"].items():
+        if not (isinstance(pair, list) and len(pair) == 2 and pair[1] in reasons):
+            raise InputError(f"{path}: {name}: expected [value, one of {', '.join(reasons)}], found {pair!r}")
+    return {name: (value, reasons[why]["tolerance"]) for name, (value, why) in content["numbers"].items()}
 
 
 def verdict(value, target, near) -> str:
-    """`ok` within `near` of the target, `close` within three times that, `OFF` beyond, `MISSING` without one.
+    """Return `ok` within `near` of the target, `close` within three times that, `OFF` beyond, `MISSING` without one.
 
     >>> [verdict(v, 21.6, 0.5) for v in (22.1, 23.1, 23.2, None)]
     ['ok', 'close', 'OFF', 'MISSING']
@@ -128,76 +130,63 @@ def verdict(value, target, near) -> str:
     return "ok" if distance <= near else "close" if distance <= 3 * near else "OFF"
 
 
-def collect(profile: Profile) -> dict:
-    """name -> entry, as written to results/<profile>/numbers.json; figure data go to series.json."""
+# --- Merge
+
+
+def collect(profile: Profile) -> pd.DataFrame:
+    """Merge all recorded numbers into results/<profile>/{numbers,series}.json and return the `frame` of them."""
     measured, series = {}, {}
-    folders = [profile.runs(dataset) / "numbers" for dataset in profile.datasets]
-    parts = sorted(path for folder in folders for path in folder.glob("*.json"))
-    for path in [
-        *parts,
-        *profile.results().glob("seeds/numbers.json"),
-        *sorted(profile.results().glob("ablations/*.json")),
-    ]:  # committed: no run of today made them
+    for path in _parts(profile):
         part = annotations.parse_json(annotations.read_text(path), path)
         if part["profile"] != profile.digest():
-            again = "run its notebook, `make seeds` or `make ablations` again"
-            print(f"left out: {path} was measured with other knobs; {again}")
+            remedy = "run its notebook, `make seeds` or `make ablations` again"
+            print(f"left out: {path} was measured with other knobs; {remedy}")
             continue
         twice = measured.keys() & part["numbers"].keys()
         assert not twice, f"{path}: {sorted(twice)[0]} is recorded twice"
         measured |= part["numbers"]
         series |= part["series"]
     expected, places = expectations(profile), (*profile.datasets, "mean")
-    wanted = {name for name in published() if name.split("/")[1] in places}
-    measured |= means(profile, measured, wanted)
-    names = sorted(measured.keys() | wanted | (expected or {}).keys(), key=_place)
+    reported = {name for name in published() if name.split("/")[1] in places}
+    measured |= means(profile, measured, reported)
+    names = sorted(measured.keys() | reported | (expected or {}).keys(), key=_order)
     numbers = {name: _entry(profile, name, measured.get(name), expected) for name in names}
     profile.results().mkdir(parents=True, exist_ok=True)
     cache.write_json(profile.results() / "numbers.json", numbers)
     cache.write_json(profile.results() / "series.json", {name: series[name] for name in sorted(series)})
-    return numbers
+    return frame(numbers)
 
 
-def need_run(profile: Profile) -> None:
-    """Refuses where nothing was run: what is collected would replace the committed numbers by nothing."""
-    home = profile.run_root()
-    if not any(home.glob("*/seed-*/numbers/*.json")):
-        raise InputError(
-            f"{home}: no notebook has left numbers; run `make paper` first; results/ stay as they are"
-        )
-
-
-def load(profile: Profile, name="numbers") -> dict:
-    """What results/<profile>/<name>.json says."""
-    path = profile.results() / f"{name}.json"
-    return annotations.parse_json(annotations.read_text(path), path)
+def _parts(profile):
+    """Yield the files of numbers: those of notebooks, then the committed ones of seeds and ablations."""
+    for dataset in profile.datasets:
+        yield from sorted((profile.runs(dataset) / "numbers").glob("*.json"))
+    yield from profile.results().glob("seeds/numbers.json")
+    yield from sorted(profile.results().glob("ablations/*.json"))
 
 
 def means(profile: Profile, measured: dict, names) -> dict:
-    """Those of `names` that stand for the mean of the data sets: each counts the same, and all must be there."""
+    """Return those of `names` that are means over data sets: each counts the same, and all must be measured."""
     found = {}
     for name in names:
         parts = [measured.get(name.replace("/mean/", f"/{dataset}/")) for dataset in profile.datasets]
         if "/mean/" in name and None not in parts and None not in [part["value"] for part in parts]:
-            value = sum(part["value"] for part in parts) / len(parts)
-            counted = sum(part["n"] for part in parts)
-            found[name] = plain(
-                parts[0] | {"value": value, "n": counted, "ci": None, "note": "mean of the data sets"}
-            )
+            value, n = sum(part["value"] for part in parts) / len(parts), sum(part["n"] for part in parts)
+            mean = {"value": value, "n": n, "ci": None, "note": "mean of the data sets"}
+            found[name] = plain(parts[0] | mean)
     return found
 
 
-def _place(name):
-    """Sort key: tables, data sets, systems and metrics in the order of published.yaml, the rest behind."""
-    table, dataset, system, metric = name.split("/")
-    layout = layouts().get(table, {"systems": {}, "metrics": {}})
+def _order(name):
+    """Sort key: tables, data sets, systems and metrics in the order of published.yaml, all others last."""
+    parts = name.split("/")
+    layout = layouts().get(parts[0], {"systems": {}, "metrics": {}})
     orders = list(layouts()), list(DATASETS), list(layout["systems"]), list(layout["metrics"])
-    parts = table, dataset, system, metric
     return [(order.index(p) if p in order else len(order), p) for order, p in zip(orders, parts, strict=True)]
 
 
 def _entry(profile, name, number, expected):
-    """What numbers.json says of one name: the measurement or its absence, published value, verdict."""
+    """Return what numbers.json says of one name: the measurement or its absence, published value, verdict."""
     table, _, system, _ = name.split("/")
     layout, paper = layouts().get(table, {}), published().get(name)
     entry = number or dataclasses.asdict(Estimate(None))
@@ -210,7 +199,7 @@ def _entry(profile, name, number, expected):
             near = max(layout["near"], (high - low) / 2)
             entry |= {"verdict": verdict(entry["value"], paper, near), "expected": [paper, near]}
     elif expected is not None:  # rendered videos: only committed values of the same world are
-        value, tolerance, _ = expected.get(name, (None, None, None))
+        value, tolerance = expected.get(name, (None, None))
         if value is not None:
             entry |= {"verdict": verdict(entry["value"], value, tolerance), "expected": [value, tolerance]}
         elif entry["measured"]:
@@ -218,43 +207,91 @@ def _entry(profile, name, number, expected):
     return entry
 
 
+def frame(numbers: dict) -> pd.DataFrame:
+    """Return the content of numbers.json as one tidy table, a row a number, by name and in the same order.
+
+    Columns: `COLUMNS`, where low and high are the ends of the 95 % interval. None is missing; counts stay integers.
+    """
+    rows = []
+    for name, entry in numbers.items():
+        low, high = entry["ci"] or (None, None)
+        rows.append(dict(zip(KEY, name.split("/"), strict=True)) | entry | {"low": low, "high": high})
+    return pd.DataFrame(rows, list(numbers), COLUMNS, dtype=object).replace({float("nan"): None})
+
+
+def load(profile: Profile) -> pd.DataFrame:
+    """Return the `frame` of results/<profile>/numbers.json."""
+    return frame(read(profile, "numbers"))
+
+
+def read(profile: Profile, name: str) -> dict:
+    """Return the content of results/<profile>/<name>.json."""
+    path = profile.results() / f"{name}.json"
+    return annotations.parse_json(annotations.read_text(path), path)
+
+
+def row(numbers: pd.DataFrame, *key: str) -> pd.Series | None:
+    """Return the row of (table, dataset, system, metric) whose value is known, None where there is none."""
+    name = "/".join(key)
+    return numbers.loc[name] if name in numbers.index and numbers.at[name, "value"] is not None else None
+
+
+def was_run(profile: Profile, dataset: str) -> bool:
+    """Return whether a notebook of this run has left numbers of a data set."""
+    return any((profile.runs(dataset) / "numbers").glob("*.json"))
+
+
+def remove_figures(profile: Profile, folder: Path, names) -> None:
+    """Remove figures of an earlier run, unless they may show a data set that has no numbers in this one."""
+    if all(was_run(profile, dataset) for dataset in profile.datasets):
+        for name in names:
+            for kind in ("png", "svg"):
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
+
+
+# --- Check
+
+
+def need_run(profile: Profile) -> None:
+    """Raise InputError where nothing was run: collecting would replace the committed numbers by nothing."""
+    if not any(was_run(profile, dataset) for dataset in profile.datasets):
+        remedy = "run `make paper` first; results/ stay as they are"
+        raise InputError(f"{profile.run_root()}: no notebook has left numbers; {remedy}")
+
+
 def check(profile: Profile) -> int:
-    """Prints a verdict per number; 1 if one is OFF, MISSING or unexpected, or without any."""
-    judged = {name: entry for name, entry in collect(profile).items() if entry["verdict"]}
-    for name, entry in judged.items():
-        target = (
-            "expected {:g} ± {:g}".format(*entry["expected"]) if entry["expected"] else "nobody expected it"
-        )
-        print(f"{entry['verdict']:8}{name:48}{digits(entry['value']):>8}   {target}")
-    counts = Counter(entry["verdict"] for entry in judged.values())
+    """Print a verdict per number; return 1 if one is OFF, MISSING or unexpected, or if none has a verdict."""
+    numbers = collect(profile)
+    judged = numbers[numbers.verdict.notna()]
+    for name, entry in judged.iterrows():
+        target = "expected {:g} ± {:g}".format(*entry.expected) if entry.expected else "nobody expected it"
+        print(f"{entry.verdict:8}{name:48}{digits(entry.value):>8}   {target}")
+    counts = Counter(judged.verdict)
     print(", ".join(f"{counts[word]} {word}" for word in VERDICTS))
-    if not judged:
+    if judged.empty:
         print(f"nothing to check against: {EXPECTED / profile.name}.yaml does not exist")
-    return int(not judged or any(entry["verdict"] in ("OFF", "MISSING") for entry in judged.values()))
+    return int(judged.empty or bool(counts["OFF"] + counts["MISSING"]))
 
 
 def damaged(profile: Profile) -> list[str]:
-    """A line for each file of runs/ that is lost or cannot be read: episodes, logs, and stages that a notebook saw."""
-    found = []
+    """Return a line for each file of runs/ that is lost or unreadable: episodes, logs, steps that a notebook read."""
+    lines = []
     for dataset in profile.datasets:
         home = profile.runs(dataset)
         for path in sorted(path for path in home.rglob("*.jsonl") if ".partial" not in str(path)):
             try:
-                _read(path)
+                _read_lines(path)
             except InputError as error:
-                found.append(f"{error}; delete it and run `make paper` again")
-        for record in sorted((home / "notebooks").glob(".*.json")):
-            stood = annotations.parse_json(annotations.read_text(record), record)["stages"]
-            gone = [name for name in sorted(stood) if not (home / name / ".step.json").exists()]
-            found += [
-                f"{home / name}: gone since notebook {record.stem[1:]} ran; `make paper` again"
-                for name in gone
-            ]
-    return list(dict.fromkeys(found))
+                lines.append(f"{error}; delete it and run `make paper` again")
+        for path in sorted((home / "notebooks").glob(".*.json")):
+            steps = sorted(annotations.parse_json(annotations.read_text(path), path)["stages"])
+            gone = [home / name for name in steps if not (home / name / ".step.json").exists()]
+            lines += [f"{step}: gone since notebook {path.stem[1:]} ran; `make paper` again" for step in gone]
+    return list(dict.fromkeys(lines))
 
 
-def _read(path):
-    """Every line of a file, as what it is."""
+def _read_lines(path):
+    """Parse every line of a file of episodes or of a log."""
     if path.resolve().parent.parent.name == "episodes":
         return records.read_episodes(path)
     lines, _ = annotations.numbered_lines(annotations.read_text(path))
@@ -262,7 +299,7 @@ def _read(path):
 
 
 def digits(value) -> str:
-    """A value as tables show it: counts whole, one decimal, two digits below one; a dash for what is missing.
+    """Format a value as tables show it: counts whole, one decimal, two digits below one, a dash for what is missing.
 
     >>> digits(1334), digits(21.64), digits(0.0747), digits(0.0), digits(None)
     ('1334', '21.6', '0.075', '0.0', '—')
@@ -272,75 +309,3 @@ def digits(value) -> str:
     if isinstance(value, int):
         return str(value)
     return f"{value:.2g}" if 0 < abs(value) < 0.95 else f"{value:.1f}"
-
-
-def device() -> dict:
-    """The machine in words: processor, cores this process may use, memory, GPU (None without one)."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    gpu = (
-        _say("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-        if shutil.which("nvidia-smi")
-        else None
-    )
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "gpu": gpu or None,
-    }
-
-
-def _say(*command):
-    """What a command prints, or None if it fails or does not exist."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def commit() -> str:
-    """The last commit that changed anything but results."""
-    return _say("git", "log", "-1", "--format=%H", *CODE) or "unknown"
-
-
-def provenance(profile: Profile) -> dict:
-    """Where the numbers come from, as written to results/<profile>/provenance.json.
-
-    Commit and tree are those of all but results/: committing results must not change what they say.
-    A rerun with nothing changed writes the same bytes; the date is that of the youngest stage.
-    """
-    home, stages_made = profile.run_root(), {}
-    for folder in cache.steps(home):
-        parts = folder.relative_to(home).parts  # <data set>/.., or variants/<name>/<data set>/..
-        if set(parts) & set(profile.datasets):
-            stages_made["/".join(parts)] = cache.metadata(folder)
-    changed = _say("git", "status", "--porcelain", *CODE)
-    installed = {name: version(name) for name in LIBRARIES}
-    kept = {
-        "commit": commit(),
-        "tree": "unknown" if changed is None else "changed" if changed else "clean",
-        "profile": profile.name,
-        "digest": profile.digest(),
-        "seed": profile.seed,
-        "date": max((stamp.get("made", "") for stamp in stages_made.values()), default="") or None,
-        "device": device(),
-        "python": platform.python_version(),
-        "libraries": {name: found for name, found in installed.items() if found},
-        "stages": {
-            name: {"minutes": round(stamp["seconds"] / 60, 2), "peak_mb": stamp.get("peak_mb")}
-            for name, stamp in stages_made.items()
-        },
-    }
-    profile.results().mkdir(parents=True, exist_ok=True)
-    cache.write_json(profile.results() / "provenance.json", kept)
-    return kept
-
-
-def version(library):
-    """The installed version of a library, None without it."""
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:
-        return None

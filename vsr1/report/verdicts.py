@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import pandas as pd
+
 from vsr1.config import Profile
 from vsr1.evaluation import claims
 from vsr1.evaluation.statistics import Estimate
@@ -29,55 +31,55 @@ def record(profile: Profile, dataset: str) -> dict[str, Estimate]:
     return numbers
 
 
-def judge(numbers: dict, datasets) -> list[Verdict]:
-    """Judge every claim on every data set, from the entries of numbers.json."""
-    words, verdicts = results.layouts()["R3"]["systems"], []
-    for name in claims.CLAIMS:
-        for dataset in datasets:
-            run, mean, lowest = (
-                numbers.get(f"{table}/{dataset}/{name}/{key}")
-                for table, key in (("R3", "points"), ("R1", "points"), ("R1", "lowest"))
-            )
-            seeds = f"{points(mean)}, lowest {lowest['value']:+.1f}" if _measured(mean) else "—"
-            single, several = holds(run), holds(mean, lowest)
-            verdicts.append(Verdict(name, words[name], dataset, points(run), single, seeds, several))
-    return verdicts + [_judge_tokens(numbers, dataset) for dataset in datasets]
+def judge(numbers: pd.DataFrame, datasets) -> list[Verdict]:
+    """Judge every claim on every data set, from a `results.frame`."""
+    judged = [_judge(numbers, name, dataset) for name in claims.CLAIMS for dataset in datasets]
+    return judged + [_judge_tokens(numbers, dataset) for dataset in datasets]
+
+
+def _judge(numbers, name, dataset):
+    """Judge one claim on one data set."""
+    run = results.row(numbers, "R3", dataset, name, "points")
+    mean, lowest = (results.row(numbers, "R1", dataset, name, metric) for metric in ("points", "lowest"))
+    seeds = "—" if mean is None else f"{points(mean)}, lowest {lowest['value']:+.1f}"
+    words = results.layouts()["R3"]["systems"][name]
+    return Verdict(name, words, dataset, points(run), holds(run), seeds, holds(mean, lowest))
 
 
 def _judge_tokens(numbers, dataset):
-    """Soft tokens against the fewest tokens of a rewrite; a count, so without an interval."""
-    entries = [numbers.get(f"S1/{dataset}/{name}/tokens") for name in ("sqr", *claims.VARIANTS)]
+    """Compare soft tokens with the fewest tokens of a rewrite; a count, so without an interval."""
+    entries = [results.row(numbers, "S1", dataset, name, "tokens") for name in ("sqr", *claims.VARIANTS)]
     place = "tokens", "tokens a refinement, SQR under HQR", dataset
-    if not all(map(_measured, entries)):
+    if any(entry is None for entry in entries):
         return Verdict(*place, "—", "not measured", "—", "not measured")
     soft, *hard = (entry["value"] for entry in entries)
     value = f"{digits(soft)} against {digits(min(hard))} or more"
     return Verdict(*place, value, "holds" if soft < min(hard) else "does not hold", "—", "not measured")
 
 
-def holds(entry: dict | None, lowest: dict | None = None) -> str:
+def holds(entry, lowest=None) -> str:
     """Judge a difference: its interval without 0 decides, and every seed's sign where there are several.
 
-    >>> holds({"value": 4.0, "ci": [1.0, 7.0]}), holds({"value": 4.0, "ci": [-1.0, 9.0]}), holds(None)
+    >>> def difference(value, low, high): return {"value": value, "low": low, "high": high}
+    >>> holds(difference(4.0, 1.0, 7.0)), holds(difference(4.0, -1.0, 9.0)), holds(None)
     ('holds', 'not shown', 'not measured')
-    >>> holds({"value": 4.0, "ci": [1.0, 7.0]}, {"value": -0.5}), holds({"value": -4.0, "ci": [-7.0, -1.0]})
+    >>> holds(difference(4.0, 1.0, 7.0), difference(-0.5, None, None)), holds(difference(-4.0, -7.0, -1.0))
     ('not shown', 'does not hold')
     """
-    if not _measured(entry):
+    if entry is None:
         return "not measured"
-    low, high = entry["ci"]
-    if low > 0 and (lowest is None or lowest["value"] > 0):
+    if entry["low"] > 0 and (lowest is None or lowest["value"] > 0):
         return "holds"
-    return "does not hold" if high < 0 else "not shown"
+    return "does not hold" if entry["high"] < 0 else "not shown"
 
 
-def points(entry: dict | None) -> str:
+def points(entry) -> str:
     """Write a difference with its interval.
 
-    >>> points({"value": 4.04, "ci": [1.0, 7.0]})
+    >>> points({"value": 4.04, "low": 1.0, "high": 7.0})
     '+4.0 (+1.0 to +7.0)'
     """
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(entry["value"], *entry["ci"]) if _measured(entry) else "—"
+    return "—" if entry is None else "{value:+.1f} ({low:+.1f} to {high:+.1f})".format(**entry)
 
 
 def as_markdown(verdicts: list[Verdict]) -> str:
@@ -90,7 +92,3 @@ def as_markdown(verdicts: list[Verdict]) -> str:
             seeds = "" if row.seeds == "—" else f"; over seeds {row.seeds} **{row.verdict_seeds}**"
             lines.append(f"    * {row.dataset} {row.value} **{row.verdict}**{seeds}")
     return "\n".join(lines)
-
-
-def _measured(entry):
-    return entry is not None and entry["value"] is not None

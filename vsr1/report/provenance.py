@@ -1,0 +1,90 @@
+"""Say where numbers come from: commit, machine, libraries, and what each step cost."""
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from vsr1 import cache
+from vsr1.config import ROOT, Profile
+
+CODE = ("--", ".", ":!results")  # for git: all but what runs write
+LIBRARIES = "torch transformers trl accelerate numpy faiss-cpu faiss-gpu decord matplotlib flash-attn".split()
+
+
+def write(profile: Profile) -> dict:
+    """Write results/<profile>/provenance.json and return its content.
+
+    Commit and tree are those of all but results/: committing results must not change what they say.
+    A rerun with nothing changed writes the same bytes: the date is that of the youngest step.
+    """
+    steps = _steps(profile)
+    changes = _output("git", "status", "--porcelain", *CODE)
+    versions = {name: version(name) for name in LIBRARIES}
+    content = {
+        "commit": commit(),
+        "tree": "unknown" if changes is None else "changed" if changes else "clean",
+        "profile": profile.name,
+        "digest": profile.digest(),
+        "seed": profile.seed,
+        "date": max((step.get("made", "") for step in steps.values()), default="") or None,
+        "device": device(),
+        "python": platform.python_version(),
+        "libraries": {name: number for name, number in versions.items() if number},
+        "stages": {
+            name: {"minutes": round(step["seconds"] / 60, 2), "peak_mb": step.get("peak_mb")}
+            for name, step in steps.items()
+        },
+    }
+    profile.results().mkdir(parents=True, exist_ok=True)
+    cache.write_json(profile.results() / "provenance.json", content)
+    return content
+
+
+def _steps(profile):
+    """{path below runs/<profile>: record} of every finished step of this profile's data sets."""
+    home = profile.run_root()
+    folders = {folder.relative_to(home): folder for folder in cache.steps(home)}
+    known = set(profile.datasets)
+    return {
+        "/".join(p.parts): cache.metadata(folder) for p, folder in folders.items() if known & set(p.parts)
+    }
+
+
+def device() -> dict:
+    """Describe the machine: processor, cores this process may use, memory, GPU (None without one)."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    gpu = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpu": gpu or None,
+    }
+
+
+def commit() -> str:
+    """Return the last commit that changed anything but results."""
+    return _output("git", "log", "-1", "--format=%H", *CODE) or "unknown"
+
+
+def version(library: str) -> str | None:
+    """Return the installed version of a library, None without it."""
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command):
+    """Return what a command prints, None if it fails or does not exist."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

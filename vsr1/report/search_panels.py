@@ -1,0 +1,234 @@
+"""Draw whole searches: frames, replies and ranks, turn by turn (F1, F6, F7, A3 to A7, Q2)."""
+
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from vsr1.config import Profile
+from vsr1.data import annotations, video_reader
+from vsr1.loop import replies
+from vsr1.loop.records import Episode, Turn
+from vsr1.mini import captions, world
+from vsr1.mini.world import ATTRIBUTES
+from vsr1.report import plots, qualitative
+from vsr1.report.canvas import COLUMN, COLUMNS, GAP, MARGIN, Canvas, Strip
+from vsr1.report.plots import BLACK, BLUE, GREY, ORANGE, RED
+
+VIOLET = "#7b3294"  # of verdicts, as in the paper
+BOLD, ITALIC = {"weight": "bold"}, {"style": "italic"}
+LONGEST = 330  # letters of a reply's reasoning that are shown
+
+
+class FrameSource:
+    """Frames of one data set's videos, and what is to be seen in them where they were rendered."""
+
+    def __init__(self, profile: Profile, dataset: str, reader: video_reader.Reader):
+        self.dataset, self.folder, self.reader = dataset, profile.data_dir(dataset) / "videos", reader
+        self.scenes = world.read_scenes(profile.data_dir(dataset) / "corpus") if profile.world else {}
+        self.seconds = {}  # of the videos that were read
+
+    def moments(self, episode: Episode, video: str):
+        """Return what a query asks for and the nearest moment of a video; None, None for real video."""
+        asked = qualitative.asked_for(episode, self.scenes)
+        return asked, qualitative.closest(asked, video, self.scenes)
+
+    def lacks(self, episode: Episode, video: str) -> dict[str, str]:
+        """Return {what a query asks for: what a video has in its place}, in words."""
+        return qualitative.contrast(*self.moments(episode, video))
+
+    def strip(self, episode: Episode, video: str, count: int) -> Strip:
+        """Return frames of the query's moment, in a wrong video of the nearest one, or all along a real one."""
+        path = annotations.find_videos(self.folder, [video])[0].path
+        if path is None:
+            return Strip(None, None, video, problem="no such file")
+        clip = self.reader.read(path)
+        if clip.problem is not None:
+            return Strip(None, None, video, problem=clip.problem)
+        self.seconds[video] = clip.seconds
+        _, near = self.moments(episode, video)
+        right = video == episode.gt_video
+        span = (near.start, near.end) if near else (0.0, clip.seconds)
+        span = tuple(np.array(episode.gt_span_ms) / 1000) if right else span
+        start, end = (min(time, clip.seconds) for time in span)  # the truth may end behind the video
+        clip = self.reader.read(path, start + (end - start) * (np.arange(count) + 0.5) / count)
+        return Strip(clip.frames, clip.timestamps, video, span if right else None, clip.problem)
+
+
+# --- Parts
+
+
+def _query(canvas, source, episode):
+    """Draw the query on top, in bold blue what the first video lacks of it; return the y below."""
+    canvas.words(MARGIN, 0.08, 3, [(f"{source.dataset}, query {episode.desc_id}", {"color": GREY})])
+    pieces = _marked(episode.query, source.lacks(episode, episode.turns[0].shown_id))
+    bottom = canvas.words(2 * MARGIN, 0.36, canvas.width - 4 * MARGIN, pieces, 12)
+    canvas.box(MARGIN, 0.3, canvas.width - 2 * MARGIN, bottom + 0.06)
+    return bottom + 0.18
+
+
+def _marked(text, phrases, look=None):
+    """Return pieces of a text, in bold blue those phrases that stand in it."""
+    marked = {True: {"color": BLUE} | BOLD, False: look or {}}
+    return [(piece, marked[found]) for piece, found in qualitative.pieces(text, phrases)]
+
+
+def _videos(canvas, y, source, episode, shown, width=COLUMN, each=1.0, count=3):
+    """Draw videos side by side under their headings, with what wrong ones have instead; return the y below.
+
+    shown   [(x, video, heading)]
+    """
+    tops = []
+    for x, video, heading in shown:
+        lacks = [f"{seen}, not {asked}" for asked, seen in source.lacks(episode, video).items()]
+        kind = ("wrong video" + ": " * bool(lacks) + "; ".join(lacks), {"color": BLACK})
+        kind = ("right video", {"color": RED}) if video == episode.gt_video else kind
+        tops.append(canvas.words(x, y, width, [(f"{heading}: ", BOLD), kind]) + 0.06)
+    bottoms = []
+    for x, video, _ in shown:
+        strip = source.strip(episode, video, count)
+        bottoms.append(canvas.frames(x + 0.04, max(tops), strip, each, dashed=video == episode.gt_video))
+    return max(bottoms)
+
+
+def _reply(canvas, x, y, source, episode, turn, width=COLUMN):
+    """Draw the reply to a video and what was done next in a box; return the y below."""
+    top, inner, left = y, width - 0.2, x + 0.1
+    if turn.reused:
+        first = next(before.t for before in episode.turns if before.shown_id == turn.shown_id)
+        again = f"Turn {turn.t} is turn {first} again, reply and next query; {qualitative.ranks(turn)}."
+        y = canvas.words(left, y + 0.06, inner, [(again, ITALIC)])
+    else:
+        steps = qualitative.reasoning(turn, LONGEST)
+        y = canvas.words(left, y + 0.06, inner, [(f"{s} ", {"color": RED} if no else {}) for s, no in steps])
+        y = canvas.words(left, y + 0.02, inner, _verdict(turn))
+        y = _next(canvas, left, y + 0.02, inner, source, episode, turn)
+    canvas.box(x, top, width, y + 0.05)
+    return y + 0.17
+
+
+def _verdict(turn):
+    """Return the verdict of a reply and whether it is right, in words and with a mark."""
+    word = {True: "matched", False: "not_matched", None: "no readable verdict"}[turn.reply.matched]
+    right = turn.reply.matched is not None and turn.reply.matched == turn.shown_is_gt
+    return [(word, {"color": VIOLET} | BOLD), (" ✓ rightly" if right else " ✗ wrongly", {})]
+
+
+def _next(canvas, x, y, width, source, episode, turn: Turn):
+    """Draw soft tokens or a rewrite, and the ranks around them; or the named moment, on a bar; return the y below."""
+    ranks = qualitative.ranks(turn)
+    if turn.rank_out is not None and turn.update_text is None:
+        canvas.words(x, y, width, [(replies.REFINE, BOLD)])
+        end = canvas.soft_tokens(x + 0.75, y + 0.02, turn.refine_tokens)
+        return canvas.words(end, y, width, [(f"{turn.refine_tokens} soft tokens; {ranks}", {})])
+    if turn.rank_out is not None:
+        update = _marked(turn.update_text, source.lacks(episode, episode.turns[0].shown_id), ITALIC)
+        return canvas.words(x, y, width, [("rewritten: ", BOLD), *update, (f" {ranks}", {})])
+    if not turn.reply.matched or turn.span_ms is None:
+        return canvas.words(x, y, width, [("nothing to search or to answer with", {"color": RED})])
+    named, right = np.array(turn.span_ms) / 1000, np.array(episode.gt_span_ms) / 1000
+    text = f"moment {named[0]:.1f} to {named[1]:.1f} s"
+    text += f" (right: {right[0]:.1f} to {right[1]:.1f} s), IoU {turn.iou:.2f}" if turn.shown_is_gt else ""
+    y = canvas.words(x, y, width, [(text, {})])
+    seconds = source.seconds.get(turn.shown_id) if turn.shown_is_gt else None
+    return canvas.timeline(x, y + 0.04, width, seconds, right, named) if seconds else y
+
+
+def _end(episode):
+    """Say how a search ended."""
+    last = episode.turns[-1]
+    found = bool(last.reply.matched and last.shown_is_gt)
+    ranks = f"right video from rank {episode.rank_orig} to {qualitative.rank(episode)}"
+    return [
+        ("✓ found: " if found else "⚠ not found: ", BOLD | {"color": BLUE if found else RED}),
+        (ranks, {}),
+    ]
+
+
+# --- Figures
+
+
+@plots.style()
+def compare(soft: Episode, hard: Episode, source: FrameSource) -> Figure:
+    """Draw the first turn that two searches share, then HQR on the left and SQR on the right, turn by turn."""
+    canvas = Canvas()
+    first = ((soft.turns[0].shown_id, "turn 1, rank 1"), (soft.gt_video, f"rank {soft.rank_orig}"))
+    shown = [(x, *video) for x, video in zip(COLUMNS, first, strict=True)]
+    y, ends = _videos(canvas, _query(canvas, source, soft), source, soft, shown) + 0.1, []
+    for x, episode, name in zip(COLUMNS, (hard, soft), ("Hard", "Soft"), strict=True):
+        below = canvas.words(x, y, COLUMN, [(f"{name} query refinement", BOLD)], 11) + 0.05
+        for turn in episode.turns:
+            if turn.t > 1 and not turn.reused:
+                video = [(x, turn.shown_id, f"turn {turn.t}, rank 1")]
+                below = _videos(canvas, below, source, episode, video) + 0.02
+            below = _reply(canvas, x, below, source, episode, turn)
+        ends.append(canvas.words(x, below, COLUMN, _end(episode), 9.5))
+    middle = COLUMNS[1] - GAP / 2
+    canvas.axes.plot((middle, middle), (y, max(ends)), color=GREY, linewidth=0.8)
+    return canvas.cut(max(ends) + 0.1)
+
+
+@plots.style()
+def two_turns(episode: Episode, source: FrameSource, rejected: int | None) -> Figure:
+    """Draw F1: two turns side by side, each with the first video of its ranking.
+
+    rejected   rank of the first video after the refinement; None: not known
+    """
+    canvas, wrong, half = Canvas(), episode.turns[0].shown_id, COLUMN / 2
+    top = _query(canvas, source, episode)
+    heads = "the query as it was typed", f"the query and {episode.turns[0].refine_tokens} soft tokens"
+    before = (wrong, "rank 1"), (episode.gt_video, f"rank {episode.rank_orig}")
+    after = (episode.gt_video, "rank 1"), (wrong, f"rank {rejected}" if rejected else "rejected")
+    shown = []
+    for x, turn, head, videos in zip(COLUMNS, episode.turns, heads, (before, after), strict=True):
+        y = canvas.words(x, top, COLUMN, [(f"Turn {turn.t}: {head}", BOLD)], 11) + 0.05
+        shown += [(x, *videos[0]), (x + half + 0.08, *videos[1])]
+    y = _videos(canvas, y, source, episode, shown, half - 0.1, 0.95, 2) + 0.05
+    turns = zip(COLUMNS, episode.turns, strict=True)
+    return canvas.cut(max(_reply(canvas, x, y, source, episode, turn) for x, turn in turns))
+
+
+LINES = ((RED, "D"), (ORANGE, "^"), (BLUE, "*"))  # of the video found first, of the next, of the right one
+
+
+@plots.style()
+def by_soft_tokens(episode: Episode, source: FrameSource, ranks: dict[str, list[int]]) -> Figure:
+    """Draw F6: three videos and what they have of the query, beside their ranks by number of soft tokens.
+
+    ranks   {video: its rank with 0, 1, .. N soft tokens}, in the order in which they are on rank 1
+    """
+    canvas = Canvas()
+    top = y = _query(canvas, source, episode)
+    for n, (video, (colour, _)) in enumerate(zip(ranks, LINES, strict=False), 1):
+        right = video == episode.gt_video
+        name = f"video {n}" + ", the right one" * right
+        y = canvas.words(MARGIN, y, 3, [(name, BOLD | {"color": colour})], 10) + 0.06
+        below = canvas.frames(MARGIN + 0.04, y, source.strip(episode, video, 2), 0.95, dashed=right)
+        asked, seen = source.moments(episode, video)
+        for attribute in ATTRIBUTES if asked else ():
+            has = getattr(asked, attribute) == getattr(seen, attribute)
+            text = f"{'✓' if has else '✗'} {captions.phrase(attribute, seen)}"
+            y = canvas.words(2.35, y, 2, [(text, {"color": BLUE if has else RED})])
+        y = max(y, below) + 0.08
+    figure = canvas.cut(y)
+    place = np.array((4.75, 0.55, 4.05, y - top - 0.9)) / (canvas.width, y, canvas.width, y)
+    _rank_curves(figure.add_axes(place), ranks)
+    return figure
+
+
+def _rank_curves(axes, ranks):
+    """Draw ranks by number of soft tokens, the best on top; bands say which video is on rank 1."""
+    worst = max(map(max, ranks.values()))
+    for n, (line, (colour, marker)) in enumerate(zip(ranks.values(), LINES, strict=True), 1):
+        size = 9 if marker == "*" else 5
+        axes.plot(line, marker=marker, color=colour, markersize=size, label=f"video {n}")
+        for depth in np.flatnonzero(np.array(line) == 1):
+            axes.axvspan(depth - 0.5, depth + 0.5, color=colour, alpha=0.12, linewidth=0)
+    axes.plot(line.index(1), 1, "o", markersize=16, fillstyle="none", color=RED)
+    axes.set(xlabel="soft tokens in the query", ylabel="rank", xlim=(-0.5, len(line) - 0.5))
+    axes.set_ylim(worst + 1, 1 - worst / 20)  # best on top
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    step = 5 * math.ceil(worst / 50)
+    axes.set_yticks([1, *range(step, worst + 1, step)])
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
