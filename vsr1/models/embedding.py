@@ -77,8 +77,8 @@ def _embed(profile, dataset, split, which, folder):
 def _embed_shards(profile, loaded, folder, shards, files, what):
     """Embed the shards of this process that have no file yet and return videos per second, None without any."""
     ranks, started = cache.dist_state(), time.time()
-    own = range(ranks.process_index, len(shards), ranks.num_processes)
-    todo = [number for number in own if not files[number].exists()]
+    share = range(ranks.process_index, len(shards), ranks.num_processes)
+    todo = [number for number in share if not files[number].exists()]
     # A video without a file is read under the name it should have: the reader says what is wrong with it.
     paths = [video.path or folder / f"{video.id}.mp4" for number in todo for video in shards[number]]
     reader = video_reader.Reader(profile.video_fps, profile.max_frames)

@@ -30,9 +30,7 @@ class Completion:
     logps: list[float]  # log-probability of each id
     ended: bool  # False: truncated at max_new_tokens
     text: str  # special tokens kept, <|im_end|> dropped
-    refine_context: (
-        decoding.Context | None
-    )  # what was read before the last <REFINE>; None: it is not in the reply
+    refine_context: decoding.Context | None  # what was read before the last <REFINE>; None: there is none
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,7 @@ class Policy:
         self.model, self.tokenizer, self.heads, self.settings = model, tokenizer, heads, settings
         self.max_frame_pixels, self.name = max_frame_pixels, tokenizer.name_or_path or "policy"
         self.adapters = None  # the LoraModel, while it is trained with adapters
-        self.video_cache = (
-            weakref.WeakKeyDictionary()
-        )  # {clip: its `inputs.Video`}, as long as the clip is kept
+        self.video_cache = weakref.WeakKeyDictionary()  # {clip: `inputs.Video`}, as long as the clip is kept
         self.query_embedder = None  # folder of the engine that came with the checkpoint, if one did
         self.stop_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.refine_token_id = None if heads is None else find_refine_token(tokenizer, model)

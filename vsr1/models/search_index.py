@@ -25,9 +25,7 @@ class Vectors:
     video_vecs: np.ndarray  # (V, D) float32
     query_ids: list[int]
     query_vecs: np.ndarray  # (Q, D) float32
-    index_file: Path | None = field(
-        default=None, init=False
-    )  # FAISS index of `video_vecs`; None: built when needed
+    index_file: Path | None = field(default=None, init=False)  # of `video_vecs`; None: built when needed
 
     def has_video(self, video_id: str) -> bool:
         """Return whether a video has a vector."""
@@ -102,9 +100,8 @@ class Vectors:
             return _to_gpu(build_index(self.video_vecs))
         if len(self.video_ids) >= ivf_index.FROM:
             return ivf_index.open_index(self.index_file)
-        return _to_gpu(
-            faiss.read_index(str(self.index_file), faiss.IO_FLAG_MMAP_IFC)
-        )  # no second copy in memory
+        # Mapped, so that the gallery is not in memory twice.
+        return _to_gpu(faiss.read_index(str(self.index_file), faiss.IO_FLAG_MMAP_IFC))
 
     @cached_property
     def _longest(self):
