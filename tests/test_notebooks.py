@@ -1,4 +1,4 @@
-"""Every notebook runs on the smoke profile, through the same commands as `make paper`; and keeps the shape of STYLE."""
+"""Every notebook runs on the smoke profile, through the same commands as `make paper`; and keeps the shape of a tutorial."""
 
 import ast
 import json
@@ -78,7 +78,7 @@ def test_the_second_cell_holds_the_parameters_as_literals(book):
 
 
 def test_a_notebook_stays_readable(book):
-    """The gates of STYLE section 9, and prose between any two code cells after the first three."""
+    """At most 40 cells, of 25 lines, 6 in the median; and prose between any two code cells after the first three."""
     lengths = [len(source(cell).splitlines()) for cell in book["cells"] if cell["cell_type"] == "code"]
     assert len(book["cells"]) <= 40
     assert max(lengths) <= 25 and statistics.median(lengths) <= 6, lengths

@@ -75,7 +75,7 @@ def _cells(source):
 
 
 def _steps_of(profile, dataset):
-    """Return {folder of a finished step, from runs(dataset): its key} of all that a notebook about `dataset` may rest on."""
+    """Return {folder, from runs(dataset): key} of every finished step that a notebook about `dataset` may rest on."""
     home, runs = profile.data_dir(dataset), profile.runs(dataset)
     paths = [path for path in cache.steps(home) if not path.relative_to(home).parts[0].startswith("seed-")]
     paths += cache.steps(runs)
