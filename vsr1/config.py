@@ -1,7 +1,7 @@
 """Profiles: every knob of a run, typed and checked, in one frozen record read from `vsr1/profiles/<name>.yaml`.
 
 Quoted words are the paper's or its project page's. "official" is the authors' code. "ours" marks a choice of this
-project, with its reason in docs/deviations.md.
+project, with its reason in DEVIATIONS.md.
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ engine embeds the query once more:
                                                                                        next query vector
 
 Nothing is sampled on the way, so a loss on the query vector reaches P, A, B and the policy. Rollouts (no gradients) and
-training (gradients) call the same functions. METHOD.md 3 and 11 are the definitions.
+training (gradients) call the same functions. The definitions are in docs/method.md sections 3 and 11.
 """
 
 import torch
