@@ -102,7 +102,7 @@ class Bed:
 
     def __init__(self, profile, film: Path):
         self.profile, self.film, self.made = profile, film, engine.load(profile)
-        with video_reader.Reader(profile.video_fps, profile.max_frames) as reader:
+        with video_reader.reader_for(profile) as reader:
             self.clip = reader.read(film)
         assert self.clip.problem is None, self.clip.problem
         self.shelf = types.SimpleNamespace(get=lambda ids: [self.clip for _ in ids])
@@ -154,7 +154,7 @@ def timed(work, rounds: int) -> list[float]:
 def embed(bed: Bed, rounds: int):
     """Videos to vectors, shard by shard as `engine.embed_corpus` does it; and decoding alone, the engine alone."""
     profile, made, size = bed.profile, bed.made, embedding.SHARD_SIZE
-    reader, paths = video_reader.Reader(profile.video_fps, profile.max_frames), [bed.film] * (2 * size)
+    reader, paths = video_reader.reader_for(profile), [bed.film] * (2 * size)
 
     def decode():
         for clip in video_reader.read_videos(paths, reader, profile.decode_workers):

@@ -23,6 +23,7 @@ PROFILES = PACKAGE / "profiles"
 # Knobs that no result of a data set depends on, but for the rounding of sums: they enter no key and no digest.
 NO_RESULT = {"name", "variant", "part", "datasets"}
 NO_RESULT |= {"parallel_datasets", "decode_workers", "threads", "device", "tensorboard", "save_minutes"}
+NO_RESULT |= {"decode_timeout"}
 
 Dataset = Literal["charades", "didemo", "activitynet"]
 DATASETS = typing.get_args(Dataset)
@@ -116,6 +117,7 @@ class Profile:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the first GPU where there is one, else the CPU
     dtype: Literal["float32", "bfloat16"] = "float32"  # "bf16" at paper scale
     decode_workers: Count = 1  # processes that decode ahead of the engine
+    decode_timeout: Positive = 30.0  # seconds for one video; a second attempt gets four times as many
 
     # The loop.
     max_turns: Count = 3  # T; ours: the project page says gains saturate at 3, the official script runs 2

@@ -1,5 +1,6 @@
 """Frames are right when the number painted into them says so, and when PyAV, reading in order, agrees."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import av
 import numpy as np
 import pytest
 
+from vsr1 import config
 from vsr1.data import decoder, video_reader
 from vsr1.data.video_reader import DecodeTimeout, Reader, read_frames, read_videos, sample_times
 
@@ -233,6 +235,14 @@ def test_a_hang_is_killed_in_time_and_stops_the_caller_or_is_listed(clips, tmp_p
         )
         reader.timeout = 20
         assert reader.read(clips["keyframe every 30"]).problem is None and reader._child.pid != first
+
+
+def test_a_profile_says_how_long_a_video_may_take():
+    profile = dataclasses.replace(config.load("mini"), decode_timeout=7.0, video_fps=2.0, max_frames=32)
+    assert video_reader.reader_for(profile) == Reader(2.0, 32, timeout=7.0)
+    assert profile.digest() == dataclasses.replace(profile, decode_timeout=30.0).digest(), (
+        "no result depends on it"
+    )
 
 
 def test_a_slow_video_is_read_at_the_second_attempt(clips, monkeypatch):

@@ -21,7 +21,16 @@ from vsr1.config import InputError
 from vsr1.data import decoder
 from vsr1.data.decoder import sample_times
 
-__all__ = ["Clip", "DecodeTimeout", "Reader", "read_frames", "read_videos", "reader_pool", "sample_times"]
+__all__ = [
+    "Clip",
+    "DecodeTimeout",
+    "Reader",
+    "read_frames",
+    "read_videos",
+    "reader_for",
+    "reader_pool",
+    "sample_times",
+]
 
 TIMEOUT = 30.0  # seconds for one video
 RETRY = 4  # times as long may the second attempt take
@@ -79,8 +88,8 @@ class Reader:
         if self.skip_slow:
             return Clip(None, None, None, problem)
         raise DecodeTimeout(
-            f"{path}: {problem}; this is no damage found in the file: a slow disk, a busy or a suspended machine? "
-            "Run the same command again, it goes on; if it is this file each time, move it away"
+            f"{path}: {problem}; a slow disk, a busy or a suspended machine? Run the same command again, it goes on, or "
+            "raise decode_timeout in the profile. If it is always this file, move it away"
         )
 
     def _attempt(self, path, times, timeout):
@@ -134,6 +143,11 @@ class Reader:
 
     def __exit__(self, *_):
         self.close()
+
+
+def reader_for(profile) -> Reader:
+    """Return a reader with the sampling and the time limit of a profile."""
+    return Reader(profile.video_fps, profile.max_frames, timeout=profile.decode_timeout)
 
 
 def read_frames(path, timestamps) -> Clip:

@@ -56,7 +56,7 @@ def run(work: Work, folder: Path) -> None:
     batches = [queries[i : i + profile.eval_batch] for i in range(0, len(queries), profile.eval_batch)]
     parts = [folder / f"part-{number:05}.jsonl" for number in range(len(batches))]
     share = list(zip(parts, batches, strict=True))[ranks.process_index :: ranks.num_processes]
-    reader = video_reader.Reader(profile.video_fps, profile.max_frames)
+    reader = video_reader.reader_for(profile)
     with video_reader.reader_pool(reader, profile.decode_workers) as read:
         clips = clip_cache.ClipCache(profile.data_dir(work.dataset) / "videos", vectors.video_ids, read)
         functions = runner.EpisodeRunner(profile, work.system, engine, policy, vectors, clips)

@@ -62,7 +62,7 @@ def sweep_policies(
 ) -> dict[str, Sweep]:
     """Sweep one query by several policies: {name: (system of `runner.SYSTEMS`, weights, its episode)}."""
     sweeps, folder = {}, profile.data_dir(dataset) / "videos"
-    with video_reader.Reader(profile.video_fps, profile.max_frames) as reader:
+    with video_reader.reader_for(profile) as reader:
         for name, (system, weights, episode) in policies.items():
             (video,) = annotations.find_videos(folder, [episode.turns[0].shown_id])
             engine, policy = runner.load_pair(profile, runner.SYSTEMS[system], weights)

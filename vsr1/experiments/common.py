@@ -140,7 +140,7 @@ def moment_strips(folder: Path, queries: list[Query], videos: list[str], caption
 def video_strips(profile: Profile, dataset: str, videos: list[str], captions: list[str]) -> list[Strip]:
     """Return a row for each readable video of a data set, with frames along all of it, as the policy sees it."""
     rows, folder = [], profile.data_dir(dataset) / "videos"
-    with video_reader.Reader(profile.video_fps, profile.max_frames) as reader:
+    with video_reader.reader_for(profile) as reader:
         for video, caption in zip(annotations.find_videos(folder, videos), captions, strict=True):
             clip = reader.read(video.path)
             if clip.problem is None:

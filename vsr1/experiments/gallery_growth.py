@@ -117,7 +117,7 @@ def _soft_vecs(profile, dataset, episodes: list[Episode], original, weights):
     shown = {episodes[row].turns[0].shown_id for row in rows}
     splitter, reader = (
         batching.OOMSplitter("eval_batch"),
-        video_reader.Reader(profile.video_fps, profile.max_frames),
+        video_reader.reader_for(profile),
     )
     with video_reader.reader_pool(reader, profile.decode_workers) as read:
         clips = clip_cache.ClipCache(profile.data_dir(dataset) / "videos", shown, read)

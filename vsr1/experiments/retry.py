@@ -86,7 +86,7 @@ def _refine_once(profile, dataset, run, weights, vectors):
     queries = annotations.read_fig(folder / "corpus" / "test.jsonl")
     queries = annotations.evenly_spaced(failed_queries(vectors, queries), profile.studies.sample_queries)
     splitter, episodes = batching.OOMSplitter("eval_batch"), []
-    reader = video_reader.Reader(profile.video_fps, profile.max_frames)
+    reader = video_reader.reader_for(profile)
     with video_reader.reader_pool(reader, profile.decode_workers) as read:
         clips = clip_cache.ClipCache(folder / "videos", vectors.video_ids, read)
         functions = RetryRunner(profile, kind, *pair, vectors, clips)

@@ -62,7 +62,7 @@ def embed_windows(
     files = [folder / f"windows-{split}-{number:05}.npz" for number in range(len(shards))]
     todo = [(file, shard) for file, shard in zip(files, shards, strict=True) if not file.exists()]
     paths = [video.path for _, shard in todo for video in shard]
-    reader = video_reader.Reader(profile.video_fps, profile.max_frames)
+    reader = video_reader.reader_for(profile)
     clips = video_reader.read_videos(paths, reader, profile.decode_workers)
     clips = iter(cache.progress(clips, f"windows {dataset} {split}", len(paths)))
     for file, shard in todo:

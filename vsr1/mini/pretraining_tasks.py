@@ -131,7 +131,7 @@ def load_films(profile) -> Films:
         with open(folder / "frames.raw", "wb") as file:  # one after the other: they need not fit into memory
             for dataset, home in zip(profile.datasets, homes, strict=True):
                 scenes = list(world.read_scenes(home.parent / "corpus").values())
-                reader = video_reader.Reader(profile.video_fps, profile.max_frames)
+                reader = video_reader.reader_for(profile)
                 clips = video_reader.read_videos(
                     [home / f"{s.video}.mp4" for s in scenes], reader, os.cpu_count()
                 )

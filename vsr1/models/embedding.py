@@ -81,7 +81,7 @@ def _embed_shards(profile, loaded, folder, shards, files, what):
     todo = [number for number in share if not files[number].exists()]
     # A video without a file is read under the name it should have: the reader says what is wrong with it.
     paths = [video.path or folder / f"{video.id}.mp4" for number in todo for video in shards[number]]
-    reader = video_reader.Reader(profile.video_fps, profile.max_frames)
+    reader = video_reader.reader_for(profile)
     clips = video_reader.read_videos(paths, reader, profile.decode_workers)
     clips = iter(cache.progress(clips, what, len(paths)))
     for number in todo:

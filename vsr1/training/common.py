@@ -72,7 +72,7 @@ def upcast_trainable(weights) -> None:
 @contextlib.contextmanager
 def open_clips(profile, dataset: str, video_ids):
     """Open the videos of a data set; inside, `clips.get(ids)` gives their clips, which are decoded ahead."""
-    reader = video_reader.Reader(profile.video_fps, profile.max_frames)
+    reader = video_reader.reader_for(profile)
     with video_reader.reader_pool(reader, profile.decode_workers) as read:
         yield clip_cache.ClipCache(profile.data_dir(dataset) / "videos", video_ids, read)
 

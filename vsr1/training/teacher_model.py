@@ -134,7 +134,7 @@ def _write(profile, dataset, vectors, folder):
         seed=profile.seed,
     )
     teacher, spans = load_teacher(profile), {query.id: query.span for query in queries}
-    reader = video_reader.Reader(profile.video_fps, profile.max_frames)
+    reader = video_reader.reader_for(profile)
     with video_reader.reader_pool(reader, profile.decode_workers) as read:
         clips = clip_cache.ClipCache(profile.data_dir(dataset) / "videos", vectors.video_ids, read)
         ask_batch = functools.partial(ask, teacher, clips, spans, profile.seed)
