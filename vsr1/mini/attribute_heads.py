@@ -1,4 +1,4 @@
-"""Read and write rendered attributes by linear maps: the attribute probe, and the heads that pretraining throws away."""
+"""Map rendered attributes linearly: to vectors (the attribute probe), and from states (heads of pretraining)."""
 
 import torch
 import torch.nn.functional as F

@@ -1,0 +1,319 @@
+"""Draw what the mini models are pretrained on: rendered videos in memory, and prompts with answers about them."""
+
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from vsr1 import cache
+from vsr1.data import video_reader
+from vsr1.mini import architecture, captions, renderer, teacher, world
+from vsr1.mini.world import ATTRIBUTES, Moment, Scene
+from vsr1.models import inputs, prompt_text
+from vsr1.models.prompt_text import seconds_text
+
+# Shares of the agent's tasks in `Examples.task`.
+TASKS = {"judge": 0.45, "caption": 0.12, "question": 0.18, "blind": 0.04, "seen": 0.06, "reasoned": 0.15}
+WATCH = "Watch the video."  # the system prompt of what is no task of the agent
+
+
+# --- Videos
+
+
+class FoundationVideos:
+    """All videos of the foundation split at the size the models see: frames on disk, times and scenes in memory."""
+
+    def __init__(self, folder: Path):
+        index = json.loads((folder / "films.json").read_text(encoding="utf-8"))
+        pixels = np.memmap(folder / "frames.raw", np.uint8, "r")
+        self.frames = pixels.reshape(-1, *index["size"], 3)  # (sum of T, H, W, 3)
+        self.datasets, self.starts = index["datasets"], index["starts"]
+        self.timestamps = [np.array(times) for times in index["timestamps"]]
+        self.scenes = [world.scene_from_dict(fields) for fields in index["scenes"]]
+        families = {}
+        for number, scene in enumerate(self.scenes):
+            families.setdefault((self.datasets[number], scene.family), []).append(number)
+        self.families = list(families.values())
+        self.family_of = {number: i for i, family in enumerate(self.families) for number in family}
+
+    def subset(self, number: int, count: int, rng) -> video_reader.Clip:
+        """Draw `count` frames of a video in order: the same video at a lower, uneven rate."""
+        times = self.timestamps[number]
+        index = np.sort(rng.choice(len(times), min(count, len(times)) // 2 * 2, replace=False))
+        pixels = self.frames[self.starts[number] + index]
+        return video_reader.Clip(pixels, times[index], self.scenes[number].seconds, None)
+
+    def window(self, number: int, count: int, rng) -> tuple[video_reader.Clip, tuple[Moment, ...]]:
+        """Draw `count` frames in a row, and the moments of which they show at least two, cut to what is shown."""
+        all_times = self.timestamps[number]
+        count = min(count, len(all_times)) // 2 * 2
+        first = int(rng.integers(len(all_times) - count + 1))
+        times = all_times[first : first + count]
+        pixels = self.frames[self.starts[number] + first :][:count]
+        clip = video_reader.Clip(pixels, times, self.scenes[number].seconds, None)
+        # The first frame of the video is at 0, so the second is at one step.
+        low, high = round(times[0], 1), round(times[-1] + all_times[1], 1)
+        shown = [m for m in self.scenes[number].moments if ((times >= m.start) & (times < m.end)).sum() >= 2]
+        return clip, tuple(replace(m, start=max(m.start, low), end=min(m.end, high)) for m in shown)
+
+    def pair(self, rng) -> tuple[int, int, bool, int]:
+        """Draw two frames in a row that show the same: (first frame, moment, whether it goes on, video)."""
+        while True:
+            number = int(rng.integers(len(self.scenes)))
+            at = int(rng.integers(len(self.timestamps[number]) - 1))
+            times = self.timestamps[number][at : at + 2]
+            shown = {self.scenes[number].moment_at(float(second)) for second in times}
+            if len(shown) == 1:
+                return at, *shown.pop(), number
+
+    def pair_frames(self, number: int, at: int) -> np.ndarray:
+        """Return (2, H, W, 3) frames of a video, from frame `at` on."""
+        return self.frames[self.starts[number] + at :][:2]
+
+    def family_batch(self, size: int, rng) -> list[int]:
+        """Draw `size` videos: whole families as far as they fit, since near-duplicates teach the most."""
+        batch = []
+        while len(batch) < size:
+            batch += self.families[int(rng.integers(len(self.families)))]
+        return list(dict.fromkeys(batch))[:size]
+
+
+def load_videos(profile) -> FoundationVideos:
+    """Render and decode the foundation split of every data set, once."""
+    homes = [renderer.render(profile, dataset, ("foundation",)) for dataset in profile.datasets]
+    keys = {"videos": [cache.metadata(home)["key"] for home in homes], "pixels": profile.max_frame_pixels}
+    target = profile.data_dir("foundation") / "films"
+    return FoundationVideos(cache.build(target, keys, lambda folder: _decode(profile, homes, folder)))
+
+
+def _decode(profile, homes, folder):
+    """Write the frames of all videos, one after the other, and an index of them."""
+    index, total = {"datasets": [], "starts": [], "timestamps": [], "scenes": []}, 0
+    reader = video_reader.reader_for(profile)
+    with open(folder / "frames.raw", "wb") as file:  # they need not fit into memory
+        for dataset, home in zip(profile.datasets, homes, strict=True):
+            scenes = list(world.read_scenes(home.parent / "corpus").values())
+            paths = [home / f"{scene.video}.mp4" for scene in scenes]
+            clips = video_reader.read_videos(paths, reader, os.cpu_count())
+            clips = cache.progress(clips, f"decode {dataset}", len(scenes))
+            for scene, clip in zip(scenes, clips, strict=True):
+                assert clip.problem is None, (scene.video, clip.problem)
+                index["size"] = inputs.resized_size(*clip.frames.shape[1:3], 32, profile.max_frame_pixels)
+                index["datasets"].append(dataset)
+                index["starts"].append(total)
+                index["timestamps"].append(clip.timestamps.round(3).tolist())
+                index["scenes"].append(asdict(scene))
+                file.write(shrink(clip.frames, index["size"]).tobytes())
+                total += len(clip.frames)
+    cache.write_json(folder / "films.json", index)
+
+
+def shrink(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return frames at the size that `inputs.patchify` would give them, as uint8."""
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    return pixels.byte().permute(0, 2, 3, 1).numpy()
+
+
+# --- Labels
+
+
+def visible_attributes(scene: Scene, second: float) -> dict:
+    """Return the attributes on view at a time; between moments no action, object and colour."""
+    number, active = scene.moment_at(float(second))
+    labels = {name: getattr(scene.moments[number], name) for name in ATTRIBUTES}
+    return labels | ({} if active else dict.fromkeys(("action", "object", "colour")))
+
+
+def pair_labels(scene: Scene, clip: video_reader.Clip) -> tuple[dict, ...]:
+    """Return for each pair of frames what it shows, its whole second, and the action of the pair before."""
+    seconds = inputs.pair_times(clip.timestamps)
+    labels = [visible_attributes(scene, second) for second in seconds]
+    for at, label in enumerate(labels):
+        label["second"], label["before"] = int(seconds[at]), labels[at - 1]["action"] if at else None
+    return tuple(labels)
+
+
+# --- Prompts with answers
+
+
+class Example(NamedTuple):
+    """A prompt with the answer to learn."""
+
+    prompt: inputs.Prompt  # with the answer
+    answer_tokens: int
+    pairs: tuple[dict, ...] = ()  # see `pair_labels`; (): not to be read from the states
+    target: dict | None = None  # attributes of the moment asked for
+
+
+class Examples:
+    """Draws examples about the foundation videos, each from a number of frames and a random generator."""
+
+    def __init__(self, videos: FoundationVideos, tokenizer, vision_config, max_frame_pixels: int):
+        self.videos, self.tokenizer = videos, tokenizer
+        self.vision_config, self.max_frame_pixels = vision_config, max_frame_pixels
+
+    def _video(self, clip):
+        """Return a clip's text in a prompt and its pixels."""
+        video = inputs.Video(*inputs.patchify(clip.frames, self.vision_config, self.max_frame_pixels))
+        per_pair = video.tokens_per_pair(self.vision_config.spatial_merge_size)
+        return inputs.video_text(clip.timestamps, per_pair), video
+
+    def _example(self, system, user, answer, clip=None, pairs=(), target=None):
+        """Return a prompt and its answer; `{video}` in `user` stands for the clip."""
+        text, video = self._video(clip) if clip is not None else ("", None)
+        answer_ids = self.tokenizer(f"{answer}<|im_end|>")["input_ids"]
+        chat = inputs.chat(self.tokenizer, system, user.replace("{video}", text))
+        ids = self.tokenizer(chat)["input_ids"] + answer_ids
+        return Example(inputs.Prompt(ids, video), len(answer_ids), pairs, target)
+
+    def picture(self, count: int, rng) -> Example:
+        """Draw two frames of one moment, and its fine caption."""
+        while True:
+            at, which, active, number = self.videos.pair(rng)
+            if active:
+                break
+        times = self.videos.timestamps[number][at : at + 2]
+        clip = video_reader.Clip(self.videos.pair_frames(number, at), times, 2.0, None)
+        moment = self.videos.scenes[number].moments[which]
+        return self._example(WATCH, "{video}Describe the picture.", _caption(moment, rng), clip)
+
+    def dense_caption(self, count: int, rng) -> Example:
+        """Draw a window of a video, and what happens when."""
+        number = int(rng.integers(len(self.videos.scenes)))
+        return self._dense_caption(*self.videos.window(number, count, rng), rng)
+
+    def _dense_caption(self, clip, moments, rng):
+        times = [f"{seconds_text(moment.start)} to {seconds_text(moment.end)}" for moment in moments]
+        lines = [f"{time}: {_caption(moment, rng)}" for time, moment in zip(times, moments, strict=True)]
+        prompt = "{video}" + architecture.CAPTION_PROMPT
+        return self._example(WATCH, prompt, "\n".join(lines) or "Nothing.", clip)
+
+    def question(self, count: int, rng) -> Example:
+        """Draw a question about a moment of a window."""
+        number, clip, moments = self.printed_window(count, rng)
+        moment = moments[int(rng.integers(len(moments)))]
+        question, answer = teacher.question(moment, rng)
+        pairs = pair_labels(self.videos.scenes[number], clip)
+        return self._example(WATCH, "{video}" + question, answer, clip, pairs, asdict(moment))
+
+    def reading(self, count: int, rng) -> Example:
+        """Draw a query that is judged against a caption instead of a video."""
+        number = int(rng.integers(len(self.videos.scenes)))
+        shown = self.videos.scenes[number].moments[0]
+        names = [name for name in ATTRIBUTES if rng.random() < 0.5]
+        wanted = change(shown, self.videos.datasets[number], names, rng)
+        styles = [int(rng.integers(captions.STYLES)) for _ in range(2)]
+        query, video = captions.caption(wanted, styles[0]), teacher.caption(shown, styles[1])
+        user = prompt_text.user_message(query, video)
+        return self._example(prompt_text.SYSTEM_ZS, user, teacher.verdict(wanted, (shown,)))
+
+    def task(self, count: int, rng) -> Example:
+        """Draw one of the agent's tasks about a window: to judge, to answer, to caption or to rewrite (HQR)."""
+        kind = str(rng.choice(list(TASKS), p=list(TASKS.values())))
+        if kind == "question":
+            return self.question(count, rng)
+        number, clip, moments = self.printed_window(count, rng)
+        if kind == "caption":
+            return self._dense_caption(clip, moments, rng)
+        wanted = self.query_moment(number, moments, rng)
+        closest = teacher.closest(wanted, moments)
+        query = f'Query: "{_caption(wanted, rng)}"'
+        update = teacher.rewrite(wanted, closest, rng) if teacher.differing(wanted, closest) else None
+        shown = query + "\nRetrieved video: {video}"
+        if kind == "blind":
+            rewrite = teacher.rewrite(wanted, None, rng)
+            return self._example(prompt_text.REWRITE, query, f"<query_update>{rewrite}</query_update>")
+        if kind == "seen" and update:
+            return self._example(prompt_text.REWRITE, shown, f"<query_update>{update}</query_update>", clip)
+        if kind == "reasoned":
+            return self._example(
+                prompt_text.SYSTEM_HQR, shown, teacher.verdict(wanted, moments, update), clip
+            )
+        labels = pair_labels(self.videos.scenes[number], clip), asdict(wanted)
+        return self._example(prompt_text.SYSTEM_ZS, shown, teacher.verdict(wanted, moments), clip, *labels)
+
+    def printed_window(self, count: int, rng) -> tuple[int, video_reader.Clip, tuple[Moment, ...]]:
+        """Draw (video, clip, moments): a window that shows something, its moments at the times that are printed."""
+        while True:
+            number = int(rng.integers(len(self.videos.scenes)))
+            clip, moments = self.videos.window(number, count, rng)
+            times = inputs.pair_times(clip.timestamps).round(1)
+            printed = tuple(filter(None, (teacher.at_printed_times(moment, times) for moment in moments)))
+            if printed:
+                return number, clip, printed
+
+    def query_moment(self, number: int, moments: tuple[Moment, ...], rng) -> Moment:
+        """Draw what a query about a video asks for: half of the time a moment that it shows, else mostly almost one."""
+        videos, moment = self.videos, moments[int(rng.integers(len(moments)))]
+        kind, shown = rng.random(), {moment.attributes() for moment in moments}
+        if kind < 0.5:
+            return moment
+        family = videos.families[videos.family_of[number]]
+        if kind < 0.65 and len(family) > 1:  # of a near-duplicate
+            scene = videos.scenes[int(rng.choice([other for other in family if other != number]))]
+            wanted = scene.moments[scene.moment_at(moment.start)[0]]
+        elif kind < 0.92:  # the same with one to four attributes changed
+            names = rng.choice(ATTRIBUTES, int(rng.integers(1, 5)), replace=False)
+            wanted = change(moment, videos.datasets[number], names, rng)
+        else:  # of any video of the data set
+            others = [n for n, name in enumerate(videos.datasets) if name == videos.datasets[number]]
+            scene = videos.scenes[int(rng.choice(others))]
+            wanted = scene.moments[int(rng.integers(len(scene.moments)))]
+        return moment if wanted.attributes() in shown else wanted
+
+
+def _caption(moment, rng):
+    """Return a fine caption in a random style."""
+    return captions.caption(moment, int(rng.integers(captions.STYLES)))
+
+
+def change(moment: Moment, dataset: str, names, rng) -> Moment:
+    """Return the moment with other values of some attributes."""
+    for name in names:
+        others = [value for value in world.values(name, dataset) if value != getattr(moment, name)]
+        moment = replace(moment, **{name: str(rng.choice(others))})
+    return moment
+
+
+# --- Texts for the text side of an engine
+
+
+def partial_caption(moment: Moment, recipe, rng) -> str:
+    """Draw a query that names action, object or both, and other attributes as often as the recipe says.
+
+    recipe  `place`, `light`, `detail` and `wrong` of a `PhaseConfig`
+    """
+    share = {"place": recipe.place, "light": recipe.light}
+    named = {name for name in ATTRIBUTES if rng.random() < share.get(name, recipe.detail)}
+    named |= set((("action",), ("object",), ("action", "object"))[int(rng.choice(3, p=(0.1, 0.1, 0.8)))])
+    mistaken = [name for name in world.DIFFERING if rng.random() < recipe.wrong]
+    moment = replace(moment, **{name: str(rng.choice(list(world.COLOURS))) for name in mistaken})
+    style, prefix = int(rng.integers(captions.STYLES)), str(rng.choice(architecture.QUERY_PREFIXES))
+    if rng.random() < 0.25:  # in the manner of a rewritten query
+        return prefix + teacher.rewrite(moment, None, rng, style, tuple(named))
+    return prefix + captions.caption(moment, style, tuple(named))
+
+
+def neutral_tokens(embedding: torch.Tensor, rows: int, length: float, rng) -> torch.Tensor:
+    """Draw (rows, 1 to 10, D) input embeddings without a message: nothing, noise, or stray words.
+
+    They stand where soft tokens will. An engine that never met extra tokens there takes them for a query.
+
+    embedding  (tokens, D) of the model
+    length     of the longest noise
+    """
+    kind, count = rng.integers(3), int(rng.integers(1, 11))
+    if kind == 0:
+        return torch.zeros(rows, count, embedding.shape[1])
+    noise = torch.from_numpy(rng.standard_normal((rows, count, embedding.shape[1]))).float()
+    if kind == 1:
+        return noise / noise.norm(dim=-1, keepdim=True) * length * float(rng.random())
+    last = len(embedding) - architecture.SPARE_ROWS
+    words = rng.integers(len(architecture.SPECIALS), last, (rows, count))
+    return embedding[torch.from_numpy(words)] * float(rng.random())
