@@ -300,15 +300,15 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors
 def test_states_are_saved_by_time_and_a_torn_one_is_passed_over(
     tmp_path, monkeypatch, profile, search, vectors, rows
 ):
-    """By a clock that is five minutes further at each step: a state is due at every second of six steps."""
-    clock = iter(range(0, 10**6, 300))
+    """By a clock that is 200 seconds further at each look: a state is due at every third of six steps."""
+    clock = iter(range(0, 10**6, 200))
     monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
     profile = dataclasses.replace(profile, sft_batch=2, save_minutes=10.0)
     made = sft.make_trainer(profile, random_policy(), rows * 4, Shelf(), tmp_path, "timed")
     saved = []
     made.add_callback(Saves(saved))
     made.attach_retrieval(made.data_collator.policy, search, vectors, profile).train()
-    assert saved == [2, 4, 6]
+    assert saved == [3, 6]
     (tmp_path / "steps" / "checkpoint-7").mkdir()  # killed before the library wrote its last file
     assert sft.checkpoint(tmp_path) == str(tmp_path / "steps" / "checkpoint-6")
 

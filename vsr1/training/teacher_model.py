@@ -11,9 +11,9 @@ from transformers import AutoModelForImageTextToText
 
 from vsr1 import cache
 from vsr1.config import InputError
-from vsr1.data import annotations, clip_cache, video_reader
+from vsr1.data import annotations
 from vsr1.models import embedding, loading, policy, prompt_text, search_index
-from vsr1.training import released_replies
+from vsr1.training import common, released_replies
 from vsr1.training.sft_examples import choose_examples
 
 TEMPERATURE, TOP_P = 0.4, 0.9  # official
@@ -114,29 +114,21 @@ def write(profile, dataset: str) -> Path:
     inputs = {
         "vectors": cache.metadata(vectors)["key"],
         "teacher": loading.version(profile.teacher),
-        "knobs": [profile.sft_rows, profile.seed],
-        "sight": [profile.video_fps, profile.max_frames, profile.max_frame_pixels, profile.dtype],
+        "knobs": profile.sft_rows,
+        "sight": {knob: getattr(profile, knob) for knob in common.VISION_KNOBS},
         "code": cache.source_digest(__name__),
     }
-    work = functools.partial(_write, profile, dataset, search_index.load_vectors(vectors))
+    work = functools.partial(_write, profile, dataset, vectors)
     return cache.build(profile.runs(dataset) / "traces", inputs, work)
 
 
 def _write(profile, dataset, vectors, folder):
-    path = folder / "rows.jsonl"
+    path, vectors = folder / "rows.jsonl", search_index.load_vectors(vectors)
     queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl")
-    examples = choose_examples(
-        queries,
-        vectors,
-        lambda *_: "",
-        most=profile.sft_rows,
-        negatives=profile.sft_negatives,
-        seed=profile.seed,
-    )
+    options = {"negatives": profile.sft_negatives, "seed": profile.seed}
+    examples = choose_examples(queries, vectors, lambda *_: "", most=profile.sft_rows, **options)
     teacher, spans = load_teacher(profile), {query.id: query.span for query in queries}
-    reader = video_reader.reader_for(profile)
-    with video_reader.reader_pool(reader, profile.decode_workers) as read:
-        clips = clip_cache.ClipCache(profile.data_dir(dataset) / "videos", vectors.video_ids, read)
+    with common.open_clips(profile, dataset, vectors.video_ids) as clips:
         ask_batch = functools.partial(ask, teacher, clips, spans, profile.seed)
         entries = finish(examples, ask_batch, profile.eval_batch, path, f"teacher {dataset}")
     usable = [entry for entry in entries if "dropped" not in entry]
