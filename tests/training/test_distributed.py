@@ -45,6 +45,7 @@ def clone(tmp_path_factory):
         "corpus charades",
         "embed charades",
         "vsr1",
+        "embed charades",
         "evaluate zs charades",
         "evaluate vsr1 charades",
     ]
