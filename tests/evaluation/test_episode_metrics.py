@@ -105,7 +105,7 @@ def test_an_answer_that_ends_after_the_video_is_clamped_and_the_truth_is_not():
 
 
 def test_an_overlap_of_one_half_is_one_half_for_us_and_less_in_float32():
-    """An edge of DATASETS section 4."""
+    """An edge of docs/data.md section 4."""
     truth = (14.2, 23.0)
     one = episode(1, "a", [turn(1, "a", "a", 1, True, (16.5, 20.9), truth=truth)], truth=truth)
     one = replace(one, turns=(replace(one.turns[0], iou=float(span_iou((16.5, 20.9), truth))),))
@@ -128,11 +128,6 @@ def test_the_official_verdict_judges_the_ranking_after_and_drops_the_unknown():
     assert metrics.ver_hits_official([unknown]).size == 0
     with pytest.raises(AssertionError):
         metrics.percent(metrics.ver_hits_official([unknown]))
-
-
-def test_confusion_counts_every_query_that_was_run(four):
-    assert metrics.confusion(four) == {(True, True): 2, (False, False): 1}
-    assert metrics.confusion(four, 0) == {(True, True): 1, (False, False): 1, (True, False): 1}
 
 
 def test_costs_are_means_over_what_they_are_about(four):

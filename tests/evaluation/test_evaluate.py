@@ -19,7 +19,7 @@ from vsr1.config import InputError
 from vsr1.data import annotations, clip_cache, video_reader
 from vsr1.data.annotations import Query
 from vsr1.evaluation import evaluate, metrics, run_batches
-from vsr1.loop import episode, replies, runner, sqr
+from vsr1.loop import episode, runner, sqr
 from vsr1.loop.records import read_episodes
 from vsr1.mini import architecture, renderer
 from vsr1.models import embedding, engine, policy, prompt_text, search_index
@@ -123,10 +123,6 @@ def run(world, made, monkeypatch):
 def wiring(world, made, agent, system, vectors=None, clips=None):
     vectors = vectors or search_index.load_vectors(world.data_dir("charades") / "embed" / "engine" / "test")
     return runner.EpisodeRunner(world, runner.SYSTEMS[system], made, agent, vectors, clips)
-
-
-def test_the_loop_and_the_policy_mean_the_same_token():
-    assert replies.REFINE == prompt_text.REFINE
 
 
 def test_search_gives_the_ranks_of_a_sort_and_nothing_for_a_video_without_vector(world, made, agent):

@@ -17,7 +17,7 @@ from vsr1.evaluation import fig_scorer
 
 ROOT = Path(__file__).parents[2]
 
-# The worked example of DATASETS section 5.
+# The worked example of docs/data.md section 5.
 TRUTH = [{"desc_id": 1, "video": "A", "time": [0, 10]}, {"desc_id": 2, "video": "B", "time": [5, 15]}]
 SUBMISSION = """
 {"video2idx": {"A": 0, "B": 1},
@@ -179,7 +179,7 @@ def test_float32_misses_what_is_exactly_one_half(run):
         assert json.loads(run(vcmr([0, *answer]), rows, "--float32")[1])["VCMR"]["0.5-r1"] == float32
 
 
-# --- Refusals: every row of the table in DATASETS section 5
+# --- Refusals: every row of the table in docs/data.md section 5
 
 
 @pytest.mark.parametrize("name", ["sub.json", "truth.jsonl"])
@@ -229,16 +229,16 @@ def test_a_repeated_id_and_an_empty_ground_truth_are_refused(run):
 @pytest.mark.parametrize(
     ("submission", "named"),
     [
-        ("[]", ["video2idx"]),
-        ("null", ["video2idx"]),
+        ("[]", ["must be an object"]),
+        ("null", ["must be an object"]),
         (example(video2idx=None), ["video2idx"]),
         (example(video2idx=[["A", 0]]), ["video2idx"]),
         (example(VCMR=None, SVMR=None, VR=None), ["VCMR", "SVMR", "VR"]),
         (example(VR={"1": []}), ["VR"]),
-        (example(VR=[{"predictions": []}, {"desc_id": 2, "predictions": []}]), ["VR", "'desc_id'"]),
-        (example(VR=[{"desc_id": 1}, {"desc_id": 2, "predictions": []}]), ["VR", "'predictions'"]),
-        (example(VR=[{"desc_id": 1, "predictions": None}]), ["VR", "'predictions'"]),
-        (example(SVMR=[[1, []]]), ["SVMR", "'desc_id'"]),
+        (example(VR=[{"predictions": []}, {"desc_id": 2, "predictions": []}]), ["VR[0].desc_id"]),
+        (example(VR=[{"desc_id": 1}, {"desc_id": 2, "predictions": []}]), ["VR[0].predictions"]),
+        (example(VR=[{"desc_id": 1, "predictions": None}]), ["VR[0].predictions"]),
+        (example(SVMR=[[1, []]]), ["SVMR[0]"]),
     ],
 )
 def test_a_submission_without_its_keys_is_refused_with_key_and_task(run, submission, named):

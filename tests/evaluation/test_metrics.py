@@ -15,7 +15,7 @@ from vsr1.models import search_index
 REAL = next((up / "shared/data" for up in Path(__file__).parents if (up / "shared/data").is_dir()), None)
 real = pytest.mark.skipif(REAL is None, reason="the real annotation files (shared/data) are not here")
 
-# Ground truth, prediction, hit at .5 under the default and under --float32: the table of DATASETS section 4.
+# Ground truth, prediction, hit at .5 under the default and under --float32: the table of docs/data.md section 4.
 EDGES = [
     ((14.2, 23.0), (10.1, 27.7), True, True),
     ((14.2, 23.0), (16.5, 20.9), True, False),
@@ -136,19 +136,14 @@ def test_recall_counts_every_query_and_no_queries_are_no_number():
         75.0,
         75.0,
     ]
-    for empty in (lambda: metrics.recall_at([], 1), lambda: metrics.ver([], []), lambda: metrics.percent([])):
+    for empty in (lambda: metrics.recall_at([], 1), lambda: metrics.percent([])):
         with pytest.raises(AssertionError):
             empty()
     with pytest.raises(AssertionError):
         statistics.bootstrap([], rng=np.random.default_rng(0))
 
 
-def test_an_unreadable_verdict_is_wrong_whatever_was_shown_and_stays_in_the_denominator():
-    assert metrics.ver([True, False, None, None], [True, False, True, False]) == 50.0
-    assert metrics.ver([True, False], [False, True]) == 0.0
-
-
-# --- DATASETS section 6: answers that look at nothing, on the real files
+# --- docs/data.md section 6: answers that look at nothing, on the real files
 
 
 def numbers(queries, answer):
@@ -236,7 +231,7 @@ def test_the_whole_video_floor_is_the_answer_from_zero_to_duration(real_queries,
         (CHARADES, [0.075, 0.375, 0.750, 7.50]),
         (VAL, [0.094, 0.470, 0.940, 9.40]),
         (TEST, [0.100, 0.499, 0.998, 9.98]),
-        ],
+    ],
 )
 def test_chance_retrieval_is_k_out_of_the_gallery(real_queries, name, chances):
     videos = len(gallery_ids(real_queries(name)))

@@ -409,7 +409,7 @@ def test_all_queries_in_step_equal_each_alone_and_in_another_order(how):
 
 
 def test_the_loop_in_step_equals_the_method_s_lines_for_one_query():
-    """METHOD section 2, line by line, for one query at a time."""
+    """docs/method.md section 2, line by line, for one query at a time."""
     world, queries = a_world(2)
     for asked, one in zip(queries, walk(world, queries), strict=True):
         state, stop, trail = ORIGINAL, "budget", []

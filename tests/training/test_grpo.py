@@ -511,7 +511,7 @@ def test_noisy_soft_tokens_are_the_actions_that_were_rewarded(profile, search, v
     for row in rows:
         branch = made.policy.replay([row.prompt], [row.ids]).refine_contexts
         with torch.no_grad():
-            means = sqr.soft_tokens(made.policy, branch, 3, taken=row.latents[None])
+            means = sqr.soft_tokens(made.policy, branch, 3, sampled=row.latents[None])
             plain = sqr.soft_tokens(made.policy, branch, 3)
             vec = sqr.soft_query(search, made.policy.heads, [row.query.text], row.latents[None])
         spread = (row.latents - means[0]).std().item()

@@ -30,7 +30,7 @@ from vsr1 import cache, config
 from vsr1.config import ROOT, InputError
 from vsr1.data import annotations, clip_cache, previews, video_reader
 from vsr1.data.video_writer import write_video
-from vsr1.loop import episode, records, replies, runner
+from vsr1.loop import episode, records, runner
 from vsr1.loop.records import ORIGINAL, Episode, Ranking
 from vsr1.models import checkpoints, loading, search_index
 from vsr1.report import templates
@@ -286,7 +286,7 @@ def _asked(text):
     text = " ".join(text.split())
     if not text:
         raise InputError("the query is empty; say what to look for")
-    if sign := replies.SPECIAL.search(text):
+    if sign := annotations.SPECIAL_TOKEN.search(text):
         raise InputError(f"query {text!r}: {sign[0]} is a sign of the models' own; leave it out")
     return annotations.Query(0, text, "", (0.0, 0.0), text, None)
 

@@ -1,4 +1,4 @@
-"""What a ranking, a verdict and a moment are worth. METHOD section 7 and DATASETS section 4 define all of it.
+"""Measure rankings, verdicts and moments, as docs/method.md section 7 and docs/data.md section 4 define it.
 
 Numbers about a set of queries are percent of ALL its queries: a query that was not answered counts as wrong.
 No queries is an assertion, never 0.0. Nothing here reads files; randomness comes in as `rng`.
@@ -7,7 +7,6 @@ No queries is an assertion, never 0.0. Nothing here reads files; randomness come
     place  position in a list, from 1                   right (Q, P) it names the right video
 """
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +26,7 @@ IOU_EPS = 1e-9
 
 
 def span_iou_as_written(a, b, float32=False):
-    """Overlap for times that need not be whole milliseconds: what a submission holds. Compare with `reaches`.
+    """Return the IoU of times as a submission writes them, which need not be whole milliseconds.
 
     With `float32` every step is rounded as TVR's evaluator rounds it, bit for bit.
 
@@ -45,7 +44,7 @@ def span_iou_as_written(a, b, float32=False):
 
 
 def reaches(iou, threshold):
-    """Whether an overlap is at least the threshold, which is inclusive; shape of `iou`.
+    """Return whether an overlap is at least the threshold, which is inclusive; shape of `iou`.
 
     >>> bool(reaches(0.3, 0.3)), bool(reaches(0.0, 1e-12))
     (True, False)
@@ -59,7 +58,7 @@ def reaches(iou, threshold):
 
 
 def first_place(hit, counted):
-    """Place of the first hit among the predictions that take a place, (Q,); UNRANKED where nothing is hit.
+    """Return the place of the first hit among the predictions that take a place, (Q,); UNRANKED without a hit.
 
     >>> hit = np.array([[False, False, True]])
     >>> first_place(hit, np.array([[True, True, True]])), first_place(hit, np.array([[False, True, True]]))
@@ -70,17 +69,17 @@ def first_place(hit, counted):
 
 
 def vr_ranks(right):
-    """Place of the right video in each list, (Q,). A video that is listed twice takes two places."""
+    """Return the place of the right video in each list, (Q,). A video that is listed twice takes two places."""
     return first_place(right, np.ones_like(right))
 
 
 def vcmr_ranks(right, iou, threshold):
-    """Place of the first prediction with the right video and enough overlap, (Q,)."""
+    """Return the place of the first prediction with the right video and enough overlap, (Q,)."""
     return first_place(right & reaches(iou, threshold), np.ones_like(right))
 
 
 def svmr_ranks(right, iou, threshold):
-    """The same with the video given: only predictions in the right video take a place, (Q,)."""
+    """Return the same with the video given: only predictions in the right video take a place, (Q,)."""
     return first_place(right & reaches(iou, threshold), right)
 
 
@@ -88,7 +87,7 @@ def svmr_ranks(right, iou, threshold):
 
 
 def percent(values):
-    """Mean of one value per query, truth values or parts in [0, 1], in percent.
+    """Return the mean of one value per query, truth values or parts in [0, 1], in percent.
 
     >>> percent([True, False, False, False]), percent([0.5, 1.0])
     (25.0, 75.0)
@@ -98,7 +97,7 @@ def percent(values):
 
 
 def recall_at(ranks, k):
-    """R@k: percent of the queries whose right answer stands at place k or before.
+    """Return R@k: percent of the queries whose right answer stands at place k or before.
 
     >>> recall_at(np.array([1, 3, UNRANKED]), 1) == 1 / 3 * 100
     True
@@ -107,7 +106,7 @@ def recall_at(ranks, k):
 
 
 def verdicts_right(verdicts, shown_is_right):
-    """Whether each verdict fits the video that was shown, (Q,); None, no readable verdict, never does.
+    """Return whether each verdict fits the video that was shown, (Q,); None, no readable verdict, never does.
 
     >>> verdicts_right([True, False, None, True], [True, False, False, False])
     array([ True,  True, False, False])
@@ -118,16 +117,11 @@ def verdicts_right(verdicts, shown_is_right):
     )
 
 
-def ver(verdicts, shown_is_right):
-    """VER: percent of all queries whose verdict on the shown video is right; None counts as wrong."""
-    return percent(verdicts_right(verdicts, shown_is_right))
-
-
 # --- Floors
 
 
 def chance_recall(videos, k):
-    """VR R@k of a random ranking of a gallery, percent.
+    """Return VR R@k of a random ranking of a gallery, percent.
 
     >>> round(chance_recall(1334, 100), 2), chance_recall(20, 100)
     (7.5, 100.0)
@@ -137,13 +131,13 @@ def chance_recall(videos, k):
 
 
 def grounding(answers, truth, thresholds=THRESHOLDS):
-    """`grounding@m` and `miou`, percent, of one answer per query in its right video; both (Q, 2) seconds."""
+    """Return `grounding@m` and `miou`, percent, of one answer per query in its right video; both (Q, 2) seconds."""
     iou = span_iou(answers, truth)  # (Q,)
     return {f"grounding@{m}": percent(reaches(iou, m)) for m in thresholds} | {"miou": percent(iou)}
 
 
 def whole_video_floor(durations, truth, thresholds=THRESHOLDS):
-    """`grounding` of the answer [0, duration]; (Q,) and (Q, 2) seconds.
+    """Return `grounding` of the answer [0, duration]; (Q,) and (Q, 2) seconds.
 
     >>> whole_video_floor([10, 10], [(0, 5), (2, 4)])
     {'grounding@0.3': 50.0, 'grounding@0.5': 50.0, 'grounding@0.7': 0.0, 'miou': 35.0}
@@ -153,7 +147,7 @@ def whole_video_floor(durations, truth, thresholds=THRESHOLDS):
 
 
 def random_span_floor(durations, truth, thresholds=THRESHOLDS, draws=100, *, rng):
-    """`grounding` of an answer with two uniform times in [0, duration], a mean over `draws`."""
+    """Return `grounding` of an answer with two uniform times in [0, duration], a mean over `draws`."""
     durations = np.asarray(durations, dtype=np.float64)
     trials = [
         grounding(np.sort(rng.random((len(durations), 2)), axis=1) * durations[:, None], truth, thresholds)
@@ -162,13 +156,13 @@ def random_span_floor(durations, truth, thresholds=THRESHOLDS, draws=100, *, rng
     return {name: sum(trial[name] for trial in trials) / draws for name in trials[0]}
 
 
-# --- Episodes: what a run of the loop is worth (METHOD section 7). The last executed turn counts.
+# --- Episodes: the last executed turn counts
 
 
 def within(episodes, budget):
-    """The same run with at most `budget` turns: the last turn within the budget is carried forward.
+    """Return the episodes of the same run with at most `budget` turns; the last of them is carried forward.
 
-    Exact, since a run refines at its last turn too: what a shorter run would have done is in the longer one's record.
+    This is exact, since a run refines at its last turn too: the record of a longer run holds all of a shorter one.
     """
     assert budget > 0 and all(episode.run.max_turns >= budget for episode in episodes), budget
     return [_truncate(episode, budget) for episode in episodes]
@@ -183,21 +177,21 @@ def _truncate(episode, budget):
 
 
 def failed(episodes):
-    """The episodes whose first search did not have the right video on rank 1."""
+    """Return the episodes whose first search did not have the right video on rank 1."""
     return [episode for episode in episodes if episode.rank_orig != 1]
 
 
 def refined(episodes):
-    """The episodes whose first turn rejected its video and searched again."""
+    """Return the episodes whose first turn rejected its video and searched again."""
     return [episode for episode in episodes if episode.turns and episode.turns[0].rank_out is not None]
 
 
 def true_ranks(episodes, which="final", ties_count="for us"):
-    """Rank of the right video, (Q,); UNRANKED where it has no vector.
+    """Return the rank of the right video, (Q,); UNRANKED where it has no vector.
 
-    final  after the last executed refinement: the official convention of T looks and up to T + 1 searches
-    shown  behind the last video that was really looked at
-    orig   of the query as it was typed
+    final  after the last executed refinement: the official convention of T turns and up to T + 1 searches
+    shown  in the ranking whose best video was shown last
+    orig   of the original query
     """
     assert which in ("final", "shown", "orig") and ties_count in ("for us", "against us"), (which, ties_count)
     return np.array(
@@ -216,17 +210,17 @@ def _true_rank(episode, which, against_us):
 
 
 def vr_hits(episodes, k, which="final"):
-    """VR R@k: whether the right video is on rank k or better, (Q,)."""
+    """Return whether the right video is on rank k or better, (Q,): VR R@k."""
     return true_ranks(episodes, which) <= k
 
 
 def moment_ious(episodes):
-    """Overlap of the last span with the right one, (Q,), whatever the verdict; 0 in a wrong video or without a span."""
+    """Return the IoU of the last span, (Q,), whatever the verdict; 0 in a wrong video or without a span."""
     return np.array([episode.turns[-1].iou if episode.turns else 0.0 for episode in episodes])
 
 
 def moment_ious_tvr(episodes):
-    """The same as TVR's evaluator has it: spans as they were said, not clamped, float32 throughout, (Q,)."""
+    """Return the same as TVR's evaluator has it, (Q,): spans as written, not clamped, float32 throughout."""
     return np.array([_iou_tvr(episode) for episode in episodes], np.float32)
 
 
@@ -238,7 +232,7 @@ def _iou_tvr(episode):
 
 
 def vcmr_hits(episodes, threshold, ious=moment_ious):
-    """VCMR R@1 at an IoU: the last verdict is matched, on the right video, with enough overlap, (Q,).
+    """Return whether the last verdict is matched, on the right video, with enough overlap, (Q,): VCMR R@1.
 
     A last verdict of not_matched, or none, is a miss even if the right video was shown: nothing is forced.
     """
@@ -247,13 +241,13 @@ def vcmr_hits(episodes, threshold, ious=moment_ious):
 
 
 def verdict(episode, turn):
-    """What was said at a turn: True, False, or None where nothing readable was."""
+    """Return the verdict of a turn: True, False, or None where it cannot be read or there is no such turn."""
     reply = episode.turns[turn].reply if episode.turns else None
     return None if reply is None else reply.matched
 
 
 def ver_hits(episodes, turn=-1):
-    """VER: whether the verdict of a turn (-1: the last, 0: the first) fits the video it was shown, (Q,).
+    """Return whether the verdict of a turn (-1: the last, 0: the first) fits the video shown, (Q,): VER.
 
     An unknown verdict is wrong, and so is a query that was not run.
     """
@@ -262,7 +256,7 @@ def ver_hits(episodes, turn=-1):
 
 
 def ver_hits_official(episodes):
-    """The official variant, (K,) for the K known verdicts: the last one against the top-1 AFTER its refinement.
+    """Return the official VER, (K,) for the K known verdicts: the last one against the top-1 AFTER its refinement.
 
     That compares a verdict with a video it did not judge, and leaves unknown verdicts out.
     """
@@ -272,19 +266,13 @@ def ver_hits_official(episodes):
 
 
 def _top1_after(episode):
-    """The best video of the last ranking; where the last turn did not search again, of the one behind it."""
+    """The best video of the last ranking."""
     found = [turn.top1_out for turn in episode.turns if turn.top1_out is not None]
     return found[-1] if found else episode.turns[0].shown_id
 
 
-def confusion(episodes, turn=-1):
-    """{(right video shown, verdict): count} of one turn; the verdict is True, False or None (unreadable)."""
-    run = [episode for episode in episodes if episode.turns]
-    return Counter((episode.turns[turn].shown_is_gt, verdict(episode, turn)) for episode in run)
-
-
 def costs(episodes):
-    """What a run spent; None where nothing was spent on. A turn met again costs nothing and refines all the same.
+    """Return the mean costs of a run; None where nothing was spent on. A reused turn refines, at no cost.
 
     tokens, tokens_tagged  mean over all turns that searched again: N, or text tokens, without and with their tags
     refine_seconds         mean over the refinements that were computed
@@ -314,7 +302,7 @@ def _mean(values):
 
 
 def hits(episodes, ks=VR_KS, thresholds=THRESHOLDS):
-    """{metric: one truth value per query}, under the names of ARCHITECTURE section 5; `percent` makes the number.
+    """Return {metric: one truth value per query}, under the names that numbers.json has.
 
     The plain names are the headline variants. `vr@1_failed` is about the queries whose first search failed, and
     `ver_official` about known verdicts: their arrays are shorter, and empty where there are none.

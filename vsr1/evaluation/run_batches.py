@@ -44,9 +44,10 @@ class Work:
 
 
 def run(work: Work, folder: Path) -> None:
-    """Fill `folder` with episodes.jsonl and notes.json, `eval_batch` queries at a time, each batch a file until the end.
+    """Fill `folder` with episodes.jsonl and notes.json, `eval_batch` queries at a time.
 
-    Each of several processes runs its share of the batches. What a batch gives does not depend on how many there are.
+    Each batch is a file until the end, so a killed run goes on behind the last whole batch. Each of several processes
+    runs its share of the batches; the result does not depend on how many processes there are.
     """
     ranks, profile, queries = cache.dist_state(), work.profile, work.queries()
     vectors = search_index.load_vectors(work.vectors)

@@ -122,7 +122,7 @@ def _next_video(episode, run):
 
 
 def _reuse_turn(episode, t, video):
-    """Whether an earlier turn showed `video`; that turn is then recorded once more, at the query's present ranking."""
+    """Whether an earlier turn showed `video`; it is then recorded once more, at the query's present ranking."""
     for turn, (query_state, ranking) in zip(episode.turns, episode.after, strict=True):
         if turn.shown_id == video:
             changes = _present_ranking(episode) | NO_COST | {"reused": True}

@@ -85,7 +85,7 @@ class Turn:
 
     The span is clamped to [0, length of the shown video] here and nowhere else, then rounded to whole milliseconds.
     The right span is not clamped. `reply.span` keeps the times as they were written.
-    `rank_by_depth[d]` is the rank with the first d latents of this turn; d = 0 is the query before them, so `rank_in`.
+    `rank_by_depth[d]` is the rank with the first d latents of this turn; d = 0 is the query before them: `rank_in`.
     (Where C = 1 the latents replace those of the turn before, and "without latents" could also mean the original
     query. That number is the episode's `rank_orig`.)
     """

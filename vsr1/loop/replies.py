@@ -3,18 +3,17 @@
 import re
 from dataclasses import dataclass
 
-# --- What a reply says
+from vsr1.data.annotations import SPECIAL_TOKEN
+from vsr1.models.prompt_text import REFINE
 
-REFINE = "<REFINE>"
 VERDICTS = {"matched": True, "match": True}
 VERDICTS |= dict.fromkeys(("not_matched", "mismatch", "notmatch", "not-matched"), False)
 NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
-SPECIAL = re.compile(r"<\|\w+\|>|" + REFINE)
 
 _THINK = r"<think>(?!\s*</think>)(?:(?!<(?:/?(?:think|answer|start|end|query_update)|REFINE)>).)+</think>"
 _SPAN = r"\s*<start>[0-9]+(?:\.[0-9]+)?</start>\s*<end>[0-9]+(?:\.[0-9]+)?</end>"
 _MATCHED, _NOT = rf"<answer>matched</answer>{_SPAN}", r"<answer>not_matched</answer>"
-LAYOUTS = {  # METHOD sections 4 and 11; white space between the parts is free
+LAYOUTS = {  # docs/method.md sections 4 and 11; white space between the parts is free
     "plain": rf"\s*{_THINK}\s*(?:{_MATCHED}|{_NOT})\s*",
     "sqr": rf"\s*{_THINK}\s*(?:{_MATCHED}|{_NOT})\s*{REFINE}\s*",
     "hqr": rf"\s*{_THINK}\s*(?:{_MATCHED}|{_NOT}\s*<query_update>\s*[^\s<][^<]*</query_update>)\s*",
@@ -37,13 +36,13 @@ class Reply:
 
 
 def read_reply(text: str, ids, *, layout="plain", refine_id: int | None = None, ended=True) -> Reply:
-    """The one reading of a completion, for rewards and evaluation alike (METHOD section 2).
+    """Parse a completion, for rewards and evaluation alike (docs/method.md section 2).
 
-    What precedes the last `</think>` is dropped, then the first `<answer>`, `<start>`, `<end>` and `<query_update>`
-    that is closed counts, and in a time the first finite number. Tags and verdicts are read in either case, blanks in a
-    verdict as `_`. A reversed span is swapped. `<REFINE>` counts by its id, so letters that spell it do not; one that
-    anything but special tokens follows is misplaced, even if another one stands at the end. Strictness is apart:
-    `strict` says whether the reply is the layout to the letter; `matched is not None` is the tolerant count.
+    Text up to the last `</think>` is dropped. Then the first closed `<answer>`, `<start>`, `<end>` and
+    `<query_update>` counts, and in a time the first finite number. Tags and verdicts are read in either case, blanks
+    in a verdict as `_`. A reversed span is swapped. `<REFINE>` counts by its id, so letters that spell it do not. One
+    that anything but special tokens follows is misplaced, even if another one stands at the end. `strict` says whether
+    the reply is the layout to the letter; `matched is not None` is the tolerant count.
 
     >>> read_reply("<think> yes </think> <answer>Match</answer> <start>9.0 s</start> <end>3</end>", [7]).span
     (3.0, 9.0)
@@ -52,35 +51,35 @@ def read_reply(text: str, ids, *, layout="plain", refine_id: int | None = None, 
     >>> read_reply("<answer>matched", [7]).matched is None
     True
     """
-    said = text.rpartition("</think>")[2]
-    times = [_number(inside("start", said)), _number(inside("end", said))]
+    answer = text.rpartition("</think>")[2]
+    times = [_number(inside("start", answer)), _number(inside("end", answer))]
     has_refine = refine_id is not None and refine_id in ids
-    tail = SPECIAL.sub("", text.partition(REFINE)[2]).strip()
+    tail = SPECIAL_TOKEN.sub("", text.partition(REFINE)[2]).strip()
     strict = ended and re.fullmatch(LAYOUTS[layout], text, re.DOTALL) is not None
     return Reply(
         text=text,
         ids=tuple(ids),
-        matched=VERDICTS.get("_".join((inside("answer", said) or "").lower().split())),
+        matched=VERDICTS.get("_".join((inside("answer", answer) or "").lower().split())),
         span=None if None in times else (min(times), max(times)),
         has_refine=has_refine,
         refine_misplaced=has_refine and tail != "",
         strict=strict and (layout != "sqr" or has_refine),
-        update=" ".join((inside("query_update", said) or "").split()) or None,
+        update=" ".join((inside("query_update", answer) or "").split()) or None,
         ended=ended,
     )
 
 
 def inside(tag: str, text: str) -> str | None:
-    """What stands between the first `<tag>` that is closed and its `</tag>`; None without one.
+    """Return the text between the first closed `<tag>` and its `</tag>`; None without one.
 
     >>> inside("end", "<end><end> 4 </end>")
     ' 4 '
     """
-    found = re.search(rf"<{tag}>([^<]*)</{tag}>", text, re.IGNORECASE)
-    return found and found[1]
+    match = re.search(rf"<{tag}>([^<]*)</{tag}>", text, re.IGNORECASE)
+    return match and match[1]
 
 
 def _number(text):
     """The first finite number in a text; None without one. `1:30` is 1, `nan` and `1e999` are none."""
-    numbers = (float(found[0]) for found in NUMBER.finditer(text or ""))
+    numbers = (float(match[0]) for match in NUMBER.finditer(text or ""))
     return next((number for number in numbers if abs(number) < float("inf")), None)

@@ -161,7 +161,7 @@ class EpisodeRunner:
 
     @torch.no_grad()
     def refine_soft(self, rejected) -> list[Refinement]:
-        """SQR: decode N soft tokens for each reply that asks for them, and embed the query with 1, 2, .. N of them."""
+        """SQR: decode N soft tokens for each reply with <REFINE>, and embed the query with 1, 2, .. N of them."""
         refinements = [Refinement("sqr", None) for _ in rejected]
         rows = [row for row, (_, verification, _) in enumerate(rejected) if verification.reply.has_refine]
         if not rows:

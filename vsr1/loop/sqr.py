@@ -1,9 +1,9 @@
-r"""A better query after a look at the wrong video: in soft tokens (SQR), or in words (HQR).
+r"""Soft query refinement (SQR): a better query in soft tokens, after a wrong video was shown.
 
-Soft query refinement. The policy has judged a video and closed its reply with <REFINE>. It goes on for N more steps,
-but not in words: P turns its state at <REFINE> into a soft token z1, A turns z1 into its next input, P turns the state
-there into z2, and so on. Through B, the N soft tokens stand in the query right after its last word, and the frozen
-engine embeds the query once more:
+The policy has judged a video and closed its reply with <REFINE>. It goes on for N more steps, but not in words: P turns
+its state at <REFINE> into a soft token z1, A turns z1 into its next input, P turns the state there into z2, and so on.
+Through B, the N soft tokens stand in the query right after its last word, and the frozen engine embeds the query once
+more:
 
     policy    prompt, video, reply,  <REFINE>  A(z1)  A(z2)  ...  A(z7)        one step of the KV cache each
                                         |        |      |           |
@@ -15,61 +15,60 @@ engine embeds the query once more:
                                                                                                |
                                                                                        next query vector
 
-Nothing is sampled on the way, so a loss on the query vector reaches P, A, B and the policy. Rollouts (no gradients) and
-training (gradients) call the same functions. The definitions are in docs/method.md sections 3 and 11.
+P, A and B are `project`, `to_policy` and `to_engine` of the heads. Nothing is sampled on the way, so a loss on the
+query vector reaches P, A, B and the policy. Rollouts (no gradients) and training (gradients) call the same functions.
+The definition is docs/method.md section 3.
 """
 
 import torch
 
 from vsr1.config import InputError
-from vsr1.models import decoding, policy, soft_heads
-
-# --- soft ------------------------------------------------------------------------------------------------------------
+from vsr1.models import decoding
+from vsr1.models.policy import Policy
+from vsr1.models.soft_heads import SoftHeads
 
 
 def soft_tokens(
-    policy: policy.Policy, branches: list[decoding.Context], n: int, noise=None, taken=None
+    policy: Policy, contexts: list[decoding.Context], n: int, noise=None, sampled=None
 ) -> torch.Tensor:
-    """Z (B, n, D) float32: n soft tokens of each of B replies, by n decoding steps.
+    """Decode n soft tokens for each of B replies: Z (B, n, D) float32.
 
-    branches  all that was read before the last <REFINE> of each reply, from `policy.reply` or, for gradients, from
+    contexts  what was read before the last <REFINE> of each reply, from `policy.reply` or, for gradients, from
               `policy.replay`. <REFINE> itself is read here, what the reply said after it is not.
     noise     (B, n, D) added to each soft token before it is read on: soft tokens as a Gaussian policy's actions
-    taken     (B, n, D) soft tokens to read on instead of these: those of a rollout, to find the means they came from
+    sampled   (B, n, D) soft tokens of a rollout, read on instead of these, to find the means they were drawn around
 
-    The first soft token comes from the state before the final norm, the others from the state after it: odd, but
-    official, and released weights need it. The last one is not read by the policy any more.
+    The first soft token comes from the state before the final norm, the others from the state after it. This is odd,
+    but official, and released weights need it. The last soft token is not read on.
     """
-    model, heads, context = policy.model, policy.heads, decoding.stack_contexts(branches)
-    memory = decoding.inplace_cache(context)
-    embeds = model.get_input_embeddings()(torch.full_like(context.last_position, policy.refine_token_id))[
-        :, None
-    ]  # (B, 1, H)
-    tokens = [torch.zeros(len(branches), 0, heads.width, device=embeds.device)]
+    model, heads, context = policy.model, policy.heads, decoding.stack_contexts(contexts)
+    cache = decoding.inplace_cache(context)
+    ids = torch.full_like(context.last_position, policy.refine_token_id)
+    embeds = model.get_input_embeddings()(ids)[:, None]  # (B, 1, H)
+    tokens = [torch.zeros(len(contexts), 0, heads.width, device=embeds.device)]
     for step in range(n):
-        context, pre, post = decoding.extend(model, context, embeds, memory)
-        state = pre if step == 0 else post
-        tokens.append(
-            heads.project(state) if noise is None else heads.project(state) + noise[:, step : step + 1]
-        )  # (B, 1, D)
-        embeds = heads.to_policy(tokens[-1] if taken is None else taken[:, step : step + 1]).to(embeds.dtype)
+        context, pre, post = decoding.extend(model, context, embeds, cache)
+        token = heads.project(pre if step == 0 else post)  # (B, 1, D)
+        tokens.append(token if noise is None else token + noise[:, step : step + 1])
+        read = tokens[-1] if sampled is None else sampled[:, step : step + 1]
+        embeds = heads.to_policy(read).to(embeds.dtype)
     return torch.cat(tokens, dim=1)
 
 
-def soft_query(engine, heads: soft_heads.SoftHeads, texts: list[str], latents: torch.Tensor) -> torch.Tensor:
-    """(B, D) unit vectors of queries with their soft tokens (B, N, D); N = 0 gives the plain queries."""
+def soft_query(engine, heads: SoftHeads, texts: list[str], latents: torch.Tensor) -> torch.Tensor:
+    """Embed queries with their soft tokens (B, N, D): unit vectors (B, D); N = 0 gives the plain queries."""
     return engine.pool(engine.text_batch(texts, heads.to_engine(latents)))
 
 
 def stack_blocks(blocks: list[torch.Tensor], count: int) -> torch.Tensor:
-    """(B, N, D): the soft tokens of the latest `count` turns, one block after the other, oldest first."""
+    """Join the soft tokens of the latest `count` turns, (B, N, D) each, oldest first: (B, up to count * N, D)."""
     return torch.cat(blocks[-count:], dim=1)
 
 
 def prefix_queries(
     engine, heads, texts: list[str], latents: torch.Tensor, carried=None, depths=None
 ) -> torch.Tensor:
-    """(B, N + 1, D): query vectors with the first 0, 1, .. N soft tokens of one turn, after those `carried` to it.
+    """Embed queries with the first 0, 1, .. N soft tokens of one turn, after those `carried` to it: (B, N + 1, D).
 
     depths  only these numbers of soft tokens
     """
@@ -79,16 +78,16 @@ def prefix_queries(
     return torch.stack([soft_query(engine, heads, texts, prefix) for prefix in prefixes], dim=1)
 
 
-def check_fit(policy: policy.Policy, engine) -> None:
-    """Soft tokens mean something to the engine they were trained for, and to no other."""
-    made = policy.settings
-    for what, ours, theirs in (
+def check_fit(policy: Policy, engine) -> None:
+    """Raise InputError unless the policy's soft tokens were trained for an engine like this one."""
+    settings = policy.settings
+    for what, trained_for, found in (
         ("width", policy.heads.width, engine.width),
-        ("instruction", made.instruction, engine.instruction),
-        ("max_query_tokens", made.max_query_tokens, engine.max_query_tokens),
+        ("instruction", settings.instruction, engine.instruction),
+        ("max_query_tokens", settings.max_query_tokens, engine.max_query_tokens),
     ):
-        if ours != theirs:
+        if trained_for != found:
             raise InputError(
-                f"{policy.name}: its soft tokens are for an engine of {what} {ours!r}, but {engine.name} has "
-                f"{theirs!r}; let the profile name an engine and a policy that belong together"
+                f"{policy.name}: its soft tokens are for an engine of {what} {trained_for!r}, but {engine.name} has "
+                f"{found!r}; let the profile name an engine and a policy that belong together"
             )

@@ -102,7 +102,7 @@ class Objective(nn.Module):
     def _gaussian_gain(self, steps, contexts):
         """Policy gradient of noisy soft tokens, which are the action: they stood in the query, and were read on."""
         taken = torch.stack([step.latents for step in steps])  # (B, N, D)
-        means = sqr.soft_tokens(self.policy, contexts, taken.shape[1], taken=taken)
+        means = sqr.soft_tokens(self.policy, contexts, taken.shape[1], sampled=taken)
         logp = -((taken - means) ** 2).sum(dim=(1, 2)) / (2 * self.worker.knobs.latent_noise_std**2)
         ratio = torch.exp(
             logp - logp.detach()
