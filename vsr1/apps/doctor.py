@@ -301,10 +301,7 @@ def real_data(profile, dataset) -> list[Check]:
     elif min(test, train) < 1:
         status, remedy = "limited", "the queries of missing videos count as failures (videos/missing.csv)"
     rows = t1(test, train, vectors, replies)
-    return [
-        Check(data, status, found, remedy),
-        Check(table, "ok" if rows == "all rows" else "limited", rows),
-    ]
+    return [Check(data, status, found, remedy), Check(table, "ok" if rows == "all rows" else "limited", rows)]
 
 
 def t1(test, train, vectors, replies) -> str:

@@ -46,9 +46,7 @@ class Clip:
     """Some frames of a video, or the reason why there are none."""
 
     frames: np.ndarray | None  # (T, H, W, 3) uint8; None: unreadable
-    timestamps: (
-        np.ndarray | None
-    )  # (T,) seconds after the first frame: when the frames appear, not when asked for
+    timestamps: np.ndarray | None  # (T,) seconds after the first frame at which the frames appear
     seconds: float | None  # end of the last frame of the video; None: unknown
     problem: str | None  # None: fine
 
@@ -88,7 +86,7 @@ class Reader:
         if self.skip_slow:
             return Clip(None, None, None, problem)
         raise DecodeTimeout(
-            f"{path}: {problem}; a slow disk, a busy or a suspended machine? Run the same command again, it goes on, or "
+            f"{path}: {problem}; a slow disk, a busy or a suspended machine? Run the same command again, or "
             "raise decode_timeout in the profile. If it is always this file, move it away"
         )
 
