@@ -115,7 +115,7 @@ def agent_run(run):
                 series[f"S2/{dataset}/{init}/{what}"] = [[n, 9.0 - n] for n in range(9)]
         for name in ("sft/loss", "ft/loss", "sft/info_nce"):
             series[f"E1/{dataset}/{name}"] = [[1, 4.0], [2, 2.0 + shift]]
-        for name in ("reward", "held", "verify", "time", "retrieve", "kl"):
+        for name in ("reward", "held", "verification", "grounding", "retrieval", "kl"):
             series[f"E2/{dataset}/vsr1/{name}"] = [[1, 0.5], [2, 1.0 + shift]]
         for start in ("", "-zero", "-zero-clipped"):
             series |= {
@@ -183,3 +183,15 @@ def test_no_curve_leaves_its_panel():
             low, high = axes.get_ylim()
             values = np.concatenate([line.get_ydata() for line in axes.lines])
             assert low <= values.min() and values.max() <= high, axes.get_title()
+
+
+def test_sheets_and_figures_of_data_sets_that_were_not_run_stay(tmp_path, monkeypatch):
+    run = fake_profile(tmp_path, monkeypatch)
+    results.record(run, "didemo", "part", {"H1/didemo/zs/vr@1": results.Estimate(1.0)})
+    folder = run.results() / "figures"
+    for name in ("D1-charades", "D1-didemo", "H2"):
+        plots.save(plots.Figure(), folder, name, "of an earlier run")
+    results.collect(run)
+    plots.publish(run)
+    canvas.copy_sheets(run)
+    assert sorted(path.stem for path in folder.glob("*.png")) == ["D1-charades", "H1", "H2"]

@@ -49,8 +49,8 @@ class Canvas:
     def words(self, x: float, y: float, width: float, pieces: list[tuple[str, dict]], size=8.5) -> float:
         """Write pieces of (text, font properties and colour) as one wrapped paragraph; return the y below it."""
         left, line = x, size * 1.4 / 72
-        for text, look in pieces:
-            font = FontProperties(size=size, **{key: value for key, value in look.items() if key != "color"})
+        for text, props in pieces:
+            font = FontProperties(size=size, **{key: value for key, value in props.items() if key != "color"})
             for word in re.findall(r"\s+|\S{1,40}", text):
                 blank = word.isspace()
                 pixels, _, _ = self.pen.get_text_width_height_descent(" " if blank else word, font, False)
@@ -58,7 +58,7 @@ class Canvas:
                 if not blank and x < left and left + wide > x + width + 0.02:
                     left, y = x, y + line
                 if not blank:
-                    ink = {"fontproperties": font, "color": look.get("color", BLACK), "parse_math": False}
+                    ink = {"fontproperties": font, "color": props.get("color", BLACK), "parse_math": False}
                     self.axes.text(left, y + 0.72 * line, word, **ink)
                 left += 0 if blank and left == x else wide
         return y + line
@@ -78,8 +78,8 @@ class Canvas:
             place = (left, left + each, y + high, y)
             self.axes.imshow(frame, extent=place, aspect="auto", interpolation="nearest")
             inside = strip.span is not None and strip.span[0] <= seconds <= strip.span[1]
-            look = {"size": 7.5, "ha": "center", "weight": "bold" if inside else "normal"}
-            self.axes.text(left + each / 2, y + high + 0.15, f"{seconds:.1f} s", **look)
+            props = {"size": 7.5, "ha": "center", "weight": "bold" if inside else "normal"}
+            self.axes.text(left + each / 2, y + high + 0.15, f"{seconds:.1f} s", **props)
             if inside:
                 self.axes.plot((left, left + each), (y + high + 0.02,) * 2, color=RED, linewidth=2.5)
         if dashed:
@@ -89,8 +89,8 @@ class Canvas:
 
     def box(self, x: float, top: float, width: float, bottom: float) -> None:
         """Draw a rounded box behind what stands there already."""
-        look = {"boxstyle": "round,pad=0,rounding_size=0.08", "edgecolor": GREY, "facecolor": "#f6f6f6"}
-        self.axes.add_patch(FancyBboxPatch((x, top), width, bottom - top, zorder=0, linewidth=0.8, **look))
+        props = {"boxstyle": "round,pad=0,rounding_size=0.08", "edgecolor": GREY, "facecolor": "#f6f6f6"}
+        self.axes.add_patch(FancyBboxPatch((x, top), width, bottom - top, zorder=0, linewidth=0.8, **props))
 
     def soft_tokens(self, x: float, y: float, count: int) -> float:
         """Draw soft tokens as small squares of two colours; return the x where they end."""
@@ -101,9 +101,9 @@ class Canvas:
     def timeline(self, x: float, y: float, width: float, seconds: float, right, named) -> float:
         """Draw a video as a bar with the right moment (dashed red) and the named one (orange); return the y below."""
         self.axes.add_patch(Rectangle((x, y), width, 0.12, facecolor="#dddddd"))
-        for span, look in ((named, {"facecolor": ORANGE}), (right, DASHED)):
+        for span, props in ((named, {"facecolor": ORANGE}), (right, DASHED)):
             start, end = (min(time, seconds) * width / seconds for time in span)
-            self.axes.add_patch(Rectangle((x + start, y), end - start, 0.12, **look))
+            self.axes.add_patch(Rectangle((x + start, y), end - start, 0.12, **props))
         return y + 0.2
 
 

@@ -141,8 +141,8 @@ def _turn(number, turn):
         return {"video": None, "edge": "black", "title": f"turn {number}", "rank": None}
     right = turn.shown_is_gt
     end = f"right ✓ IoU {turn.iou:.2f}" if right else "wrong ✗"
-    look = {"edge": "green" if right else "black", "tone": "green" if right else "red"}
-    return look | {"video": turn.shown_id, "title": f"turn {number}: {end}", "rank": turn.rank_in}
+    props = {"edge": "green" if right else "black", "tone": "green" if right else "red"}
+    return props | {"video": turn.shown_id, "title": f"turn {number}: {end}", "rank": turn.rank_in}
 
 
 @plots.style()
@@ -202,19 +202,19 @@ def _draw(template, pictures, width=9, **values):
 def _box(axes, place, colour="grey", edge=None, dashed=False):
     """Draw a rounded box at (x, y, width, height)."""
     x, y, width, height = place
-    look = {
+    props = {
         "facecolor": TINT[colour],
         "edgecolor": edge or COLOURS[colour],
         "linestyle": "--" if dashed else "-",
     }
     shape = "round,pad=0,rounding_size=0.06"
-    axes.add_patch(FancyBboxPatch((x, y), width, height, shape, linewidth=1.1, gid="box", **look))
+    axes.add_patch(FancyBboxPatch((x, y), width, height, shape, linewidth=1.1, gid="box", **props))
 
 
-def _card(axes, place, title, lines=(), **look):
+def _card(axes, place, title, lines=(), **props):
     """Draw a box with a bold title and lines of words, or [words, colour], below it."""
     x, y, width, height = place
-    _box(axes, place, **look)
+    _box(axes, place, **props)
     if lines:
         _text(axes, title, (x + 0.1, y + height - 0.09), size=8.5, weight="bold")
     else:  # a title alone stands in the middle
@@ -225,32 +225,32 @@ def _card(axes, place, title, lines=(), **look):
         _text(axes, words, (x + 0.1, y + height - 0.27 - STEP * number), colour=colour)
 
 
-def _text(axes, words, at, size=SIZE, colour="black", **look):
+def _text(axes, words, at, size=SIZE, colour="black", **props):
     """Write words whose upper left corner is at (x, y)."""
-    axes.text(*at, words, size=size, color=COLOURS[colour], **{"va": "top", "gid": "text"} | look)
+    axes.text(*at, words, size=size, color=COLOURS[colour], **{"va": "top", "gid": "text"} | props)
 
 
 def _arrow(axes, corners, colour="black", both=False):
     """Draw an arrow along corners; red ones, which lead back to the search, are dashed."""
-    look = {"arrowstyle": "<|-|>" if both else "-|>", "mutation_scale": 9, "linewidth": 1.2}
-    look |= {"color": COLOURS[colour], "linestyle": (0, (4, 2)) if colour == "red" else "-"}
-    axes.add_patch(FancyArrowPatch(path=Line(corners), gid="arrow", **look))
+    props = {"arrowstyle": "<|-|>" if both else "-|>", "mutation_scale": 9, "linewidth": 1.2}
+    props |= {"color": COLOURS[colour], "linestyle": (0, (4, 2)) if colour == "red" else "-"}
+    axes.add_patch(FancyArrowPatch(path=Line(corners), gid="arrow", **props))
 
 
 def _chips(axes, at, n, width):
     """Draw N soft tokens in a row, at most `width` wide."""
     pitch = min(0.18, width / n)
-    look = {"edgecolor": plots.BLACK, "linewidth": 4 * pitch, "gid": "chip", "zorder": 4}
+    props = {"edgecolor": plots.BLACK, "linewidth": 4 * pitch, "gid": "chip", "zorder": 4}
     for number in range(n):
         corner, colour = (at[0] + pitch * number, at[1]), COLOURS[CHIPS[number % len(CHIPS)]]
-        axes.add_patch(Rectangle(corner, 0.78 * pitch, 0.14, facecolor=colour, **look))
+        axes.add_patch(Rectangle(corner, 0.78 * pitch, 0.14, facecolor=colour, **props))
 
 
 def _film(axes, place, count=3, pictures=None, edge="black"):
     """Draw a strip of film; where there are no pictures, a sign in place of each."""
     x, y, width, height = place
-    look = {"facecolor": "#333333", "edgecolor": COLOURS[edge], "linewidth": 1.6, "gid": "box"}
-    axes.add_patch(Rectangle((x, y), width, height, **look))
+    props = {"facecolor": "#333333", "edgecolor": COLOURS[edge], "linewidth": 1.6, "gid": "box"}
+    axes.add_patch(Rectangle((x, y), width, height, **props))
     rim, pitch = 0.09 * height, width / count
     low, high = y + 2 * rim, y + height - 2 * rim
     for number in range(count):

@@ -119,7 +119,7 @@ def _bars(axes, numbers, datasets, table, bars):
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(bars))
 
 
-def _dots(axes, numbers, table, dataset, systems, metric, before=None, shift=0.0, colour=BLUE, **look):
+def _dots(axes, numbers, table, dataset, systems, metric, before=None, shift=0.0, colour=BLUE, **props):
     """Draw a row per system, the first on top: its value with interval, and hollow what it was before.
 
     systems   {system: label}
@@ -135,26 +135,26 @@ def _dots(axes, numbers, table, dataset, systems, metric, before=None, shift=0.0
             start = results.row(numbers, table, dataset, system, before).value
             axes.plot((start, entry.value), (y, y), color=colour, linewidth=3, alpha=0.4)
             axes.plot(start, y, "o", color=colour, fillstyle="none", label="before")
-        axes.plot(entry.value, y, **{"marker": "o", "linestyle": "", "color": colour} | look)
+        axes.plot(entry.value, y, **{"marker": "o", "linestyle": "", "color": colour} | props)
     axes.set_ylim(len(systems) - 0.5, -0.5)
     axes.set_yticks(range(len(systems)), systems.values())
 
 
-def _curve(axes, numbers, table, dataset, system, metrics, **look):
+def _curve(axes, numbers, table, dataset, system, metrics, **props):
     """Draw {x: metric} of one system with its intervals as a band; for "mean" what the paper shows there."""
     kind = "paper" if dataset == "mean" else "value"
     rows = {x: f"{table}/{dataset}/{system}/{metric}" for x, metric in metrics.items()}
     part = numbers.reindex(rows.values()).set_axis(list(rows)).dropna(subset=kind)
-    axes.plot(part.index, part[kind].astype(float), **{"markersize": 5} | look)
+    axes.plot(part.index, part[kind].astype(float), **{"markersize": 5} | props)
     if kind == "value" and len(part) and part.low.notna().all():
         low, high = part.low.astype(float), part.high.astype(float)
-        axes.fill_between(part.index, low, high, color=look["color"], alpha=0.12, linewidth=0)
+        axes.fill_between(part.index, low, high, color=props["color"], alpha=0.12, linewidth=0)
 
 
-def _series(axes, points, line="-", **look):
+def _series(axes, points, line="-", **props):
     """Draw a series of [x, y] if there is one."""
     if points:
-        axes.plot(*np.array(points, dtype=float).T, line, **{"markersize": 4} | look)
+        axes.plot(*np.array(points, dtype=float).T, line, **{"markersize": 4} | props)
 
 
 # --- Retrieval: one search
@@ -212,7 +212,7 @@ def known_video(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Fig
     verdicts.axhline(50, color=GREY, linestyle=":")
     grounding = {"zs": ("base model", BLUE, ""), "wholevideo": ("whole video", GREY, "..")}
     grounding |= {"random": ("random span", "#cccccc", "///")}
-    grounding = {(system, "grounding@0.5"): look for system, look in grounding.items()}
+    grounding = {(system, "grounding@0.5"): props for system, props in grounding.items()}
     _bars(spans, numbers, datasets, "V1", grounding)
     verdicts.set(title="verdicts; dotted: always the same verdict", ylabel="right verdict, %", ylim=(0, 108))
     spans.set(title="spans named for the right video", ylabel="R@1 at IoU 0.5, %")
@@ -261,8 +261,8 @@ def engines(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
         systems |= {f"hqr-{kind}": f"HQR {kind}", f"hqr-{kind}-append": f"HQR {kind}, appended"}
     for axes, dataset in zip(panels, datasets, strict=True):
         for size, shift, colour, marker in (("small", -0.18, BLUE, "o"), ("large", 0.18, ORANGE, "s")):
-            look = {"shift": shift, "colour": colour, "marker": marker, "label": f"{size} engine"}
-            _dots(axes, numbers, "A2", dataset, systems, f"vr@1_{size}", **look)
+            props = {"shift": shift, "colour": colour, "marker": marker, "label": f"{size} engine"}
+            _dots(axes, numbers, "A2", dataset, systems, f"vr@1_{size}", **props)
         axes.text(1, 0.18, "large: not trained for it", va="center", size=7, color=GREY)
         axes.set(xlabel="R@1 after, %", xlim=(0, None))
     return _legend(figure, panels[0], 2)
@@ -304,10 +304,10 @@ def soft_tokens(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Fig
     last = max(int(metric.removeprefix("d")) for metric in of_run.metric)
     metrics = {depth: f"d{depth}" for depth in range(last + 1)}
     for axes, place in zip(panels, places, strict=True):
-        look = {"marker": "o", "color": BLUE, "label": "queries that refined at turn 1"}
-        _curve(axes, numbers, "F4", place, "vsr1", metrics, **look)
-        look = {"marker": "s", "color": RED, "label": "those whose first search failed", "linestyle": "--"}
-        _curve(axes, numbers, "F4", place, "vsr1-failed", metrics, **look)
+        props = {"marker": "o", "color": BLUE, "label": "queries that refined at turn 1"}
+        _curve(axes, numbers, "F4", place, "vsr1", metrics, **props)
+        props = {"marker": "s", "color": RED, "label": "those whose first search failed", "linestyle": "--"}
+        _curve(axes, numbers, "F4", place, "vsr1-failed", metrics, **props)
         axes.axvspan(last - 0.5, last + 0.5, color=GREY, alpha=0.15, linewidth=0)
         axes.set(xlabel="soft tokens in the query", xticks=list(metrics), ylim=(0, 102))
     panels[0].set_ylabel(RANK_1)
@@ -323,10 +323,10 @@ def turn_counts(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Fig
     for axes, place in zip(panels, places, strict=True):
         for iou, colour, marker in (("0.3", BLUE, "o"), ("0.5", RED, "s"), ("0.7", ORANGE, "^")):
             metrics = {turn: f"vcmr@{iou}_t{turn}" for turn in turns}
-            look = {"marker": marker, "color": colour, "fillstyle": "none"}
-            _curve(axes, numbers, "F5", place, "vsr1", metrics, label=f"IoU {iou}", **look)
-            look |= {"linestyle": "--", "label": f"{iou}, no video twice"}
-            _curve(axes, numbers, "F5", place, "skip", metrics, **look)
+            props = {"marker": marker, "color": colour, "fillstyle": "none"}
+            _curve(axes, numbers, "F5", place, "vsr1", metrics, label=f"IoU {iou}", **props)
+            props |= {"linestyle": "--", "label": f"{iou}, no video twice"}
+            _curve(axes, numbers, "F5", place, "skip", metrics, **props)
         axes.set(xlabel="turns at most", xticks=turns)
     panels[0].set_ylim(bottom=0)  # of all panels; before all are drawn it would end where the first does
     panels[0].set_ylabel("VCMR R@1, %")
@@ -350,8 +350,8 @@ STAGE_1 = {
 STAGE_2 = {
     "reward": {"vsr1/reward": ("sampled", BLUE, "-"), "vsr1/held": ("held out", BLACK, "o--")},
     "parts of it": {
-        "vsr1/verify": ("verdict (-1 to 1)", ORANGE, "-"),
-        **{"vsr1/time": ("overlap", RED, "--"), "vsr1/retrieve": ("search", SKY, ":")},
+        "vsr1/verification": ("verdict (-1 to 1)", ORANGE, "-"),
+        **{"vsr1/grounding": ("overlap", RED, "--"), "vsr1/retrieval": ("search", SKY, ":")},
     },
     "KL to stage 1": {"vsr1/kl": ("KL", GREY, "-")},
 }

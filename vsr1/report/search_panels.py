@@ -68,9 +68,9 @@ def _query(canvas, source, episode):
     return bottom + 0.18
 
 
-def _marked(text, phrases, look=None):
+def _marked(text, phrases, props=None):
     """Return pieces of a text, in bold blue those phrases that stand in it."""
-    marked = {True: {"color": BLUE} | BOLD, False: look or {}}
+    marked = {True: {"color": BLUE} | BOLD, False: props or {}}
     return [(piece, marked[found]) for piece, found in qualitative.pieces(text, phrases)]
 
 
