@@ -1,5 +1,6 @@
 """A folder of one's own videos: the index, the same walk as in evaluation, the page, and what may be wrong."""
 
+import copy
 import dataclasses
 import functools
 import html
@@ -17,7 +18,7 @@ from markupsafe import escape
 
 from vsr1 import __main__ as cli
 from vsr1 import config
-from vsr1.apps import search_folder
+from vsr1.apps import folder_index, search_folder, search_page
 from vsr1.config import ROOT, InputError
 from vsr1.data import annotations, decoder, video_reader
 from vsr1.evaluation import evaluate
@@ -41,7 +42,9 @@ TAGS = set("h1 h2 p q b i s section video div img span table tbody tr th td".spl
 def world(tmp_path_factory):
     """A profile with eight rendered videos and ten queries, embedded by the mini engine, in a scratch folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "ROOT", tmp_path_factory.mktemp("clone"))
+        clone = tmp_path_factory.mktemp("clone")
+        (clone / "vsr1").symlink_to(ROOT / "vsr1")  # models are named relative to the clone
+        patch.setattr(config, "ROOT", clone)
         profile = config.load("smoke")
         small = dataclasses.replace(profile.world, train_videos=2, test_videos=8)
         profile = dataclasses.replace(profile, world=small)
@@ -94,7 +97,7 @@ def with_heads(world, made, tmp_path_factory):
 @pytest.fixture
 def no_film(monkeypatch):
     """Where no page is looked at: a film takes longer than a search."""
-    monkeypatch.setattr(search_folder, "film", lambda *_: (b"", "left out"))
+    monkeypatch.setattr(search_page, "film", lambda *_: (b"", "left out"))
 
 
 @pytest.mark.usefixtures("no_film")
@@ -135,11 +138,11 @@ def test_a_video_accepted_is_named_with_its_moment_and_else_a_candidate_that_is_
     found, lost = ends[True], ends[False]
     assert found["looks"][-1]["accepted"] and found["video"] == found["looks"][-1]["video"]
     assert (
-        search_folder.end(found)
-        == f"Found: {found['video']}, {' to '.join(map(search_folder.clock, found['moment']))}"
+        search_page.end(found)
+        == f"Found: {found['video']}, {' to '.join(map(search_page.clock, found['moment']))}"
     )
     assert not any(look["accepted"] for look in lost["looks"])
-    assert search_folder.end(lost).startswith(
+    assert search_page.end(lost).startswith(
         "No video was accepted; best candidate, unverified (not accepted): "
     )
 
@@ -156,7 +159,7 @@ def test_a_video_is_embedded_once(world, films, made, tmp_path, monkeypatch):
 
     def again():
         seen.clear()
-        index = search_folder.refresh(world, lambda: made, mine, path)
+        index = folder_index.refresh(world, lambda: made, mine, path)
         assert sum(seen) == index.embedded
         for name, file in index.files.items():
             vec = embed([video_reader.Reader().read(mine / name)])[0]
@@ -184,15 +187,40 @@ def test_a_video_is_embedded_once(world, films, made, tmp_path, monkeypatch):
 
 def test_an_index_of_another_engine_is_made_again(world, folder, made, tmp_path):
     path = tmp_path / "index.npz"
-    count = search_folder.refresh(world, lambda: made, folder, path).embedded
+    count = folder_index.refresh(world, lambda: made, folder, path).embedded
     other = dataclasses.replace(world, max_frames=8)
-    assert search_folder.refresh(other, lambda: made, folder, path).embedded == count > 0
-    assert search_folder.refresh(other, lambda: made, folder, path).embedded == 0
+    assert folder_index.refresh(other, lambda: made, folder, path).embedded == count > 0
+    assert folder_index.refresh(other, lambda: made, folder, path).embedded == 0
+
+
+def test_the_index_is_of_the_engine_that_is_really_used(world, folder, made, tmp_path):
+    """A policy may bring an engine of its own, which the profile does not name."""
+    path, other = tmp_path / "index.npz", copy.copy(made)
+    other.name = world.engine_large
+    count = folder_index.refresh(world, lambda: made, folder, path).embedded
+    assert folder_index.refresh(world, lambda: other, folder, path).embedded == count > 0
+    assert folder_index.refresh(world, lambda: other, folder, path).embedded == 0
+
+
+def test_a_video_that_is_too_slow_is_listed_and_the_rest_is_searched(
+    world, films, made, tmp_path, monkeypatch
+):
+    for film in films[:3]:
+        shutil.copy(film, tmp_path)
+    attempt, slow = video_reader.Reader._attempt, films[1].name
+    monkeypatch.setattr(
+        video_reader.Reader,
+        "_attempt",
+        lambda self, path, *rest: None if path.name == slow else attempt(self, path, *rest),
+    )
+    index = folder_index.refresh(world, lambda: made, tmp_path, tmp_path / "index.npz")
+    assert list(index.files) == sorted(film.name for film in (films[0], films[2]))
+    assert list(index.unreadable) == [slow] and "not decoded within 120 s" in index.unreadable[slow]
 
 
 def test_a_stopped_index_goes_on_where_it_was(world, folder, made, tmp_path, monkeypatch):
     path, embed, count = tmp_path / "index.npz", made.embed_clips, len(list(folder.iterdir()))
-    monkeypatch.setattr(search_folder, "SAVED", 0)
+    monkeypatch.setattr(folder_index, "SAVE_SECONDS", 0)
     calls = []
 
     def stopped(clips):
@@ -204,8 +232,8 @@ def test_a_stopped_index_goes_on_where_it_was(world, folder, made, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(made, "embed_clips", stopped)
         with pytest.raises(KeyboardInterrupt):
-            search_folder.refresh(world, lambda: made, folder, path)
-    left = search_folder.refresh(world, lambda: made, folder, path)
+            folder_index.refresh(world, lambda: made, folder, path)
+    left = folder_index.refresh(world, lambda: made, folder, path)
     assert (left.embedded, len(left.files)) == (count - 2, count)
 
 
@@ -215,7 +243,7 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_searched(world, films, ma
     (tmp_path / "gone.mp4").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe.mp4")  # reading it would wait for ever
     shutil.copy(films[0], tmp_path / "good.mp4")
-    index = search_folder.refresh(world, lambda: made, tmp_path, tmp_path / "index.npz")
+    index = folder_index.refresh(world, lambda: made, tmp_path, tmp_path / "index.npz")
     assert list(index.files) == ["good.mp4"] and list(index.unreadable) == [
         "bad.avi",
         "gone.mp4",
@@ -223,22 +251,22 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_searched(world, films, ma
     ]
     assert index.unreadable["gone.mp4"] == "No such file or directory"
     shutil.copy(films[1], tmp_path / "bad.avi")  # the copy has arrived
-    assert "bad.avi" in search_folder.refresh(world, lambda: made, tmp_path, tmp_path / "index.npz").files
+    assert "bad.avi" in folder_index.refresh(world, lambda: made, tmp_path, tmp_path / "index.npz").files
 
 
 def test_a_broken_index_and_a_full_disk_are_one_line(world, folder, made, tmp_path, monkeypatch):
     path = tmp_path / "index.npz"
-    search_folder.refresh(world, lambda: made, folder, path)
+    folder_index.refresh(world, lambda: made, folder, path)
     whole = path.read_bytes()
     half = len(whole) // 2  # among the vectors
     for broken in (b"", whole[:40], whole[:half], whole[:-1], whole[:half] + b"break" + whole[half + 5 :]):
         path.write_bytes(broken)
         with pytest.raises(InputError, match=r"a broken index .*delete it and search again$"):
-            search_folder.refresh(world, lambda: pytest.fail("loaded for nothing"), folder, path)
+            folder_index.refresh(world, lambda: pytest.fail("loaded for nothing"), folder, path)
     pickled = np.array([{}], dtype=object)
     np.savez(path, key=pickled, files=pickled, vecs=pickled)
     with pytest.raises(InputError, match="a broken index"):
-        search_folder.refresh(world, lambda: made, folder, path)
+        folder_index.refresh(world, lambda: made, folder, path)
     path.unlink()
 
     def full(*_, **__):
@@ -246,7 +274,7 @@ def test_a_broken_index_and_a_full_disk_are_one_line(world, folder, made, tmp_pa
 
     monkeypatch.setattr(np, "savez", full)
     with pytest.raises(InputError, match=r"index\.npz: No space left on device; free some space"):
-        search_folder.refresh(world, lambda: made, folder, path)
+        folder_index.refresh(world, lambda: made, folder, path)
     assert list(tmp_path.iterdir()) == []  # no half of a file is left
 
 
@@ -295,10 +323,10 @@ def test_hostile_names_and_queries_are_shown_as_text(odd):
     text = open(told["page"], encoding="utf-8").read()
     body = text.partition("<body>")[2]
     for name in NAMES:
-        assert escape(search_folder.plain(name)) in body
+        assert escape(folder_index.plain(name)) in body
     assert escape(HOSTILE) in body and "<script" not in text and "onerror=window" in html.unescape(body)
     assert set(re.findall(r"<(\w+)", body)) <= TAGS
-    for line in [*said, *search_folder.lines(told)]:
+    for line in [*said, *search_page.lines(told)]:
         assert line.isprintable()
     assert json.loads(json.dumps(told)) == told
 
@@ -307,24 +335,24 @@ def test_every_text_on_the_page_is_escaped(odd):
     told = hostile({**odd[0], "unreadable": {HOSTILE: HOSTILE}, "caveat": "x", "problem": "x"})
     told["looks"][0]["next"] = dict.fromkeys(("kind", "words", "best"), HOSTILE) | {"soft_tokens": None}
     problem = video_reader.Clip(None, None, None, HOSTILE)
-    text = search_folder.html_page(told, {HOSTILE: problem}, b"", HOSTILE)
+    text = search_page.html_page(told, {HOSTILE: problem}, b"", HOSTILE)
     assert "<script" not in text and "<img" not in text and text.count(escape(HOSTILE)) > 10
 
 
 def test_a_film_shows_the_seconds_that_it_names(films, tmp_path):
     clip = video_reader.Reader().read(films[0])
-    tape, words = search_folder.film(films[0], clip, (6.0, 9.0))
+    tape, words = search_page.film(films[0], clip, (6.0, 9.0))
     assert words == "The film runs from 00:04.0 to 00:11.0, without sound."
     (tmp_path / "part.mp4").write_bytes(tape)
     part = video_reader.read_frames(tmp_path / "part.mp4", np.arange(7.0))
     whole = video_reader.read_frames(films[0], np.arange(20.0))
-    assert abs(part.seconds - 7) <= 1 / search_folder.FPS
+    assert abs(part.seconds - 7) <= 1 / search_page.FPS
     errors = np.abs(part.frames[:, None].astype(int) - whole.frames[None]).mean(axis=(2, 3, 4))  # (7, 20)
     over = errors - errors.min(axis=1, keepdims=True)  # how much worse than the second that fits best
     assert np.diag(over, 4).max() < 0.5 and np.diag(over, 5).max() > 1  # a second off would be noticed
-    whole_tape, words = search_folder.film(films[0], clip, None)
+    whole_tape, words = search_page.film(films[0], clip, None)
     assert (
-        words == f"The film runs from 00:00.0 to {search_folder.clock(clip.seconds)}, without sound."
+        words == f"The film runs from 00:00.0 to {search_page.clock(clip.seconds)}, without sound."
         and whole_tape
     )
 
@@ -385,7 +413,8 @@ def test_what_a_person_gets_wrong_is_one_line(folder, tmp_path, capsys):
         (["--videos", tmp_path / "nowhere"], "no such folder"),
         (["--videos", tmp_path / "empty"], "no video in it or below; looked for .mp4"),
         (["--videos", tmp_path / "bad"], "not one of 1 videos could be read; x.mp4: the file is empty"),
-        (["--query", " \n"], "the query is empty"),
+        (["--query", ""], "the query is empty"),
+        (["--query", " \n\u200b"], "the query is empty"),
         (["--query", "a <|video_pad|>"], "a sign of the models' own"),
         (["--index", tmp_path / "file"], "name a folder for the index by --index"),
         (["--turns", "0"], "'--turns': Input should be greater than or equal to 1"),
