@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, Field
 
 from vsr1.config import InputError
 from vsr1.data import annotations
@@ -44,15 +44,12 @@ def _assistant_text(messages: list) -> str:
     return text
 
 
-VideoId = Annotated[str, Field(min_length=1)]
-
-
 class Meta(BaseModel, strict=True):
     """What an entry says of its videos."""
 
     gold_label: Literal["pos", "neg"]
-    video_id: VideoId  # the video shown
-    query_pos_video_id: VideoId  # the right one
+    video_id: annotations.Name  # the video shown
+    query_pos_video_id: annotations.Name  # the right one
 
 
 class Entry(BaseModel, strict=True):
@@ -69,22 +66,6 @@ class Entry(BaseModel, strict=True):
         return SFTExample(number, "", self.meta.query_pos_video_id, self.meta.video_id, (), reply)
 
 
-def read_entries(path: Path) -> list[Entry]:
-    """Parse all entries of a file; InputError names the first row and key that is not as it should be."""
-    content = annotations.parse_json(annotations.read_text(path), path)
-    if not isinstance(content, list):
-        raise InputError(f"{path}: not a JSON list; take {FILE}")
-    try:
-        return TypeAdapter(list[Entry]).validate_python(content)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        row, *keys = fault["loc"]
-        key = f", {'.'.join(map(str, keys))}" if keys else ""
-        raise InputError(
-            f"{path}, row {row + 1}{key}: {fault['msg']}, found {fault['input']!r:.60}"
-        ) from error
-
-
 def read_released(
     path: Path, queries, vectors: search_index.Vectors, negatives: int | None
 ) -> tuple[list[SFTExample], dict]:
@@ -92,7 +73,7 @@ def read_released(
 
     The query's text is the annotation's, whose vector is known. The video shown need not rank first here.
     """
-    entries = read_entries(path)
+    entries = annotations.parse_json(annotations.read_text(path), path, kind=list[Entry])
     known = {query.id: query for query in queries if vectors.has_query(query.id)}
     examples, rejected = {}, []
     for entry in entries:
