@@ -38,7 +38,7 @@ def _generated(profile, numbers):
     claims = {claim: cells for claim, cells in claims.items() if set(cells) != {"—"}}
     missing = [line.split(":")[0].split(" ")[0] for line in html_report.missing(profile, numbers)]
     values = {"systems": systems, "claims": claims, "seeds": seeds, "missing": missing}
-    return templates.render("readme.md", profile=profile, **values)
+    return templates.render("readme.txt", profile=profile, **values)
 
 
 def _main_numbers(numbers, dataset, system):
