@@ -1,4 +1,3 @@
-import json
 
 import matplotlib
 import numpy as np
@@ -51,7 +50,7 @@ def test_a_long_clip_is_spread_over_the_columns(tmp_path):
 
 
 def collect_and_draw(run):
-    results.collect(run)
+    results.publish(run)
     return plots.publish(run)
 
 
@@ -79,7 +78,7 @@ def test_a_missing_number_leaves_a_gap_and_no_bar_of_height_zero(run):
 
 def test_the_curve_shows_the_measured_series_chance_and_the_papers_points(run):
     numbers = results.collect(run)
-    series = json.loads((run.results() / "series.json").read_text())
+    series = results.load_collected(run)[1]
     measured, chance, paper = plots.retrieval_curves(numbers, series, ["charades"]).axes[0].lines
     assert list(measured.get_ydata()) == [y for _, y in series["H2/charades/zs/vr@k"]]
     assert chance.get_ydata()[0] == 100 / 160 and paper.get_fillstyle() == "none"
@@ -139,7 +138,7 @@ def test_what_is_untrained_or_ours_says_so_in_its_caption(agent_run):
 
 def test_the_ladder_has_a_row_for_each_course_and_the_plain_query_beside_it(agent_run):
     numbers = results.collect(agent_run)
-    series = json.loads((agent_run.results() / "series.json").read_text())
+    series = results.load_collected(agent_run)[1]
     _, held = plots.soft_token_bound(numbers, series, ["didemo"]).axes
     labels = [label.get_text() for label in held.get_yticklabels()]
     assert labels == ["zero, N 8, 100 queries", "scaled, N 8, 100 queries, hard"]
@@ -169,7 +168,7 @@ def test_bars_show_floors_of_zero_and_leave_gaps_for_what_is_missing(agent_run):
 
 def test_the_sweep_puts_rank_one_on_top(agent_run):
     results.collect(agent_run)
-    series = json.loads((agent_run.results() / "series.json").read_text())
+    series = results.load_collected(agent_run)[1]
     ranks = plots.prefix_sweep(None, series, ["didemo"]).axes[0]
     assert ranks.get_ylim()[0] > ranks.get_ylim()[1] and len(ranks.lines) == len(plots.HEADS)
 

@@ -3,6 +3,7 @@ import html
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 
 import browser
@@ -39,10 +40,33 @@ def measured(run):
 
 
 def test_what_is_recorded_comes_out_of_numbers_json_unchanged(run):
-    results.collect(run)
+    results.publish(run)
     entry = json.loads((run.results() / "numbers.json").read_text())["T1/charades/zs/vr@1"]
     assert (entry["value"], entry["n"], entry["ci"], entry["seeds"]) == (24.4, 412, [20.4, 28.9], [42])
     assert entry["measured"] and entry["paper"] == 21.6
+
+
+def test_a_notebook_that_is_run_alone_leaves_the_committed_numbers_as_they_are(run):
+    """It collects, to show what it has measured; `report` publishes."""
+    results.publish(run)
+    files = {path: path.read_bytes() for path in run.results().iterdir()}
+    shutil.rmtree(run.runs("didemo"))
+    numbers = results.collect(run)
+    assert not numbers.at["T1/didemo/zs/vr@1", "measured"] and numbers.at["T1/charades/zs/vr@1", "measured"]
+    assert files == {path: path.read_bytes() for path in run.results().iterdir()}
+
+
+def test_a_report_that_would_empty_a_table_of_the_committed_results_is_refused(run):
+    results.publish(run)
+    provenance.write(run)
+    files = {path: path.read_bytes() for path in run.results().iterdir()}
+    shutil.rmtree(run.runs("didemo"))
+    with pytest.raises(
+        InputError, match=r"results/mini: this run has no numbers of 3 tables .* as of D1 on didemo"
+    ):
+        results.publish(run)
+    assert files == {path: path.read_bytes() for path in run.results().iterdir()}
+    results.publish(replace(run, n_soft=4))  # these are no longer the results of this profile
 
 
 def test_a_missing_number_stays_missing_in_every_product(run):
@@ -55,7 +79,9 @@ def test_a_missing_number_stays_missing_in_every_product(run):
     row = next(r for r in rows if (r["dataset"], r["system"], r["metric"]) == ("charades", "zs", "ver"))
     assert row["value"] == "" and row["measured"] == "False"
     zeros = numbers[(numbers.table == "T1") & (numbers.value == 0)].index
-    assert list(zeros) == [f"T1/{d}/wholevideo/vcmr@0.7" for d in run.datasets]  # measured as zero, all of them
+    assert list(zeros) == [
+        f"T1/{d}/wholevideo/vcmr@0.7" for d in run.datasets
+    ]  # measured as zero, all of them
 
 
 def test_a_value_that_is_not_a_number_is_refused(run):

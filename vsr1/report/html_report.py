@@ -37,7 +37,7 @@ OF_RUN = re.compile(rf"{'|'.join(config.DATASETS)}|seed-\d+")  # parts of a path
 
 def publish(profile: Profile) -> Path:
     """Write numbers, provenance, tables and figures, then the report that shows them; return its path."""
-    results.collect(profile)
+    results.publish(profile)
     provenance.write(profile)
     tables.write(profile)
     plots.publish(profile)
@@ -117,7 +117,7 @@ def missing(profile: Profile, numbers: pd.DataFrame) -> list[str]:
 def check(profile: Profile) -> int:
     """Print a verdict per number, then what is missing or damaged; return 1 if anything is wrong."""
     status = results.check(profile)
-    wrong = [f"MISSING {line}" for line in missing(profile, results.load(profile))]
+    wrong = [f"MISSING {line}" for line in missing(profile, results.load_collected(profile)[0])]
     wrong += [f"damaged {line}" for line in results.damaged(profile)]
     print(*wrong, sep="\n", end="\n" if wrong else "")
     return int(bool(status or wrong))

@@ -72,7 +72,7 @@ def draw(profile: Profile, name: str, datasets: list[str], series: dict | None =
     """
     if series is not None:
         return FIGURES[name][1](None, series, datasets)
-    return FIGURES[name][1](results.load(profile), results.read(profile, "series"), datasets)
+    return FIGURES[name][1](*results.load_collected(profile), datasets)
 
 
 # --- Parts of a figure

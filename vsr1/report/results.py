@@ -1,6 +1,6 @@
 """Record, merge and judge the numbers of a run.
 
-A notebook records its numbers in runs/. `collect` merges them into results/<profile>/numbers.json. Tables, figures and
+A notebook records its numbers in runs/. `publish` merges them into results/<profile>/numbers.json. Tables, figures and
 pages are made from that file alone, read as one tidy table (`frame`), so they cannot show what was not recorded.
 """
 
@@ -134,7 +134,10 @@ def verdict(value, target, near) -> str:
 
 
 def collect(profile: Profile) -> pd.DataFrame:
-    """Merge all recorded numbers into results/<profile>/{numbers,series}.json and return the `frame` of them."""
+    """Merge all recorded numbers, keep them below runs/ for figures of a notebook, and return the `frame` of them.
+
+    Results that are committed stay as they are: a notebook that is run alone has measured a part of them.
+    """
     measured, series = {}, {}
     for path in _parts(profile):
         part = annotations.parse_json(annotations.read_text(path), path)
@@ -151,10 +154,52 @@ def collect(profile: Profile) -> pd.DataFrame:
     measured |= means(profile, measured, reported)
     names = sorted(measured.keys() | reported | (expected or {}).keys(), key=_order)
     numbers = {name: _entry(profile, name, measured.get(name), expected) for name in names}
-    profile.results().mkdir(parents=True, exist_ok=True)
-    cache.write_json(profile.results() / "numbers.json", numbers)
-    cache.write_json(profile.results() / "series.json", {name: series[name] for name in sorted(series)})
+    folder = _collected(profile)
+    folder.mkdir(parents=True, exist_ok=True)
+    cache.write_json(folder / "numbers.json", numbers)
+    cache.write_json(folder / "series.json", {name: series[name] for name in sorted(series)})
     return frame(numbers)
+
+
+def _collected(profile):
+    return profile.run_root() / "-".join(filter(None, ("collected", profile.part)))
+
+
+def publish(profile: Profile) -> pd.DataFrame:
+    """Collect all recorded numbers, write them to `profile.results()` and return the `frame` of them.
+
+    Raises InputError, and writes nothing, where that would empty a table of the results that are there.
+    """
+    numbers, folder = collect(profile), profile.results()
+    _refuse_loss(profile, numbers)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("numbers", "series"):
+        cache.write_text(
+            folder / f"{name}.json", (_collected(profile) / f"{name}.json").read_text(encoding="utf-8")
+        )
+    return numbers
+
+
+def _refuse_loss(profile, numbers):
+    """Raise InputError where results of the same knobs hold numbers of a table and data set, and `numbers` none."""
+    folder = profile.results()
+    if not all((folder / f"{name}.json").exists() for name in ("numbers", "provenance")):
+        return
+    if read(profile, "provenance").get("digest") != profile.digest():
+        return
+    there, now = (
+        {*zip(f.table, f.dataset, strict=True)} for f in (_measured(load(profile)), _measured(numbers))
+    )
+    if lost := sorted(there - now):
+        table, dataset = lost[0]
+        raise InputError(
+            f"{folder}: this run has no numbers of {len(lost)} tables that stand there, as of {table} on {dataset}; "
+            "run `make paper`, or name the data sets of this run (DATASETS=...)"
+        )
+
+
+def _measured(numbers):
+    return numbers[numbers.measured.astype(bool)]
 
 
 def _parts(profile):
@@ -217,6 +262,13 @@ def frame(numbers: dict) -> pd.DataFrame:
         low, high = entry["ci"] or (None, None)
         rows.append(dict(zip(KEY, name.split("/"), strict=True)) | entry | {"low": low, "high": high})
     return pd.DataFrame(rows, list(numbers), COLUMNS, dtype=object).replace({float("nan"): None})
+
+
+def load_collected(profile: Profile) -> tuple[pd.DataFrame, dict]:
+    """Return what the last `collect` left: the frame of its numbers, and its series."""
+    texts = (_collected(profile) / f"{name}.json" for name in ("numbers", "series"))
+    numbers, series = (annotations.parse_json(annotations.read_text(path), path) for path in texts)
+    return frame(numbers), series
 
 
 def load(profile: Profile) -> pd.DataFrame:
