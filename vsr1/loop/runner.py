@@ -67,13 +67,8 @@ class EpisodeRunner:
     """Engine, policy and videos as the functions that the loop is handed: `search`, `ask`, `refine`."""
 
     def __init__(self, profile, system: System, engine, policy, vectors, clips: clip_cache.ClipCache):
-        self.system, self.engine, self.policy, self.vectors, self.clips = (
-            system,
-            engine,
-            policy,
-            vectors,
-            clips,
-        )
+        self.system, self.vectors, self.clips = system, vectors, clips
+        self.engine, self.policy = engine, policy
         self.max_new_tokens, self.top_k = profile.max_new_tokens, profile.max_turns + 1
         self.carry = policy.settings.carry_blocks if system.refine == "sqr" else 1
         untrained = policy.settings is None or system.append_refine
@@ -91,26 +86,14 @@ class EpisodeRunner:
         return self.rewrite_engine.num_truncated
 
     def search(self, pairs) -> list[Ranking]:
-        """Rank the gallery by each query's vector."""
+        """Rank the gallery by each query's vector; of an oracle system `top` holds what it shows."""
         states = [self.vectors.query_vec(q.id) if state is ORIGINAL else state.vec for q, state in pairs]
-        vecs = np.stack(states)  # (B, D)
-        scores = self.vectors.scores(vecs)  # (B, V)
-        _, best = self.vectors.search(vecs, self.top_k, scores)  # (B, top_k)
-        right = self.vectors.columns([query.video for query, _ in pairs], missing=0)
-        ranks, ties = search_index.ranks(scores, right), search_index.ties(scores, right)
-        rankings = []
-        for row, (query, _) in enumerate(pairs):
-            top = tuple(self.vectors.video_ids[column] for column in best[row])
-            found = (
-                int(ranks[row]),
-                int(ties[row]),
-                self._shown_first(query, top),
-                float(scores[row, right[row]]),
-            )
-            if not self.vectors.has_video(query.video):
-                found = None, None, found[2], None
-            rankings.append(Ranking(*found, float(scores[row, best[row, 0]])))
-        return rankings
+        right_videos = [query.video for query, _ in pairs]
+        rankings = rank_gallery(self.vectors, np.stack(states), right_videos, self.top_k)
+        return [
+            replace(ranking, top=self._shown_first(query, ranking.top))
+            for (query, _), ranking in zip(pairs, rankings, strict=True)
+        ]
 
     def _shown_first(self, query, top):
         """The best videos, or the right one alone, or all but the right one."""
@@ -222,6 +205,23 @@ class EpisodeRunner:
 
     def _tokens(self, text):
         return len(self.policy.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def rank_gallery(vectors, query_vecs: np.ndarray, right_videos: list[str], top_k: int) -> list[Ranking]:
+    """Rank the gallery of `vectors` by query vectors (B, D); `top` holds the best `top_k` videos of each."""
+    scores = vectors.scores(query_vecs)  # (B, V)
+    _, best = vectors.search(query_vecs, top_k, scores)  # (B, top_k)
+    right = vectors.columns(right_videos, missing=0)
+    ranks, ties = search_index.ranks(scores, right), search_index.ties(scores, right)
+    rankings = []
+    for row, video in enumerate(right_videos):
+        top, top1 = tuple(vectors.video_ids[column] for column in best[row]), float(scores[row, best[row, 0]])
+        if vectors.has_video(video):
+            place = int(ranks[row]), int(ties[row])
+            rankings.append(Ranking(*place, top, float(scores[row, right[row]]), top1))
+        else:
+            rankings.append(Ranking(None, None, top, None, top1))
+    return rankings
 
 
 def _cost(prompt, completion, seconds):
