@@ -11,7 +11,7 @@ from vsr1.config import Profile
 from vsr1.data import annotations, clip_cache, video_reader
 from vsr1.data.annotations import Query
 from vsr1.loop import episode, hqr, records, runner
-from vsr1.loop.records import Episode, Ranking
+from vsr1.loop.records import Episode
 from vsr1.models import batching, embedding, engine, loading, search_index
 from vsr1.models.search_index import Vectors
 
@@ -120,25 +120,12 @@ def append_rewrites(
     rewritten = [episodes[row] for row in rows]
     texts = [hqr.compose_query(one.query, one.turns[0].update_text, "append") for one in rewritten]
     vecs = hqr.with_query_limit(engine.load(profile, which)).embed_texts(texts)  # (R, D)
-    rankings = _rank(vectors, vecs, [one.gt_video for one in rewritten])
+    rankings = runner.rank_gallery(vectors, vecs, [one.gt_video for one in rewritten], 1)
     episodes = list(episodes)
     for row, one, ranking in zip(rows, rewritten, rankings, strict=True):
         turn = records.with_refined_ranking(one.turns[0], ranking)
         episodes[row] = replace(one, turns=(turn,))
     return episodes
-
-
-def _rank(vectors, vecs, right_videos):
-    """Return the Ranking of each query vector (R, D)."""
-    scores, right = vectors.scores(vecs), vectors.columns(right_videos)  # (R, V)
-    best_scores, best = vectors.search(vecs, 1, scores)
-    ranks, ties = search_index.ranks(scores, right), search_index.ties(scores, right)
-    return [
-        Ranking(int(rank), int(tie), (vectors.video_ids[column],), float(row[true]), float(score))
-        for rank, tie, column, row, true, score in zip(
-            ranks, ties, best[:, 0], scores, right, best_scores[:, 0], strict=True
-        )
-    ]
 
 
 def run_study(profile: Profile, dataset: str, weights: str) -> dict[str, list[Episode]]:
