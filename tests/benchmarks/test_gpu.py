@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, speed
+from benchmarks import common, gpu
 from vsr1 import config
 from vsr1.data import video_reader
 from vsr1.models import embedding, engine
@@ -16,10 +16,10 @@ from vsr1.models import embedding, engine
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Models of the mini shape and a film of four seconds."""
+    """Models of the mini shape and a video of four seconds."""
     folder = tmp_path_factory.mktemp("bench")
     gpu.make_models(folder, {}, "float32", "cpu")
-    gpu.make_film(folder / "film.mp4", 4, (64, 96))
+    gpu.make_video(folder / "video.mp4", 4, (64, 96))
     return folder
 
 
@@ -30,9 +30,9 @@ def profile(monkeypatch):
     return dataclasses.replace(config.load("smoke"), **small, sft_batch=2, sft_accumulate=2)
 
 
-def test_the_film_is_as_long_as_it_claims_and_moves(folder):
+def test_the_video_is_as_long_as_it_claims_and_moves(folder):
     with video_reader.Reader(fps=2.0) as reader:
-        clip = reader.read(folder / "film.mp4")
+        clip = reader.read(folder / "video.mp4")
     assert (
         clip.problem is None
         and clip.seconds == pytest.approx(4, abs=0.1)
@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_a_row_without_numbers(folder, profile, monkeypatch
     monkeypatch.setattr(engine.Engine, "embed_clips", full)
     (row,) = gpu.measure("embedding", profile, folder, 6, 1)
     assert row.what == "embedding: does not fit" and row.seconds is row.per_second is row.peak_gb is None
-    speed.write([row], tmp_path, "gpu", device="a card")
+    common.write([row], tmp_path, "gpu", device="a card")
     told = json.loads((tmp_path / "gpu.json").read_text())
     assert told["device"] == "a card" and {"torch", "cuda", "flash-attn"} < set(told["versions"])
     with open(tmp_path / "gpu.csv", newline="") as file:
@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_a_row_without_numbers(folder, profile, monkeypatch
 
 def test_the_shapes_are_those_of_the_2b_model():
     """2.13 billion, counted on the published shapes (profiles/paper-24gb.yaml)."""
-    config = gpu.make_config(gpu.SHAPES)
+    config = common.make_config(gpu.SHAPES)
     with torch.device("meta"):
         size = sum(weight.numel() for weight in gpu.Qwen3VLForConditionalGeneration(config).parameters())
     assert size == pytest.approx(2.13e9, abs=0.005e9)
@@ -95,10 +95,10 @@ def test_on_a_cpu_the_memory_of_few_rows_a_step_is_measured(tmp_path, monkeypatc
     monkeypatch.setattr(gpu, "SHAPES", {})
     monkeypatch.setattr(gpu, "SIZE", (64, 96))
     monkeypatch.setattr(config, "ROOT", tmp_path)
-    how = ["--cpu", "--profiles", "smoke", "--parts", "stage 1", "--said", "6", "--rounds", "1"]
+    how = ["--cpu", "--profiles", "smoke", "--parts", "stage 1", "--reply-tokens", "6", "--rounds", "1"]
     gpu.main(how)
     told = json.loads((tmp_path / "results" / "bench" / "cpu.json").read_text())
     (row,) = told["rows"]
     assert row["count"] == config.load("smoke").sft_batch * gpu.LESS["sft_accumulate"]
     assert told["rows_a_step"] == gpu.LESS and told["device"] == "CPU only" and row["peak_gb"] > 0.1
-    assert not list((tmp_path / "runs").iterdir()), "models and film are scratch"
+    assert not list((tmp_path / "runs").iterdir()), "models and video are scratch"

@@ -6,15 +6,15 @@ import json
 import pytest
 import torch
 
-from benchmarks import speed
+from benchmarks import common, speed
 from vsr1.models import prompt_text
 
 
 @pytest.fixture(scope="module")
 def rows():
     torch.set_num_threads(1)
-    latents = speed.measure_latents(False, "mini", 100, 6, rounds=2, targets=True)
-    return latents + speed.measure_steps(False, "mini", 100, 6, rounds=2, at_once=2)
+    latents = speed.measure_latents("mini", 100, 6, rounds=2, target=5.0)
+    return latents + speed.measure_steps("mini", 100, 6, rounds=2, at_once=2)
 
 
 def test_ratios_are_those_of_the_seconds_and_targets_stand_beside_them(rows):
@@ -37,7 +37,7 @@ def test_a_step_is_the_sum_of_its_parts_and_the_plain_way_takes_more_memory(rows
 
 
 def test_steps_that_say_or_learn_something_else_are_not_timed_as_equals():
-    step = speed.Step(False, 100, 6)
+    step = speed.GRPOStep("mini", 100, 6)
     words, loss, gradient = step.run(True)
     speed.same_step((words, loss, gradient), step.run(False))
     for what, other in {
@@ -66,16 +66,15 @@ def test_rounds_take_turns_and_the_slow_way_is_not_run_for_nothing():
 
 def test_the_larger_model_and_the_prompts_are_as_large_as_claimed():
     with torch.device("meta"):
-        config = speed.make_config(large=True, rows=1000)
-        size = sum(weight.numel() for weight in speed.Qwen3VLForConditionalGeneration(config).parameters())
-    assert 180e6 < size < 240e6
-    made = speed.random_policy(large=False)
-    prompt = made.prompt(prompt_text.SYSTEM, speed.QUERY, speed.long_clip(made, 512))
+        model = speed.Qwen3VLForConditionalGeneration(common.make_config(speed.LARGE))
+    assert 180e6 < sum(weight.numel() for weight in model.parameters()) < 240e6
+    policy = speed.random_policy("mini")
+    prompt = policy.prompt(prompt_text.SYSTEM, common.QUERY, speed.noise_clip(policy, 512))
     assert 512 <= len(prompt.ids) < 600
 
 
 def test_both_files_hold_every_row(rows, tmp_path):
-    speed.write(rows, tmp_path, minutes=1.0)
+    common.write(rows, tmp_path, "agent", minutes=1.0)
     told = json.loads((tmp_path / "agent.json").read_text())
     assert {"machine", "threads", "versions", "commit", "peak_memory_gb", "minutes"} <= set(told) and told[
         "threads"
