@@ -400,7 +400,7 @@ def test_an_unknown_system_is_one_line(world):
     [
         ("sft", "sqr", ["sft/sft"]),
         ("walkdown-ft", "walkdown", ["sft/ft"]),
-        ("vsr1-single", "sqr", ["sft/sft", "grpo/vsr1-single"]),
+        ("vsr1-single", "sqr", ["grpo/vsr1-single"]),
         ("zs", "zs", []),
     ],
 )

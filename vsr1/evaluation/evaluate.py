@@ -86,7 +86,6 @@ def trained_weights(profile, dataset: str, name: str) -> tuple[str, str | None]:
     if name == "sft":
         return "sqr", str(sft.train(profile, dataset))
     if name in rollout.VARIANTS:
-        sft.train(profile, dataset)
         return "sqr", str(grpo.train(profile, dataset, name))
     return name, None
 
