@@ -1,4 +1,4 @@
-"""Every notebook runs on the smoke profile, through the same commands as `make paper`; and keeps the shape of a tutorial."""
+"""Every notebook runs on the smoke profile, by the commands of `make paper`, and keeps the shape of a tutorial."""
 
 import ast
 import json

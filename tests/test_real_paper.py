@@ -51,13 +51,14 @@ def lay(home, drawn):
     missing = annotations.read_fig(told / "test.jsonl")[0].video
     for film in films.glob("*.mp4"):
         if film.stem != missing:
-            shutil.copy(film, profile.data_dir(dataset) / "videos" / "from the owners")
+            shutil.copy(film, home / "videos" / "from the owners")
     queries, rows = annotations.read_fig(told / "train.jsonl"), []
     tell, _ = source.writers(profile, world.read_scenes(told))
     for at, query in enumerate(queries):
         shown = queries[at - 3].video if at % 3 else query.video
         rows.append(sft_examples.SFTExample(query.id, query.text, query.video, shown, (), tell(query, shown)))
-    (home / "sft_data" / released_replies.FILE).write_text(json.dumps([released_replies.to_released(row) for row in rows]))
+    entries = [released_replies.to_released(row) for row in rows]
+    (home / "sft_data" / released_replies.FILE).write_text(json.dumps(entries))
     return missing
 
 
@@ -72,9 +73,11 @@ def made(tmp_path_factory):
     missing = lay(clone / "data" / "activitynet", drawn)
     profile = knobs("paper-24gb") | {name: knobs("smoke")[name] for name in SMALL.split()} | LESS | TAUGHT
     profile["soft_token_bound"] |= {"policy_steps": 0}  # as in paper-24gb
+    profile["datasets"] = ["activitynet"]
     (clone / "real.yaml").write_text(yaml.safe_dump(profile))
-    words = ["make", "paper", "PROFILE=real.yaml", "DATASETS=activitynet", f"PY={sys.executable}"]
-    env = os.environ | {"PYTHONPATH": str(clone)}
+    # An environment in which another clone is installed: all that runs must be the code of this one.
+    words = ["make", "paper", "PROFILE=real.yaml", f"PY={sys.executable}"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(words, cwd=clone, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
     return clone, missing
@@ -85,7 +88,7 @@ def test_all_notebooks_run_in_16_bits_without_what_the_renderer_knows(made):
     clone, _ = made
     page = (clone / "results/real/report.html").read_text(encoding="utf-8")
     assert "judged against the published values" in page
-    sheet = "runs/real/activitynet/figures/E3-activitynet.png"  # its frames stay out of results/
+    sheet = "runs/real/activitynet/seed-42/figures/E3-activitynet.png"  # its frames stay out of results/
     assert f'href="../../{sheet}"' in page and (clone / sheet).exists()
     assert not list((clone / "results").rglob("E3-*.png"))
     numbers = json.loads((clone / "results/real/numbers.json").read_text())
@@ -103,7 +106,7 @@ def test_a_missing_video_is_named_and_its_queries_are_failures(made):
     told = (clone / "runs/real/activitynet/videos/missing.csv").read_text().splitlines()
     assert told[1:] == [f"{missing},test,4"]
     numbers = json.loads((clone / "results/real/numbers.json").read_text())
-    _, *lines = (clone / "runs/real/activitynet/episodes/vsr1/episodes.jsonl").read_text().splitlines()
+    _, *lines = (clone / "runs/real/activitynet/seed-42/episodes/vsr1/episodes.jsonl").read_text().splitlines()
     assert len(lines) == numbers["T1/activitynet/vsr1/vr@1"]["n"] == 24
     for one in map(json.loads, lines):
         assert (one["turns"] == []) == (one["problem"] is not None) == (one["gt_video"] == missing), one
