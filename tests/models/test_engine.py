@@ -12,7 +12,7 @@ from transformers import Qwen3VLModel
 from vsr1 import cache, config
 from vsr1.data import annotations, video_reader
 from vsr1.mini import architecture, renderer
-from vsr1.models import embedding, engine, ivf_index, loading, search_index
+from vsr1.models import embedding, engine, loading, search_index
 
 TEXTS = [
     "With a red ball, someone in white trousers and a pink shirt sits on a stool in the kitchen at night.",
@@ -170,7 +170,7 @@ def test_embedding_a_corpus_names_the_broken_video_and_resumes_to_the_same_files
     assert {path.name: path.read_bytes() for path in again.iterdir() if path.name in before} == before
     assert json.loads((again / "notes.json").read_text())["skipped"] == 2
 
-    monkeypatch.setattr(ivf_index, "FROM", 3)  # the same gallery as a large one
+    monkeypatch.setattr(search_index, "LARGE", 3)  # the same gallery as a large one
     cache.write_json(folder / ".step.json", {"key": "of another engine"})
     mapped = search_index.load_vectors(embedding.embed_corpus(profile, "charades", "test"))
     assert isinstance(mapped.video_vecs, np.memmap)

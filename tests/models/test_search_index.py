@@ -1,5 +1,8 @@
-"""Search in a gallery by FAISS, against a matrix product and a sort."""
+"""Search in a gallery, against a matrix product and a sort; in a large one, against the same index made in memory."""
 
+import shutil
+
+import faiss
 import numpy as np
 import pytest
 
@@ -53,3 +56,57 @@ def test_ids_find_their_rows_and_an_unknown_one_is_refused_by_name():
     np.testing.assert_array_equal(vectors.scores(vectors.query_vec(3)), [0, 1])
     with pytest.raises(config.InputError, match="video 'x' has no vector"):
         vectors.column("x")
+
+
+# --- Large galleries
+
+
+def unit(vecs):
+    return (vecs / np.linalg.norm(vecs, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(file, what was measured, vectors in clusters, queries: members a little moved)."""
+    rng = np.random.default_rng(0)
+    centers = rng.standard_normal((30, 32))
+    vecs = unit(centers[rng.integers(0, 30, 3000)] + 0.5 * rng.standard_normal((3000, 32)))
+    queries = unit(vecs[rng.integers(0, 3000, 100)] + 0.05 * rng.standard_normal((100, 32)))
+    path = tmp_path_factory.mktemp("index") / "index.faiss"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_index, "BLOCK", 700)
+        return path, search_index.build_ivf(path, vecs, queries), vecs, queries
+
+
+def test_a_mapped_index_finds_what_the_same_index_made_in_memory_finds(built, tmp_path):
+    """Also where its folder has another name than when it was built."""
+    path, measured, vecs, queries = built
+    half, ip = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    in_memory = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(32), 32, 55, half, ip, False)
+    in_memory.train(vecs[np.linspace(0, 2999, 40 * 55).astype(int)])
+    in_memory.add(vecs)
+    in_memory.nprobe = measured["nprobe"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["index.faiss", "index.ivfdata"]
+    mapped = search_index.open_ivf(shutil.copytree(path.parent, tmp_path / "moved") / path.name)
+    lists = faiss.downcast_InvertedLists(mapped.invlists)
+    assert lists.filename == str(tmp_path / "moved/index.ivfdata")
+    assert mapped.ntotal == measured["vectors"] == 3000 and mapped.nlist == measured["lists"] == 55
+    for by_map, plain in zip(mapped.search(queries, 10), in_memory.search(queries, 10), strict=True):
+        np.testing.assert_array_equal(by_map, plain)
+
+
+def test_the_recall_of_the_record_is_that_against_a_matrix_product_and_a_sort(built):
+    path, measured, vecs, queries = built
+    product = queries @ vecs.T
+    best = np.argsort(-product, axis=1)[:, :10]
+    np.testing.assert_array_equal(search_index.search_exact(vecs, queries, 10), best)
+    index = search_index.open_ivf(path)
+    scores, rows = index.search(queries, 10)
+    share = np.array([np.isin(found, true).mean() for found, true in zip(rows, best, strict=True)])
+    surely = lambda part: part.mean() - 2 * part.std() / 50**0.5  # noqa: E731
+    assert index.nprobe == measured["nprobe"] and measured["k"] == 10 and measured["queries"] == 50
+    assert measured["recall"] == pytest.approx(np.mean(share[1::2])) and surely(share[::2]) >= 0.95
+    np.testing.assert_allclose(scores, np.take_along_axis(product, rows, 1), atol=2e-3)  # 16 bits
+    index.nprobe = index.nprobe * 3 // 4
+    fewer = search_index.recalls(index.search(queries[::2], 10)[1], best[::2])
+    assert surely(fewer) < 0.95, "fewer lists would have done"

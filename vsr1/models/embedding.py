@@ -11,7 +11,7 @@ import numpy as np
 from vsr1 import cache
 from vsr1.config import InputError
 from vsr1.data import annotations, source, video_reader
-from vsr1.models import engine, ivf_index, loading, search_index
+from vsr1.models import engine, loading, search_index
 
 SHARD_SIZE = 64  # videos between two saves: what a kill can cost
 
@@ -20,8 +20,8 @@ def embed_corpus(profile, dataset: str, split: str, which: str = "engine") -> Pa
     """Embed the videos and queries of one split and return the folder with vectors and index, embed/<which>/<split>/.
 
     The corpus is made current first. Videos that cannot be read are listed with the reason in `skipped.csv`. They have
-    no vector, and their queries stay in every denominator as failures. From `ivf_index.FROM` videos on the index is an
-    IVF index, and `notes.json` holds its recall against exact search; ranks in evaluation are exact at any size.
+    no vector, and their queries stay in every denominator as failures. From `search_index.LARGE` videos on the index is
+    an IVF index, and `notes.json` holds its recall against exact search; ranks in evaluation are exact at any size.
 
     which  the knob that names the engine: engine or engine_large
     """
@@ -63,10 +63,10 @@ def _embed(profile, dataset, split, which, folder):
         "skipped": len(videos) - len(video_ids),
     }
     notes |= loading.model_facts(loaded.model)
-    if len(video_ids) < ivf_index.FROM:
+    if len(video_ids) < search_index.LARGE:
         faiss.write_index(search_index.build_index(video_vecs), str(folder / "index.faiss"))
     else:
-        notes["index"] = ivf_index.build(folder / "index.faiss", lambda: [video_vecs], query_vecs)
+        notes["index"] = search_index.build_ivf(folder / "index.faiss", video_vecs, query_vecs)
     _write_skipped(files, split, folder / "skipped.csv")
     cache.write_json(folder / "ids.json", {"videos": video_ids, "queries": [query.id for query in queries]})
     cache.write_json(folder / "notes.json", notes)

@@ -1,6 +1,8 @@
 """Score, search and rank queries against the vectors of a gallery."""
 
 import json
+import math
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,11 +10,17 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+from faiss.contrib.ondisk import merge_ondisk
 
+from vsr1 import cache
 from vsr1.config import InputError
-from vsr1.models import ivf_index
 
-MAX_CANDIDATES = 2048  # of a query, which is what FAISS finds on a GPU; beyond, all scores are sorted
+# All ours.
+LARGE = 100_000  # videos from which the index is not exact: 0.8 GB of 2048 dimensions, all of it read for each query
+RECALL, K = 0.95, 10  # what a search in a large gallery must find of the K best
+SAMPLE = 40  # vectors a centroid that k-means learns from; FAISS warns below 39
+BLOCK = 1 << 15  # vectors encoded at once, 256 MB of 2048 dimensions
+CHECKS = 1000  # at most so many queries are searched exactly
 
 # --- Vectors
 
@@ -60,52 +68,34 @@ class Vectors:
     def search(self, query_vecs, k: int, scores=None) -> tuple[np.ndarray, np.ndarray]:
         """Return (scores, columns) of the k best videos, both (Q, k), best first; equal scores in row order.
 
-        FAISS proposes candidates, and `scores` orders them: its last bits differ from FAISS's and between machines'
-        FAISS builds, and order and rank must come from one set of numbers. The result is that of a full sort. Of a
-        large gallery the candidates are those of its IVF index, so a video may be missed (`ivf_index`).
+        They are the best of `scores`, since order and rank must come from one set of numbers: FAISS's differ in their
+        last bits. Of a large gallery the candidates are those of its IVF index, so a video may be missed.
 
         scores  (Q, V) of `Vectors.scores`, if the caller has them
         """
         k, query_vecs = min(k, len(self.video_ids)), np.ascontiguousarray(query_vecs, np.float32)
-        if not isinstance(self.index, faiss.IndexIVF):
-            return self._search_exact(query_vecs, k, self.scores(query_vecs) if scores is None else scores)
+        if self.index_file is None or len(self.video_ids) < LARGE:
+            scores = self.scores(query_vecs) if scores is None else scores
+            columns = np.stack([_best(row, k) for row in scores])
+            return np.take_along_axis(scores, columns, axis=1), columns
         columns = np.sort(self.index.search(query_vecs, 2 * k)[1], axis=1)  # -1 where the lists held too few
         if scores is None:
             candidates = np.einsum("qkd,qd->qk", self.video_vecs[columns], query_vecs)
         else:
             candidates = np.take_along_axis(scores, columns, axis=1)
-        return _best(np.where(columns < 0, -np.inf, candidates), columns, k)
-
-    def _search_exact(self, query_vecs, k, scores):
-        """Take more candidates until no other video can reach the k-th best, whatever FAISS's rounding."""
-        count, margin = 2 * k + 8, self._margin(query_vecs)
-        while count < min(len(self.video_ids), MAX_CANDIDATES):
-            approximate, columns = self.index.search(query_vecs, count)
-            columns = np.sort(columns, axis=1)
-            best, columns = _best(np.take_along_axis(scores, columns, axis=1), columns, k)
-            if (best[:, -1] > approximate[:, -1] + margin).all():
-                return best, columns
-            count *= 4
-        return _best(scores, np.broadcast_to(np.arange(scores.shape[1]), scores.shape), k)
-
-    def _margin(self, query_vecs):
-        """Return how far two float32 products of the same vectors can be apart: twice the bound of one's error."""
-        lengths = np.linalg.norm(query_vecs, axis=1).max(initial=0) * self._longest
-        return 2 * query_vecs.shape[1] * np.finfo(np.float32).eps / 2 * lengths
+        candidates = np.where(columns < 0, -np.inf, candidates)
+        best = np.stack([_best(row, k) for row in candidates])
+        return np.take_along_axis(candidates, best, axis=1), np.take_along_axis(columns, best, axis=1)
 
     @cached_property
     def index(self) -> faiss.Index:
         """The FAISS index of `video_vecs`: exact, on the GPUs where there are any; for a large gallery IVF, mapped."""
         if self.index_file is None:
             return _to_gpu(build_index(self.video_vecs))
-        if len(self.video_ids) >= ivf_index.FROM:
-            return ivf_index.open_index(self.index_file)
+        if len(self.video_ids) >= LARGE:
+            return open_ivf(self.index_file)
         # Mapped, so that the gallery is not in memory twice.
         return _to_gpu(faiss.read_index(str(self.index_file), faiss.IO_FLAG_MMAP_IFC))
-
-    @cached_property
-    def _longest(self):
-        return np.sqrt(np.einsum("vd,vd->v", self.video_vecs, self.video_vecs).max(initial=0))
 
     @cached_property
     def _columns(self):
@@ -119,7 +109,7 @@ class Vectors:
 def load_vectors(folder: Path) -> Vectors:
     """Load the vectors that `embed_corpus` wrote; the video vectors of a large gallery are mapped, not read."""
     ids = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
-    mode = None if len(ids["videos"]) < ivf_index.FROM else "r"
+    mode = None if len(ids["videos"]) < LARGE else "r"
     video_vecs = np.load(folder / "video_vecs.npy", mmap_mode=mode)
     vectors = Vectors(ids["videos"], video_vecs, ids["queries"], np.load(folder / "query_vecs.npy"))
     if (folder / "index.faiss").exists():
@@ -149,10 +139,10 @@ def _lookup(places: dict, key, kind: str) -> int:
     return places[key]
 
 
-def _best(scores, columns, k):
-    """Return the k best of candidates (Q, C) in row order; a stable sort keeps equal scores in that order."""
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(columns, order, axis=1)
+def _best(scores, k):
+    """Return the places (k,) of the best of scores (V,), best first; equal scores in the order they have."""
+    candidates = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
+    return candidates[np.argsort(-scores[candidates], kind="stable")[:k]]
 
 
 # --- Ranks
@@ -184,3 +174,84 @@ def ties(scores: np.ndarray, true_columns: Sequence[int]) -> np.ndarray:
 
 def _true_scores(scores, true_columns):
     return np.take_along_axis(scores, np.asarray(true_columns)[:, None], axis=1)  # (Q, 1)
+
+
+# --- Large galleries: FAISS IVF, searched on disk
+
+
+def build_ivf(path: Path, vecs: np.ndarray, queries: np.ndarray, target: float = RECALL) -> dict:
+    """Build the index of unit vectors (V, D), which may be mapped, and return what was measured.
+
+    Vectors lie in lists by the nearest of about sqrt(V) centroids, in 16 bits, and a search reads the `nprobe` lists
+    nearest to its query. `index.faiss` has the centroids, `index.ivfdata` beside it the lists.
+
+    queries  (Q, D), two at least. On half of them `nprobe` grows until it surely finds `target` of the K best. The
+             returned recall is that of the other half
+    """
+    index = _train(vecs)
+    parts, files = path.with_name("parts"), []
+    parts.mkdir(exist_ok=True)
+    for start in cache.progress(range(0, len(vecs), BLOCK), "index vectors"):
+        block = np.ascontiguousarray(vecs[start : start + BLOCK], np.float32)
+        index.add_with_ids(block, np.arange(start, start + len(block)))
+        files.append(str(parts / f"{start}.faiss"))
+        faiss.write_index(index, files[-1])
+        index.reset()
+    merge_ondisk(index, files, str(path.with_suffix(".ivfdata")))
+    shutil.rmtree(parts)
+    queries = np.ascontiguousarray(queries[:: math.ceil(len(queries) / CHECKS)], np.float32)
+    measured = _tune(index, queries, search_exact(vecs, queries, min(K, len(vecs))), target)
+    faiss.write_index(index, str(path))
+    return {"vectors": len(vecs), "dimensions": index.d, "lists": index.nlist} | measured
+
+
+def _train(vecs):
+    """Return the index without vectors: centroids by spherical k-means on vectors spread evenly over the gallery."""
+    (count, dim), lists = vecs.shape, round(math.sqrt(len(vecs)))
+    half, ip = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, lists, half, ip, False)
+    index.train(vecs[np.linspace(0, count - 1, min(count, SAMPLE * lists)).astype(int)])
+    return index
+
+
+def _tune(index, queries, true_rows, target):
+    """Set the smallest `nprobe`, in steps of a quarter, that finds `target` on the even queries, two standard errors
+    to spare; return it with the recall on the odd queries."""
+    index.nprobe = 1
+    while index.nprobe < index.nlist and _lower_bound(_recalls(index, queries[::2], true_rows[::2])) < target:
+        index.nprobe = min(math.ceil(1.25 * index.nprobe), index.nlist)
+    measured = _recalls(index, queries[1::2], true_rows[1::2])
+    numbers = {"nprobe": index.nprobe, "recall": float(measured.mean())}
+    return numbers | {"k": true_rows.shape[1], "queries": len(measured)}
+
+
+def _recalls(index, queries, true_rows):
+    return recalls(index.search(queries, true_rows.shape[1])[1], true_rows)
+
+
+def _lower_bound(values):
+    """Return a mean less two standard errors of it."""
+    return values.mean() - 2 * values.std() / math.sqrt(len(values))
+
+
+def recalls(rows: np.ndarray, true_rows: np.ndarray) -> np.ndarray:
+    """Return for each query, (Q,), the share of the true rows, (Q, k), that were found.
+
+    >>> recalls(np.array([[7, 5], [1, 2]]), np.array([[5, 7], [1, 3]]))
+    array([1. , 0.5])
+    """
+    pairs = zip(rows, true_rows, strict=True)
+    return np.array([len(np.intersect1d(found, true)) for found, true in pairs]) / true_rows.shape[1]
+
+
+def search_exact(vecs: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
+    """Return the rows (Q, k) of the vectors nearest to each query, best first, by comparison with all vectors."""
+    return faiss.knn(queries, vecs, k, metric=faiss.METRIC_INNER_PRODUCT)[1]
+
+
+def open_ivf(path: Path) -> faiss.Index:
+    """Open the index of a large gallery; its lists are read from disk as searches ask for them.
+
+    Where the lists of a query hold fewer than k vectors, its last columns are -1.
+    """
+    return faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY)
