@@ -3,8 +3,6 @@
 import os
 import subprocess
 import sys
-import types
-from importlib.machinery import ModuleSpec
 
 import numpy as np
 import torch
@@ -71,37 +69,6 @@ def coming_to_an_end(made, prompts):
         {token for ids in said for token in ids}, key=lambda token: -sum(token in ids for ids in said)
     )
     return changed(made, stop_token_id=often[0], refine_token_id=often[1])
-
-
-class Writer:
-    """A SummaryWriter that keeps what it is told."""
-
-    def __init__(self, log_dir, **options):
-        self.folder, self.options, self.drawn, self.closed = log_dir, options, {}, False
-
-    def add_scalar(self, name, value, global_step=None):
-        self.drawn[name, global_step] = value
-
-    def add_text(self, *_):
-        pass
-
-    def flush(self):
-        pass
-
-    def close(self):
-        self.closed = True
-
-
-def fake_tensorboard(monkeypatch) -> list[Writer]:
-    """As if the package were installed; the writers that are made go into the list."""
-    writers, module = [], types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = lambda *args, **options: writers.append(Writer(*args, **options)) or writers[-1]
-    package = types.ModuleType("tensorboard")
-    package.__spec__ = ModuleSpec("tensorboard", None)
-    monkeypatch.setitem(sys.modules, "tensorboard", package)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(torch.utils, "tensorboard", module, raising=False)
-    return writers
 
 
 def two_processes(*words, launch=None, **variables):

@@ -22,7 +22,7 @@ ROOT = PACKAGE.parent  # the clone: profiles name their files relative to it
 PROFILES = PACKAGE / "profiles"
 # Knobs that no result of a data set depends on, but for the rounding of sums: they enter no key and no digest.
 NO_RESULT = {"name", "variant", "part", "datasets"}
-NO_RESULT |= {"parallel_datasets", "decode_workers", "threads", "device", "tensorboard", "save_minutes"}
+NO_RESULT |= {"parallel_datasets", "decode_workers", "threads", "device", "save_minutes"}
 NO_RESULT |= {"decode_timeout"}
 
 Dataset = Literal["charades", "didemo", "activitynet"]
@@ -210,7 +210,6 @@ class Profile:
     save_minutes: PositiveOrZero = (
         10.0  # ours: between saved states of both stages, what a kill costs; 0: every step
     )
-    tensorboard: bool = False  # ours: curves of both stages for TensorBoard too, beside log.jsonl
 
     # Studies beside the paper's tables.
     studies: StudyConfig = StudyConfig()

@@ -8,7 +8,6 @@ import json
 import math
 import types
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from tiny import (
     QUERIES,
     changed,
     clip,
-    fake_tensorboard,
     random_engine,
     random_policy,
     two_processes,
@@ -206,7 +204,6 @@ def test_what_changes_the_outcome_is_in_the_key_of_the_step(monkeypatch, tmp_pat
     ):
         assert key(dataclasses.replace(profile, **change)) != key(profile), change
     for change in (
-        {"tensorboard": True},
         {"max_zero_std": 0.5},  # a stopped run may go on
         {"max_skipped": 0.5},
         {"save_minutes": 3.0},
@@ -722,31 +719,6 @@ def test_groups_that_all_earn_the_same_end_the_run_where_it_can_go_on(
         starts, starts[:2], tmp_path, "flat"
     )
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
-
-
-def test_tensorboard_draws_what_the_log_says(tmp_path, monkeypatch, profile, search, vectors, starts):
-    """Every number of every line, in a folder beside the log; a resumed run draws over what came after its state."""
-    writers = fake_tensorboard(monkeypatch)
-    for steps in (2, 3):
-        trainer = begin(dataclasses.replace(profile, tensorboard=True, grpo_steps=steps), search, vectors)
-        trainer.run(starts, starts[:2], tmp_path, "drawn")
-    first, second = writers
-    assert {Path(one.folder) for one in writers} == {tmp_path / "tensorboard"}
-    assert (first.options["purge_step"], second.options["purge_step"]) == (1, 3)
-    assert first.closed and second.closed
-    log, held = lines(tmp_path), lines(tmp_path, "held")
-    told = {(name, line["step"]): value for line in log for name, value in line.items()}
-    told |= {(f"held/{name}", line["step"]): value for line in held for name, value in line.items()}
-    left_out = ("step", "turns", "held/step", "held/turns")
-    told = {key: v for key, v in told.items() if v is not None and key[0] not in left_out}
-    assert len(told) > 100 and first.drawn | second.drawn == told
-
-
-def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch, profile, search, vectors, starts):
-    monkeypatch.setattr(common, "is_tensorboard_available", lambda: False)
-    trainer = begin(dataclasses.replace(profile, tensorboard=True), search, vectors)
-    with pytest.raises(config.InputError, match="the package tensorboard is missing; install it"):
-        trainer.run(starts, starts[:2], tmp_path, "drawn")
 
 
 def prepared(profile, agent, vectors):

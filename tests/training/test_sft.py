@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from tiny import (
     QUERIES,
     clip,
-    fake_tensorboard,
     random_engine,
     random_policy,
     two_processes,
@@ -378,26 +377,6 @@ def test_out_of_memory_ends_a_run_that_has_nothing_to_halve(tmp_path, profile, s
 
     with pytest.raises(torch.OutOfMemoryError):
         sft.train_or_halve(begin, dataclasses.replace(profile, sft_batch=batch), tmp_path)
-
-
-def test_tensorboard_draws_what_the_log_says(tmp_path, monkeypatch, profile, search, vectors, rows):
-    """Beside the log: the library's own folder is one that goes away when training is done."""
-    writers = fake_tensorboard(monkeypatch)
-    agent, profile = random_policy(), dataclasses.replace(profile, tensorboard=True)
-    made = sft.make_trainer(profile, agent, rows * 2, Shelf(), tmp_path, "drawn")
-    made.attach_retrieval(agent, search, vectors, profile).train()
-    (writer,) = writers
-    assert writer.folder == str(tmp_path / "tensorboard") and writer.closed
-    for row in [json.loads(line) for line in (tmp_path / "log.jsonl").open()]:
-        for theirs, ours in (("loss", "loss"), ("info_nce", "info_nce"), ("grad_norm", "norm")):
-            assert writer.drawn[f"train/{theirs}", row["step"]] == row[ours]
-
-
-def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch, profile, rows):
-    monkeypatch.setattr(common, "is_tensorboard_available", lambda: False)
-    profile = dataclasses.replace(profile, tensorboard=True)
-    with pytest.raises(config.InputError, match="the package tensorboard is missing; install it"):
-        sft.make_trainer(profile, random_policy(), rows, Shelf(), tmp_path, "drawn")
 
 
 # --- the ambiguity filter --------------------------------------------------------------------------------------------

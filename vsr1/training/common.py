@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, LoraModel
-from transformers.integrations import is_tensorboard_available
 
 from vsr1 import cache
 from vsr1.config import InputError
@@ -91,11 +90,3 @@ class SaveTimer:
         if due[0]:
             self.last = time.monotonic()
         return due[0]
-
-
-def require_tensorboard() -> None:
-    """Refuse `tensorboard: true` where the package is missing: it is not in the pinned set."""
-    if not is_tensorboard_available():
-        raise InputError(
-            "tensorboard: true, but the package tensorboard is missing; install it or remove the knob"
-        )

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from vsr1 import cache
@@ -211,14 +210,8 @@ class GRPOTrainer:
                 self._save(folder, number)
             bar.update()
         bar.close()
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
 
     def _open_logs(self, folder, done):
-        if self.knobs.tensorboard:
-            common.require_tensorboard()
-            self.accelerator.log_with = [TensorBoardTracker("tensorboard", folder, purge_step=done + 1)]
-            self.accelerator.init_trackers("grpo")
         if self.accelerator.is_main_process:
             self.logs = {name: cache.JsonlLog(folder / f"{name}.jsonl") for name in ("log", "groups", "held")}
             for log in self.logs.values():
@@ -232,7 +225,6 @@ class GRPOTrainer:
         if self.accelerator.is_main_process:
             self.logs["log"].append(line)
             self.logs["groups"].append({"step": number, "rows": [row for row in rows if row["group"] == 0]})
-        self.accelerator.log(_scalars(line), number)
         if on_log and self.accelerator.is_main_process:
             on_log(self.logs["log"].rows)
 
@@ -245,7 +237,6 @@ class GRPOTrainer:
         statistics = summarise(gather_object([summary_row(step) for step in steps]))
         if self.accelerator.is_main_process:
             self.logs["held"].append({"step": number} | statistics)
-        self.accelerator.log({f"held/{name}": value for name, value in _scalars(statistics).items()}, number)
 
     def _check_skipped(self, number, num_steps, what):
         """End a run of which too many steps updated nothing."""
@@ -399,11 +390,6 @@ def _means_of_update(sums):
     means |= {"clip_frac": sums["clip_frac"] / max(1, sums["rows"])}
     means |= {"info_nce": sums["info_nce"] / max(1, sums["soft"])}
     return {key: mean if math.isfinite(mean) else None for key, mean in means.items()}
-
-
-def _scalars(line):
-    """What of a line of the log can be drawn as a curve."""
-    return {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
 
 
 # --- The step

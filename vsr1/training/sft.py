@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainerCallback
-from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig, SFTTrainer
 
 from vsr1 import cache
@@ -323,8 +322,6 @@ def make_trainer(profile, policy, rows, clips, folder, what, on_log=None) -> Tra
     )
     fsdp.shard(trainer.model, trainer.optimizer, trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
-    if profile.tensorboard:
-        trainer.add_callback(_tensorboard(folder / "tensorboard"))
     trainer.num_rows = len(rows)
     # Qwen3-VL says no here, and a mean of each forward's mean would depend on how a step's rows are dealt out.
     trainer.model_accepts_loss_kwargs = True
@@ -378,14 +375,6 @@ def _training_arguments(profile, policy, folder, batch, accumulate):
     )
     options._n_gpu = 1  # else the library would copy the model to all GPUs it sees, in one process
     return options
-
-
-def _tensorboard(folder):
-    """What `report_to` adds, with a folder that stays: its own goes away at the end."""
-    common.require_tensorboard()
-    callback = TensorBoardCallback()
-    callback.logging_dir = str(folder)
-    return callback
 
 
 # --- The step
