@@ -83,19 +83,14 @@ def test_the_command_line_prints_the_same_without_loading_torch_or_pandas(tmp_pa
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, TRUTH)))
     command = [
         sys.executable,
-        "-X",
-        "importtime",
-        "-m",
-        "vsr1",
-        "score",
+        *"-X importtime -m vsr1 score".split(),
         tmp_path / "s.json",
         tmp_path / "t.jsonl",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert (
-        done.returncode == 0 and json.loads(done.stdout)["VR"]["r5"] == 50.0 and done.stdout.count("\n") == 1
-    )
+    assert done.returncode == 0 and json.loads(done.stdout)["VR"]["r5"] == 50.0
+    assert done.stdout.count("\n") == 1
     assert "numpy" in loaded and not loaded & {"torch", "pandas", "transformers"}
 
 
@@ -152,16 +147,10 @@ def test_only_the_first_hundred_predictions_are_read_before_any_filter(run):
 
 
 def test_a_video_listed_twice_takes_two_places_and_empty_spans_hit_nothing(run):
-    entries = [
-        {"desc_id": 1, "predictions": [[1]] * 5 + [[0]]},
-        {"desc_id": 2, "predictions": [[1.0, "any"]]},
-    ]
-    assert json.loads(run(example(VR=entries), TRUTH)[1])["VR"] == {
-        "r1": 50.0,
-        "r5": 50.0,
-        "r10": 100.0,
-        "r100": 100.0,
-    }
+    first = {"desc_id": 1, "predictions": [[1]] * 5 + [[0]]}
+    second = {"desc_id": 2, "predictions": [[1.0, "any"]]}
+    scores = json.loads(run(example(VR=[first, second]), TRUTH)[1])["VR"]
+    assert list(scores.values()) == [50.0, 50.0, 100.0, 100.0]
     empty = json.loads(run(vcmr([0, 3, 3]), [TRUTH[0] | {"time": [3, 3]}, TRUTH[1]], "--iou", "1e-300")[1])
     assert set(empty["VCMR"].values()) == {0.0}
 
@@ -183,60 +172,52 @@ def test_float32_misses_what_is_exactly_one_half(run):
 
 
 @pytest.mark.parametrize("name", ["sub.json", "truth.jsonl"])
-@pytest.mark.parametrize("content", [None, b"\xff\xfe{", "folder"])
+@pytest.mark.parametrize("content", [None, b"\xff\xfe{"])
 def test_a_file_that_cannot_be_read_is_named(run, tmp_path, capsys, name, content):
     run(SUBMISSION, TRUTH)
     (tmp_path / name).unlink()
-    if content == "folder":
-        (tmp_path / name).mkdir()
-    elif content:
+    if content:
         (tmp_path / name).write_bytes(content)
     status = cli.main(["score", str(tmp_path / "sub.json"), str(tmp_path / "truth.jsonl")])
     assert refused((status, *capsys.readouterr()), str(tmp_path / name))
 
 
-@pytest.mark.parametrize(
-    ("text", "line"), [("", 1), ("{\n\n}}", 3), ('{"a":\n 1,\n}', 3), ("[" * 100_000, 1)]
-)
+@pytest.mark.parametrize(("text", "line"), [("", 1), ("{\n\n}}", 3), ("[" * 100_000, 1)])
 def test_a_submission_that_is_not_json_is_refused_with_its_line(run, text, line):
     assert refused(run(text, TRUTH), "sub.json", f"line {line}")
 
 
 @pytest.mark.parametrize(
     "row",
-    ["{", "[]", "3", "[" * 100_000]
+    ["{", "[]", "[" * 100_000]
     + [{"video": "A", "time": [0, 1]}, {"desc_id": 3, "time": [0, 1]}, {"desc_id": 3, "video": "A"}]
-    + [TRUTH[0] | {"desc_id": value} for value in (1.0, True, None, [1])]
-    + [TRUTH[0] | {"desc_id": 3, "video": value} for value in (None, 5, ["A"])]
-    + [
-        TRUTH[0] | {"desc_id": 3, "time": value}
-        for value in (None, 1, [1], [1, 2, 3, 4], [[0, 1], [2, 3]], ["0", 1], [0, True], [0, None], "01")
-    ]
-    + [TRUTH[0] | {"desc_id": 3, "time": [0, float(value)]} for value in ("nan", "inf", "-inf")]
-    + [TRUTH[0] | {"desc_id": 3, "time": [0, 10**400]}],
+    + [TRUTH[0] | {"desc_id": value} for value in (1.0, True, None, 2)]  # 2 is used again on the last line
+    + [TRUTH[0] | {"desc_id": 3, "video": value} for value in (None, 5)]
+    + [TRUTH[0] | {"desc_id": 3, "time": value} for value in (1, [1], [1, 2, 3], ["0", 1], [0, True])]
+    + [TRUTH[0] | {"desc_id": 3, "time": [0, value]} for value in (float("nan"), float("inf"), 10**400)],
 )
 def test_a_bad_line_of_the_ground_truth_is_refused_with_its_number(run, row):
-    lines = [json.dumps(TRUTH[0]), "", row if isinstance(row, str) else json.dumps(row), json.dumps(TRUTH[1])]
+    lines = [json.dumps(TRUTH[1]), "", row if isinstance(row, str) else json.dumps(row), json.dumps(TRUTH[0])]
     assert refused(run(SUBMISSION, "\n".join(lines)), "truth.jsonl", "line 3")
 
 
-def test_a_repeated_id_and_an_empty_ground_truth_are_refused(run):
-    assert refused(run(SUBMISSION, [*TRUTH, TRUTH[1]]), "truth.jsonl", "line 3", "desc_id 2")
-    for nothing in ("", "\n\n"):
-        assert refused(run(SUBMISSION, nothing), "truth.jsonl")
+@pytest.mark.parametrize("nothing", ["", "\n\n"])
+def test_an_empty_ground_truth_is_refused(run, nothing):
+    assert refused(run(SUBMISSION, nothing), "truth.jsonl")
 
 
 @pytest.mark.parametrize(
     ("submission", "named"),
     [
         ("[]", ["must be an object"]),
-        ("null", ["must be an object"]),
         (example(video2idx=None), ["video2idx"]),
         (example(video2idx=[["A", 0]]), ["video2idx"]),
+        (example(video2idx={"A": 0}), ["'B'"]),
+        (example(video2idx={"A": 0, "B": 1, "Cee": 0}), ["'A'", "'Cee'"]),
+        *[(example(video2idx={"A": 0, "B": 1, "Cee": value}), ["Cee"]) for value in ("0", None, True, [0])],
         (example(VCMR=None, SVMR=None, VR=None), ["VCMR", "SVMR", "VR"]),
         (example(VR={"1": []}), ["VR"]),
-        (example(VR=[{"predictions": []}, {"desc_id": 2, "predictions": []}]), ["VR[0].desc_id"]),
-        (example(VR=[{"desc_id": 1}, {"desc_id": 2, "predictions": []}]), ["VR[0].predictions"]),
+        (example(VR=[{"predictions": []}]), ["VR[0].desc_id"]),
         (example(VR=[{"desc_id": 1, "predictions": None}]), ["VR[0].predictions"]),
         (example(SVMR=[[1, []]]), ["SVMR[0]"]),
     ],
@@ -245,50 +226,42 @@ def test_a_submission_without_its_keys_is_refused_with_key_and_task(run, submiss
     assert refused(run(submission, TRUTH), "sub.json", *named)
 
 
-def test_an_index_of_two_videos_names_both(run):
-    assert refused(run(example(video2idx={"A": 0, "B": 1, "Cee": 0}), TRUTH), "sub.json", "'A'", "'Cee'")
-    for value in ("0", None, True, 0.5, [0]):
-        assert refused(run(example(video2idx={"A": 0, "B": 1, "Cee": value}), TRUTH), "sub.json", "'Cee'")
-
-
-def test_a_video_without_an_index_is_named(run):
-    assert refused(run(example(video2idx={"A": 0}), TRUTH), "sub.json", "'B'")
-
-
 @pytest.mark.parametrize("task", fig_scorer.TASKS)
 def test_every_query_needs_exactly_one_entry(run, task):
     one, two = {"desc_id": 1, "predictions": []}, {"desc_id": 2, "predictions": []}
-    assert refused(run(example(**{task: [two]}), TRUTH), "sub.json", task, "desc_id 1")
-    assert refused(run(example(**{task: [one, two, one]}), TRUTH), "sub.json", task, "desc_id 1")
-    for stranger in (33, "1", 1.0, True, None, [1]):
-        entries = [{"desc_id": stranger, "predictions": []}, two]  # 1.0 and True equal 1 in Python
-        assert refused(run(example(**{task: entries}), TRUTH), "sub.json", task, f"desc_id {stranger!r}")
+    for entries in ([two], [one, two, one]):
+        assert refused(run(example(**{task: entries}), TRUTH), "sub.json", f"{task}: desc_id 1")
+    for stranger in (33, "1"):
+        entries = [{"desc_id": stranger, "predictions": []}, two]
+        assert refused(run(example(**{task: entries}), TRUTH), "sub.json", f"{task}: desc_id {stranger!r}")
+    for stranger in (1.0, True, None, [1]):  # 1.0 and True equal 1 in Python
+        entries = [{"desc_id": stranger, "predictions": []}, two]
+        assert refused(run(example(**{task: entries}), TRUTH), "sub.json", f"{task}[0].desc_id")
 
 
 @pytest.mark.parametrize(
     "prediction",
-    [None, [], [0, 1], "012", {"0": 1}, [9, 0, 1], [0.5, 0, 1], ["0", 0, 1], [True, 0, 1], [None, 0, 1]]
-    + [[float("nan"), 0, 1], [float("inf"), 0, 1], [[0], 0, 1]]
-    + [[0, value, 1] for value in (float("nan"), float("inf"), "1", None, True, False, [1], 10**400)]
-    + [[0, 1, value] for value in (float("nan"), float("-inf"), "1", None, True, {}, "huge")],
+    [None, [], [0, 1], "012", ["0", 0, 1], [True, 0, 1], [None, 0, 1], [float("nan"), 0, 1]]
+    + [[0, value, 1] for value in (float("nan"), "1", None, True, 10**400)]
+    + [[0, 1, value] for value in (float("-inf"), {}, "huge")],
 )
-def test_a_bad_prediction_is_refused_with_task_id_and_position(run, prediction):
-    text = json.dumps(vcmr([0, 0, 1], prediction)).replace(
-        '"huge"', "1" + "0" * 4000
-    )  # Python would not write it
-    assert refused(run(text, TRUTH), "sub.json", "VCMR", "desc_id 1", "position 2")
+def test_a_bad_prediction_is_refused_with_task_and_position(run, prediction):
+    text = json.dumps(vcmr([0, 0, 1], prediction))
+    text = text.replace('"huge"', "1" + "0" * 4000)  # Python would not write it
+    assert refused(run(text, TRUTH), "sub.json", "VCMR[1].predictions[1]")
 
 
-def test_a_bad_prediction_in_vr_is_one_without_a_known_index(run):
-    for prediction in ([], [5], ["A"], None):
+@pytest.mark.parametrize("index", [9, 0.5, -1])
+def test_an_index_of_no_video_is_refused_with_task_query_and_position(run, index):
+    assert refused(run(vcmr([0, 0, 1], [index, 0, 1]), TRUTH), "sub.json", "VCMR: desc_id 1: position 2")
+    entries = [{"desc_id": 1, "predictions": [[index]]}, {"desc_id": 2, "predictions": []}]
+    assert refused(run(example(VR=entries), TRUTH), "VR: desc_id 1: position 1")
+
+
+def test_a_bad_prediction_in_vr_is_one_without_an_index(run):
+    for prediction in ([], ["A"], None):
         entries = [{"desc_id": 1, "predictions": [prediction]}, {"desc_id": 2, "predictions": []}]
-        assert refused(run(example(VR=entries), TRUTH), "VR", "desc_id 1", "position 1")
-
-
-def test_of_several_faults_the_first_is_named_and_the_others_counted(run):
-    assert refused(run(vcmr([0, 0, 1], [9, 0, 1], [8, 0, 1], [0, 0]), TRUTH), "position 2", "2 more")
-    assert refused(run(example(video2idx={"C": 3}), TRUTH), "'A'", "1 more")
-    assert refused(run(SUBMISSION, "{\n{\n{\n"), "line 1", "2 more")
+        assert refused(run(example(VR=entries), TRUTH), "VR[0].predictions[0]")
 
 
 def test_an_error_leaves_no_warning_beside_it(run):
@@ -301,18 +274,14 @@ def test_a_name_with_line_ends_stays_on_one_line(run, capsys):
     assert refused((cli.main(["score", "no\nsuch.json", "no\nsuch.jsonl"]), *capsys.readouterr()))
 
 
-@pytest.mark.parametrize("value", ["0", "-0.5", "1.01", "nan", "inf", "half", "50%"])
+@pytest.mark.parametrize("value", ["0", "-0.5", "1.01", "nan", "half"])
 def test_a_threshold_outside_its_range_is_named(run, value):
     assert refused(run(SUBMISSION, TRUTH, "--iou", "0.5", value), "--iou", value)
 
 
 def test_an_unknown_option_or_a_missing_file_name_is_one_error_line(capsys):
-    for argv in ([], ["one.json"], ["a", "b", "c"], ["a", "b", "--float"], ["a", "b", "--iou"]):
+    for argv in (["one.json"], ["a", "b", "c"], ["a", "b", "--float"]):
         assert refused((cli.main(["score", *argv]), *capsys.readouterr()))
-
-
-def test_help_exits_with_zero(capsys):
-    assert cli.main(["score", "--help"]) == 0 and "--float32" in capsys.readouterr().out
 
 
 # --- The same numbers computed another way

@@ -14,7 +14,6 @@ import gzip
 import json
 import os
 import re
-import sys
 import typing
 import warnings
 import zlib
@@ -124,15 +123,6 @@ def _place(keys):
     keys = keys[bool(entry) :]
     path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
     return f"{entry}: {path!r}" if path else entry
-
-
-def is_number(value):
-    """Whether a JSON value is a finite number: neither a boolean, nor NaN, nor too big for a float.
-
-    >>> [is_number(value) for value in (3, 0.5, True, None, "3", float("nan"), 10**400)]
-    [True, True, False, False, False, False, False]
-    """
-    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def numbered_lines(text):

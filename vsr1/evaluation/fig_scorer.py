@@ -9,23 +9,16 @@ import gc
 import json
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import numpy as np
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
 from vsr1.config import InputError
-from vsr1.data.annotations import Name, is_number, numbered_lines, parse_json, read_text
+from vsr1.data.annotations import Name, numbered_lines, parse_json, read_text
 from vsr1.evaluation import metrics
 
 TASKS = ("VCMR", "SVMR", "VR")  # the order of the output
-
-
-def refuse(path, faults: list[str]) -> None:
-    """Raise InputError with the first of several faults of one kind and how many more there are, if there are any."""
-    if faults:
-        more = f" (and {len(faults) - 1} more of this kind)" if len(faults) > 1 else ""
-        raise InputError(f"{path}: {faults[0]}{more}")
 
 
 # --- Ground truth
@@ -53,42 +46,57 @@ class Truth:
 
 def read_truth(path) -> Truth:
     """Read the ground truth: JSON lines, each query once with one span; blank lines are skipped."""
-    rows, faults, first = [], [], {}
+    rows = {}
     for n, line in numbered_lines(read_text(path))[0]:
-        try:
-            rows.append(parse_json(line, path, n, TruthRow))
-        except InputError as error:
-            faults.append(str(error).removeprefix(f"{path}, "))
-            continue
-        if (before := first.setdefault(rows[-1].desc_id, n)) != n:
-            repeated = f"desc_id {rows[-1].desc_id!r} was used before, on line {before}"
-            faults.append(f"line {n}: {repeated}")
-    refuse(path, faults)
+        row = parse_json(line, path, n, TruthRow)
+        if row.desc_id in rows:
+            raise InputError(f"{path}, line {n}: desc_id {row.desc_id!r} was used before")
+        rows[row.desc_id] = row
     if not rows:
         raise InputError(f"{path}: no query in it; expected one JSON object a line")
-    spans = np.array([row.time for row in rows], dtype=np.float64)  # (Q, 2)
-    row_of = {row.desc_id: number for number, row in enumerate(rows)}
+    spans = np.array([row.time for row in rows.values()], dtype=np.float64)  # (Q, 2)
     swapped = int((spans[:, 0] > spans[:, 1]).sum())
-    return Truth(row_of, tuple(row.video for row in rows), np.sort(spans, axis=1), swapped)
+    videos = tuple(row.video for row in rows.values())
+    return Truth({key: number for number, key in enumerate(rows)}, videos, np.sort(spans, axis=1), swapped)
 
 
 # --- Submission
 
+Index = int | FiniteFloat  # of a video; numpy writes whole numbers as 1.0
 
-class Entry(BaseModel):
-    """The predictions of one query, best first: [video index, start, end, ..] each; VR needs no times."""
 
-    desc_id: Any
-    predictions: list[Any]
+def _cut(fields):
+    """Cut predictions at 100, and each of them behind the fields that are read: what follows may be anything."""
+
+    def cut(predictions):
+        if not isinstance(predictions, list):
+            return predictions
+        return [tuple(p[:fields]) if isinstance(p, list) else p for p in predictions[: metrics.CUT]]
+
+    return BeforeValidator(cut)
+
+
+class Moments(BaseModel):
+    """The moments of one query, best first."""
+
+    desc_id: int | str
+    predictions: Annotated[list[tuple[Index, FiniteFloat, FiniteFloat]], _cut(3)]
+
+
+class Videos(BaseModel):
+    """The videos of one query, best first."""
+
+    desc_id: int | str
+    predictions: Annotated[list[tuple[Index]], _cut(1)]
 
 
 class Submission(BaseModel):
     """A submission file; other keys may stand beside these."""
 
-    video2idx: dict[str, Any]
-    VCMR: list[Entry] = ()
-    SVMR: list[Entry] = ()
-    VR: list[Entry] = ()
+    video2idx: dict[str, Index]
+    VCMR: list[Moments] = ()
+    SVMR: list[Moments] = ()
+    VR: list[Videos] = ()
 
 
 @dataclass(frozen=True)
@@ -110,71 +118,52 @@ def read_submission(path, truth: Truth) -> dict[str, Ranked]:
     if not tasks:
         raise InputError(f"{path}: none of the tasks {', '.join(TASKS)} is there")
     video_of = _videos_by_index(submission.video2idx, truth, path)
-    return {task: _read_task(task, getattr(submission, task), truth, video_of, path) for task in tasks}
+    return {task: _read_task(getattr(submission, task), truth, video_of, f"{path}: {task}") for task in tasks}
 
 
 def _videos_by_index(video2idx, truth, path):
-    """{index: video}; refuses what is no unique integer, and a ground-truth video without one."""
-    odd = [video for video, index in video2idx.items() if not _is_index(index)]
-    refuse(path, [f"'video2idx' of {video!r} is not an integer" for video in odd])
-    video_of, faults = {}, []
+    """{index: video}; refuses an index of two videos, and a ground-truth video without one."""
+    video_of = {}
     for video, index in video2idx.items():
         if (other := video_of.setdefault(index, video)) != video:
-            faults.append(f"'video2idx' gives index {index!r} to two videos, {other!r} and {video!r}")
-    refuse(path, faults)
-    missing = [video for video in dict.fromkeys(truth.videos) if video not in video2idx]
-    refuse(path, [f"'video2idx' lacks the ground-truth video {video!r}" for video in missing])
+            raise InputError(
+                f"{path}: 'video2idx' gives index {index!r} to two videos, {other!r} and {video!r}"
+            )
+    for video in truth.videos:
+        if video not in video2idx:
+            raise InputError(f"{path}: 'video2idx' lacks the ground-truth video {video!r}")
     return video_of
 
 
-def _is_index(value):
-    """Whether a JSON value can be an index: an integer, or a float without a fraction; not a boolean."""
-    return type(value) is int or (type(value) is float and value.is_integer())
-
-
-def _predictions_by_query(task, entries, truth, path):
-    """{desc_id: its predictions}; refuses a task without exactly one entry per query."""
-    ids = [entry.desc_id for entry in entries]
-    strangers = [key for key in ids if type(key) not in (int, str) or key not in truth.row]
-    refuse(path, [f"{task}: desc_id {key!r} is not in the ground truth" for key in strangers])
-    predictions = {entry.desc_id: entry.predictions for entry in entries}
-    if len(predictions) < len(ids):
-        refuse(
-            path, [f"{task}: desc_id {key!r} has two entries" for key in predictions if ids.count(key) > 1]
-        )
-    refuse(path, [f"{task}: desc_id {key!r} has no entry" for key in truth.row if key not in predictions])
-    return predictions
-
-
-def _read_task(task, entries, truth, video_of, path):
-    """The predictions of one task as arrays; only the first 100 of each list are read."""
-    lists = _predictions_by_query(task, entries, truth, path)
-    fields, faults = (1 if task == "VR" else 3), []
+def _read_task(entries, truth, video_of, where):
+    """The predictions of one task as arrays."""
     right = np.zeros((len(truth.row), metrics.CUT), dtype=bool)
     spans = np.zeros((len(truth.row), metrics.CUT, 2))
-    for query, row in truth.row.items():
-        predictions = lists[query][: metrics.CUT]
-        for i, prediction in enumerate(predictions):
-            if fault := _fault(prediction, video_of, fields):
-                faults.append(f"{task}: desc_id {query!r}: position {i + 1} (predictions[{i}]) {fault}")
-        if predictions and not faults:
-            right[row, : len(predictions)] = [video_of[p[0]] == truth.videos[row] for p in predictions]
-            if fields == 3:
-                spans[row, : len(predictions)] = [(float(p[1]), float(p[2])) for p in predictions]
-    refuse(path, faults)
+    for query, predictions in _by_query(entries, truth, where).items():
+        row, count = truth.row[query], len(predictions)
+        for place, prediction in enumerate(predictions, 1):
+            if prediction[0] not in video_of:
+                index = f"index {prediction[0]!r:.40}, which 'video2idx' lacks"
+                raise InputError(f"{where}: desc_id {query!r}: position {place} has {index}")
+        right[row, :count] = [video_of[index] == truth.videos[row] for index, *_ in predictions]
+        if predictions and len(predictions[0]) > 1:
+            spans[row, :count] = [span for _, *span in predictions]
     return Ranked(right, spans)
 
 
-def _fault(prediction, video_of, fields):
-    """What is wrong with one prediction, or None; what follows the fields that are read may be anything."""
-    if type(prediction) is not list or len(prediction) < fields:
-        return f"is not a list of at least {fields} values"
-    if not _is_index(prediction[0]) or prediction[0] not in video_of:
-        return f"has index {prediction[0]!r:.40}, which 'video2idx' lacks"
-    for time in prediction[1:fields]:
-        if not is_number(time):
-            return f"has time {time!r:.40}, which is not a finite number"
-    return None
+def _by_query(entries, truth, where):
+    """{desc_id: its predictions}; refuses a task without exactly one entry per query."""
+    predictions = {}
+    for entry in entries:
+        if entry.desc_id not in truth.row:
+            raise InputError(f"{where}: desc_id {entry.desc_id!r} is not in the ground truth")
+        if entry.desc_id in predictions:
+            raise InputError(f"{where}: desc_id {entry.desc_id!r} has two entries")
+        predictions[entry.desc_id] = entry.predictions
+    for query in truth.row:
+        if query not in predictions:
+            raise InputError(f"{where}: desc_id {query!r} has no entry")
+    return predictions
 
 
 # --- Scores
