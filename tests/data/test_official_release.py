@@ -589,49 +589,29 @@ def test_vectors_that_do_not_fit_are_refused(what, said, profile, whole, home):
     assert "\n" not in str(refused.value)
 
 
-# --- What doctor says of it
-
-
-def told(profile):
-    data, table = doctor.real_data(profile, "charades")
-    return data.status, f"{data.found} -> {data.remedy}", table.found
-
-
 def test_doctor_says_step_by_step_what_is_there_and_what_it_allows(profile, whole, home):
-    status, said, rows = told(profile)
-    assert (status, rows) == ("missing", "no row")
-    assert re.search(
-        r"no charades_fig_train.jsonl -> python -m vsr1 download-release --dataset charades downloads about 0\.2 GB",
-        said,
-    )
+    def check(status, *words):
+        row = doctor.real_data(profile, "charades")
+        assert row.status == status and all(word in " -> ".join(row) for word in words), row
+
+    check("missing", "no charades_fig_train.jsonl -> ", "--dataset charades downloads about 0.2 GB")
     for name in ("raw_annotation/train.jsonl", "raw_annotation/test.jsonl"):
         path = home / official_release.wanted("charades")[name]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(TEXTS[name])
-    status, said, rows = told(profile)
-    assert (
-        (status, rows) == ("missing", "chance") and "videos of test 0.0%" in said and "put the videos" in said
-    )
+    check("missing", "videos of test 0.0%", "for chance of T1", "put the videos")
     download(profile, whole)
-    status, said, rows = told(profile)
-    assert (status, rows) == (
-        "missing",
-        "VR of ZS and FT, by the released vectors (download-release prints it)",
-    )
-    assert "released vectors" in said
+    check("missing", "VR of ZS and FT by the released vectors")
     (home / "videos").mkdir()
     for video in ("CCCCC", "DDDDD"):
         (home / "videos" / f"{video}.mp4").write_bytes(b"film")
-    status, said, rows = told(profile)
-    assert (status, rows) == ("missing", "ZS, walking down") and "videos of test 66.7%, of train 0.0%" in said
+    check("missing", "videos of test 66.7%, of train 0.0%, for ZS, walking down of T1")
     (home / "videos" / "AAAAA.mp4").write_bytes(b"film")
-    status, said, rows = told(profile)
-    assert (status, rows) == ("limited", "all rows") and "of train 50.0%" in said and "missing.csv" in said
+    check("limited", "of train 50.0%, for all rows of T1", "missing.csv")
     (home / official_release.REPLIES).unlink()
-    assert told(profile)[::2] == ("missing", "ZS, walking down, two-stage")
+    check("missing", "for ZS, walking down, two-stage of T1", "no replies to learn stage 1 from")
     (home / "annotations" / "charades_fig_test.jsonl").write_text("{")
-    status, said, _ = told(profile)
-    assert status == "missing" and "line 1: not JSON" in said
+    check("missing", "line 1: not JSON")
 
 
 def test_the_estimate_of_bytes_is_that_of_the_published_counts(profile):
