@@ -106,7 +106,9 @@ def test_a_missing_video_is_named_and_its_queries_are_failures(made):
     told = (clone / "runs/real/activitynet/videos/missing.csv").read_text().splitlines()
     assert told[1:] == [f"{missing},test,4"]
     numbers = json.loads((clone / "results/real/numbers.json").read_text())
-    _, *lines = (clone / "runs/real/activitynet/seed-42/episodes/vsr1/episodes.jsonl").read_text().splitlines()
+    _, *lines = (
+        (clone / "runs/real/activitynet/seed-42/episodes/vsr1/episodes.jsonl").read_text().splitlines()
+    )
     assert len(lines) == numbers["T1/activitynet/vsr1/vr@1"]["n"] == 24
     for one in map(json.loads, lines):
         assert (one["turns"] == []) == (one["problem"] is not None) == (one["gt_video"] == missing), one

@@ -303,7 +303,9 @@ def test_continuous_integration_types_what_a_person_types():
     ],
 )
 def test_make_paper_hands_its_variables_to_every_command(words, expected):
-    shown = subprocess.run(["make", "-n", "paper", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        ["make", "-n", "paper", *words], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     lines = [line.partition(" -m vsr1 ")[2] for line in shown.stdout.splitlines()]
     commands = [" ".join(line.split()) for line in lines if line]
     assert [command.split()[0] for command in commands] == ["corpus", "embed", "notebook", "report"]

@@ -73,9 +73,7 @@ def run(tmp_path_factory):
         home, data = run.runs("charades"), run.data_dir("charades")
         for path in (data / "corpus", data / "videos", home / "episodes"):
             path.mkdir(parents=True)
-        scenes = renderer.write_corpus(
-            data / "corpus", "charades", {"test": 6}, {"test": 1}, run.world.seed
-        )
+        scenes = renderer.write_corpus(data / "corpus", "charades", {"test": 6}, {"test": 1}, run.world.seed)
         for scene in scenes:
             renderer.render_video(
                 scene,
@@ -83,10 +81,7 @@ def run(tmp_path_factory):
                 64,
                 2 * previews.FPS,
             )
-        first = {
-            query.video: query
-            for query in annotations.read_fig(data / "corpus" / "test.jsonl")
-        }
+        first = {query.video: query for query in annotations.read_fig(data / "corpus" / "test.jsonl")}
         queries = [replace(query, id=n) for n, query in enumerate(first.values())]
         queries[1] = replace(queries[1], text=f"{queries[1].text} {HOSTILE}")
         annotations.write_fig(data / "corpus" / "test.jsonl", queries)
@@ -179,7 +174,8 @@ def test_what_differs_in_the_video_found_first_is_marked_in_the_query(run, seen)
     one, wrong = walk["sqr"], walk["sqr"].turns[0].shown_id
     asked = qualitative.asked_for(one, scenes)
     nearest = min(
-        scenes[wrong].moments, key=lambda m: sum(a != b for a, b in zip(m.attributes(), asked.attributes(), strict=True))
+        scenes[wrong].moments,
+        key=lambda m: sum(a != b for a, b in zip(m.attributes(), asked.attributes(), strict=True)),
     )
     told = common.differences(
         replace(scenes[wrong], moments=(asked,)), replace(scenes[wrong], moments=(nearest,))
@@ -192,7 +188,11 @@ def test_what_differs_in_the_video_found_first_is_marked_in_the_query(run, seen)
 def test_without_scenes_words_are_marked_that_no_rewrite_kept(run, tmp_path):
     real = replace(run, world=None)
     walk = qualitative.searches(run, "charades")[1]
-    part = {"dataset": "charades", "queries": 6, "cards": [qualitative.Cards(real, "charades", {}).card(walk)]}
+    part = {
+        "dataset": "charades",
+        "queries": 6,
+        "cards": [qualitative.Cards(real, "charades", {}).card(walk)],
+    }
     (card,) = Reading(qualitative.page(real, [part])).cards
     words = set(re.findall(r"\w{3,}", walk["sqr"].query)) - {"someone", "else", *re.findall(r"\w+", HOSTILE)}
     assert words and set(card["marks"]) >= words and "cannot be read" in card["text"]

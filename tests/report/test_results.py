@@ -359,7 +359,7 @@ def test_check_names_damaged_lines_lost_files_and_stages_that_are_gone(run, caps
         (home / folder).mkdir()
     (home / "episodes" / "vsr1.jsonl").symlink_to("vsr1/episodes.jsonl")
     (home / "sft" / "log.jsonl").write_text('{"step": 1}\n{"step"\n')
-    (home / "notebooks" / ".05_evaluation.json").write_text('{"stages": {"twostage": "key"}}')
+    (home / "notebooks" / ".05_evaluation.json").write_text('{"steps": {"twostage": "key"}}')
     assert html_report.check(run) == 1
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damaged")]
     assert len(said) == 3 and all("again" in line for line in said)

@@ -61,9 +61,17 @@ def ids(found):
 
 def test_a_rule_takes_what_it_says_and_the_smallest_id_first():
     won = search_figures.SQR_WINS.choose(PAIRED)
-    assert ids(won) == {dataset: named(dataset, "pair") for dataset in FIT} == {"charades": [3, 7], "didemo": [9]}
+    assert (
+        ids(won)
+        == {dataset: named(dataset, "pair") for dataset in FIT}
+        == {"charades": [3, 7], "didemo": [9]}
+    )
     lost = search_figures.Rule(search_figures.behind, search_figures.ANY_FAILED, "").choose(PAIRED)
-    assert ids(lost) == {dataset: named(dataset, "reverse") for dataset in FIT} == {"charades": [8], "didemo": []}
+    assert (
+        ids(lost)
+        == {dataset: named(dataset, "reverse") for dataset in FIT}
+        == {"charades": [8], "didemo": []}
+    )
     assert not any(search_figures.HQR_WINS.choose(PAIRED).values())
     alone = {dataset: [one[:1] for one in own.values()] for dataset, own in FIT.items()}
     assert ids(search_figures.RULES["F1"].choose(alone)) == {d: named(d, "teaser") for d in FIT}
@@ -284,9 +292,7 @@ def test_ranks_of_three_videos_are_curves_with_the_best_on_top(home, monkeypatch
 
 
 @pytest.mark.parametrize("by_depth", [None, [[1, 7, 9], [3, 1, 2], [25, 3, 1]]])
-def test_without_ranks_or_with_others_than_recorded_there_are_no_curves(
-    home, monkeypatch, capsys, by_depth
-):
+def test_without_ranks_or_with_others_than_recorded_there_are_no_curves(home, monkeypatch, capsys, by_depth):
     made_of = growing(home, monkeypatch, by_depth)
     assert list(made_of) == ["F1"] and "the rejected one" not in made_of["F1"][1].partition("Paper")[0]
     assert capsys.readouterr().out.startswith("left out: figures F6: notebook 08 left no ranks of charades")

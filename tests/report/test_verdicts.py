@@ -16,7 +16,10 @@ def judge(numbers):
 def test_every_seed_must_agree_before_a_claim_holds_over_seeds():
     numbers = {"R1/charades/refined/points": Estimate(4.0, ci=(1.0, 7.0))}
     first = judge(numbers | {"R1/charades/refined/lowest": Estimate(-0.1)})[0]
-    assert (first.verdict, first.verdict_seeds) == ("not measured", "not shown") and "lowest -0.1" in first.seeds
+    assert (first.verdict, first.verdict_seeds) == (
+        "not measured",
+        "not shown",
+    ) and "lowest -0.1" in first.seeds
     assert judge(numbers | {"R1/charades/refined/lowest": Estimate(0.1)})[0].verdict_seeds == "holds"
 
 

@@ -112,12 +112,12 @@ def execute(source, parameters: dict, profile, home, steps: dict, others) -> boo
     }
     if copy.exists() and record.exists():
         last = json.loads(record.read_text(encoding="utf-8"))
-        if last["inputs"] == inputs and last["stages"].items() <= steps.items():
+        if last["inputs"] == inputs and last["steps"].items() <= steps.items():
             return False
     copy.parent.mkdir(parents=True, exist_ok=True)
     _papermill(source, copy, parameters)
     after = _steps_of(profile, parameters["dataset"]) if "dataset" in parameters else {}
-    cache.write_json(record, {"inputs": inputs, "stages": after})
+    cache.write_json(record, {"inputs": inputs, "steps": after})
     return True
 
 

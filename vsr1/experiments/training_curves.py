@@ -26,7 +26,9 @@ RECORDED = {
 
 def read_log(folder: Path, name: str = "log") -> list[dict]:
     """Read a log of a training run, one dict a line."""
-    with open(folder / f"{name}.jsonl", encoding="utf-8", newline="\n") as file:  # replies hold other line breaks
+    with open(
+        folder / f"{name}.jsonl", encoding="utf-8", newline="\n"
+    ) as file:  # replies hold other line breaks
         return [json.loads(line) for line in file]
 
 

@@ -336,7 +336,7 @@ def damaged(profile: Profile) -> list[str]:
             except InputError as error:
                 lines.append(f"{error}; delete it and run `make paper` again")
         for path in sorted((home / "notebooks").glob(".*.json")):
-            steps = sorted(annotations.parse_json(annotations.read_text(path), path)["stages"])
+            steps = sorted(annotations.parse_json(annotations.read_text(path), path)["steps"])
             gone = [home / name for name in steps if not (home / name / ".step.json").exists()]
             lines += [f"{step}: gone since notebook {path.stem[1:]} ran; `make paper` again" for step in gone]
     return list(dict.fromkeys(lines))

@@ -181,7 +181,8 @@ def comparisons(profile: Profile, source: Callable[[str], FrameSource]) -> dict[
     if not in_turn(hqr.choose(pairs)):
         hqr = Rule(behind, ANY_FAILED, HQR_WINS.words)
     chosen = {name: (pair, sqr) for name, pair in zip(COMPARED, in_turn(sqr.choose(pairs)), strict=False)}
-    chosen |= {"Q2": (pair, hqr) for pair in in_turn(hqr.choose(pairs))[:1]}
+    if won_by_hqr := in_turn(hqr.choose(pairs)):
+        chosen["Q2"] = (won_by_hqr[0], hqr)
     _left_out(
         [name for name in (*COMPARED, "Q2") if pairs and name not in chosen],
         "no further search fits the rule",
@@ -195,7 +196,8 @@ def comparisons(profile: Profile, source: Callable[[str], FrameSource]) -> dict[
 
 def _comparison_caption(profile, name, dataset, soft, hard, pairs, rule):
     """Say what a comparison shows, and how many searches fit its rule and the opposite one."""
-    ends = f"{qualitative.rank(soft)} by SQR and {qualitative.rank(hard)} by HQR (reasoned, ours, the base model prompted)"
+    ends = f"{qualitative.rank(soft)} by SQR and {qualitative.rank(hard)} by HQR"
+    ends += " (reasoned, ours, the base model prompted)"
     title = f"SQR against HQR: the right video is on rank {soft.rank_orig} at first, in the end on {ends}."
     other = Rule(ahead if rule.fits is behind else behind, rule.first_ranks, "")
     words = (

@@ -39,7 +39,7 @@ def cell(entry, mark: str = "") -> str:
 
 
 def rows(numbers: pd.DataFrame, table: str) -> list:
-    """Return (dataset, system, label, [(row of numbers or None, cell) per metric]) of each row with anything to show."""
+    """Return (dataset, system, label, [(row of numbers or None, cell) per metric]) of each row that shows anything."""
     layout = results.layouts()[table]
     marks, found = dict(zip(layout.get("footnotes", {}), MARKS, strict=False)), []
     for (dataset, system), part in _of(numbers, table).groupby(["dataset", "system"], sort=False):
