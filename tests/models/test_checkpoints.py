@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from transformers import Qwen3VLModel
 
 from vsr1 import config
 from vsr1.mini import architecture
-from vsr1.models import checkpoints, policy, prompt_text
+from vsr1.models import checkpoints, policy, prompt_text, soft_heads
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +25,6 @@ def made():
 @pytest.fixture(scope="module")
 def prompts(made):
     return [made.prompt(prompt_text.SYSTEM, query, clip(4 + 2 * n, n)) for n, query in enumerate(QUERIES)]
-
-
-# --- prompts ---------------------------------------------------------------------------------------------------------
 
 
 def profile(**changes):
@@ -40,31 +39,18 @@ def saved(made, tmp_path_factory):
 
 
 def copy_of(folder, tmp_path):
-    for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path
+    return shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
 
 
 def test_a_saved_policy_comes_back_with_heads_settings_and_the_same_replies(made, saved, prompts):
     loaded = checkpoints.load(str(saved), profile())
-    assert dataclasses.replace(loaded.settings, code="unknown") == made.settings
+    assert loaded.settings == made.settings
     for key, value in made.heads.state_dict().items():
         assert torch.equal(loaded.heads.state_dict()[key], value)
     assert loaded.refine_token_id == made.refine_token_id
     assert [r.ids for r in loaded.reply(prompts, max_new_tokens=5)] == [
         r.ids for r in made.reply(prompts, max_new_tokens=5)
     ]
-
-
-def test_settings_of_older_checkpoints_are_read_under_their_new_names(saved, tmp_path):
-    copied = copy_of(saved, tmp_path)
-    record = json.loads((copied / "vsr1.json").read_text())
-    settings = record["settings"]
-    settings |= {"seed_norm": settings.pop("first_latent_state"), "gate": "off", "pooling": "last"}
-    settings |= {"query_tokens": settings.pop("max_query_tokens") + 1}
-    (copied / "vsr1.json").write_text(json.dumps(record))
-    loaded = checkpoints.load(str(copied), profile()).settings
-    assert (loaded.first_latent_state, loaded.max_query_tokens) == ("pre", settings["query_tokens"])
 
 
 def test_a_base_model_has_no_heads_and_can_reply(made, tmp_path, prompts):
@@ -76,46 +62,33 @@ def test_a_base_model_has_no_heads_and_can_reply(made, tmp_path, prompts):
     assert len(reply.ids) == 3 and not reply.ended and reply.refine_context is None
 
 
-def break_json(key, value):
+def break_setting(key, value):
     def edit(folder):
-        told = json.loads((folder / "vsr1.json").read_text())
-        told["settings"][key] = value
-        if value is None:
-            del told["settings"][key]
-        (folder / "vsr1.json").write_text(json.dumps(told))
+        record = json.loads((folder / "vsr1.json").read_text())
+        record["settings"][key] = value
+        (folder / "vsr1.json").write_text(json.dumps(record))
 
     return edit
 
 
-def other_weights(folder):
-    tensors = load_file(folder / "model.safetensors")
-    save_file(
-        {key: value + 1 for key, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
+def change_tensors(change):
+    def edit(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return edit
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (
-            break_json("first_latent_state", "both"),
-            "vsr1.json: first_latent_state: 'both' is not supported; there are 'pre'",
-        ),
-        (break_json("n_latents", 8), "vsr1.json: no such knob 'n_latents'"),
-        (break_json("first_latent_state", None), "vsr1.json: settings.first_latent_state is missing"),
-        (break_json("n_soft", "8"), "vsr1.json: n_soft: expected int, found '8'"),
-        (break_json("system", "Judge."), "vsr1.json: settings.system was changed after training"),
+        (break_setting("n_latents", 8), "vsr1.json: no such knob 'n_latents'"),
+        (break_setting("n_soft", "8"), "vsr1.json: n_soft: expected int, found '8'"),
         (lambda folder: (folder / "vsr1.json").write_text("{"), "vsr1.json: not readable"),
-        (
-            lambda folder: (folder / "vsr1.json").unlink(),
-            "soft-query heads but no vsr1.json that says how",
-        ),
-        (other_weights, "model.safetensors: not the file that vsr1.json was written for"),
+        (lambda folder: (folder / "vsr1.json").unlink(), "soft-query heads but no vsr1.json that says how"),
+        (change_tensors(lambda t: t.popitem()), "model.safetensors: not the file that vsr1.json was written"),
         (lambda folder: (folder / "refine.safetensors").unlink(), "refine.safetensors: not the file"),
-        (
-            lambda folder: (folder / "refine.safetensors").write_bytes(b"junk"),
-            "refine.safetensors: not readable",
-        ),
     ],
 )
 def test_a_damaged_checkpoint_is_one_line_that_names_file_and_key(saved, tmp_path, damage, words):
@@ -149,33 +122,14 @@ def convert(folder):
 def test_a_released_checkpoint_is_converted_and_then_loads_like_our_own(released, tmp_path, prompts):
     folder, other = released
     converted = convert(folder)
-    assert converted.settings.system == "The exact prompt." and converted.settings.time_axis == "frame_index"
-    assert (
-        converted.settings.n_soft,
-        converted.settings.first_latent_state,
-        converted.settings.carry_blocks,
-    ) == (
-        8,
-        "pre",
-        1,
-    )
+    assert converted.settings == soft_heads.Settings(system="The exact prompt.", time_axis="frame_index")
     checkpoints.save(converted, tmp_path)
     loaded = checkpoints.load(str(tmp_path), profile())
-    assert dataclasses.replace(loaded.settings, code="unknown") == converted.settings
-    for one in (converted, loaded):
-        assert all(torch.equal(one.heads.state_dict()[k], v) for k, v in other.heads.state_dict().items())
-        assert [r.ids for r in one.reply(prompts, max_new_tokens=5)] == [
-            r.ids for r in other.reply(prompts, max_new_tokens=5)
-        ]
-
-
-def retensor(change):
-    def edit(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-    return edit
+    assert loaded.settings == converted.settings
+    said = [reply.ids for reply in other.reply(prompts, max_new_tokens=5)]
+    for read in (converted, loaded):
+        assert all(torch.equal(read.heads.state_dict()[k], v) for k, v in other.heads.state_dict().items())
+        assert [reply.ids for reply in read.reply(prompts, max_new_tokens=5)] == said
 
 
 def as_engine(folder):
@@ -191,37 +145,32 @@ def plain_tokenizer(folder):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (retensor(lambda t: t.pop("refine_projector.1.bias")), "refine_projector.1.bias is missing"),
-        (retensor(lambda t: t.pop("refine_gate.weight")), "refine_gate.weight is missing"),
         (
-            retensor(lambda t: t.update({"refine_extra.bias": torch.zeros(2)})),
-            "unknown tensor refine_extra.bias",
+            change_tensors(lambda t: t.pop("refine_projector.1.bias")),
+            r'do not fit a policy of width 192: .* Missing key\(s\) in state_dict: "refine_projector.1.bias"',
         ),
         (
-            retensor(lambda t: t.update({"refine_latent_input_projector.1.weight": torch.zeros(64, 192)})),
-            "refine_latent_input_projector.1.weight is [64, 192], but a policy of width 192 needs [192, 192]",
+            change_tensors(lambda t: t.update({"refine_extra.bias": torch.zeros(2)})),
+            r'Unexpected key\(s\) in state_dict: "refine_extra.bias"',
         ),
         (
-            retensor(lambda t: t.update({"refine_projector.0.weight": torch.zeros(192, 64)})),
-            "refine_projector.0.weight is [192, 64], but a policy of width 192 needs [192, 192]",
+            change_tensors(lambda t: t.update({"refine_projector.0.weight": torch.zeros(192, 64)})),
+            r"size mismatch for refine_projector.0.weight: .*\[192, 64\].*\[192, 192\]",
         ),
         (
-            retensor(lambda t: t["refine_projector.3.bias"].fill_(np.nan)),
+            change_tensors(lambda t: t["refine_projector.3.bias"].fill_(np.nan)),
             "refine_projector.3.bias holds values",
         ),
         (
-            retensor(lambda t: t.pop("model.language_model.layers.1.mlp.up_proj.weight")),
+            change_tensors(lambda t: t.pop("model.language_model.layers.1.mlp.up_proj.weight")),
             "tensor model.language_model.layers.1.mlp.up_proj.weight is missing",
         ),
         (
-            retensor(lambda t: t.update({"model.language_model.norm.weight": torch.zeros(64)})),
-            "tensor model.language_model.norm.weight is [64], but config.json asks for [192]",
+            change_tensors(lambda t: t.update({"model.language_model.norm.weight": torch.zeros(64)})),
+            r"tensor model.language_model.norm.weight is \[64\], but config.json asks for \[192\]",
         ),
-        (
-            as_engine,
-            "refine_projector.0.weight is missing from its safetensors; fetch",
-        ),
-        (plain_tokenizer, "<REFINE> encodes to ["),
+        (as_engine, "heads that do not fit"),
+        (plain_tokenizer, r"<REFINE> encodes to \["),
         (lambda folder: (folder / "train_oneturn.json").write_text("[]"), "0 system prompts in 0 rows"),
         (
             lambda folder: (folder / "train_oneturn.json").write_text('[{"query": 1}]'),
@@ -238,7 +187,8 @@ def test_a_damaged_released_checkpoint_is_one_line_that_names_file_and_key(relea
     damage(folder)
     with pytest.raises(config.InputError) as caught:
         convert(folder)
-    assert words in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert re.search(words, str(caught.value)) and str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_released_checkpoint_does_not_load_as_a_base_model(released):

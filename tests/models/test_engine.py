@@ -12,7 +12,7 @@ from transformers import Qwen3VLModel
 from vsr1 import cache, config
 from vsr1.data import annotations, video_reader
 from vsr1.mini import architecture, renderer
-from vsr1.models import embedding, engine, loading, search_index
+from vsr1.models import embedding, engine, search_index
 
 TEXTS = [
     "With a red ball, someone in white trousers and a pink shirt sits on a stool in the kitchen at night.",
@@ -208,4 +208,3 @@ def test_16_bit_weights_are_saved_and_load_as_the_same_engine(tmp_path, made):
     profile = dataclasses.replace(config.load("smoke"), engine=str(tmp_path))
     loaded = engine.load(profile)
     np.testing.assert_allclose(loaded.embed_texts(TEXTS), made.embed_texts(TEXTS), atol=2e-3)
-    assert loading.local_path(str(tmp_path)) == str(tmp_path)

@@ -13,19 +13,17 @@ from vsr1.models import prompt_text
 class Settings:
     """What a checkpoint must say about how its soft queries were made; a default is the official code's value.
 
-    The rest is the same in all: no gate, the soft tokens before the closing <|im_end|>, the last state as the vector.
+    The rest is the same in all: no gate, the first latent from the state at <REFINE> before the final norm, the soft
+    tokens before the closing <|im_end|>, the last state as the vector.
     """
 
     system: str = prompt_text.SYSTEM  # the exact system prompt
     n_soft: int = 8
-    first_latent_state: Literal["pre"] = "pre"  # the state at <REFINE>, before the final norm
     carry_blocks: int = 1  # C: soft tokens of how many turns stand in a query
     instruction: str = "Represent the user's input."
     max_query_tokens: int = 128
     time_axis: Literal["true", "frame_index"] = "true"  # times shown: seconds as seen, or frame numbers
-    turns: int = 1  # T_train
     refine_init: Literal["zero", "default", "scaled"] = "zero"
-    code: str = "unknown"  # digest of the modules that wrote it
 
 
 class SoftHeads(nn.Module):

@@ -419,7 +419,7 @@ def _train(profile, dataset, name, stage_1, on_log, folder):
     vectors = search_index.load_vectors(embedding.embed_corpus(profile, dataset, "train"))
     prompts, val_prompts = rollout.choose_prompts(profile, dataset, vectors, stage_1)
     search_engine, policy = engine.load(profile), checkpoints.load(str(stage_1), profile)
-    policy.settings = dataclasses.replace(policy.settings, carry_blocks=variant.carry, turns=variant.turns)
+    policy.settings = dataclasses.replace(policy.settings, carry_blocks=variant.carry)
     with common.open_clips(profile, dataset, vectors.video_ids) as clips:
         worker = RolloutWorker(profile, dataset, variant, search_engine, policy, vectors, clips)
         trainer = GRPOTrainer(worker)
