@@ -45,6 +45,27 @@ def test_search_orders_near_ties_as_the_product_does(spread):
     np.testing.assert_array_equal(scores, np.take_along_axis(product, order, axis=1))
 
 
+def test_the_index_proposes_what_is_shown():
+    rng = np.random.default_rng(2)
+    videos, queries = (unit(rng.standard_normal((n, 32))) for n in (400, 5))
+    vectors = search_index.Vectors([str(n) for n in range(400)], videos, list(range(5)), queries)
+    vectors.index = asked = Asked(search_index.build_index(videos))
+    best = vectors.search(queries, 4)[1]
+    assert asked.counts and max(asked.counts) < 400
+    np.testing.assert_array_equal(best, np.argsort(-(queries @ videos.T), axis=1, kind="stable")[:, :4])
+
+
+class Asked:
+    """An index that notes for how many candidates it was asked."""
+
+    def __init__(self, index):
+        self.index, self.counts = index, []
+
+    def search(self, queries, count):
+        self.counts.append(count)
+        return self.index.search(queries, count)
+
+
 def test_ids_find_their_rows_and_an_unknown_one_is_refused_by_name():
     vectors = search_index.Vectors(
         ["b", "a"], np.eye(2, dtype=np.float32), [7, 3], np.eye(2, dtype=np.float32)

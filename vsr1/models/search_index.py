@@ -16,6 +16,7 @@ from vsr1 import cache
 from vsr1.config import InputError
 
 # All ours.
+MAX_CANDIDATES = 2048  # of a query, which is what FAISS finds on a GPU
 LARGE = 100_000  # videos from which the index is not exact: 0.8 GB of 2048 dimensions, all of it read for each query
 RECALL, K = 0.95, 10  # what a search in a large gallery must find of the K best
 SAMPLE = 40  # vectors a centroid that k-means learns from; FAISS warns below 39
@@ -68,24 +69,39 @@ class Vectors:
     def search(self, query_vecs, k: int, scores=None) -> tuple[np.ndarray, np.ndarray]:
         """Return (scores, columns) of the k best videos, both (Q, k), best first; equal scores in row order.
 
-        They are the best of `scores`, since order and rank must come from one set of numbers: FAISS's differ in their
-        last bits. Of a large gallery the candidates are those of its IVF index, so a video may be missed.
+        FAISS proposes candidates and `scores` orders them, since order and rank must come from one set of numbers and
+        FAISS's differ in their last bits. More candidates are asked for while a video that was left out could belong
+        to the k best. Of a large gallery the candidates are those of its IVF index, so a video may be missed.
 
         scores  (Q, V) of `Vectors.scores`, if the caller has them
         """
-        k, query_vecs = min(k, len(self.video_ids)), np.ascontiguousarray(query_vecs, np.float32)
-        if self.index_file is None or len(self.video_ids) < LARGE:
-            scores = self.scores(query_vecs) if scores is None else scores
-            columns = np.stack([_best(row, k) for row in scores])
-            return np.take_along_axis(scores, columns, axis=1), columns
-        columns = np.sort(self.index.search(query_vecs, 2 * k)[1], axis=1)  # -1 where the lists held too few
+        total, query_vecs = len(self.video_ids), np.ascontiguousarray(query_vecs, np.float32)
+        k = min(k, total)
+        if self.index_file is not None and total >= LARGE:
+            return self._best(query_vecs, self.index.search(query_vecs, 2 * k)[1], k, scores)
+        scores = self.scores(query_vecs) if scores is None else scores
+        rounding = (
+            query_vecs.shape[1] * np.finfo(np.float32).eps
+        )  # two float32 products of unit vectors are this near
+        count = 2 * k + 8
+        while count < min(total, MAX_CANDIDATES):
+            proposed, columns = self.index.search(query_vecs, count)
+            best, columns = self._best(query_vecs, columns, k, scores)
+            if (best[:, -1] > proposed[:, -1] + rounding).all():
+                return best, columns
+            count *= 4
+        return self._best(query_vecs, np.broadcast_to(np.arange(total), scores.shape), k, scores)
+
+    def _best(self, query_vecs, columns, k, scores):
+        """Return (scores, columns) of the k best of candidates (Q, C); -1 stands for none."""
+        columns = np.sort(columns, axis=1)
         if scores is None:
-            candidates = np.einsum("qkd,qd->qk", self.video_vecs[columns], query_vecs)
+            values = np.einsum("qcd,qd->qc", self.video_vecs[columns], query_vecs)
         else:
-            candidates = np.take_along_axis(scores, columns, axis=1)
-        candidates = np.where(columns < 0, -np.inf, candidates)
-        best = np.stack([_best(row, k) for row in candidates])
-        return np.take_along_axis(candidates, best, axis=1), np.take_along_axis(columns, best, axis=1)
+            values = np.take_along_axis(scores, columns, axis=1)
+        values = np.where(columns < 0, -np.inf, values)
+        order = np.argsort(-values, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(values, order, axis=1), np.take_along_axis(columns, order, axis=1)
 
     @cached_property
     def index(self) -> faiss.Index:
@@ -137,12 +153,6 @@ def _lookup(places: dict, key, kind: str) -> int:
             f"{kind} {key!r} has no vector; its video may be unreadable (skipped.csv), or run `embed` again"
         )
     return places[key]
-
-
-def _best(scores, k):
-    """Return the places (k,) of the best of scores (V,), best first; equal scores in the order they have."""
-    candidates = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
-    return candidates[np.argsort(-scores[candidates], kind="stable")[:k]]
 
 
 # --- Ranks
