@@ -1,5 +1,6 @@
 """One of the two processes of a test: `torchrun --nproc_per_node 2 tests/one_of_two.py JOB FOLDER WORDS...`."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -10,21 +11,30 @@ import test_grpo
 import test_sft
 import torch
 from safetensors.torch import save_file
-from tiny import moments, random_engine, random_policy
+from tiny import random_engine, random_policy
 
 from vsr1 import __main__ as cli
 from vsr1 import cache, config
 from vsr1.apps import pipeline
 from vsr1.models import embedding
-from vsr1.training import fsdp, sft
+from vsr1.training import sft
 
 
 def grpo_loop(folder, prompts):
-    """Stage 2 with so many starts a step, and the weights that it ends with."""
+    """Stage 2 with so many starts a step, killed in its third and resumed; the weights that it ends with."""
     knobs = dataclasses.replace(test_grpo.knobs(), grpo_prompts_per_step=int(prompts), scale_rewards="batch")
-    trainer = test_grpo.steadily(test_grpo.begin(knobs, random_engine(), test_grpo.made_vectors()))
     starts = test_grpo.made_starts(test_grpo.made_vectors())
-    trainer.run(starts, starts[:2], folder, "two")
+
+    def fatal(number, *_):
+        if number == 3:
+            raise test_grpo.Killed
+
+    for killed in (True, False):
+        trainer = test_grpo.steadily(test_grpo.begin(knobs, random_engine(), test_grpo.made_vectors()))
+        if killed:
+            trainer._check_skipped = fatal
+        with contextlib.suppress(test_grpo.Killed):
+            trainer.run(starts, starts[:2], folder, "two")
     assert trainer.accelerator.num_processes == 2
     keep(trainer.accelerator, trainer.objective, folder)
 
@@ -35,15 +45,6 @@ def sft_loop(folder):
     trainer = test_sft.short_course(folder, random_policy(), random_engine())
     trainer.train()
     keep(trainer.accelerator, trainer.model, folder)
-
-
-def in_shares(folder, stage, rank):
-    """A stage to its checkpoint, killed on its way and gone on with; and how much of its optimizer is here."""
-    stage = {"sft": test_sft.checkpointed, "grpo": test_grpo.checkpointed}[stage]
-    run = stage(folder, int(rank), killed=True)
-    (folder / f"held-{run.accelerator.process_index}").write_text(str(moments(run.optimizer)))
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
 
 
 def keep(accelerator, model, folder):
@@ -61,15 +62,6 @@ def commands(folder, *words):
     for command in " ".join(words).split(" then "):
         if status := cli.main(command.split()):
             return status
-
-
-def sharing(folder, *words):
-    """The same, after which both stages have dealt out their model."""
-    dealt, deal = [], fsdp.fully_shard
-    fsdp.fully_shard = lambda *args, **options: dealt.append(args) or deal(*args, **options)
-    status = commands(folder, *words)
-    assert len(dealt) == 2
-    return status
 
 
 def dying(folder, *words):
@@ -99,5 +91,5 @@ def refused(folder, process):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    jobs = {job.__name__: job for job in (grpo_loop, sft_loop, in_shares, commands, sharing, dying, refused)}
+    jobs = {job.__name__: job for job in (grpo_loop, sft_loop, commands, dying, refused)}
     sys.exit(jobs[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:]))

@@ -6,8 +6,6 @@ import sys
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 from vsr1 import config
@@ -71,27 +69,10 @@ def coming_to_an_end(made, prompts):
     return changed(made, stop_token_id=often[0], refine_token_id=often[1])
 
 
-def two_processes(*words, launch=None, **variables):
-    """tests/one_of_two.py with these words, in two processes on the CPU, by torchrun or another module."""
-    launch = launch or ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(config.ROOT / "tests" / "one_of_two.py"), *map(str, words)]
-    command, options = [sys.executable, "-m", *launch, *script], {"capture_output": True, "text": True}
+def two_processes(*words):
+    """tests/one_of_two.py with these words, in two processes on the CPU, by torchrun."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(config.ROOT / "tests" / "one_of_two.py"), *map(str, words)]
     paths = [config.ROOT, config.ROOT / "tests", config.ROOT / "tests" / "training"]
-    variables = {"PYTHONPATH": os.pathsep.join(map(str, paths))} | variables
-    return subprocess.run(command, cwd=config.ROOT, env=os.environ | variables, timeout=300, **options)
-
-
-def same_end(one, two, before):
-    """Two folders hold the same checkpoint, as measured by how far its weights have come since `before`."""
-    for name in ("model.safetensors", "refine.safetensors"):
-        ours, theirs, began = (load_file(folder / name) for folder in (one, two, before))
-        assert ours.keys() == theirs.keys() == began.keys()
-        # The norm, as Adam blows rounding up where a gradient is next to nothing.
-        for key, weight in ours.items():
-            assert (theirs[key] - weight).norm() <= 0.02 * (weight - began[key]).norm(), key
-
-
-def moments(optimizer):
-    """How many numbers this process holds of the means that Adam keeps."""
-    kept = [own["exp_avg"] for own in optimizer.state.values()]
-    return sum((one.to_local() if isinstance(one, DTensor) else one).numel() for one in kept)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    return subprocess.run(command, cwd=config.ROOT, env=env, timeout=300, capture_output=True, text=True)

@@ -1,15 +1,12 @@
 """Commands that two processes share: what they leave is what one leaves, and neither waits for a lost one."""
 
 import json
-import re
 import shutil
 
 import numpy as np
 import pytest
-import test_grpo
-import test_sft
 import yaml
-from tiny import moments, random_policy, same_end, two_processes
+from tiny import two_processes
 
 from vsr1 import __main__ as cli
 from vsr1 import cache, config
@@ -100,55 +97,6 @@ def test_two_processes_embed_and_evaluate_as_one_does(clone, tmp_path, monkeypat
         assert sorted(path.name for path in (theirs / "episodes" / system).iterdir()) == sorted(
             path.name for path in (home / "episodes" / system).iterdir()
         )
-
-
-def grpo_before():
-    """What stage 2 of the test below begins with."""
-    return test_grpo.few_words(random_policy())
-
-
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize(
-    ("stage", "module", "begun"), [("sft", test_sft, random_policy), ("grpo", test_grpo, grpo_before)]
-)
-def test_two_processes_that_hold_a_share_each_end_where_one_does(tmp_path, stage, module, begun, rank):
-    """FSDP, killed on its way: the same log and checkpoint, and half of the optimizer in each process."""
-    one, two, before = (tmp_path / name for name in ("one", "two", "before"))
-    one.mkdir(), two.mkdir()
-    done = two_processes("in_shares", two, stage, rank, FSDP_VERSION="2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    run = module.checkpointed(one, rank)
-    logs = [[json.loads(line) for line in (folder / "log.jsonl").open()] for folder in (one, two)]
-    for ours, theirs in zip(*logs, strict=True):
-        for key in ours.keys() - {"accuracy", "seconds", "turns"}:
-            assert ours[key] == pytest.approx(theirs[key], abs=1e-4, rel=1e-4), (ours["step"], key)
-    checkpoints.save(begun(), before)
-    same_end(one, two, before)
-    held = [int((two / f"held-{process}").read_text()) for process in (0, 1)]
-    assert sum(held) == moments(run.optimizer) and max(held) < 0.55 * sum(held)
-
-
-def test_accelerate_s_own_file_asks_for_shares(clone, tmp_path):
-    """FSDP as README has it: both stages say what those said that plain data parallelism trained."""
-    skipped = shutil.ignore_patterns("sft", "grpo", "episodes")
-    shutil.copytree(clone / "runs", tmp_path / "runs", symlinks=True, ignore=skipped)
-    shutil.copy(clone / "small.yaml", tmp_path)
-    told = re.search(
-        r"```\n(distributed_type: FSDP\n.*?)```", (config.ROOT / "README.md").read_text(), re.DOTALL
-    )
-    file = tmp_path / "fsdp.yaml"
-    file.write_text(told[1].replace("num_processes: 8", "num_processes: 2") + "main_process_port: 0\n")
-    launch = ["accelerate.commands.launch", "--config_file", str(file)]
-    done = two_processes("sharing", tmp_path, *words(tmp_path, "train", "--stage", "grpo"), launch=launch)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for stage, skip in (("sft", 1), ("grpo/vsr1", 0)):  # the first line was marked
-        one, two = (home_of(folder) / stage for folder in (clone, tmp_path))
-        logs = [[json.loads(line) for line in (folder / "log.jsonl").open()][skip:] for folder in (one, two)]
-        for ours, theirs in zip(*logs, strict=True):
-            for key in ("loss", "info_nce", "norm"):  # no InfoNCE where a step has no rejection
-                near = theirs[key] if theirs[key] is None else pytest.approx(theirs[key], abs=1e-4, rel=1e-3)
-                assert ours[key] == near, key
-        assert checkpoints.load(str(two), config.load("smoke")).heads
 
 
 def untimed(folder):

@@ -1,6 +1,5 @@
 """Stage 2: rewards by hand, the objective against TRL's, replay against rollout, sharing, a run that is killed."""
 
-import contextlib
 import copy
 import dataclasses
 import itertools
@@ -28,7 +27,7 @@ from vsr1.data import annotations, clip_cache, video_reader
 from vsr1.experiments import training_curves
 from vsr1.loop import sqr
 from vsr1.models import checkpoints, embedding, inputs, search_index
-from vsr1.training import common, fsdp, grpo, objective, rewards, rollout, sft
+from vsr1.training import common, grpo, objective, rewards, rollout, sft
 
 VIDEOS = [f"v{n}" for n in range(6)]
 
@@ -812,7 +811,7 @@ def test_queries_held_out_share_no_video_with_the_others():
 
 @pytest.mark.parametrize("prompts", [2, 1])
 def test_two_processes_are_one(tmp_path, profile, search, vectors, starts, prompts):
-    """Each walks one of the two starts of a step, or one has nothing to do; gradients are averaged by gloo.
+    """Each walks one of the two starts of a step, or one has nothing to do; gradients are averaged by gloo. The two are killed on their way.
 
     What all rewards of a step spread is the same to both.
     """
@@ -832,27 +831,6 @@ def test_two_processes_are_one(tmp_path, profile, search, vectors, starts, promp
     for name, weight in trainer.objective.state_dict().items():
         assert (theirs[name] - weight).norm() <= 1e-3 * (weight - began[name]).norm(), name
     assert any((weight != began[name]).any() for name, weight in trainer.objective.state_dict().items())
-
-
-def checkpointed(folder, rank, killed=False):
-    """Stage 2 to its checkpoint in `folder`; killed: it ends in its third step, and goes on where it was."""
-    profile, vectors = knobs(), made_vectors()
-    profile = dataclasses.replace(profile, lora_rank=rank, grpo_micro_batch=3)  # several forwards for a step
-    starts = made_starts(vectors)
-
-    def fatal(number, *_):
-        if number == 3:
-            raise Killed
-
-    for last in (False, True) if killed else (True,):
-        trainer = begin(profile, random_engine(), vectors)
-        with contextlib.suppress(Killed):
-            trainer._check_skipped = trainer._check_skipped if last else fatal
-            trainer.run(starts, starts[:2], folder, "stage 2")
-    fsdp.unshard(trainer.objective)
-    if trainer.accelerator.is_main_process:
-        checkpoints.save(trainer.worker.policy, folder)
-    return trainer
 
 
 @pytest.mark.parametrize(("schedule", "left"), [("constant", 1.0), ("linear", 0.25)])

@@ -19,7 +19,7 @@ from tiny import (
 from vsr1 import config
 from vsr1.loop import sqr
 from vsr1.models import checkpoints, prompt_text, search_index
-from vsr1.training import common, fsdp, sft, sft_examples
+from vsr1.training import common, sft, sft_examples
 
 REPLY = "<think> does jumps - waves no. </think> <answer>not_matched</answer>"
 
@@ -500,23 +500,6 @@ def test_two_processes_learn_what_one_learns(tmp_path, search):
     }
     for name, weight in trainer.model.state_dict().items():
         assert (theirs[name] - weight).norm() <= 0.02 * (weight - began[name]).norm(), name
-
-
-def checkpointed(folder, rank, killed=False):
-    """Stage 1 to its checkpoint in `folder`; killed: behind its second step, and gone on with."""
-    for last in (False, True) if killed else (True,):
-        agent = adapted() if rank else random_policy()
-        trainer = short_course(folder, agent, random_engine(), batch=1)  # several forwards for a step
-        if not last:
-            trainer.add_callback(Kill())
-        with contextlib.suppress(Killed):
-            trainer.train(resume_from_checkpoint=sft.checkpoint(folder))
-    fsdp.unshard(agent.model)
-    for head, _ in agent.heads.named_children():
-        delattr(agent.model, head)
-    if trainer.is_world_process_zero():
-        checkpoints.save(agent, folder)
-    return trainer
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8])

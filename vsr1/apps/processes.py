@@ -10,7 +10,7 @@ from vsr1 import cache
 from vsr1.config import PACKAGE, InputError
 
 LONGEST = ("didemo",)  # data sets that are begun first: this one trains the variants of table T2
-FSDP = {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
+SPLITTERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
 def use_this_clone() -> None:
@@ -36,18 +36,10 @@ def start(profile, command: str, shared: bool) -> None:
 
 
 def _check_launcher():
-    """Take FSDP over from accelerate and transformers, which would do it another way than `fsdp`, or refuse."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise InputError(
-            "accelerate: DeepSpeed is not supported; launch with `--multi_gpu`, or FSDP with `fsdp_version: 2`"
-        )
-    if os.environ.pop("ACCELERATE_USE_FSDP", None) == "true":
-        os.environ.setdefault("FSDP_VERSION", "1")  # as accelerate reads it
-        for name, supported in FSDP.items():
-            if (value := os.environ.get(name, supported)) != supported:
-                raise InputError(
-                    f"accelerate: {name.lower()}: {value} is not supported; set it to {supported}"
-                )
+    """Refuse launchers that split a model over processes: rollouts and soft tokens read parts of it as they need."""
+    for variable, name in SPLITTERS.items():
+        if os.environ.get(variable) == "true":
+            raise InputError(f"accelerate: {name} is not supported; launch with `--multi_gpu`")
 
 
 def count_jobs(profile, jobs: int | None, datasets) -> int:

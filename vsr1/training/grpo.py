@@ -29,7 +29,7 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from vsr1 import cache
 from vsr1.config import InputError
 from vsr1.models import batching, checkpoints, embedding, engine, search_index
-from vsr1.training import common, fsdp, rewards, rollout, sft
+from vsr1.training import common, rewards, rollout, sft
 from vsr1.training.objective import Objective
 from vsr1.training.rollout import RolloutPrompt, RolloutStep, RolloutWorker
 
@@ -64,7 +64,6 @@ class GRPOTrainer:
         )
         objective = Objective(worker, _reference_policy(self.knobs, worker.policy))
         optimizer = torch.optim.AdamW(_parameter_groups(self.knobs, worker.variant, worker.policy))
-        fsdp.shard(objective, optimizer, self.accelerator)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.splitter = batching.OOMSplitter("grpo_rollout_batch")
         self.counts = Counter()  # since step 1: skipped (of them no_memory), groups, zero_std_groups
@@ -97,10 +96,9 @@ class GRPOTrainer:
     def train_step(self, number: int, prompts: list[RolloutPrompt]) -> tuple[dict, list[dict]]:
         """Do one rollout and one step of the optimizer; return (the line of the log, all rollout steps in short)."""
         started = time.perf_counter()
-        with fsdp.unsharded(self.objective):
-            steps = self.rollout(prompts, self.knobs.grpo_group, [self.knobs.seed, 7, number])
-            reward_std = self._add_advantages(steps)
-            sums, norm = self._update([step for step in steps if step.advantage is not None])
+        steps = self.rollout(prompts, self.knobs.grpo_group, [self.knobs.seed, 7, number])
+        reward_std = self._add_advantages(steps)
+        sums, norm = self._update([step for step in steps if step.advantage is not None])
         rows = gather_object([summary_row(step) for step in steps])
         statistics = summarise(rows)
         self.counts.update({key: statistics[key] for key in ("groups", "zero_std_groups")})
@@ -232,8 +230,7 @@ class GRPOTrainer:
         """Log what the policy earns on prompts that it never learns from, with the same random numbers every time."""
         if not prompts:
             return
-        with fsdp.unsharded(self.objective):
-            steps = self.rollout(prompts, 2, [self.knobs.seed, 9])
+        steps = self.rollout(prompts, 2, [self.knobs.seed, 9])
         statistics = summarise(gather_object([summary_row(step) for step in steps]))
         if self.accelerator.is_main_process:
             self.logs["held"].append({"step": number} | statistics)
@@ -424,7 +421,6 @@ def _train(profile, dataset, name, stage_1, on_log, folder):
         worker = RolloutWorker(profile, dataset, variant, search_engine, policy, vectors, clips)
         trainer = GRPOTrainer(worker)
         trainer.run(prompts, val_prompts, folder, f"grpo {name} {dataset}", on_log)
-    fsdp.unshard(trainer.objective)
     if trainer.accelerator.is_main_process:
         checkpoints.save(policy, folder)
         if (folder / "steps").exists():  # a short run saved none

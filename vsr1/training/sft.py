@@ -28,7 +28,7 @@ from vsr1.loop import sqr
 from vsr1.models import batching, checkpoints, decoding, embedding, inputs, loading, prompt_text, search_index
 from vsr1.models import engine as engines
 from vsr1.models.policy import Policy, new_heads, new_settings
-from vsr1.training import common, fsdp, sft_data
+from vsr1.training import common, sft_data
 
 IGNORED = -100  # the library's label of a token that is not learned
 
@@ -220,17 +220,12 @@ class Trainer(SFTTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Save what learns, and no more. The library's own refuses the tied row of <REFINE>."""
-        learned = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
-        state = self.model.state_dict()  # all processes put it together (`fsdp`), the first writes
-        if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file({name: state[name].contiguous() for name in learned}, _weights_file(output_dir))
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        """The library asks only rank 0 for the state of the optimizer, which all ranks put together (`fsdp`)."""
         if not self.args.should_save:
-            self.optimizer.state_dict()
-        super()._save_optimizer_and_scheduler(output_dir)
+            return
+        learned = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
+        state = self.model.state_dict()
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_file({name: state[name].contiguous() for name in learned}, _weights_file(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load what `_save` saved; what does not learn is as the run began with it."""
@@ -320,7 +315,6 @@ def make_trainer(profile, policy, rows, clips, folder, what, on_log=None) -> Tra
         optimizers=(torch.optim.AdamW(_parameter_groups(profile, policy), weight_decay=0.0), None),
         callbacks=[JsonlLogger(folder / "log.jsonl", what, on_log), SaveByTime(profile.save_minutes)],
     )
-    fsdp.shard(trainer.model, trainer.optimizer, trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     trainer.num_rows = len(rows)
     # Qwen3-VL says no here, and a mean of each forward's mean would depend on how a step's rows are dealt out.
@@ -417,7 +411,6 @@ def _train(profile, dataset, name, vectors, on_log, folder):
             return trainer.attach_retrieval(policy, engine, vectors, knobs)
 
         policy = train_or_halve(begin, profile, folder).policy
-    fsdp.unshard(policy.model)
     detach_heads(policy)
     dist.wait_for_everyone()  # each writes its random numbers below steps/
     if dist.is_main_process:
