@@ -42,7 +42,7 @@ def test_soft_tokens_are_counted_over_those_that_refined_at_turn_1(three):
 
 
 def test_turns_are_cut_from_one_run_and_the_last_is_the_run_itself(three):
-    found = values(ablations.turn_budgets(SMOKE, "F5", "charades", {"vsr1": three}))
+    found = values(common.turn_budgets(SMOKE, "F5", "charades", {"vsr1": three}))
     assert [round(found[f"vsr1/vcmr@0.5_t{t}"]) for t in (1, 2, 3)] == [33, 67, 67]
     assert [round(found[f"vsr1/open_t{t}"]) for t in (1, 2)] == [67, 33]
     for m in metrics.THRESHOLDS:

@@ -56,8 +56,6 @@ def test_side_by_side_counts_gains_costs_and_what_is_missing():
     assert (
         found["hqr-seen/vr@1_failed"] is None and found["hqr-seen/tokens"] is None
     )  # nothing failed, nothing refined
-    rows = refinement.compare_with_first_search(PROFILE, {"sqr-untrained": [moved, stays]})
-    assert rows.loc["sqr-untrained", ["gained", "lost", "points"]].tolist() == [1, 0, "+50.0"]
 
 
 def test_gains_are_counted_over_all_over_the_refined_and_over_the_failed():

@@ -142,6 +142,11 @@ def test_the_gallery_loss_is_info_nce_with_all_others_as_negatives(made, gallery
 # --- heads
 
 
+@torch.no_grad()
+def read_once(agent, gallery):
+    return soft_token_bound.QueryBatch(rows(), soft_token_bound.read_replies(agent, rows()), gallery, RIGHT)
+
+
 def test_scaled_heads_hand_out_token_lengths_and_are_default_heads_otherwise(agent, made):
     latents = drawn((5, made.width))
     for entering, reader in ((agent.heads.to_policy(latents), agent), (agent.heads.to_engine(latents), made)):
@@ -155,9 +160,7 @@ def test_scaled_heads_hand_out_token_lengths_and_are_default_heads_otherwise(age
 
 
 def test_what_was_read_once_gives_the_vectors_of_reading_anew(agent, made, gallery):
-    once = soft_token_bound.QueryBatch(
-        rows(), soft_token_bound.read_replies_once(agent, rows(), batch=2), gallery, RIGHT
-    )
+    once = read_once(agent, gallery)
     anew = replace(once, contexts=None)
     with torch.no_grad():
         pair = [soft_token_bound.query_vecs(made, agent, asked, 2) for asked in (once, anew)]
@@ -195,14 +198,12 @@ def same(module, before):
 
 def test_heads_learn_alone_or_with_the_policy(agent, made, gallery):
     """Heads alone leave policy and engine as they are to the last bit; with the policy both move, the engine never."""
-    asked = soft_token_bound.QueryBatch(
-        rows(), soft_token_bound.read_replies_once(agent, rows()), gallery, RIGHT
-    )
+    batch = read_once(agent, gallery)
     before = {part: weights(part) for part in (agent.heads, agent.model, made.model)}
-    losses = soft_token_bound.train_heads(made, agent, asked, 2, 6, PROFILE)
+    losses = soft_token_bound.train_heads(made, agent, batch, 2, 6, PROFILE)
     assert all(same(agent.model, before[agent.model])) and all(same(made.model, before[made.model]))
     assert not all(same(agent.heads, before[agent.heads])) and np.mean(losses[-2:]) < np.mean(losses[:2])
-    soft_token_bound.train_heads(made, agent, replace(asked, contexts=None), 2, 1, PROFILE)
+    soft_token_bound.train_heads(made, agent, replace(batch, contexts=None), 2, 1, PROFILE)
     assert not all(same(agent.model, before[agent.model])) and all(same(made.model, before[made.model]))
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_episode_metrics import episode, said, turn
+from test_episode_metrics import episode, turn
 
 from vsr1 import config
 from vsr1.data.annotations import Query
@@ -75,13 +75,6 @@ def test_the_cases_are_the_smallest_ids_and_say_which_are_missing(oracle):
     assert cases["right rejection"].turns[0].shown_id == "x"
     empty = replace(oracle, right=oracle.right[3:], wrong=oracle.wrong[3:])
     assert set(verification.example_cases(empty).values()) == {None}
-
-
-def test_first_turns_of_a_loop_are_compared_with_the_same_turns_of_the_oracle_test(oracle):
-    episodes = [oracle.right[0], oracle.wrong[1], oracle.right[2], oracle.right[3]]
-    assert verification.agreement(episodes, oracle) == (3, 3)
-    other = replace(episodes[0].turns[0], reply=said(False))
-    assert verification.agreement([replace(episodes[0], turns=(other,)), *episodes[1:]], oracle) == (3, 2)
 
 
 def test_a_table_leaves_out_nothing_and_invents_nothing(oracle):

@@ -16,7 +16,7 @@ from vsr1 import cache
 from vsr1.config import Profile
 from vsr1.evaluation import metrics, statistics
 from vsr1.evaluation.statistics import Estimate
-from vsr1.experiments import common, gallery_growth, retry
+from vsr1.experiments import common, gallery_growth
 from vsr1.loop.records import Episode
 from vsr1.report import provenance, results
 from vsr1.training import grpo, sft
@@ -44,9 +44,8 @@ REWARDS = {  # T2
 }
 LONGER = {  # B1
     "no-time": Variant({"disabled_rewards": ("grounding",)}),
-    "no-right": Variant(
-        {"disabled_rewards": ("verification", "grounding")}
-    ),  # each of them pays right verdicts only
+    # Each of both pays right verdicts only.
+    "no-right": Variant({"disabled_rewards": ("verification", "grounding")}),
     "no-form": Variant({"disabled_rewards": ("format", "refine_token")}),
     "delta": Variant({"retrieval_reward": "delta"}),
     "single": Variant(recipe="vsr1-single"),
@@ -104,11 +103,11 @@ def soft_token_depths(profile: Profile, dataset: str, episodes: list[Episode]) -
 
     Of all queries that refined at turn 1, and of those of them whose first search failed.
     """
-    refined = [one for one in episodes if one.turns and one.turns[0].rank_by_depth]
+    refined = [e for e in episodes if e.turns and e.turns[0].rank_by_depth]
     numbers = {}
     for system, chosen in {"vsr1": refined, "vsr1-failed": metrics.failed(refined)}.items():
         for depth in range(profile.n_soft + 1):
-            hits = [one.turns[0].rank_by_depth[depth] == 1 for one in chosen]
+            hits = [e.turns[0].rank_by_depth[depth] == 1 for e in chosen]
             numbers[f"F4/{dataset}/{system}/d{depth}"] = common.estimate(profile, chosen, hits)
     return numbers
 
@@ -120,31 +119,10 @@ def no_repeat(profile: Profile, dataset: str) -> list[Episode]:
     return common.run_episodes(changed, dataset, "vsr1", like="sqr", weights=str(weights))
 
 
-def turn_budgets(
-    profile: Profile, table: str, dataset: str, runs: dict[str, list[Episode]]
-) -> dict[str, Estimate]:
-    """Measure what runs give at 1, 2, .. T turns, and the share of episodes that want another one (F5, B2)."""
-    numbers = {}
-    for system, episodes in runs.items():
-        for budget in range(1, episodes[0].run.max_turns + 1):
-            within = metrics.within(episodes, budget)
-            hits = metrics.hits(within)
-            hits["open"] = [one.problem is None and one.stop_reason == "budget" for one in within]
-            for metric in (*common.MOMENTS, "open"):
-                name = f"{table}/{dataset}/{system}/{metric}_t{budget}"
-                numbers[name] = common.estimate(profile, within, hits[metric])
-    return numbers
-
-
-def engines(profile: Profile, dataset: str) -> dict[str, list[Episode]]:
-    """Return {<engine>/<system>: episodes} of the retry study."""
-    return retry.run_study(profile, dataset, str(grpo.train(profile, dataset)))
-
-
 def retry_numbers(profile: Profile, dataset: str, runs: dict[str, list[Episode]]) -> dict[str, Estimate]:
     """Measure R@k after one refinement, the median change of rank (above 0: better) and the share worse (A2)."""
     numbers = {}
-    shared_ids = sorted(set.intersection(*({one.desc_id for one in episodes} for episodes in runs.values())))
+    shared_ids = sorted(set.intersection(*({e.desc_id for e in episodes} for episodes in runs.values())))
     for key, episodes in runs.items():
         size, system = key.split("/")
         after, before = metrics.true_ranks(episodes), metrics.true_ranks(episodes, "orig")
@@ -188,7 +166,7 @@ def variant_numbers(profile: Profile, name: str) -> dict[str, Estimate]:
     for system, episodes in runs.items():
         numbers |= common.estimate_metrics(profile, f"B1/{ABLATED}/{system}", episodes, PARTS)
     hits = {system: metrics.hits(episodes) for system, episodes in runs.items()}
-    videos = [one.gt_video for one in runs[name]]
+    videos = [e.gt_video for e in runs[name]]
     for metric in PARTS:
         ahead = statistics.difference(hits[name][metric], hits[base][metric], videos, profile)
         numbers[f"B1/{ABLATED}/{name}/{metric}_ahead"] = ahead
@@ -201,6 +179,6 @@ def longer_turns(profile: Profile, dataset: str) -> dict[str, Estimate]:
     for name, rule in {"turns4": profile.display_rule, "turns4-skip": "skip_rejected"}.items():
         changed = profile.with_overrides(name, max_turns=4, display_rule=rule)
         runs[name] = common.run_episodes(changed, dataset, "vsr1", like="sqr", weights=weights)
-    numbers = turn_budgets(profile, "B2", dataset, runs)
+    numbers = common.turn_budgets(profile, "B2", dataset, runs)
     shown = results.layouts()["B2"]["metrics"]
     return {name: number for name, number in numbers.items() if name.split("/")[-1] in shown}

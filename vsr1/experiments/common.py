@@ -61,6 +61,20 @@ def test_row(profile: Profile, dataset: str, system: str, episodes: list[Episode
     return estimate_metrics(profile, f"T1/{dataset}/{system}", episodes, names)
 
 
+def turn_budgets(profile: Profile, table: str, dataset: str, runs: dict) -> dict[str, Estimate]:
+    """Measure what {system: episodes} give at 1, 2, .. T turns (F5, B2); `open` are those that want another one."""
+    numbers = {}
+    for system, episodes in runs.items():
+        for budget in range(1, episodes[0].run.max_turns + 1):
+            within = metrics.within(episodes, budget)
+            hits = metrics.hits(within)
+            hits["open"] = [e.problem is None and e.stop_reason == "budget" for e in within]
+            for metric in (*MOMENTS, "open"):
+                name = f"{table}/{dataset}/{system}/{metric}_t{budget}"
+                numbers[name] = estimate(profile, within, hits[metric])
+    return numbers
+
+
 # --- Tables for readers
 
 
@@ -72,17 +86,6 @@ def table(numbers: dict[str, Estimate]) -> pd.DataFrame:
         spread = f" ± {digits((number.ci[1] - number.ci[0]) / 2)}" if number.ci else ""
         rows.setdefault(system, {})[metric] = digits(number.value) + spread
     return pd.DataFrame(rows).T.fillna("")
-
-
-def turn_budgets(episodes: list[Episode]) -> pd.DataFrame:
-    """Arrange what one run gives at 1, 2, .. T turns, in percent."""
-    rows = {}
-    for budget in range(1, episodes[0].run.max_turns + 1):
-        hits = metrics.hits(metrics.within(episodes, budget))
-        rows[f"{budget} turns" if budget > 1 else "1 turn"] = {
-            key: round(metrics.percent(hits[key]), 1) for key in MOMENTS
-        }
-    return pd.DataFrame(rows).T
 
 
 def difference(profile: Profile, a, b, videos) -> dict[str, str]:

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 
 from vsr1.config import Profile
-from vsr1.data import clip_cache, video_reader
 from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments import common
 from vsr1.loop import hqr, runner, sqr
 from vsr1.loop.records import Episode
 from vsr1.models import batching, embedding, engine, search_index
 from vsr1.training import grpo
+from vsr1.training.common import open_clips
 
 GROWTH = 100  # size of the largest gallery: times the test videos
 BLOCK = 8192  # made-up videos whose vectors are in memory at once
@@ -25,8 +25,8 @@ def gallery_numbers(profile: Profile, dataset: str) -> dict[str, Estimate]:
     """
     vectors = _load(profile, dataset, "test")
     weights = str(grpo.train(profile, dataset))
-    hard = [one for one in common.run_sample(profile, dataset, "hqr-seen") if one.problem is None]
-    ids = [one.desc_id for one in hard]
+    hard = [e for e in common.run_sample(profile, dataset, "hqr-seen") if e.problem is None]
+    ids = [e.desc_id for e in hard]
     soft = common.select(common.run_episodes(profile, dataset, "vsr1"), ids)
     original = vectors.vecs_of(ids)
     queries = {
@@ -35,20 +35,16 @@ def gallery_numbers(profile: Profile, dataset: str) -> dict[str, Estimate]:
         "hqr-seen": _rewritten_vecs(profile, hard, original),
     }
     numbers = {}
-    for size, ranks in growing_ranks(queries, galleries(profile, dataset, vectors), _right(vectors, soft)):
+    right = vectors.columns([e.gt_video for e in soft])
+    for size, ranks in growing_ranks(queries, galleries(profile, dataset, vectors), right):
         for system, values in ranks.items():
             for k in (1, 10):
-                estimate = common.estimate(profile, soft, values <= k)
-                numbers[f"B3/{dataset}/{system}/vr@{k}_{size}"] = estimate
+                numbers[f"B3/{dataset}/{system}/vr@{k}_{size}"] = common.estimate(profile, soft, values <= k)
     return numbers
 
 
 def _load(profile, dataset, split):
     return search_index.load_vectors(embedding.embed_corpus(profile, dataset, split))
-
-
-def _right(vectors, episodes):
-    return vectors.columns([one.gt_video for one in episodes])
 
 
 # --- Galleries
@@ -113,24 +109,19 @@ def _soft_vecs(profile, dataset, episodes: list[Episode], original, weights):
     """Compute query vectors (Q, D) after the first refinement again, from recorded replies; original without one."""
     search_engine, policy = runner.load_pair(profile, runner.SYSTEMS["sqr"], weights)
     vecs = original.copy()
-    rows = [row for row, one in enumerate(episodes) if one.turns and one.turns[0].rank_by_depth]
+    rows = [row for row, e in enumerate(episodes) if e.turns and e.turns[0].rank_by_depth]
     shown = {episodes[row].turns[0].shown_id for row in rows}
-    splitter, reader = (
-        batching.OOMSplitter("eval_batch"),
-        video_reader.reader_for(profile),
-    )
-    with video_reader.reader_pool(reader, profile.decode_workers) as read:
-        clips = clip_cache.ClipCache(profile.data_dir(dataset) / "videos", shown, read)
+    splitter = batching.OOMSplitter("eval_batch")
+    with open_clips(profile, dataset, shown) as clips:
 
         def refine(rows):
             batch = [episodes[row] for row in rows]
-            videos = clips.get([one.turns[0].shown_id for one in batch])
-            texts, system = [one.query for one in batch], policy.settings.system
+            videos = clips.get([e.turns[0].shown_id for e in batch])
+            texts, system = [e.query for e in batch], policy.settings.system
             prompts = [policy.prompt(system, *pair) for pair in zip(texts, videos, strict=True)]
-            replies = [list(one.turns[0].reply.ids) for one in batch]
-            latents = sqr.soft_tokens(
-                policy, policy.replay(prompts, replies).refine_contexts, policy.settings.n_soft
-            )
+            replies = [list(e.turns[0].reply.ids) for e in batch]
+            contexts = policy.replay(prompts, replies).refine_contexts
+            latents = sqr.soft_tokens(policy, contexts, policy.settings.n_soft)
             vecs[rows] = sqr.soft_query(search_engine, policy.heads, texts, latents).cpu().numpy()
 
         for start in range(0, len(rows), profile.eval_batch):
@@ -141,7 +132,7 @@ def _soft_vecs(profile, dataset, episodes: list[Episode], original, weights):
 def _rewritten_vecs(profile, episodes: list[Episode], original):
     """Compute query vectors (Q, D) of the first rewrite; original without one."""
     vecs = original.copy()
-    rows = [row for row, one in enumerate(episodes) if one.turns and one.turns[0].update_text]
+    rows = [row for row, e in enumerate(episodes) if e.turns and e.turns[0].update_text]
     if rows:
         rewriter = hqr.with_query_limit(engine.load(profile))
         vecs[rows] = rewriter.embed_texts([episodes[row].turns[0].update_text for row in rows])

@@ -1,6 +1,5 @@
 """Compare ways to refine a query: one query latent by latent, and all of them on a sample (notebook 06)."""
 
-import numpy as np
 import pandas as pd
 
 from vsr1.config import Profile
@@ -104,14 +103,3 @@ def costs_and_gains(profile: Profile, dataset: str, runs: dict[str, list[Episode
             after, before = (metrics.vr_hits(chosen, 1, which).astype(int) for which in ("final", "orig"))
             numbers[f"{place}/gain{suffix}"] = common.estimate(profile, chosen, after - before, "points")
     return numbers
-
-
-def compare_with_first_search(profile: Profile, runs: dict[str, list[Episode]]) -> pd.DataFrame:
-    """Arrange R@1 after against before: queries gained and lost, and their paired difference."""
-    rows = {}
-    for system, episodes in runs.items():
-        after, before = metrics.vr_hits(episodes, 1), metrics.vr_hits(episodes, 1, "orig")
-        rows[system] = {"gained": int(np.sum(after > before)), "lost": int(np.sum(after < before))}
-        videos = [episode.gt_video for episode in episodes]
-        rows[system] |= common.difference(profile, after, before, videos)
-    return pd.DataFrame(rows).T

@@ -8,13 +8,15 @@ from dataclasses import replace
 
 from vsr1 import cache
 from vsr1.config import Profile
-from vsr1.data import annotations, clip_cache, video_reader
-from vsr1.data.annotations import Query
+from vsr1.data import annotations
+from vsr1.evaluation import metrics
+from vsr1.experiments import retrieval
 from vsr1.loop import episode, hqr, records, runner
 from vsr1.loop.records import Episode
 from vsr1.models import batching, embedding, engine, loading, search_index
-from vsr1.models.search_index import Vectors
+from vsr1.training.common import open_clips
 
+KNOBS = ("video_fps", "max_frames", "max_frame_pixels", "max_new_tokens", "dtype", "seed")
 VARIANTS = ("blind", "seen", "reasoned")  # of HQR
 
 
@@ -24,7 +26,8 @@ class RetryRunner(runner.EpisodeRunner):
     def _reply(self, prompts):
         """Reply as in the loop, with <REFINE> behind the replies that lack it."""
         completions, seconds = super()._reply(prompts)
-        without = [i for i, one in enumerate(completions) if self.policy.refine_token_id not in one.ids]
+        token = self.policy.refine_token_id
+        without = [i for i, completion in enumerate(completions) if token not in completion.ids]
         if self.system.refine == "sqr" and without:
             appended = self._append_refine([prompts[i] for i in without], [completions[i] for i in without])
             for i, completion in zip(without, appended, strict=True):
@@ -54,19 +57,8 @@ def run_retries(
     inputs = {
         "vectors": cache.metadata(folder)["key"],
         "policy": loading.version(weights),
-        "system": [
-            system,
-            *vars(runner.SYSTEMS[system]).values(),
-            profile.studies.sample_queries,
-            profile.seed,
-        ],
-        "sight": [
-            profile.video_fps,
-            profile.max_frames,
-            profile.max_frame_pixels,
-            profile.max_new_tokens,
-            profile.dtype,
-        ],
+        "system": [system, *vars(runner.SYSTEMS[system]).values(), profile.studies.sample_queries],
+        "knobs": [getattr(profile, knob) for knob in KNOBS],
         "code": cache.source_digest(__name__),
     }
 
@@ -81,32 +73,23 @@ def run_retries(
 
 def _refine_once(profile, dataset, run, weights, vectors):
     """Run the loop for one turn, `eval_batch` queries at a time, in halves where memory does not suffice."""
-    kind, folder = runner.SYSTEMS[run.method], profile.data_dir(dataset)
+    kind = runner.SYSTEMS[run.method]
     pair = runner.load_pair(profile, kind, weights)
-    queries = annotations.read_fig(folder / "corpus" / "test.jsonl")
-    queries = annotations.evenly_spaced(failed_queries(vectors, queries), profile.studies.sample_queries)
+    queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
+    ranks = retrieval.first_search(queries, vectors).ranks
+    failed = [query for query, rank in zip(queries, ranks, strict=True) if 1 < rank < metrics.UNRANKED]
+    queries = annotations.evenly_spaced(failed, profile.studies.sample_queries)
     splitter, episodes = batching.OOMSplitter("eval_batch"), []
-    reader = video_reader.reader_for(profile)
-    with video_reader.reader_pool(reader, profile.decode_workers) as read:
-        clips = clip_cache.ClipCache(folder / "videos", vectors.video_ids, read)
+    with open_clips(profile, dataset, vectors.video_ids) as clips:
         functions = RetryRunner(profile, kind, *pair, vectors, clips)
 
         def work(batch):
             return episode.run_episodes(batch, functions.search, functions.ask, functions.refine, run)
 
         for start in range(0, len(queries), profile.eval_batch):
-            parts = splitter.run(work, queries[start : start + profile.eval_batch])
-            episodes += [one for part in parts for one in part]
+            for part in splitter.run(work, queries[start : start + profile.eval_batch]):
+                episodes += part
     return episodes
-
-
-def failed_queries(vectors: Vectors, queries: list[Query]) -> list[Query]:
-    """Return the queries whose right video is not first in the first search, in the order of their vectors."""
-    by_id = {query.id: query for query in queries}
-    known = [by_id[key] for key in vectors.query_ids if vectors.has_video(by_id[key].video)]
-    scores = vectors.scores(vectors.vecs_of([query.id for query in known]))  # (Q, V)
-    ranks = search_index.ranks(scores, vectors.columns([query.video for query in known]))
-    return [query for query, rank in zip(known, ranks, strict=True) if rank > 1]
 
 
 def append_rewrites(
@@ -114,18 +97,17 @@ def append_rewrites(
 ) -> list[Episode]:
     """Search with the same rewrites behind the query instead of for it: what mode `append` would have found."""
     vectors = search_index.load_vectors(embedding.embed_corpus(profile, dataset, "test", which))
-    rows = [row for row, one in enumerate(episodes) if one.turns and one.turns[0].update_text]
-    if not rows:
+    rewritten = [e for e in episodes if e.turns and e.turns[0].update_text]
+    if not rewritten:
         return episodes
-    rewritten = [episodes[row] for row in rows]
-    texts = [hqr.compose_query(one.query, one.turns[0].update_text, "append") for one in rewritten]
+    texts = [hqr.compose_query(e.query, e.turns[0].update_text, "append") for e in rewritten]
     vecs = hqr.with_query_limit(engine.load(profile, which)).embed_texts(texts)  # (R, D)
-    rankings = runner.rank_gallery(vectors, vecs, [one.gt_video for one in rewritten], 1)
-    episodes = list(episodes)
-    for row, one, ranking in zip(rows, rewritten, rankings, strict=True):
-        turn = records.with_refined_ranking(one.turns[0], ranking)
-        episodes[row] = replace(one, turns=(turn,))
-    return episodes
+    rankings = runner.rank_gallery(vectors, vecs, [e.gt_video for e in rewritten], 1)
+    turns = {
+        e.desc_id: (records.with_refined_ranking(e.turns[0], ranking),)
+        for e, ranking in zip(rewritten, rankings, strict=True)
+    }
+    return [replace(e, turns=turns.get(e.desc_id, e.turns)) for e in episodes]
 
 
 def run_study(profile: Profile, dataset: str, weights: str) -> dict[str, list[Episode]]:

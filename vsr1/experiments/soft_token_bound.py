@@ -2,7 +2,7 @@
 
     free       soft tokens of each test query, optimised against the frozen engine: the upper bound
     range      InfoNCE of the original query and of the right video's own vector: the room to work in
-    overfit    a handful of train queries by heart: through the heads alone, then through heads and policy
+    overfit    heads alone, then heads and policy, trained and evaluated on the same few train queries
     held       heads alone, trained on some train queries, evaluated on queries of validation videos
 
 All but the first go through the state at <REFINE>, `sqr.soft_tokens` and `sqr.soft_query`. They are text only: the
@@ -42,6 +42,8 @@ from vsr1.training.sft_examples import SFTExample, choose_examples
 
 INITS = ("zero", "default", "scaled")
 DEPTHS = (1, 2, 4, 8)  # soft tokens
+READ_AT_ONCE = 32  # replies
+KNOBS = ("infonce_temperature", "n_soft", "val_fraction", "grpo_negatives", "seed", "dtype", "instruction")
 
 
 # --- Free soft tokens: nothing but the frozen engine
@@ -59,20 +61,15 @@ class Layout:
 def layouts(encoder: engine.Engine) -> dict[str, Layout]:
     """Return raw embeddings, and what B makes of latents, official and scaled; three starts of each."""
     norm = policy.mean_embedding_norm(encoder)
-    heads = {
-        init: soft_heads.SoftHeads(encoder.width, encoder.width, init, (norm, norm))
+    b, scaled = (
+        soft_heads.SoftHeads(encoder.width, encoder.width, init, (norm, norm)).to_engine
         for init in ("zero", "scaled")
-    }
-    inputs = {
-        "raw": lambda latents: latents,
-        "b": heads["zero"].to_engine,
-        "scaled": heads["scaled"].to_engine,
-    }
-    found = {"raw-kept": Layout(norm, lambda latents: norm * F.normalize(latents, dim=-1))}
-    for name, to_engine in inputs.items():
-        found |= {name: Layout(norm, to_engine), f"{name}-zero": Layout(0.0, to_engine)}
-        found[f"{name}-zero-clipped"] = Layout(0.0, to_engine, max_grad_norm=1.0)
-    return found
+    )
+    layouts_by_name = {"raw-kept": Layout(norm, lambda latents: norm * F.normalize(latents, dim=-1))}
+    for name, to_engine in {"raw": lambda latents: latents, "b": b, "scaled": scaled}.items():
+        layouts_by_name |= {name: Layout(norm, to_engine), f"{name}-zero": Layout(0.0, to_engine)}
+        layouts_by_name[f"{name}-zero-clipped"] = Layout(0.0, to_engine, max_grad_norm=1.0)
+    return layouts_by_name
 
 
 def latent_step(encoder, layout: Layout, texts, latents, gallery, right, tau):
@@ -128,15 +125,6 @@ def read_replies(reader: policy.Policy, rows: list[SFTExample]) -> list[decoding
     return reader.replay(prompts, [[*reply, reader.stop_token_id] for reply in ids]).refine_contexts
 
 
-@torch.no_grad()
-def read_replies_once(reader, rows, batch=32) -> list[decoding.Context]:
-    """Return the same for a policy that is not trained."""
-    parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-    return [
-        context for part in cache.progress(parts, "read replies") for context in read_replies(reader, part)
-    ]
-
-
 @dataclass(frozen=True, eq=False)
 class QueryBatch:
     """Examples that heads are trained or evaluated on, in one gallery."""
@@ -189,9 +177,7 @@ def train_heads(encoder, reader, batch: QueryBatch, n: int, steps: int, profile:
         loss = part.losses(query_vecs(encoder, reader, part, n), profile.infonce_temperature).mean()
         optimizer.zero_grad()
         loss.backward()
-        for (
-            group
-        ) in optimizer.param_groups:  # apart: zero heads start with a gradient that would drown all others
+        for group in optimizer.param_groups:  # apart: the first gradient of zero heads would drown all others
             torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
         schedule.step()
@@ -217,20 +203,11 @@ def measure_bound(profile: Profile, dataset: str) -> dict[str, dict]:
     `numbers` says what the systems are called.
     """
     folders = [embedding.embed_corpus(profile, dataset, split) for split in ("train", "test")]
-    shared = (
-        "infonce_temperature",
-        "n_soft",
-        "val_fraction",
-        "grpo_negatives",
-        "seed",
-        "dtype",
-        "instruction",
-    )
     inputs = {
         "vectors": [cache.metadata(folder)["key"] for folder in folders],
         "replies": sft_data.digest(profile, dataset),
         "policy": loading.version(profile.policy),
-        "knobs": asdict(profile.soft_token_bound) | {name: getattr(profile, name) for name in shared},
+        "knobs": asdict(profile.soft_token_bound) | {name: getattr(profile, name) for name in KNOBS},
         "code": cache.source_digest(__name__),
     }
 
@@ -307,21 +284,17 @@ class HeadTrainer:
     """Engine, base policy and train queries that the heads of a data set share; no test query comes in."""
 
     def __init__(self, profile: Profile, dataset: str, encoder: engine.Engine, vectors: search_index.Vectors):
-        self.profile, self.knobs, self.encoder, self.vectors = (
-            profile,
-            profile.soft_token_bound,
-            encoder,
-            vectors,
-        )
+        self.profile, self.encoder, self.vectors = profile, encoder, vectors
+        knobs = profile.soft_token_bound
         queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl")
         parts, rng = split_examples(profile, dataset, queries, vectors), np.random.default_rng(profile.seed)
         learn, validation = ([rows[at] for at in rng.permutation(len(rows))] for rows in parts)
         self.gallery = torch.from_numpy(vectors.video_vecs).to(encoder.model.device)
         self.base = checkpoints.load(profile.policy, profile)
         self.base.model.requires_grad_(False)
-        self.learn = self._read(learn[: self.knobs.train_queries[-1]])
-        self.validation = self._read(validation[: self.knobs.val_queries])
-        self.few = self.learn.first(self.knobs.overfit_queries)
+        self.learn = self._read(learn[: knobs.train_queries[-1]])
+        self.validation = self._read(validation[: knobs.val_queries])
+        self.few = self.learn.first(knobs.overfit_queries)
 
     def new_policy(self, init: str, trainable: bool = False) -> policy.Policy:
         """Return the base policy with new heads; a copy of it if it is to be trained too."""
@@ -330,10 +303,14 @@ class HeadTrainer:
         settings = replace(policy.new_settings(self.profile, self.encoder.instruction), refine_init=init)
         return policy.new_heads(bare, settings, self.profile.seed, self.encoder)
 
+    @torch.no_grad()
     def _read(self, rows):
         """Return examples with what the base policy has read of them, whatever its heads."""
         right = torch.tensor([self.vectors.column(row.right) for row in rows], device=self.gallery.device)
-        return QueryBatch(rows, read_replies_once(self.new_policy("zero"), rows), self.gallery, right)
+        reader, contexts = self.new_policy("zero"), []
+        for start in cache.progress(range(0, len(rows), READ_AT_ONCE), "read replies"):
+            contexts += read_replies(reader, rows[start : start + READ_AT_ONCE])
+        return QueryBatch(rows, contexts, self.gallery, right)
 
     def batch_of(self, run: HeadRun) -> QueryBatch:
         """Return what the heads of a run are trained on."""
@@ -343,40 +320,38 @@ class HeadTrainer:
         wrong = [self.vectors.columns(row.negatives).tolist() for row in batch.rows]
         return replace(batch, wrong=torch.tensor(wrong, device=self.gallery.device))
 
-    def train(self, reader: policy.Policy, batch: QueryBatch, n: int, steps: int) -> list[float]:
-        """Train the heads of `reader` by `train_heads`."""
-        return train_heads(self.encoder, reader, batch, n, steps, self.profile)
-
-    def evaluate(self, reader: policy.Policy, batch: QueryBatch, n: int) -> dict:
-        """Evaluate the heads of `reader` by `evaluate_heads`."""
+    def untrained(self, init: str, batch: QueryBatch, n: int) -> dict:
+        """Evaluate new heads by `evaluate_heads`."""
+        reader = self.new_policy(init)
         return evaluate_heads(self.encoder, reader, batch, n, self.profile.infonce_temperature)
+
+    def trained(self, init: str, batch: QueryBatch, evaluated: QueryBatch, n: int, steps: int) -> dict:
+        """Train new heads, and the policy too where `batch` has no contexts; return scores, and the loss by step."""
+        reader = self.new_policy(init, trainable=batch.contexts is None)
+        curve = train_heads(self.encoder, reader, batch, n, steps, self.profile)
+        scores = evaluate_heads(self.encoder, reader, evaluated, n, self.profile.infonce_temperature)
+        return scores | {"curve": curve}
 
 
 def train_all_heads(trainer: HeadTrainer) -> dict[str, dict]:
     """Train and evaluate heads on train queries in the train gallery: all systems but the free ones."""
-    n, knobs, few, validation = trainer.knobs.n_soft, trainer.knobs, trainer.few, trainer.validation
-    plain, tau = trainer.new_policy("scaled"), trainer.profile.infonce_temperature
+    knobs, few, validation = trainer.profile.soft_token_bound, trainer.few, trainer.validation
+    n, tau = knobs.n_soft, trainer.profile.infonce_temperature
     systems = {
-        "overfit-plain": trainer.evaluate(plain, few, 0),
-        "held-plain": trainer.evaluate(plain, validation, 0),
+        "overfit-plain": trainer.untrained("scaled", few, 0),
+        "held-plain": trainer.untrained("scaled", validation, 0),
+        "range-own": score(validation.gallery[validation.right], validation.gallery, validation.right, tau),
     }
-    own = validation.gallery[validation.right]
-    systems["range-own"] = score(own, validation.gallery, validation.right, tau)
-    for init in INITS:
-        systems[f"range-{init}"] = trainer.evaluate(trainer.new_policy(init), validation, n)
+    systems |= {f"range-{init}": trainer.untrained(init, validation, n) for init in INITS}
     overfit = [("heads", few, knobs.steps)]
     if knobs.policy_steps:
-        brief = knobs.policy_steps
-        overfit += [("heads", few, brief), ("policy", replace(few, contexts=None), brief)]
+        parts = {"heads": few, "policy": replace(few, contexts=None)}
+        overfit += [(part, batch, knobs.policy_steps) for part, batch in parts.items()]
     for part, batch, steps in overfit:
-        reader = trainer.new_policy("scaled", trainable=part == "policy")
-        curve = trainer.train(reader, batch, n, steps)
-        systems[f"overfit-{part}-s{steps}"] = trainer.evaluate(reader, batch, n) | {"curve": curve}
+        systems[f"overfit-{part}-s{steps}"] = trainer.trained("scaled", batch, batch, n, steps)
     for run in head_runs(trainer.profile):
-        reader = trainer.new_policy(run.init)
         steps = knobs.long_steps if run.long else knobs.steps
-        curve = trainer.train(reader, trainer.batch_of(run), run.n, steps)
-        systems[run.name] = trainer.evaluate(reader, validation, run.n) | {"curve": curve}
+        systems[run.name] = trainer.trained(run.init, trainer.batch_of(run), validation, run.n, steps)
     for name, system in systems.items():
         system["videos"] = [row.right for row in (few if name.startswith("overfit") else validation).rows]
     return systems
@@ -422,10 +397,10 @@ def numbers(profile: Profile, dataset: str, systems: dict[str, dict]) -> dict[st
 
 def series(dataset: str, systems: dict[str, dict]) -> dict[str, list]:
     """Return R@1 by step of free latents, and loss by step of heads (L1)."""
+    curves = {name: system["curve"] for name, system in systems.items() if "curve" in system}
     return {
-        f"L1/{dataset}/{name}/{'vr@1' if name.startswith('free') else 'loss'}": [
-            list(point) for point in enumerate(system["curve"])
-        ]
-        for name, system in systems.items()
-        if "curve" in system
+        f"L1/{dataset}/{name}/{'vr@1' if name.startswith('free') else 'loss'}": list(
+            map(list, enumerate(curve))
+        )
+        for name, curve in curves.items()
     }

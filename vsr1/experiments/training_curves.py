@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 from vsr1.config import Profile
@@ -12,7 +11,7 @@ from vsr1.data import annotations
 from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments import common
 from vsr1.loop.records import Episode
-from vsr1.models import engine, policy, search_index, soft_heads
+from vsr1.models import search_index
 
 # Names of reward parts in numbers.json, which committed results have, by those in logs.
 RECORDED = {
@@ -67,19 +66,6 @@ def infonce_range(
         "query as typed": loss(original),
         "right video's own vector": loss(gallery[right]),
     }
-
-
-def soft_token_lengths(profile: Profile, search_engine: engine.Engine, base: policy.Policy) -> pd.DataFrame:
-    """Arrange how long a soft token is where it enters engine and policy, beside a word of theirs."""
-    words = policy.mean_embedding_norm(search_engine), policy.mean_embedding_norm(base)
-    latents = torch.randn(256, search_engine.width, generator=torch.manual_seed(profile.seed))
-    rows, hidden_size = {"word": list(words)}, base.model.config.text_config.hidden_size
-    for init in ("zero", "default", "scaled"):
-        heads = soft_heads.SoftHeads(hidden_size, search_engine.width, init, words[::-1])
-        with torch.no_grad():
-            into = heads.to_engine(latents), heads.to_policy(latents)
-        rows[f"soft token, {init}"] = [tokens.norm(dim=-1).mean().item() for tokens in into]
-    return pd.DataFrame(rows, ["in the engine", "in the policy"]).T.round(2)
 
 
 VALIDATION = ("ver", "ver_turn1", "vcmr@0.5", "vr@1_orig", "vr@1", "vr@1_failed")

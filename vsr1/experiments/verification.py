@@ -136,10 +136,3 @@ def example_cases(oracle: OracleEpisodes) -> dict[str, Episode | None]:
         "right rejection": first(oracle.wrong, (False,)),
         "wrong verdict": min(filter(None, wrong), key=lambda episode: episode.desc_id, default=None),
     }
-
-
-def agreement(episodes: list[Episode], oracle: OracleEpisodes) -> tuple[int, int]:
-    """Count the first turns of a loop that the oracle test ran too, and those of them with the very same reply."""
-    replies = {(e.desc_id, e.turns[0].shown_id): e.turns[0].reply for e in oracle.both if e.turns}
-    pairs = [(e.turns[0].reply, replies[e.desc_id, e.turns[0].shown_id]) for e in episodes if e.turns]
-    return len(pairs), sum(reply == other for reply, other in pairs)
