@@ -9,12 +9,10 @@ PHASES = 10  # frames of one movement; at 8 fps its period of 1.25 s never locks
 HORIZON, GROUND = 80, 116  # where wall meets floor, where feet stand, in the 128 x 128 units of every drawing
 SKINS = ((250, 215, 185), (225, 175, 130), (165, 110, 75), (105, 70, 50))
 HAIRS = ((45, 35, 30), (110, 70, 40), (200, 165, 95), (130, 130, 130))
-TINTS = {"day": (1.0, 1.0, 1.0), "dusk": (1.0, 0.84, 0.72), "night": (0.72, 0.76, 0.94)}
-SKIES = {"day": (135, 205, 250), "dusk": (250, 130, 60), "night": (15, 20, 60)}
-LAMPS = {  # the sun or the moon: height, radius, colour
-    "day": (20, 8, (255, 240, 90)),
-    "dusk": (27, 8, (255, 60, 20)),
-    "night": (20, 5, (235, 235, 220)),
+LIGHTS = {  # tint of the whole picture, sky, and the sun or the moon: height, radius, colour
+    "day": ((1.0, 1.0, 1.0), (135, 205, 250), (20, 8, (255, 240, 90))),
+    "dusk": ((1.0, 0.84, 0.72), (250, 130, 60), (27, 8, (255, 60, 20))),
+    "night": ((0.72, 0.76, 0.94), (15, 20, 60), (20, 5, (235, 235, 220))),
 }
 INDOORS = PLACES["charades"]
 BACKDROPS = {  # wall or sky, floor or ground, motif
@@ -43,7 +41,7 @@ BACKDROPS = {  # wall or sky, floor or ground, motif
     "rink": ((160, 185, 215), (225, 240, 250), "crowd"),
     "track": ((175, 205, 230), (185, 75, 60), "lanes"),
 }
-EDGE, WHITE = (90, 90, 90), (235, 235, 235)
+EDGE, BRIGHT = (90, 90, 90), (235, 235, 240)
 
 
 def draw_frame(moment: Moment, active: bool, phase: float, extras: dict, size: int) -> np.ndarray:
@@ -57,9 +55,9 @@ def draw_frame(moment: Moment, active: bool, phase: float, extras: dict, size: i
     _draw_place(pen, moment.place, moment.light, extras)
     if active:
         side, sway = extras["side"], 2 * float(np.sin(2 * np.pi * phase))
-        OBJECTS[moment.object](pen, 64 + side * 34, COLOURS[moment.colour], side, sway)
+        _draw_object(pen, moment.object, COLOURS[moment.colour], 64 + side * 34, side, sway)
     _draw_person(pen, moment, moment.action if active else "stand", phase, extras)
-    tint = [int(value * channel) for channel in TINTS[moment.light] for value in range(256)]
+    tint = [int(value * channel) for channel in LIGHTS[moment.light][0] for value in range(256)]
     return np.asarray(canvas.point(tint).reduce(2))
 
 
@@ -115,184 +113,132 @@ def _draw_place(pen, place, light, extras):
     wall = tuple(int(np.clip(c + t, 0, 255)) for c, t in zip(wall, extras["tone"], strict=True))
     pen.box(0, 0, 128, HORIZON, wall)
     pen.box(0, HORIZON, 128, 128, floor)
-    MOTIFS[motif](pen, tuple(int(c * 0.72) for c in wall))
+    _draw_motif(pen, motif, tuple(int(c * 0.72) for c in wall))
     pen.level(0, 128, HORIZON, tuple(int(c * 0.8) for c in floor), 2)
-    x = 64 - extras["side"] * 46
+    x, (_, sky, (height, radius, colour)) = 64 - extras["side"] * 46, LIGHTS[light]
     if place in INDOORS:
         pen.box(x - 15, 5, x + 15, 35, (250, 250, 250))
-        pen.box(x - 13, 7, x + 13, 33, SKIES[light])
+        pen.box(x - 13, 7, x + 13, 33, sky)
     else:
-        pen.box(0, 0, 128, 11, SKIES[light])
-    height, radius, colour = LAMPS[light]
+        pen.box(0, 0, 128, 11, sky)
     pen.disc(x, height, radius, colour)
 
 
-def _tiles(pen, dark):
-    for x in range(0, 128, 16):
-        pen.upright(x, 40, HORIZON, dark, 1)
-    for y in (40, 53, 66):
-        pen.level(0, 128, y, dark, 1)
+def _draw_motif(pen, motif, dark):
+    """Draw what tells places of similar colour apart, in a darker tone of the wall."""
+    match motif:
+        case "tiles":
+            for x in range(0, 128, 16):
+                pen.upright(x, 40, HORIZON, dark, 1)
+            for y in (40, 53, 66):
+                pen.level(0, 128, y, dark, 1)
+        case "bricks":
+            for y in range(0, HORIZON, 10):
+                pen.level(0, 128, y, dark, 1)
+                for x in range((y // 10 % 2) * 10, 128, 20):
+                    pen.upright(x, y, y + 10, dark, 1)
+        case "shelves" | "crowd":
+            _draw_rows(pen, motif, dark)
+        case "bed":
+            pen.box(4, 62, 124, 90, dark)
+            pen.box(8, 56, 34, 66, BRIGHT)
+        case "desk":
+            pen.box(6, 66, 122, 72, dark)
+            pen.box(84, 46, 112, 64, BRIGHT)
+        case "door":
+            pen.box(82, 26, 112, HORIZON, dark)
+            pen.box(104, 52, 108, 56, BRIGHT)
+        case "bars" | "curtain":
+            distance, width = {"bars": (24, 3), "curtain": (12, 5)}[motif]
+            for x in range(4, 128, distance):
+                pen.upright(x, 12, HORIZON, dark, width)
+        case _:
+            _draw_outdoor_motif(pen, motif, dark)
 
 
-def _rows(pen, dark, draw_item):
-    """Draw rows of small things in all colours; draw_item(x, y, colour)."""
+def _draw_rows(pen, motif, dark):
+    """Draw rows of books or of heads in all colours."""
     colours = list(COLOURS.values())
     for y in range(18, HORIZON - 4, 15):
         pen.level(0, 128, y + 11, dark, 2)
         for x in range(4, 128, 9):
-            draw_item(x, y, colours[(x * 7 + y) % 8])
+            colour = [c // 2 for c in colours[(x * 7 + y) % 8]]
+            if motif == "shelves":
+                pen.box(x, y, x + 5, y + 10, tuple(c + 40 for c in colour))
+            else:
+                pen.disc(x, y + 6, 3, tuple(c + 60 for c in colour))
 
 
-def _shelves(pen, dark):
-    _rows(pen, dark, lambda x, y, colour: pen.box(x, y, x + 5, y + 10, tuple(c // 2 + 40 for c in colour)))
+def _draw_outdoor_motif(pen, motif, dark):
+    match motif:
+        case "trees":
+            for x in (8, 36, 92, 120):
+                pen.box(x - 3, 50, x + 3, HORIZON + 4, (95, 65, 40))
+                pen.disc(x, 42, 15, (35, 110, 45))
+        case "towers":
+            for x, top in ((0, 30), (26, 48), (52, 38), (78, 54), (104, 26)):
+                pen.box(x, top, x + 20, HORIZON, dark)
+                for y in range(top + 5, HORIZON - 4, 9):
+                    pen.box(x + 4, y, x + 8, y + 4, (240, 225, 150))
+        case "hills":
+            for x, top in ((10, 45), (60, 30), (112, 42)):
+                pen.shape([(x - 42, HORIZON), (x, top), (x + 42, HORIZON)], dark)
+        case "waves":
+            for y in range(HORIZON - 22, HORIZON, 8):
+                pen.box(0, y, 128, y + 4, (45, 120, 200))
+        case "net":
+            for x in range(0, 128, 8):
+                pen.upright(x, 56, HORIZON, (235, 235, 235), 1)
+            for y in (56, 64, 72):
+                pen.level(0, 128, y, (235, 235, 235), 1)
+        case "lanes":
+            for y in range(HORIZON + 6, 128, 10):
+                pen.level(0, 128, y, (240, 240, 240), 1)
 
 
-def _crowd(pen, dark):
-    _rows(pen, dark, lambda x, y, colour: pen.disc(x, y + 6, 3, tuple(c // 2 + 60 for c in colour)))
-
-
-def _bricks(pen, dark):
-    for y in range(0, HORIZON, 10):
-        pen.level(0, 128, y, dark, 1)
-        for x in range((y // 10 % 2) * 10, 128, 20):
-            pen.upright(x, y, y + 10, dark, 1)
-
-
-def _furniture(body, detail):
-    """Return a motif of two boxes: a dark one, and a light detail of it."""
-
-    def draw(pen, dark):
-        pen.box(*body, dark)
-        pen.box(*detail, (235, 235, 240))
-
-    return draw
-
-
-def _trees(pen, dark):
-    for x in (8, 36, 92, 120):
-        pen.box(x - 3, 50, x + 3, HORIZON + 4, (95, 65, 40))
-        pen.disc(x, 42, 15, (35, 110, 45))
-
-
-def _towers(pen, dark):
-    for x, top in ((0, 30), (26, 48), (52, 38), (78, 54), (104, 26)):
-        pen.box(x, top, x + 20, HORIZON, dark)
-        for y in range(top + 5, HORIZON - 4, 9):
-            pen.box(x + 4, y, x + 8, y + 4, (240, 225, 150))
-
-
-def _hills(pen, dark):
-    for x, top in ((10, 45), (60, 30), (112, 42)):
-        pen.shape([(x - 42, HORIZON), (x, top), (x + 42, HORIZON)], dark)
-
-
-def _waves(pen, dark):
-    for y in range(HORIZON - 22, HORIZON, 8):
-        pen.box(0, y, 128, y + 4, (45, 120, 200))
-
-
-def _stripes(distance, width):
-    """Return a motif of vertical lines."""
-
-    def draw(pen, dark):
-        for x in range(4, 128, distance):
-            pen.upright(x, 12, HORIZON, dark, width)
-
-    return draw
-
-
-def _net(pen, dark):
-    for x in range(0, 128, 8):
-        pen.upright(x, 56, HORIZON, WHITE, 1)
-    for y in (56, 64, 72):
-        pen.level(0, 128, y, WHITE, 1)
-
-
-def _lanes(pen, dark):
-    for y in range(HORIZON + 6, 128, 10):
-        pen.level(0, 128, y, (240, 240, 240), 1)
-
-
-MOTIFS = {  # each tells places of similar colour apart: draw(pen, dark), in a darker tone of the wall
-    "tiles": _tiles,
-    "shelves": _shelves,
-    "crowd": _crowd,
-    "bricks": _bricks,
-    "bed": _furniture((4, 62, 124, 90), (8, 56, 34, 66)),
-    "desk": _furniture((6, 66, 122, 72), (84, 46, 112, 64)),
-    "door": _furniture((82, 26, 112, HORIZON), (104, 52, 108, 56)),
-    "trees": _trees,
-    "towers": _towers,
-    "hills": _hills,
-    "waves": _waves,
-    "bars": _stripes(24, 3),
-    "curtain": _stripes(12, 5),
-    "net": _net,
-    "lanes": _lanes,
-}
-
-
-# --- Objects, in their colour, around x on the person's free side
-
-
-def _umbrella(pen, x, colour, side, sway):
-    pen.upright(x, 62, GROUND, EDGE, 3)
-    angles = np.linspace(np.pi, 2 * np.pi, 16)
-    for r, ink in ((28, EDGE), (26.5, colour)):
-        pen.shape([(x + r * np.cos(a), 64 + 0.85 * r * np.sin(a)) for a in angles], ink)
-
-
-def _balloon(pen, x, colour, side, sway):
-    pen.line([(x, 40), (x - 4, 90)], EDGE, 1.5)
-    pen.disc(x + sway, 30, 16, EDGE, tall=1.15)
-    pen.disc(x + sway, 30, 15, colour, tall=1.15)
-
-
-def _ball(pen, x, colour, side, sway):
-    pen.disc(x, GROUND - 12 - 2 * abs(sway), 13, EDGE)
-    pen.disc(x, GROUND - 12 - 2 * abs(sway), 12, colour)
-
-
-def _box(pen, x, colour, side, sway):
-    pen.box(x - 19, GROUND - 34, x + 19, GROUND + 2, EDGE)
-    pen.box(x - 17.5, GROUND - 32.5, x + 17.5, GROUND + 0.5, colour)
-    pen.level(x - 17, x + 17, GROUND - 22, EDGE, 2)
-
-
-def _flag(pen, x, colour, side, sway):
-    pen.upright(x - 12, 22, GROUND, EDGE, 3)
-    pen.box(x - 11, 23, x + 23, 50, EDGE)
-    pen.shape([(x - 10, 24), (x + 22, 26 + sway), (x + 22, 48 + sway), (x - 10, 48)], colour)
-
-
-def _bicycle(pen, x, colour, side, sway):
-    for dx in (-16, 16):
-        pen.ring(x + dx, GROUND - 12, 13, (50, 50, 50), 3)
-    back, saddle = (x - 16, GROUND - 12), (x - 6, GROUND - 32)
-    frame = [back, saddle, (x + 12, GROUND - 32), (x, GROUND - 12), back]
-    pen.line(frame, EDGE, 8)
-    pen.line([*frame, saddle], colour, 6.5)
-    pen.line([(x + 10, GROUND - 40), (x + 16, GROUND - 12)], colour, 5)
-
-
-def _dog(pen, x, colour, side, sway):
-    for dx in (-12, -6, 6, 12):
-        pen.upright(x + dx, GROUND - 14, GROUND, colour, 4)
-    pen.disc(x, GROUND - 18, 17.5, EDGE, tall=0.55)
-    pen.disc(x, GROUND - 18, 16.5, colour, tall=0.55)
-    pen.disc(x - side * 17, GROUND - 30, 8.5, colour)
-    pen.line([(x + side * 15, GROUND - 22), (x + side * (20 + sway), GROUND - 36)], colour, 3.5)
-
-
-def _ladder(pen, x, colour, side, sway):
-    for dx in (-10, 10):
-        pen.line([(x + dx * 0.8, 34), (x + dx, GROUND)], colour, 5)
-    for y in range(42, GROUND, 11):
-        pen.level(x - 9, x + 9, y, colour, 4)
-
-
-OBJECTS = dict(umbrella=_umbrella, balloon=_balloon, ball=_ball, box=_box)
-OBJECTS |= dict(flag=_flag, bicycle=_bicycle, dog=_dog, ladder=_ladder)
+def _draw_object(pen, name, colour, x, side, sway):
+    """Draw an object in its colour around x, on the person's free side."""
+    match name:
+        case "umbrella":
+            pen.upright(x, 62, GROUND, EDGE, 3)
+            angles = np.linspace(np.pi, 2 * np.pi, 16)
+            for r, ink in ((28, EDGE), (26.5, colour)):
+                pen.shape([(x + r * np.cos(a), 64 + 0.85 * r * np.sin(a)) for a in angles], ink)
+        case "balloon":
+            pen.line([(x, 40), (x - 4, 90)], EDGE, 1.5)
+            pen.disc(x + sway, 30, 16, EDGE, tall=1.15)
+            pen.disc(x + sway, 30, 15, colour, tall=1.15)
+        case "ball":
+            pen.disc(x, GROUND - 12 - 2 * abs(sway), 13, EDGE)
+            pen.disc(x, GROUND - 12 - 2 * abs(sway), 12, colour)
+        case "box":
+            pen.box(x - 19, GROUND - 34, x + 19, GROUND + 2, EDGE)
+            pen.box(x - 17.5, GROUND - 32.5, x + 17.5, GROUND + 0.5, colour)
+            pen.level(x - 17, x + 17, GROUND - 22, EDGE, 2)
+        case "flag":
+            pen.upright(x - 12, 22, GROUND, EDGE, 3)
+            pen.box(x - 11, 23, x + 23, 50, EDGE)
+            pen.shape([(x - 10, 24), (x + 22, 26 + sway), (x + 22, 48 + sway), (x - 10, 48)], colour)
+        case "bicycle":
+            for dx in (-16, 16):
+                pen.ring(x + dx, GROUND - 12, 13, (50, 50, 50), 3)
+            back, saddle = (x - 16, GROUND - 12), (x - 6, GROUND - 32)
+            frame = [back, saddle, (x + 12, GROUND - 32), (x, GROUND - 12), back]
+            pen.line(frame, EDGE, 8)
+            pen.line([*frame, saddle], colour, 6.5)
+            pen.line([(x + 10, GROUND - 40), (x + 16, GROUND - 12)], colour, 5)
+        case "dog":
+            for dx in (-12, -6, 6, 12):
+                pen.upright(x + dx, GROUND - 14, GROUND, colour, 4)
+            pen.disc(x, GROUND - 18, 17.5, EDGE, tall=0.55)
+            pen.disc(x, GROUND - 18, 16.5, colour, tall=0.55)
+            pen.disc(x - side * 17, GROUND - 30, 8.5, colour)
+            pen.line([(x + side * 15, GROUND - 22), (x + side * (20 + sway), GROUND - 36)], colour, 3.5)
+        case "ladder":
+            for dx in (-10, 10):
+                pen.line([(x + dx * 0.8, 34), (x + dx, GROUND)], colour, 5)
+            for y in range(42, GROUND, 11):
+                pen.level(x - 9, x + 9, y, colour, 4)
 
 
 # --- The person
