@@ -283,7 +283,7 @@ def foundation(
     ] = None,
     into: Annotated[Path | None, Option(help="Where the models go; else vsr1/mini/weights/.")] = None,
 ):
-    """Pretrain the mini models that ship with the package: 85 minutes on 2 cores; a second run goes on."""
+    """Pretrain the mini models that ship with the package: 100 minutes on 2 cores; a second run goes on."""
     from vsr1.mini import pretraining
 
     phases = pretraining.read_recipes(recipes or pretraining.RECIPES)

@@ -3,18 +3,17 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
-import yaml
-from safetensors import safe_open
 
-from vsr1 import cache, config
-from vsr1.data import annotations
+from vsr1 import config
+from vsr1.__main__ import app
+from vsr1.data import annotations, video_reader
 from vsr1.evaluation import metrics
 from vsr1.mini import (
     attribute_heads,
@@ -31,11 +30,10 @@ from vsr1.models import embedding, inputs, search_index
 SHIPPED = ("backbone", "policy", "engine-small", "engine-large")
 
 
-@pytest.fixture(scope="module")
-def group(tmp_path_factory):
+@pytest.fixture
+def group(tmp_path):
     """A process group of one, as every training run has one."""
-    meeting = tmp_path_factory.mktemp("group") / "meeting"
-    dist.init_process_group("gloo", f"file://{meeting}", rank=0, world_size=1)
+    dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -43,20 +41,16 @@ def group(tmp_path_factory):
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
     """Twelve videos of the foundation split, drawn frame by frame instead of rendered to files."""
-    folder, index, total = tmp_path_factory.mktemp("films"), {"size": [64, 64]}, 0
-    index |= {"datasets": [], "starts": [], "timestamps": [], "scenes": []}
-    with open(folder / "frames.raw", "wb") as file:
+
+    def drawn():
         for scene in world.make_scenes("didemo", "foundation", 12, 1):
             times = np.arange(0, scene.seconds - 1, 2.0)
-            for second in times:
-                which, active = scene.moment_at(second)
-                file.write(drawing.draw_frame(scene.moments[which], active, 0.3, scene.extras, 64).tobytes())
-            index["datasets"].append("didemo")
-            index["starts"].append(total)
-            index["timestamps"].append(times.tolist())
-            index["scenes"].append(dataclasses.asdict(scene))
-            total += len(times)
-    cache.write_json(folder / "films.json", index)
+            shown = [scene.moment_at(second) for second in times]
+            frames = [drawing.draw_frame(scene.moments[n], on, 0.3, scene.extras, 64) for n, on in shown]
+            yield "didemo", scene, video_reader.Clip(np.stack(frames), times, scene.seconds, None)
+
+    folder = tmp_path_factory.mktemp("videos")
+    pretraining_data.write_videos(folder, drawn(), 4096)
     return pretraining_data.FoundationVideos(folder)
 
 
@@ -114,7 +108,9 @@ def test_the_text_side_learns_while_the_index_is_held_in_place(
 def test_partial_captions_name_and_mistake_attributes_about_as_often_as_the_recipe_says():
     moment = world.Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "garage", "night")
     rng = np.random.default_rng(0)
-    texts = [pretraining_data.partial_caption(moment, small(detail=0.4, wrong=0.5), rng) for _ in range(3000)]
+    texts = [
+        pretraining_data.partial_caption((moment,), small(detail=0.4, wrong=0.5), rng) for _ in range(3000)
+    ]
     share = lambda word: np.mean([word in text.split("Focus")[0].lower() for text in texts])  # noqa: E731
     assert abs(share("garage") - 0.5) < 0.05 and abs(share("night") - 0.5) < 0.05
     right = 0.4 * (
@@ -186,23 +182,40 @@ def test_labels_of_a_pair_of_frames_stand_where_the_pair_ends(make_task):
     assert log["second"] == 1 and better < even
 
 
-def test_the_whole_foundation_is_made_by_one_command_and_then_left_alone(tmp_path):
-    """Every phase for two steps, on videos of the smoke profile, as `make foundation` does it."""
-    plan = yaml.safe_load((config.PACKAGE / "mini" / "recipes.yaml").read_text())
-    for name, knobs in plan.items():
-        knobs |= {"steps": 2, "batch": 6}
-        knobs |= {} if name in ("see", "name") else {"frames": [4, 6]}
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
-    command = [sys.executable, "-m", "vsr1", "foundation", "--profile", "smoke", "--into", str(tmp_path)]
-    command += ["--recipes", str(tmp_path / "two.yaml")]
-    first, second = (subprocess.run(command, cwd=config.ROOT, capture_output=True, text=True) for _ in "ab")
-    assert first.returncode == 0, first.stderr[-3000:]
-    made = {line.split(":")[0] for line in first.stdout.splitlines() if line.strip()}
-    assert made == {name for name, knobs in plan.items() if knobs.get("ships")}, first.stdout
-    for name in SHIPPED:
-        facts = json.loads((tmp_path / name / "provenance.json").read_text())
-        assert all(told["last"]["step"] == 1 for told in facts["phases"].values()), facts
-    assert second.returncode == 0 and not second.stdout.strip(), "nothing to do"
+RECIPES = """
+see: {steps: 2, batch: 4, rate: 1.0e-3, frames: [2, 2], processes: 2, ships: backbone}
+index-small: {start: see, steps: 2, batch: 4, rate: 1.0e-3, frames: [4, 6], layers: 2, processes: 1}
+text-small: {start: index-small, steps: 2, batch: 6, rate: 1.0e-3, frames: [4, 6], processes: 1, ships: engine-small}
+"""
+
+
+def test_the_foundation_is_made_by_one_command_and_then_left_alone(tmp_path, monkeypatch, capsys):
+    """Phases of two processes and of one, each from the weights of another, on six videos."""
+    fork = partial(torch.multiprocessing.start_processes, start_method="fork")
+    monkeypatch.setattr(torch.multiprocessing, "spawn", fork)  # ranks that know of this test's folder
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    (tmp_path / "few.yaml").write_text(RECIPES)
+    profile = dataclasses.replace(config.load("smoke"), datasets=("charades",))
+    tiny = dataclasses.replace(profile, world=dataclasses.replace(profile.world, foundation_videos=6, size=64))
+    monkeypatch.setattr(config, "load", lambda name: tiny)
+    command = ["foundation", "--recipes", str(tmp_path / "few.yaml"), "--into", str(tmp_path / "made")]
+    outputs = []
+    for _ in range(2):
+        app(command, standalone_mode=False)
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0].count("\n") == 2 and not outputs[1], outputs
+    for name, phases in {"backbone": ["see"], "engine-small": ["text-small", "index-small"]}.items():
+        facts = json.loads((tmp_path / "made" / name / "provenance.json").read_text())
+        assert list(facts["phases"]) == phases, facts
+        assert all(phase["last"]["step"] == 1 for phase in facts["phases"].values())
+        tensors = safetensors.torch.load_file(tmp_path / "made" / name / "model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+def test_a_recipe_names_a_phase_above_it(tmp_path):
+    (tmp_path / "few.yaml").write_text(RECIPES.replace("start: see", "start: sea"))
+    with pytest.raises(config.InputError, match=r"few\.yaml: index-small: start: sea is no phase above it"):
+        pretraining.read_recipes(tmp_path / "few.yaml")
 
 
 def test_a_probe_vector_is_the_normalised_sum_of_its_attributes_rows():
@@ -217,8 +230,7 @@ def test_a_probe_vector_is_the_normalised_sum_of_its_attributes_rows():
 def test_a_shipped_model_is_small_16_bit_and_says_where_it_comes_from(name):
     folder = config.PACKAGE / "mini" / "weights" / name
     assert (folder / "model.safetensors").stat().st_size <= 15e6
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        tensors = [file.get_tensor(key) for key in file.keys()]
+    tensors = safetensors.torch.load_file(folder / "model.safetensors").values()
     assert all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in tensors)
     facts = json.loads((folder / "provenance.json").read_text())
     assert 2e6 <= facts["parameters"] <= 6e6

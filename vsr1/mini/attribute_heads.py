@@ -4,17 +4,17 @@ import torch
 import torch.nn.functional as F
 
 from vsr1.mini import world
-from vsr1.mini.world import ATTRIBUTES
+from vsr1.mini.world import ATTRIBUTES, PLACES
 
 LAST_SECOND = 200  # of any video, as the tokenizer's numbers
 
 
 def attribute_ids() -> dict[tuple[str, str], int]:
     """Return a number for every (attribute, value) of the world."""
-    pairs = [
-        (name, value) for name in ATTRIBUTES for data in world.PLACES for value in world.values(name, data)
-    ]
-    return {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+    pairs = dict.fromkeys(
+        (n, value) for n in ATTRIBUTES for data in PLACES for value in world.values(n, data)
+    )
+    return {pair: number for number, pair in enumerate(pairs)}
 
 
 def probe_vecs(probe: torch.Tensor, moments: list[world.Moment]) -> torch.Tensor:
@@ -53,7 +53,7 @@ def new_heads(width: int) -> torch.nn.Parameter:
 
 
 def pair_loss(states: torch.Tensor, heads: torch.Tensor, pairs: list[dict]) -> tuple[torch.Tensor, dict]:
-    """Return (loss, accuracies) of what is read where a pair of frames ends: see `pretraining_tasks.pair_labels`.
+    """Return (loss, accuracies) of what is read where a pair of frames ends: see `pretraining_data.pair_labels`.
 
     What the pair shows, the action of the pair before, and its whole second.
 

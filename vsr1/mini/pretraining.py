@@ -10,15 +10,9 @@ misses is the room in which query refinement works. The policy is taught to keep
 """
 
 import json
-import os
-import resource
 import shutil
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from itertools import repeat
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -43,48 +37,31 @@ def read_recipes(path: Path = RECIPES) -> dict[str, PhaseConfig]:
         phases = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not a readable yaml file of phases ({error})") from error
-    return {name: config.parse(PhaseConfig, knobs, f"{path}: {name}") for name, knobs in phases.items()}
+    recipes = {}
+    for name, knobs in phases.items():
+        recipe = config.parse(PhaseConfig, knobs, f"{path}: {name}")
+        if recipe.start not in {"", *recipes}:
+            raise InputError(f"{path}: {name}: start: {recipe.start} is no phase above it")
+        recipes[name] = recipe
+    return recipes
 
 
 def pretrain(profile, recipes: dict[str, PhaseConfig], into: Path = WEIGHTS) -> None:
     """Train every phase, or leave what is current, and put the models where the package ships them.
 
-    About 85 minutes on 2 cores; goes on with the phase at which it was stopped. Phases of one process that wait for the
-    same phase run side by side.
+    About 100 minutes on 2 cores; goes on with the phase at which it was stopped.
     """
-    pretraining_data.load_videos(profile)
-    done = {""}
-    while remaining := [phase for phase in recipes if phase not in done]:
-        ready = [phase for phase in remaining if recipes[phase].start in done]
-        if not ready:
-            raise InputError(f"no phase to start from for {', '.join(remaining)}; look at `start`")
-        single = [phase for phase in ready if recipes[phase].processes == 1]
-        if recipes[ready[0]].processes > 1:
-            single = ready[:1]
-            train_phase(profile, ready[0], recipes[ready[0]])
-        else:
-            _train_side_by_side(profile, single, recipes)
-        done.update(single)
-        for phase in single:
-            if recipes[phase].ships and not is_shipped(profile, phase, recipes[phase], into):
-                print(f"{phase}: {publish(profile, phase, recipes, into)}", flush=True)
-
-
-def _train_side_by_side(profile, phases, recipes):
-    """Train phases of one process each, as many at once as there are cores."""
-    try:
-        with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-            list(pool.map(train_phase, repeat(profile), phases, [recipes[phase] for phase in phases]))
-    except BrokenProcessPool as error:
-        names = " or ".join(phases)
-        raise InputError(f"training of {names} was killed; run the same command again to go on") from error
+    for phase, recipe in recipes.items():
+        folder = train_phase(profile, phase, recipe)
+        if recipe.ships and not is_shipped(folder, into / recipe.ships):
+            print(f"{phase}: {publish(folder, recipes, into)}", flush=True)
 
 
 def train_phase(profile, phase: str, recipe: PhaseConfig) -> Path:
     """Train a phase and return its folder: weights in 32 bit, tokenizer, log."""
     home = profile.data_dir("foundation")
     pretraining_data.load_videos(profile)
-    inputs = {"data": cache.metadata(home / "films")["key"], "recipe": asdict(recipe)}
+    inputs = {"data": cache.metadata(home / "frames")["key"], "recipe": asdict(recipe)}
     inputs["code"] = cache.source_digest(__name__)
     inputs["from"] = cache.metadata(home / recipe.start)["key"] if recipe.start else None
 
@@ -105,45 +82,37 @@ def _train_rank(rank, profile, phase, recipe, folder, meeting):
     if rank == 0:
         task.model.save_pretrained(folder)
         task.tokenizer.save_pretrained(folder)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        cache.write_json(folder / "memory.json", {"peak_memory_gb_per_process": round(peak, 2)})
     dist.destroy_process_group()
 
 
 # --- What the package ships
 
 
-def publish(profile, phase: str, recipes: dict[str, PhaseConfig], into: Path) -> Path:
-    """Write a phase's model as the package ships it: weights in 16 bit, tokenizer, logs, provenance."""
-    home, target = profile.data_dir("foundation"), into / recipes[phase].ships
+def is_shipped(folder: Path, shipped: Path) -> bool:
+    """Return whether a folder of the package holds the model of a trained phase: its log."""
+    log = shipped / f"{folder.name}.jsonl"
+    return log.exists() and log.read_bytes() == (folder / "log.jsonl").read_bytes()
+
+
+def publish(folder: Path, recipes: dict[str, PhaseConfig], into: Path) -> Path:
+    """Write a trained phase's model as the package ships it: weights in 16 bit, tokenizer, logs, provenance."""
+    home, phase = folder.parent, folder.name
+    target = into / recipes[phase].ships
     kind = Qwen3VLModel if phase.startswith("text") else Qwen3VLForConditionalGeneration
-    model, tokenizer = loading.load(kind, str(home / phase))
+    model, tokenizer = loading.load(kind, str(folder))
     shutil.rmtree(target, ignore_errors=True)
     model.half().save_pretrained(target)
     tokenizer.save_pretrained(target)
-    facts = {"parameters": sum(weight.numel() for weight in model.parameters()), "phases": {}}
-    while phase and not (facts["phases"] and recipes[phase].ships):  # back to the model it starts from
-        facts["phases"][phase] = _phase_facts(home / phase, recipes[phase])
-        shutil.copy(home / phase / "log.jsonl", target / f"{phase}.jsonl")
+    phases = {}
+    while phase and not (phases and recipes[phase].ships):  # back to the model it starts from
+        log = shutil.copy(home / phase / "log.jsonl", target / f"{phase}.jsonl")
+        last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+        minutes = round(last["seconds"] / 60, 1)
+        phases[phase] = asdict(recipes[phase]) | {"last": last, "minutes": minutes}
         phase = recipes[phase].start
+    facts = {"parameters": sum(weight.numel() for weight in model.parameters()), "phases": phases}
     facts |= {"starts_from": phase or "random weights", "torch": torch.__version__}
     facts |= {"transformers": transformers.__version__, "device": "cpu, one thread a process"}
     facts["data"] = "foundation splits of the mini world, rendered by vsr1.mini.renderer; no other data"
     cache.write_json(target / "provenance.json", facts)
     return target
-
-
-def _phase_facts(folder, recipe):
-    """Return knobs, memory, minutes and last line of the log of a trained phase."""
-    last = json.loads((folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    memory = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
-    return asdict(recipe) | memory | {"last": last, "minutes": round(last["seconds"] / 60, 1)}
-
-
-def is_shipped(profile, phase: str, recipe: PhaseConfig, into: Path) -> bool:
-    """Return whether the model in `into` is what this phase made: its log is."""
-    shipped, log = (
-        into / recipe.ships / f"{phase}.jsonl",
-        profile.data_dir("foundation") / phase / "log.jsonl",
-    )
-    return shipped.exists() and shipped.read_bytes() == log.read_bytes()

@@ -8,14 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from vsr1 import cache
 from vsr1.data import video_reader
 from vsr1.mini import architecture, captions, renderer, teacher, world
 from vsr1.mini.world import ATTRIBUTES, Moment, Scene
 from vsr1.models import inputs, prompt_text
-from vsr1.models.prompt_text import seconds_text
 
 # Shares of the agent's tasks in `Examples.task`.
 TASKS = {"judge": 0.45, "caption": 0.12, "question": 0.18, "blind": 0.04, "seen": 0.06, "reasoned": 0.15}
@@ -29,17 +27,17 @@ class FoundationVideos:
     """All videos of the foundation split at the size the models see: frames on disk, times and scenes in memory."""
 
     def __init__(self, folder: Path):
-        index = json.loads((folder / "films.json").read_text(encoding="utf-8"))
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         pixels = np.memmap(folder / "frames.raw", np.uint8, "r")
         self.frames = pixels.reshape(-1, *index["size"], 3)  # (sum of T, H, W, 3)
-        self.datasets, self.starts = index["datasets"], index["starts"]
-        self.timestamps = [np.array(times) for times in index["timestamps"]]
-        self.scenes = [world.scene_from_dict(fields) for fields in index["scenes"]]
+        self.datasets, self.starts, times, scenes = zip(*index["videos"], strict=True)
+        self.timestamps = [np.array(seconds) for seconds in times]
+        self.scenes = [world.scene_from_dict(fields) for fields in scenes]
         families = {}
         for number, scene in enumerate(self.scenes):
             families.setdefault((self.datasets[number], scene.family), []).append(number)
         self.families = list(families.values())
-        self.family_of = {number: i for i, family in enumerate(self.families) for number in family}
+        self.family_of = {number: family for family in self.families for number in family}
 
     def subset(self, number: int, count: int, rng) -> video_reader.Clip:
         """Draw `count` frames of a video in order: the same video at a lower, uneven rate."""
@@ -85,39 +83,40 @@ class FoundationVideos:
 
 def load_videos(profile) -> FoundationVideos:
     """Render and decode the foundation split of every data set, once."""
-    homes = [renderer.render(profile, dataset, ("foundation",)) for dataset in profile.datasets]
-    keys = {"videos": [cache.metadata(home)["key"] for home in homes], "pixels": profile.max_frame_pixels}
-    target = profile.data_dir("foundation") / "films"
-    return FoundationVideos(cache.build(target, keys, lambda folder: _decode(profile, homes, folder)))
+    homes = {name: renderer.render(profile, name, ("foundation",)) for name in profile.datasets}
+    keys = {"videos": [cache.metadata(home)["key"] for home in homes.values()]}
+    keys |= {"pixels": profile.max_frame_pixels, "code": cache.source_digest(__name__)}
+
+    def work(folder):
+        write_videos(folder, _decoded(profile, homes), profile.max_frame_pixels)
+
+    return FoundationVideos(cache.build(profile.data_dir("foundation") / "frames", keys, work))
 
 
-def _decode(profile, homes, folder):
-    """Write the frames of all videos, one after the other, and an index of them."""
-    index, total = {"datasets": [], "starts": [], "timestamps": [], "scenes": []}, 0
+def _decoded(profile, homes):
+    """Yield (data set, scene, clip) of all videos."""
     reader = video_reader.reader_for(profile)
+    for dataset, home in homes.items():
+        scenes = world.read_scenes(home.parent / "corpus").values()
+        paths = [home / f"{scene.video}.mp4" for scene in scenes]
+        clips = video_reader.read_videos(paths, reader, os.cpu_count())
+        clips = cache.progress(clips, f"decode {dataset}", len(paths))
+        for scene, clip in zip(scenes, clips, strict=True):
+            yield dataset, scene, clip
+
+
+def write_videos(folder: Path, videos, max_pixels: int) -> None:
+    """Write the shrunk frames of (data set, scene, clip), one video after the other, and an index of them."""
+    rows, total = [], 0
     with open(folder / "frames.raw", "wb") as file:  # they need not fit into memory
-        for dataset, home in zip(profile.datasets, homes, strict=True):
-            scenes = list(world.read_scenes(home.parent / "corpus").values())
-            paths = [home / f"{scene.video}.mp4" for scene in scenes]
-            clips = video_reader.read_videos(paths, reader, os.cpu_count())
-            clips = cache.progress(clips, f"decode {dataset}", len(scenes))
-            for scene, clip in zip(scenes, clips, strict=True):
-                assert clip.problem is None, (scene.video, clip.problem)
-                index["size"] = inputs.resized_size(*clip.frames.shape[1:3], 32, profile.max_frame_pixels)
-                index["datasets"].append(dataset)
-                index["starts"].append(total)
-                index["timestamps"].append(clip.timestamps.round(3).tolist())
-                index["scenes"].append(asdict(scene))
-                file.write(shrink(clip.frames, index["size"]).tobytes())
-                total += len(clip.frames)
-    cache.write_json(folder / "films.json", index)
-
-
-def shrink(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return frames at the size that `inputs.patchify` would give them, as uint8."""
-    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
-    pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
-    return pixels.byte().permute(0, 2, 3, 1).numpy()
+        for dataset, scene, clip in videos:
+            assert clip.problem is None, (scene.video, clip.problem)
+            size = inputs.resized_size(*clip.frames.shape[1:3], 32, max_pixels)
+            for frame in clip.frames:
+                file.write(inputs.resized(frame, *size).byte().permute(1, 2, 0).numpy().tobytes())
+            rows.append((dataset, total, clip.timestamps.round(3).tolist(), asdict(scene)))
+            total += len(clip.frames)
+    cache.write_json(folder / "index.json", {"size": size, "videos": rows})
 
 
 # --- Labels
@@ -158,18 +157,15 @@ class Examples:
         self.videos, self.tokenizer = videos, tokenizer
         self.vision_config, self.max_frame_pixels = vision_config, max_frame_pixels
 
-    def _video(self, clip):
-        """Return a clip's text in a prompt and its pixels."""
-        video = inputs.Video(*inputs.patchify(clip.frames, self.vision_config, self.max_frame_pixels))
-        per_pair = video.tokens_per_pair(self.vision_config.spatial_merge_size)
-        return inputs.video_text(clip.timestamps, per_pair), video
-
     def _example(self, system, user, answer, clip=None, pairs=(), target=None):
         """Return a prompt and its answer; `{video}` in `user` stands for the clip."""
-        text, video = self._video(clip) if clip is not None else ("", None)
+        video = None
+        if clip is not None:
+            video = inputs.Video(*inputs.patchify(clip.frames, self.vision_config, self.max_frame_pixels))
+            per_pair = video.tokens_per_pair(self.vision_config.spatial_merge_size)
+            user = user.replace("{video}", inputs.video_text(clip.timestamps, per_pair))
         answer_ids = self.tokenizer(f"{answer}<|im_end|>")["input_ids"]
-        chat = inputs.chat(self.tokenizer, system, user.replace("{video}", text))
-        ids = self.tokenizer(chat)["input_ids"] + answer_ids
+        ids = self.tokenizer(inputs.chat(self.tokenizer, system, user))["input_ids"] + answer_ids
         return Example(inputs.Prompt(ids, video), len(answer_ids), pairs, target)
 
     def picture(self, count: int, rng) -> Example:
@@ -189,8 +185,7 @@ class Examples:
         return self._dense_caption(*self.videos.window(number, count, rng), rng)
 
     def _dense_caption(self, clip, moments, rng):
-        times = [f"{seconds_text(moment.start)} to {seconds_text(moment.end)}" for moment in moments]
-        lines = [f"{time}: {_caption(moment, rng)}" for time, moment in zip(times, moments, strict=True)]
+        lines = [teacher.caption(moment, int(rng.integers(captions.STYLES))) for moment in moments]
         prompt = "{video}" + architecture.CAPTION_PROMPT
         return self._example(WATCH, prompt, "\n".join(lines) or "Nothing.", clip)
 
@@ -232,9 +227,8 @@ class Examples:
         if kind == "seen" and update:
             return self._example(prompt_text.REWRITE, shown, f"<query_update>{update}</query_update>", clip)
         if kind == "reasoned":
-            return self._example(
-                prompt_text.SYSTEM_HQR, shown, teacher.verdict(wanted, moments, update), clip
-            )
+            reply = teacher.verdict(wanted, moments, update)
+            return self._example(prompt_text.SYSTEM_HQR, shown, reply, clip)
         labels = pair_labels(self.videos.scenes[number], clip), asdict(wanted)
         return self._example(prompt_text.SYSTEM_ZS, shown, teacher.verdict(wanted, moments), clip, *labels)
 
@@ -254,7 +248,7 @@ class Examples:
         kind, shown = rng.random(), {moment.attributes() for moment in moments}
         if kind < 0.5:
             return moment
-        family = videos.families[videos.family_of[number]]
+        family = videos.family_of[number]
         if kind < 0.65 and len(family) > 1:  # of a near-duplicate
             scene = videos.scenes[int(rng.choice([other for other in family if other != number]))]
             wanted = scene.moments[scene.moment_at(moment.start)[0]]
@@ -284,11 +278,12 @@ def change(moment: Moment, dataset: str, names, rng) -> Moment:
 # --- Texts for the text side of an engine
 
 
-def partial_caption(moment: Moment, recipe, rng) -> str:
-    """Draw a query that names action, object or both, and other attributes as often as the recipe says.
+def partial_caption(moments: tuple[Moment, ...], recipe, rng) -> str:
+    """Draw a query about one of the moments: action, object or both, and others as often as the recipe says.
 
     recipe  `place`, `light`, `detail` and `wrong` of a `PhaseConfig`
     """
+    moment = moments[int(rng.integers(len(moments)))]
     share = {"place": recipe.place, "light": recipe.light}
     named = {name for name in ATTRIBUTES if rng.random() < share.get(name, recipe.detail)}
     named |= set((("action",), ("object",), ("action", "object"))[int(rng.choice(3, p=(0.1, 0.1, 0.8)))])

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 from vsr1 import cache
-from vsr1.config import InputError
 from vsr1.mini import architecture, attribute_heads, pretraining_data
 from vsr1.mini.attribute_heads import attribute_ids, attribute_loss
 from vsr1.mini.pretraining_data import Example, Examples
@@ -64,18 +63,11 @@ class PretrainingTask:
         self.tokenizer = architecture.make_tokenizer()
         torch.manual_seed(recipe.seed)
         self.model = Qwen3VLForConditionalGeneration(architecture.make_config(self.tokenizer))
-        if recipe.start:
-            self._start_from(profile.data_dir("foundation") / recipe.start)
+        if recipe.start:  # the random model above still moves the generator: heads are drawn after it
+            kind = Qwen3VLModel if recipe.start.startswith("index") else Qwen3VLForConditionalGeneration
+            self.model, _ = loading.load(kind, str(profile.data_dir("foundation") / recipe.start))
         vision_config = self.model.config.vision_config
         self.examples = Examples(self.videos, self.tokenizer, vision_config, profile.max_frame_pixels)
-
-    def _start_from(self, folder):
-        kind = Qwen3VLModel if folder.name.startswith("index") else Qwen3VLForConditionalGeneration
-        self.model, tokenizer = loading.load(kind, str(folder))
-        if tokenizer.get_vocab() != self.tokenizer.get_vocab():  # else every word would silently mean another
-            raise InputError(
-                f"{folder}: trained with another vocabulary; run `make foundation` from its start"
-            )
 
     def collate(self, prompts: list[inputs.Prompt]) -> dict:
         """Return a left-padded batch."""
@@ -84,6 +76,10 @@ class PretrainingTask:
     def ids(self, *tokens: str) -> torch.Tensor:
         """Return the ids of tokens."""
         return torch.tensor(self.tokenizer.convert_tokens_to_ids(list(tokens)))
+
+    def new_heads(self) -> torch.nn.Parameter:
+        """Return new heads on the states of the language model."""
+        return attribute_heads.new_heads(self.model.config.text_config.hidden_size)
 
     def engine(self, recipe: PhaseConfig) -> engine.Engine:
         """Make a search engine of the model's body, with as many text layers as the recipe says."""
@@ -150,7 +146,6 @@ class AnswerLoss:
         self.task, self.recipe, self.draw, self.heads, self.targets = task, recipe, draw, heads, targets
         self.decisive = task.ids("Ġyes", "Ġno", "not", "matched")
         self.times = task.ids("<start>", "<end>")
-        self.log_tags = {tag: task.ids(f"<{tag}>") for tag in ("answer", "start")}
 
     def __call__(self, step: int, rng) -> tuple[torch.Tensor, dict]:
         """Return (loss, values for the log) of a batch."""
@@ -159,13 +154,12 @@ class AnswerLoss:
         batch = self.task.collate([example.prompt for example in examples])
         lengths = torch.tensor([example.answer_tokens for example in examples])
         longest = int(lengths.max())
-        out = self.task.model(
-            **batch, logits_to_keep=longest + 1, output_hidden_states=self.heads is not None
-        )
+        read = self.heads is not None
+        out = self.task.model(**batch, logits_to_keep=longest + 1, output_hidden_states=read)
         answers = batch["input_ids"][:, -longest:]  # (B, L)
         inside = torch.arange(longest)[None] >= longest - lengths[:, None]  # (B, L)
         loss, log = self._answers(out.logits[:, :-1], answers, inside)
-        if self.heads is not None:
+        if read:
             loss = loss + 0.0 * self.heads.sum()  # processes share gradients, whatever their examples
             if any(example.pairs for example in examples):
                 states = out.hidden_states[HALF]
@@ -174,20 +168,12 @@ class AnswerLoss:
         return loss, log
 
     def _answers(self, logits, answers, inside):
-        """Return the weighted cross-entropy of the answers and accuracies: of all tokens, and after a tag.
-
-        After <answer> stands the verdict's first word, given a right reasoning; after <start> the second.
-        """
-        hit = logits.argmax(-1) == answers
-        log = {"accuracy": hit[inside].float().mean()}
-        for tag, token in self.log_tags.items():
-            after = inside[:, 1:] & (answers[:, :-1] == token)
-            log |= {tag: hit[:, 1:][after].float().mean()} if after.any() else {}
+        """Return the weighted cross-entropy of the answers, and the accuracy of all tokens."""
         weight = torch.where(torch.isin(answers, self.decisive), self.recipe.decisive, 1.0)
         weight[:, 1:][torch.isin(answers[:, :-1], self.times)] = self.recipe.timing
-        weight = weight[inside]
-        each = F.cross_entropy(logits[inside], answers[inside], reduction="none")
-        return (each * weight).sum() / weight.sum(), log
+        logits, answers, weight = logits[inside], answers[inside], weight[inside]
+        each = F.cross_entropy(logits, answers, reduction="none")
+        return (each * weight).sum() / weight.sum(), {"accuracy": _accuracy(logits, answers)}
 
     def _states(self, states, ids, answers, inside, examples: list[Example]):
         """Return the loss of the heads on states (B, length, D), and their accuracies."""
@@ -195,9 +181,8 @@ class AnswerLoss:
         pair_ends = (ids == self.task.model.config.vision_end_token_id) & labelled
         pairs = [pair for example in examples for pair in example.pairs]
         loss, log = attribute_heads.pair_loss(states[pair_ends], self.heads, pairs)
-        before_times = (inside & torch.isin(answers, self.times) & labelled).nonzero()  # (M, 2): row, column
-        if self.targets and len(before_times):
-            rows, columns = before_times.T
+        rows, columns = (inside & torch.isin(answers, self.times) & labelled).nonzero().T  # before times
+        if self.targets and len(rows):
             targets = [examples[row].target for row in rows.tolist()]
             at_times = states[rows, columns - answers.shape[1]]
             extra, values = attribute_heads.target_loss(at_times, self.heads, targets)
@@ -205,17 +190,16 @@ class AnswerLoss:
         return loss, log
 
 
+def _accuracy(scores, right):
+    """Return how often the highest score of a row is in the `right` column."""
+    return (scores.argmax(1) == right).float().mean()
+
+
 def _language(kind, task, recipe, folder, freeze_vision=True, heads=False):
     """Teach the language model one kind of example, by the name of a method of `Examples`."""
-    if freeze_vision:
-        task.model.model.visual.requires_grad_(False)
-    heads = _new_heads(task) if heads else None
-    losses = AnswerLoss(task, recipe, getattr(task.examples, kind), heads)
-    train(recipe, task.model, losses, folder, extra=[] if heads is None else [heads])
-
-
-def _new_heads(task):
-    return attribute_heads.new_heads(task.model.config.text_config.hidden_size)
+    task.model.model.visual.requires_grad_(not freeze_vision)
+    heads = [task.new_heads()] if heads else []
+    train(recipe, task.model, AnswerLoss(task, recipe, getattr(task.examples, kind), *heads), folder, heads)
 
 
 def locate(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
@@ -225,12 +209,12 @@ def locate(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
     is seen come to look alike, and can be matched. Without that it named any of a video's moments.
     """
     task.model.model.visual.requires_grad_(False)
-    heads = _new_heads(task)
+    heads = task.new_heads()
     questions = AnswerLoss(task, recipe, task.examples.question, heads, targets=True)
     half = replace(recipe, batch=recipe.batch // 2)
     tasks = AnswerLoss(task, half, task.examples.task, heads, targets=True)
     losses = lambda step, rng: (tasks if step % 4 == 3 else questions)(step, rng)  # noqa: E731
-    train(recipe, task.model, losses, folder, extra=[heads])
+    train(recipe, task.model, losses, folder, [heads])
 
 
 # --- Phases of the vision tower and of engines
@@ -260,7 +244,7 @@ def see(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
         states = torch.cat([out.pooler_output, *out.deepstack_features], dim=-1).reshape(recipe.batch, -1)
         return attribute_loss(states @ heads.T, labels)
 
-    train(recipe, tower, losses, folder, extra=[heads])
+    train(recipe, tower, losses, folder, [heads])
 
 
 def index(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
@@ -278,7 +262,7 @@ def index(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
         scores = attribute_heads.probe_vecs(probe, [moment for _, moment in moments]) @ video_vecs.T  # (M, B)
         return _infonce(scores, right)
 
-    train(recipe, engine.model, losses, folder, extra=[probe])
+    train(recipe, engine.model, losses, folder, [probe])
 
 
 def text(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
@@ -296,7 +280,8 @@ def text(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
 
     def losses(step, rng):
         numbers = rng.choice(len(videos.scenes), recipe.batch, replace=False)
-        texts = [_draw_text(videos.scenes[number].moments, recipe, rng) for number in numbers]
+        scenes = [videos.scenes[number] for number in numbers]
+        texts = [pretraining_data.partial_caption(scene.moments, recipe, rng) for scene in scenes]
         soft = None
         if rng.random() < recipe.neutral:
             soft = pretraining_data.neutral_tokens(embedding, len(texts), length, rng)
@@ -315,11 +300,6 @@ def text(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
     train(recipe, engine.model, losses, folder)
 
 
-def _draw_text(moments, recipe, rng):
-    """Draw a moment and a coarse query about it."""
-    return pretraining_data.partial_caption(moments[int(rng.integers(len(moments)))], recipe, rng)
-
-
 def _embed_all(videos, engine, seed):
     """Return (V, D) vectors of 24 frames of every video."""
     rng, numbers = np.random.default_rng(seed), range(len(videos.scenes))
@@ -332,7 +312,7 @@ def _embed_all(videos, engine, seed):
 
 def _infonce(scores, right):
     """Return InfoNCE of (M, B) scores, and how often the `right` column is the highest."""
-    return F.cross_entropy(scores / TEMPERATURE, right), {"r1": (scores.argmax(1) == right).float().mean()}
+    return F.cross_entropy(scores / TEMPERATURE, right), {"r1": _accuracy(scores, right)}
 
 
 PHASES = {

@@ -81,7 +81,7 @@ def patchify(frames: np.ndarray, config, max_pixels: int) -> tuple[torch.Tensor,
     patch, merge = config.patch_size, config.spatial_merge_size
     assert config.temporal_patch_size == 2 and len(frames) % 2 == 0
     height, width = resized_size(*frames.shape[1:3], patch * merge, max_pixels)
-    pixels = torch.stack([_resized(frame, height, width) for frame in frames])  # (T, 3, H, W)
+    pixels = torch.stack([resized(frame, height, width) for frame in frames])  # (T, 3, H, W)
     pixels.div_(127.5).sub_(1)
     rows, columns = height // patch, width // patch
     blocks = pixels.reshape(-1, 2, 3, rows // merge, merge, patch, columns // merge, merge, patch)
@@ -90,7 +90,7 @@ def patchify(frames: np.ndarray, config, max_pixels: int) -> tuple[torch.Tensor,
     return blocks.reshape(grid[0] * rows * columns, -1), grid
 
 
-def _resized(frame, height, width):
+def resized(frame: np.ndarray, height: int, width: int) -> torch.Tensor:
     """Shrink one frame, (3, H, W) float32 whole numbers; all at once, 64 frames of 4K would take 6 GB."""
     pixels = torch.from_numpy(np.require(frame, requirements=["C", "W"])).permute(2, 0, 1).float()
     if (height, width) == tuple(pixels.shape[1:]):
