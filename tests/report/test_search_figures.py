@@ -1,16 +1,19 @@
 """Searches in figures are those that the rules name, and nothing moves between two drawings."""
 
+import itertools
 import json
 from dataclasses import replace
 
 import pytest
 from fake import profile as fake_profile
+from matplotlib.transforms import Bbox
 from PIL import Image
 from searches import episode as walk
 from searches import turn
 
 from vsr1 import cache
 from vsr1.data import annotations, video_reader
+from vsr1.data.annotations import Video
 from vsr1.loop import moments, records
 from vsr1.mini import renderer, world
 from vsr1.report import search_figures, search_panels
@@ -66,15 +69,14 @@ def test_a_rule_takes_what_it_says_and_the_smallest_id_first():
         == {dataset: named(dataset, "pair") for dataset in FIT}
         == {"charades": [3, 7], "didemo": [9]}
     )
-    lost = search_figures.Rule(search_figures.behind, search_figures.ANY_FAILED, "").choose(PAIRED)
+    lost = search_figures.HQR_WINS.choose(PAIRED)
     assert (
         ids(lost)
         == {dataset: named(dataset, "reverse") for dataset in FIT}
         == {"charades": [8], "didemo": []}
     )
-    assert not any(search_figures.HQR_WINS.choose(PAIRED).values())
     alone = {dataset: [one[:1] for one in own.values()] for dataset, own in FIT.items()}
-    assert ids(search_figures.RULES["F1"].choose(alone)) == {d: named(d, "teaser") for d in FIT}
+    assert ids(search_figures.TWO_TURNS.choose(alone)) == {d: named(d, "teaser") for d in FIT}
 
 
 def test_one_turn_or_a_problem_is_no_example():
@@ -175,8 +177,7 @@ def test_what_no_search_fits_is_left_out_in_a_line_and_an_old_picture_goes_once_
     search_figures.publish(home)
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        "left out: figures A5, A6, A7: no further search fits the rule",
-        "left out: figures F6: no search fits the rule",
+        f"left out: figure {name}: no further search fits its rule" for name in ("A5", "A6", "A7", "F6")
     ]
     assert not any(path.exists() for path in old)
 
@@ -203,66 +204,43 @@ def test_frames_of_real_videos_stay_out_of_results(home):
     assert "real videos" in captions([home.runs("figures") / "F7.png"])["F7"]
 
 
-def drawn(figure):
-    """The words on a plate, in the order they were written, and where they stand."""
-    figure.draw_without_rendering()
-    texts = [text for text in figure.axes[0].texts if text.get_text()]
-    return (
-        " ".join(text.get_text() for text in texts),
-        [(text, text.get_window_extent()) for text in texts],
-        figure.bbox,
-    )
+def drawn(profile):
+    """Per figure of a profile its words in the order they were written, each with its box, and its page."""
+    with video_reader.Reader() as reader:
+        for name, figure, _ in search_figures.figures(profile, reader):
+            figure.draw_without_rendering()
+            texts = [text for text in figure.axes[0].texts if text.get_text()]
+            boxes = [text.get_window_extent() for text in texts]
+            yield name, " ".join(text.get_text() for text in texts), boxes, figure.bbox
 
 
-def films_of(home, dataset="charades"):
-    return search_panels.FrameSource(home, dataset, video_reader.Reader())
+def test_figures_show_both_searches_and_no_words_overlap_or_leave(home):
+    words = {}
+    for name, words[name], boxes, page in drawn(home):
+        assert all(page.x0 <= box.x0 and box.x1 <= page.x1 for box in boxes)
+        assert all(page.y0 <= box.y0 and box.y1 <= page.y1 for box in boxes)
+        inner = [Bbox.from_extents(b.x0 + 1, b.y0 + 3, b.x1 - 1, b.y1 - 3) for b in boxes]  # no line spacing
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(inner, 2)), name
+    for part in ("rank 12 → 1", "rank 12 → 9", "8 soft tokens", "someone else", "Turn 2 is turn 1 again"):
+        assert part in words["A4"]
+    assert "Turn 2: the query and 8 soft tokens" in words["F1"] and words["F1"].count("found: ") == 1
+    soft, _ = next(pair for pair in search_figures.run_pairs(home)["charades"] if pair[0].desc_id == 7)
+    films = search_panels.FrameSource(home, "charades", None)
+    lacks = films.lacks(soft, soft.turns[0].shown_id)
+    assert lacks and all(f"{seen}, not {asked}" in words["A4"] for asked, seen in lacks.items())
+    assert films.lacks(soft, soft.gt_video) == {}
 
 
-def test_a_pair_shows_both_ways_and_no_words_overlap_or_leave(home):
-    ((one, other),) = [pair for pair in search_figures.run_pairs(home)["charades"] if pair[0].desc_id == 7]
-    films = films_of(home)
-    try:
-        words, places, page = drawn(search_panels.compare(one, other, films))
-    finally:
-        films.reader.close()
-    for part in (
-        "rank 12 → 1",
-        "rank 12 → 9",
-        "8 soft tokens",
-        "someone else",
-        "Turn 2 is turn 1 again",
-        "rank 9 → 9",
-    ):
-        assert part in words
-    wrong, right = one.turns[0].shown_id, one.gt_video
-    for asked, seen in films.lacks(one, wrong).items():
-        assert f"{seen}, not {asked}" in words
-    assert films.lacks(one, right) == {}
-    assert all(
-        page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
-        for _, box in places
-    )
-    inner = [
-        (text, box.x0 + 1, box.x1 - 1, box.y0 + 3, box.y1 - 3) for text, box in places
-    ]  # without the line spacing
-    for n, (text, a, b, c, d) in enumerate(inner):
-        for other_text, e, f, g, h in inner[:n]:
-            assert not (a < f and e < b and c < h and g < d), (text, other_text)
-
-
-def test_a_video_that_cannot_be_read_is_named_so(home, tmp_path):
-    walk_of = search_figures.run_pairs(home)["charades"][0]
-    films = films_of(home)
-    films.folder = tmp_path
-    words, _, _ = drawn(search_panels.compare(*walk_of, films))
-    assert "cannot be read: no such file" in words
+def test_a_video_that_cannot_be_read_is_named_so(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(search_panels.annotations, "find_videos", lambda _, ids: [Video(ids[0], None, None)])
+    assert all("cannot be read: no such file" in words for _, words, *_ in drawn(home))
 
 
 # --- What is found as tokens grow
 
 
 def growing(home, monkeypatch, by_depth, recorded=(25, 2, 1)):
-    """The profile's singles where one search has three videos on top, with ranks that were computed as `by_depth`."""
+    """{name: (figure, caption)} where one search has three videos on top, with ranks that were computed as `by_depth`."""
     one = next(one for (one,) in search_figures.run_searches(home)["charades"] if one.desc_id == 7)
     names = [one.turns[0].shown_id, one.turns[1].shown_id]
     third = next(v for v in world.read_scenes(home.data_dir("charades") / "corpus") if v not in names)
@@ -273,12 +251,11 @@ def growing(home, monkeypatch, by_depth, recorded=(25, 2, 1)):
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"7": dict(zip(tops, by_depth, strict=True))} if by_depth else {}))
     monkeypatch.setattr(search_figures, "run_searches", lambda _: {"charades": [(one,)]})
-    films = films_of(home)
-    try:
-        return search_figures.singles(home, lambda dataset: films)
-    finally:
-        films.reader.close()
-        path.unlink()
+    monkeypatch.setattr(search_figures, "run_pairs", lambda _: {})
+    with video_reader.Reader() as reader:
+        figures = {name: rest for name, *rest in search_figures.figures(home, reader)}
+    path.unlink()
+    return figures
 
 
 def test_ranks_of_three_videos_are_curves_with_the_best_on_top(home, monkeypatch, capsys):
@@ -295,4 +272,4 @@ def test_ranks_of_three_videos_are_curves_with_the_best_on_top(home, monkeypatch
 def test_without_ranks_or_with_others_than_recorded_there_are_no_curves(home, monkeypatch, capsys, by_depth):
     made_of = growing(home, monkeypatch, by_depth)
     assert list(made_of) == ["F1"] and "the rejected one" not in made_of["F1"][1].partition("Paper")[0]
-    assert capsys.readouterr().out.startswith("left out: figures F6: notebook 08 left no ranks of charades")
+    assert capsys.readouterr().out.startswith("left out: figure F6 of charades: notebook 08 left no ranks")

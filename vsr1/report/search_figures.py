@@ -5,7 +5,7 @@ Where videos are real their frames are not for git: such figures stay in runs/<p
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -46,11 +46,6 @@ def ahead(episode: Episode, other: Episode) -> bool:
     return refined and behind and qualitative.rank(episode) == 1 and _found(episode)
 
 
-def behind(episode: Episode, other: Episode) -> bool:
-    """Return whether the other search is `ahead`."""
-    return ahead(other, episode)
-
-
 def in_two_turns(episode: Episode) -> bool:
     """Return whether a search is two turns: a wrong video that is rejected, then the right one and its moment."""
     wrong_first = len(episode.turns) == 2 and not episode.turns[0].shown_is_gt
@@ -69,66 +64,55 @@ def _found(episode):
 
 @dataclass(frozen=True)
 class Rule:
-    """Which searches fit: a test of one or two episodes, and the rank of the right video at first."""
+    """Which searches, each a tuple of episodes of one query, a figure may show."""
 
-    fits: Callable
-    first_ranks: tuple[int, int]  # from and to
+    fits: Callable  # of the episodes
+    first_ranks: range  # of the right video in the first search
     words: str
 
     def choose(self, searches: dict[str, list[tuple]]) -> dict[str, list[tuple]]:
-        """Return {data set: the searches that fit, smallest query id first}; a search is a tuple of episodes."""
-        low, high = self.first_ranks
+        """Return {data set: the searches that fit, smallest query id first}."""
         chosen = {}
         for dataset, tuples in searches.items():
-            known = [episodes for episodes in tuples if episodes[0].rank_orig is not None]
-            fit = [
-                episodes
-                for episodes in known
-                if low <= episodes[0].rank_orig <= high and self.fits(*episodes)
-            ]
+            fit = [each for each in tuples if each[0].rank_orig in self.first_ranks and self.fits(*each)]
             chosen[dataset] = sorted(fit, key=lambda episodes: episodes[0].desc_id)
         return chosen
 
-    def first_rank(self) -> str:
-        """Say where the right video is at first."""
-        if self.first_ranks == ANY_FAILED:
-            return "the first search failed (on whatever rank: a weaker rule, the stricter one finds none)"
-        return "the right video is on rank {} to {} in the first search".format(*self.first_ranks)
+    def in_turn(self, searches: dict[str, list[tuple]]) -> list[tuple]:
+        """Return (data set, search) of those that fit: the first of each data set, then the second of each ..."""
+        chosen = self.choose(searches)
+        rounds = zip_longest(*[[(dataset, search) for search in fit] for dataset, fit in chosen.items()])
+        return [pair for pairs in rounds for pair in pairs if pair is not None]
+
+    def count(self, searches: dict[str, list[tuple]]) -> str:
+        """Say how many queries fit, in all and of each data set."""
+        fit = {dataset: len(found) for dataset, found in self.choose(searches).items()}
+        parts = ", ".join(f"{dataset} {count} of {len(searches[dataset])}" for dataset, count in fit.items())
+        total = f"{sum(fit.values())} of {sum(map(len, searches.values()))} queries"
+        return total + (f" ({parts})" if any(fit.values()) else "")
 
 
-ANY_FAILED = (2, metrics.UNRANKED - 1)
 WINS = "both refine after the same video, {} accepts the right video with IoU 0.5 or more, and {} does not have it "
 WINS += "on rank 1 at last"
-SQR_WINS = Rule(ahead, (10, 40), WINS.format("SQR", "HQR"))  # ranks as in the paper's figures
-HQR_WINS = Rule(behind, (10, 40), WINS.format("HQR", "SQR"))
-TEASER = "a wrong one is rejected, and the right one accepted next with IoU 0.5 or more"
-RULES = {
-    "F1": Rule(in_two_turns, (10, 30), TEASER),
-    "F6": Rule(three_on_top, (20, 40), "three videos are on rank 1 in turn, the right one last"),
-}
-
-
-def in_turn(chosen: dict[str, list]) -> list:
-    """Return (data set, search): the first of each data set, then the second of each, and so on.
-
-    >>> in_turn({"a": [1, 2], "b": [], "c": [3]})
-    [('a', 1), ('c', 3), ('a', 2)]
-    """
-    rounds = zip_longest(*[[(dataset, search) for search in found] for dataset, found in chosen.items()])
-    return [pair for pairs in rounds for pair in pairs if pair is not None]
-
-
-def counts(searches: dict[str, list], chosen: dict[str, list]) -> str:
-    """Say how many queries fit a rule.
-
-    >>> counts({"a": [1, 2, 3], "b": [4]}, {"a": [1, 2], "b": []})
-    '2 of 4 queries (a 2 of 3, b 0 of 1)'
-    """
-    fit, total = sum(map(len, chosen.values())), sum(map(len, searches.values()))
-    parts = ", ".join(
-        f"{dataset} {len(chosen[dataset])} of {len(all_)}" for dataset, all_ in searches.items()
-    )
-    return f"{fit} of {total} queries" + (f" ({parts})" if fit else "")
+FIRST = "the right video is on rank {} to {} in the first search"
+SQR_WINS = Rule(
+    ahead, range(10, 41), f"{FIRST.format(10, 40)}, {WINS.format('SQR', 'HQR')}"
+)  # as in the paper
+HQR_WINS = Rule(
+    lambda soft, hard: ahead(hard, soft),
+    range(2, metrics.UNRANKED),
+    f"the first search failed (whatever the rank: a weaker rule), {WINS.format('HQR', 'SQR')}",
+)
+TWO_TURNS = Rule(
+    in_two_turns,
+    range(10, 31),
+    f"{FIRST.format(10, 30)}, a wrong one is rejected, and the right one accepted next with IoU 0.5 or more",
+)
+THREE_ON_TOP = Rule(
+    three_on_top,
+    range(20, 41),
+    f"{FIRST.format(20, 40)} and three videos are on rank 1 in turn, the right one last",
+)
 
 
 # --- Searches
@@ -155,7 +139,7 @@ def run_pairs(profile: Profile) -> dict[str, list[tuple[Episode, Episode]]]:
 def first_of_rules(profile: Profile, dataset: str) -> list[Episode]:
     """Return the episodes of one data set whose ranks F1 and F6 would show."""
     searches = {dataset: run_searches(profile).get(dataset, [])}
-    firsts = [in_turn(rule.choose(searches))[:1] for rule in RULES.values()]
+    firsts = [rule.in_turn(searches)[:1] for rule in (TWO_TURNS, THREE_ON_TOP)]
     return list({episode.desc_id: episode for first in firsts for _, (episode,) in first}.values())
 
 
@@ -174,65 +158,51 @@ def ranks_by_depth(profile: Profile, dataset: str, episode: Episode) -> dict[str
 # --- Figures
 
 
-def comparisons(profile: Profile, source: Callable[[str], FrameSource]) -> dict[str, tuple[Figure, str]]:
-    """Return {F7, A3 to A7, Q2: (figure, caption)}, as many as the rules find; Q2 is a search that HQR wins."""
-    pairs = run_pairs(profile)
-    sqr, hqr = SQR_WINS, HQR_WINS
-    if not in_turn(hqr.choose(pairs)):
-        hqr = Rule(behind, ANY_FAILED, HQR_WINS.words)
-    chosen = {name: (pair, sqr) for name, pair in zip(COMPARED, in_turn(sqr.choose(pairs)), strict=False)}
-    if won_by_hqr := in_turn(hqr.choose(pairs)):
-        chosen["Q2"] = (won_by_hqr[0], hqr)
-    _left_out(
-        [name for name in (*COMPARED, "Q2") if pairs and name not in chosen],
-        "no further search fits the rule",
-    )
-    figures = {}
-    for name, ((dataset, (soft, hard)), rule) in chosen.items():
-        figure = search_panels.compare(soft, hard, source(dataset))
-        figures[name] = figure, _comparison_caption(profile, name, dataset, soft, hard, pairs, rule)
-    return figures
+def figures(profile: Profile, reader: video_reader.Reader) -> Iterator[tuple[str, Figure, str]]:
+    """Yield (name, figure, caption) of each figure whose rule finds a search; print which are left out."""
+    source = functools.cache(lambda dataset: FrameSource(profile, dataset, reader))
+    pairs, searches = run_pairs(profile), run_searches(profile)
+    wanted = [(name, SQR_WINS, pairs, place, _comparison) for place, name in enumerate(COMPARED)]
+    wanted += [("Q2", HQR_WINS, pairs, 0, _comparison)]
+    wanted += [("F1", TWO_TURNS, searches, 0, _two_turns), ("F6", THREE_ON_TOP, searches, 0, _by_soft_tokens)]
+    for name, rule, candidates, place, render in wanted:
+        found = rule.in_turn(candidates)[place : place + 1]
+        if candidates and not found:
+            print(f"left out: figure {name}: no further search fits its rule")
+        for dataset, episodes in found:
+            ranks = ranks_by_depth(profile, dataset, episodes[0])
+            if name == "F6" and ranks is None:
+                why = "notebook 08 left no ranks of it, or others than were recorded; run it again"
+                print(f"left out: figure F6 of {dataset}: {why}")
+                continue
+            figure, title = render(*episodes, source(dataset), ranks)
+            rule_words = f"{rule.words}: {rule.count(candidates)}."
+            if candidates is pairs:
+                exchanged = {place: [pair[::-1] for pair in both] for place, both in pairs.items()}
+                rule_words += f" The same with SQR and HQR exchanged: {rule.count(exchanged)}."
+            yield name, figure, _caption(profile, name, title, dataset, episodes[0], rule_words)
 
 
-def _comparison_caption(profile, name, dataset, soft, hard, pairs, rule):
-    """Say what a comparison shows, and how many searches fit its rule and the opposite one."""
+def _comparison(soft, hard, source, _):
+    """Return a figure of HQR beside SQR, and what it shows."""
+    columns = {"Hard query refinement": (hard, hard.turns), "Soft query refinement": (soft, soft.turns)}
     ends = f"{qualitative.rank(soft)} by SQR and {qualitative.rank(hard)} by HQR"
     ends += " (reasoned, ours, the base model prompted)"
     title = f"SQR against HQR: the right video is on rank {soft.rank_orig} at first, in the end on {ends}."
-    other = Rule(ahead if rule.fits is behind else behind, rule.first_ranks, "")
-    words = (
-        f"{rule.first_rank()}, {rule.words}: {counts(pairs, rule.choose(pairs))}. The same with SQR and HQR "
-        f"exchanged: {counts(pairs, other.choose(pairs))}."
-    )
-    return _caption(profile, name, title, dataset, soft, words)
+    return search_panels.turn_by_turn(columns, source), title
 
 
-def singles(profile: Profile, source: Callable[[str], FrameSource]) -> dict[str, tuple[Figure, str]]:
-    """Return {F1, F6: (figure, caption)}, those whose rules find a search."""
-    searches, figures = run_searches(profile), {}
-    chosen = {name: in_turn(rule.choose(searches))[:1] for name, rule in RULES.items()}
-    _left_out([name for name in chosen if searches and not chosen[name]], "no search fits the rule")
-    for name, firsts in chosen.items():
-        for dataset, (episode,) in firsts:
-            ranks = ranks_by_depth(profile, dataset, episode)
-            if name == "F6" and ranks is None:
-                why = f"notebook 08 left no ranks of {dataset}, or others than were recorded; run it again"
-                _left_out([name], why)
-                continue
-            render = _teaser if name == "F1" else _by_soft_tokens
-            figure, title = render(episode, source(dataset), ranks)
-            words = f"{RULES[name].first_rank()}{',' if name == 'F1' else ' and'} {RULES[name].words}"
-            words = f"{words}: {counts(searches, RULES[name].choose(searches))}."
-            figures[name] = figure, _caption(profile, name, title, dataset, episode, words)
-    return figures
-
-
-def _teaser(episode, source, ranks):
-    """Return F1 and what it shows."""
+def _two_turns(episode, source, ranks):
+    """Return F1, a column per turn, and what it shows."""
     after = ranks[episode.turns[0].shown_id][-1] if ranks else None
+    heads = (
+        "Turn 1: the query as typed",
+        f"Turn 2: the query and {episode.turns[0].refine_tokens} soft tokens",
+    )
+    columns = {head: (episode, (turn,)) for head, turn in zip(heads, episode.turns, strict=True)}
     title = f"A search in two turns: the right video goes from rank {episode.rank_orig} to 1"
     title += f", the rejected one from 1 to {after}." if after else "."
-    return search_panels.two_turns(episode, source, after), title
+    return search_panels.turn_by_turn(columns, source), title
 
 
 def _by_soft_tokens(episode, source, ranks):
@@ -253,11 +223,6 @@ def _caption(profile, name, title, dataset, episode, rule):
     return f"{title} {picked} {paper} {marks} Profile {profile.name}, {world}."
 
 
-def _left_out(names, why):
-    if names:
-        print(f"left out: figures {', '.join(names)}: {why}")
-
-
 def _save(figure, folder, name, words):
     """Save the png with 256 colours: a third of the bytes, and drawings keep their edges."""
     path = plots.save(figure, folder, name, words)
@@ -273,7 +238,6 @@ def publish(profile: Profile) -> list[Path]:
     """Draw each figure whose rule finds a search among the episodes, and remove those of an earlier run."""
     folder = profile.results() / "figures" if profile.world else profile.runs("figures")
     with video_reader.Reader() as reader:
-        source = functools.cache(lambda dataset: FrameSource(profile, dataset, reader))
-        figures = comparisons(profile, source) | singles(profile, source)
-        results.remove_figures(profile, folder, {*COMPARED, "Q2", "F1", "F6"} - figures.keys())
-        return [_save(figure, folder, name, words) for name, (figure, words) in figures.items()]
+        drawn = {name: (figure, words) for name, figure, words in figures(profile, reader)}
+    results.remove_figures(profile, folder, {*COMPARED, "Q2", "F1", "F6"} - drawn.keys())
+    return [_save(figure, folder, name, words) for name, (figure, words) in drawn.items()]

@@ -74,27 +74,18 @@ def _marked(text, phrases, props=None):
     return [(piece, marked[found]) for piece, found in qualitative.pieces(text, phrases)]
 
 
-def _videos(canvas, y, source, episode, shown, width=COLUMN, each=1.0, count=3):
-    """Draw videos side by side under their headings, with what wrong ones have instead; return the y below.
-
-    shown   [(x, video, heading)]
-    """
-    tops = []
-    for x, video, heading in shown:
-        lacks = [f"{seen}, not {asked}" for asked, seen in source.lacks(episode, video).items()]
-        kind = ("wrong video" + ": " * bool(lacks) + "; ".join(lacks), {"color": BLACK})
-        kind = ("right video", {"color": RED}) if video == episode.gt_video else kind
-        tops.append(canvas.words(x, y, width, [(f"{heading}: ", BOLD), kind]) + 0.06)
-    bottoms = []
-    for x, video, _ in shown:
-        strip = source.strip(episode, video, count)
-        bottoms.append(canvas.frames(x + 0.04, max(tops), strip, each, dashed=video == episode.gt_video))
-    return max(bottoms)
+def _video(canvas, x, y, source, episode, video, heading):
+    """Draw frames of a video under a heading, with what a wrong one has instead; return the y below."""
+    lacks = [f"{seen}, not {asked}" for asked, seen in source.lacks(episode, video).items()]
+    kind = ("wrong video" + ": " * bool(lacks) + "; ".join(lacks), {"color": BLACK})
+    kind = ("right video", {"color": RED}) if video == episode.gt_video else kind
+    y = canvas.words(x, y, COLUMN, [(f"{heading}: ", BOLD), kind]) + 0.06
+    return canvas.frames(x + 0.04, y, source.strip(episode, video, 3), 1.0, dashed=video == episode.gt_video)
 
 
-def _reply(canvas, x, y, source, episode, turn, width=COLUMN):
+def _reply(canvas, x, y, source, episode, turn):
     """Draw the reply to a video and what was done next in a box; return the y below."""
-    top, inner, left = y, width - 0.2, x + 0.1
+    top, inner, left = y, COLUMN - 0.2, x + 0.1
     if turn.reused:
         first = next(before.t for before in episode.turns if before.shown_id == turn.shown_id)
         again = f"Turn {turn.t} is turn {first} again, reply and next query; {qualitative.ranks(turn)}."
@@ -104,7 +95,7 @@ def _reply(canvas, x, y, source, episode, turn, width=COLUMN):
         y = canvas.words(left, y + 0.06, inner, [(f"{s} ", {"color": RED} if no else {}) for s, no in steps])
         y = canvas.words(left, y + 0.02, inner, _verdict(turn))
         y = _next(canvas, left, y + 0.02, inner, source, episode, turn)
-    canvas.box(x, top, width, y + 0.05)
+    canvas.box(x, top, COLUMN, y + 0.05)
     return y + 0.17
 
 
@@ -150,43 +141,33 @@ def _end(episode):
 
 
 @plots.style()
-def compare(soft: Episode, hard: Episode, source: FrameSource) -> Figure:
-    """Draw the first turn that two searches share, then HQR on the left and SQR on the right, turn by turn."""
-    canvas = Canvas()
-    first = ((soft.turns[0].shown_id, "turn 1, rank 1"), (soft.gt_video, f"rank {soft.rank_orig}"))
-    shown = [(x, *video) for x, video in zip(COLUMNS, first, strict=True)]
-    y, ends = _videos(canvas, _query(canvas, source, soft), source, soft, shown) + 0.1, []
-    for x, episode, name in zip(COLUMNS, (hard, soft), ("Hard", "Soft"), strict=True):
-        below = canvas.words(x, y, COLUMN, [(f"{name} query refinement", BOLD)], 11) + 0.05
-        for turn in episode.turns:
+def turn_by_turn(columns: dict[str, tuple[Episode, tuple[Turn, ...]]], source: FrameSource) -> Figure:
+    """Draw the query, the first video and the right one, then a column of turns under each heading.
+
+    columns   {heading: (episode, those of its turns that stand below)}; the episodes share query and first video
+    """
+    canvas, ends = Canvas(), []
+    first, _ = next(iter(columns.values()))
+    top = _query(canvas, source, first)
+    pair = ((first.turns[0].shown_id, "turn 1, rank 1"), (first.gt_video, f"rank {first.rank_orig}"))
+    y = (
+        max(_video(canvas, x, top, source, first, *shown) for x, shown in zip(COLUMNS, pair, strict=True))
+        + 0.1
+    )
+    for x, (heading, (episode, turns)) in zip(COLUMNS, columns.items(), strict=True):
+        below = canvas.words(x, y, COLUMN, [(heading, BOLD)], 11) + 0.05
+        for turn in turns:
             if turn.t > 1 and not turn.reused:
-                video = [(x, turn.shown_id, f"turn {turn.t}, rank 1")]
-                below = _videos(canvas, below, source, episode, video) + 0.02
+                below = (
+                    _video(canvas, x, below, source, episode, turn.shown_id, f"turn {turn.t}, rank 1") + 0.02
+                )
             below = _reply(canvas, x, below, source, episode, turn)
-        ends.append(canvas.words(x, below, COLUMN, _end(episode), 9.5))
+        ends.append(
+            canvas.words(x, below, COLUMN, _end(episode), 9.5) if turn is episode.turns[-1] else below
+        )
     middle = COLUMNS[1] - GAP / 2
     canvas.axes.plot((middle, middle), (y, max(ends)), color=GREY, linewidth=0.8)
     return canvas.cut(max(ends) + 0.1)
-
-
-@plots.style()
-def two_turns(episode: Episode, source: FrameSource, rejected: int | None) -> Figure:
-    """Draw F1: two turns side by side, each with the first video of its ranking.
-
-    rejected   rank of the first video after the refinement; None: not known
-    """
-    canvas, wrong, half = Canvas(), episode.turns[0].shown_id, COLUMN / 2
-    top = _query(canvas, source, episode)
-    heads = "the query as it was typed", f"the query and {episode.turns[0].refine_tokens} soft tokens"
-    before = (wrong, "rank 1"), (episode.gt_video, f"rank {episode.rank_orig}")
-    after = (episode.gt_video, "rank 1"), (wrong, f"rank {rejected}" if rejected else "rejected")
-    shown = []
-    for x, turn, head, videos in zip(COLUMNS, episode.turns, heads, (before, after), strict=True):
-        y = canvas.words(x, top, COLUMN, [(f"Turn {turn.t}: {head}", BOLD)], 11) + 0.05
-        shown += [(x, *videos[0]), (x + half + 0.08, *videos[1])]
-    y = _videos(canvas, y, source, episode, shown, half - 0.1, 0.95, 2) + 0.05
-    turns = zip(COLUMNS, episode.turns, strict=True)
-    return canvas.cut(max(_reply(canvas, x, y, source, episode, turn) for x, turn in turns))
 
 
 LINES = ((RED, "D"), (ORANGE, "^"), (BLUE, "*"))  # of the video found first, of the next, of the right one
