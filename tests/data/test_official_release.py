@@ -605,11 +605,11 @@ def test_doctor_says_step_by_step_what_is_there_and_what_it_allows(profile, whol
     (home / "videos").mkdir()
     for video in ("CCCCC", "DDDDD"):
         (home / "videos" / f"{video}.mp4").write_bytes(b"film")
-    check("missing", "videos of test 66.7%, of train 0.0%, for ZS, walking down of T1")
+    check("missing", "videos of test 66.7%, of train 0.0%, for ZS, rank fallback of T1")
     (home / "videos" / "AAAAA.mp4").write_bytes(b"film")
     check("limited", "of train 50.0%, for all rows of T1", "missing.csv")
     (home / official_release.REPLIES).unlink()
-    check("missing", "for ZS, walking down, two-stage of T1", "no replies to learn stage 1 from")
+    check("missing", "for ZS, rank fallback, two-stage of T1", "no replies to learn stage 1 from")
     (home / "annotations" / "charades_fig_test.jsonl").write_text("{")
     check("missing", "line 1: not JSON")
 

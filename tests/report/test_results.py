@@ -312,23 +312,8 @@ def test_what_an_item_departs_in_stands_in_the_list_of_deviations():
     named = {name for about in results.items().values() for name in about.get("deviations", ())}
     assert named and named <= html_report.departures().keys()
     assert all(len(cells) == 3 for cells in html_report.departures().values())
-    known = {"title", "notebooks", "stages", "deviations", "beyond", "made", "caption"}
+    known = {"title", "notebooks", "deviations", "beyond", "made", "caption"}
     assert all(about.keys() <= known for about in results.items().values())
-
-
-def test_minutes_are_those_of_the_stages_that_an_item_names(run):
-
-    for name in ("sft", "ft", "ladder"):
-        cache.build(run.runs("didemo") / name, {"a": 1}, lambda folder: (folder / "x").touch())
-    origin = provenance.write(run)
-    origin["stages"] = {
-        f"didemo/seed-42/{name}": {"minutes": m} for name, m in (("sft", 2.0), ("ft", 3.0), ("ladder", 9.0))
-    }
-    origin["stages"] |= {"didemo/seed-42/variants/no-ret/grpo": {"minutes": 7.0}}
-    shown = {
-        item.id: html_report._minutes(item, origin) for item in html_report.items(run, results.collect(run))
-    }
-    assert "took 5.0 minutes" in shown["T1"] and "took 9.0 minutes" in shown["T2"]  # sft 2.0, the variant 7.0
 
 
 def test_verdicts_of_an_item_are_counted_and_on_mini_never_against_the_paper(run):

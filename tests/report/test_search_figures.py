@@ -240,7 +240,7 @@ def test_a_video_that_cannot_be_read_is_named_so(home, tmp_path, monkeypatch):
 
 
 def growing(home, monkeypatch, by_depth, recorded=(25, 2, 1)):
-    """{name: (figure, caption)} where one search has three videos on top, with ranks that were computed as `by_depth`."""
+    """{name: (figure, caption)} where one search has three videos on top, with these ranks computed."""
     one = next(one for (one,) in search_figures.run_searches(home)["charades"] if one.desc_id == 7)
     names = [one.turns[0].shown_id, one.turns[1].shown_id]
     third = next(v for v in world.read_scenes(home.data_dir("charades") / "corpus") if v not in names)

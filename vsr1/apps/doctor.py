@@ -244,5 +244,5 @@ def t1(test, train, vectors, replies) -> str:
     """Name the rows of T1 that part of a data set allows, by the share of videos found."""
     if test:
         rest = ", two-stage" * bool(train)
-        return "all rows" if train and replies else f"ZS, walking down{rest}"
+        return "all rows" if train and replies else f"ZS, rank fallback{rest}"
     return "VR of ZS and FT by the released vectors (download-release prints it)" if vectors else "chance"

@@ -8,7 +8,6 @@ import base64
 import functools
 import io
 import os
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,6 @@ from vsr1.report import (
     templates,
     verdicts,
 )
-
-OF_RUN = re.compile(rf"{'|'.join(config.DATASETS)}|seed-\d+")  # parts of a path that every step has
 
 
 def publish(profile: Profile) -> Path:
@@ -177,7 +174,6 @@ def report(profile: Profile, searches: list[Path] = ()) -> Path:
         picture=picture,
         inside=lambda path: path.is_relative_to(folder),
         remedy=lambda item: remedy(profile, item),
-        minutes=lambda item: _minutes(item, origin),
         copies=lambda name: _copies(profile, name),
         link=lambda path: quote(os.path.relpath(path, folder)),
     )
@@ -225,15 +221,6 @@ def _facts(origin):
     device = "{cpu}, {cores} cores, {memory_gb} GB memory, ".format(**origin["device"])
     libraries = ", ".join(map(" ".join, origin["libraries"].items()))
     return facts | {"device": device + (origin["device"]["gpu"] or "no GPU"), "libraries": libraries}
-
-
-def _minutes(item, origin):
-    """Say what the steps of an item took, over all data sets."""
-    names, spent = tuple(item.about.get("stages", ())), 0.0
-    for path, step in origin["stages"].items():
-        name = "/".join(part for part in path.split("/") if not OF_RUN.fullmatch(part))
-        spent += step["minutes"] if name.startswith(names) else 0.0
-    return f"Its steps ({', '.join(names)}) took {spent:.1f} minutes." if spent else ""
 
 
 def _notebooks(profile):

@@ -6,7 +6,7 @@ from vsr1 import config
 from vsr1.config import InputError, Profile
 from vsr1.report import html_report, results, tables, templates, verdicts
 
-SYSTEMS = {"zs": "ZS", "ft": "FT", "walkdown": "FT, walking down"}
+SYSTEMS = {"zs": "ZS", "ft": "FT", "walkdown": "FT, rank fallback"}
 SYSTEMS |= {"sft": "stage 1 only", "vsr1": "VideoSearch-R1"}
 
 
