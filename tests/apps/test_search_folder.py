@@ -344,8 +344,8 @@ def test_a_film_shows_the_seconds_that_it_names(films, tmp_path):
     tape, words = search_page.film(films[0], clip, (6.0, 9.0))
     assert words == "The film runs from 00:04.0 to 00:11.0, without sound."
     (tmp_path / "part.mp4").write_bytes(tape)
-    part = video_reader.read_frames(tmp_path / "part.mp4", np.arange(7.0))
-    whole = video_reader.read_frames(films[0], np.arange(20.0))
+    part = video_reader.Reader().read(tmp_path / "part.mp4", np.arange(7.0))
+    whole = video_reader.Reader().read(films[0], np.arange(20.0))
     assert abs(part.seconds - 7) <= 1 / search_page.FPS
     errors = np.abs(part.frames[:, None].astype(int) - whole.frames[None]).mean(axis=(2, 3, 4))  # (7, 20)
     over = errors - errors.min(axis=1, keepdims=True)  # how much worse than the second that fits best

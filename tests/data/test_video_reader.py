@@ -14,7 +14,8 @@ import pytest
 
 from vsr1 import config
 from vsr1.data import decoder, video_reader
-from vsr1.data.video_reader import DecodeTimeout, Reader, read_frames, read_videos, sample_times
+from vsr1.data.decoder import sample_times
+from vsr1.data.video_reader import DecodeTimeout, Reader, read_videos
 
 WIDTH, HEIGHT, BITS = 128, 96, 12
 STEADY = np.arange(560) * 125  # ms: 8 fps, 70 s
@@ -212,7 +213,7 @@ def test_broken_files_are_named_with_a_reason_and_the_run_goes_on(clips, tmp_pat
 
 
 def test_a_time_beyond_the_end_is_a_problem_and_not_the_last_frame_again(clips):
-    clip = read_frames(clips["variable rate"], [3.0, 200.0])
+    clip = Reader().read(clips["variable rate"], [3.0, 200.0])
     assert clip.frames is None and "asked for second 200.00, the pictures end at" in clip.problem
 
 

@@ -226,7 +226,7 @@ def test_a_film_is_small_h264_and_shows_the_same_at_the_same_second(run, made):
     with av.open(str(small)) as box:
         assert box.streams.video[0].codec_context.name == "h264"
     assert small.stat().st_size < source.stat().st_size
-    whole, copy = (video_reader.read_frames(path, np.arange(20.0)) for path in (source, small))
+    whole, copy = (video_reader.Reader().read(path, np.arange(20.0)) for path in (source, small))
     assert abs(whole.seconds - copy.seconds) <= 1 / previews.FPS
     errors = np.abs(copy.frames[:, None].astype(int) - whole.frames[None]).mean(axis=(2, 3, 4))  # (20, 20)
     over = errors - errors.min(axis=1, keepdims=True)  # how much worse than the second that fits best
@@ -250,7 +250,7 @@ def test_a_film_whose_clock_begins_late_is_the_same(run, made, tmp_path):
     with av.open(str(tmp_path / "late.mkv")) as box:
         assert next(box.decode(video=0)).time >= 5
     films = made / "charades" / source.name, tmp_path / "late.mp4"
-    seen = [video_reader.read_frames(path, np.arange(10.0)) for path in films]
+    seen = [video_reader.Reader().read(path, np.arange(10.0)) for path in films]
     np.testing.assert_array_equal(*(clip.frames for clip in seen))
 
 

@@ -4,7 +4,6 @@ import base64
 import io
 import os
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import numpy as np
 from vsr1.apps.folder_index import DECODE_TIMEOUT, plain
 from vsr1.config import ROOT
 from vsr1.data import previews, video_reader
-from vsr1.data.video_writer import write_video
 from vsr1.report import templates
 
 # Of the film; all ours: seconds on both sides of the moment, then at most so many fps, frames, pixels high.
@@ -86,14 +84,11 @@ def film(path: Path, clip: video_reader.Clip, moment) -> tuple[bytes, str]:
         return b"", clip.problem
     first, last = (0.0, clip.seconds) if moment is None else (moment[0] - MARGIN, moment[1] + MARGIN)
     first, last = max(0.0, first), min(clip.seconds, last)
-    rate = Fraction(min(FPS, FRAMES / (last - first))).limit_denominator(100)
-    height, width = clip.frames.shape[1:3]
-    size = tuple(max(2, round(side * min(1, PIXELS / height) / 2) * 2) for side in (width, height))
-    with video_reader.Reader(size=size, timeout=DECODE_TIMEOUT, skip_slow=True) as reader:
-        part = reader.read(path, np.arange(first, last, float(1 / rate)))
-    if part.problem is not None:
-        return b"", part.problem
-    write_video(buffer := io.BytesIO(), part.frames, rate, CRF)
+    buffer = io.BytesIO()
+    with video_reader.Reader(timeout=DECODE_TIMEOUT, skip_slow=True) as reader:
+        problem = previews.film(reader, path, clip, buffer, (first, last), (FPS, FRAMES, PIXELS, CRF))
+    if problem is not None:
+        return b"", problem
     return buffer.getvalue(), f"The film runs from {clock(first)} to {clock(last)}, without sound."
 
 

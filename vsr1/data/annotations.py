@@ -66,7 +66,6 @@ class Video:
 
     id: str
     path: Path | None  # None: no file found; its queries stay in every denominator
-    seconds: float | None  # None: not measured yet
 
 
 # --- Files to texts and checked values
@@ -79,12 +78,9 @@ def read_text(path):
         if str(path).endswith(".gz"):
             content = gzip.decompress(content)
         return content.decode("utf-8-sig")
-    except OSError as error:  # a broken gzip header is one too
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    except (EOFError, zlib.error) as error:
-        raise InputError(f"{path}: not a whole gzip file ({error}); download it again") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}); convert the file") from error
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({reason}); check the file") from error
 
 
 def parse_json(text, path, line=None, kind=typing.Any):
@@ -108,9 +104,7 @@ def parse_json(text, path, line=None, kind=typing.Any):
     raise InputError(f"{where}{_place(fault['loc'])}: {message}{found}")
 
 
-@functools.cache
-def _adapter(kind):
-    return TypeAdapter(kind)
+_adapter = functools.cache(TypeAdapter)
 
 
 def _place(keys):
@@ -246,4 +240,4 @@ def find_videos(folder, ids):
     ids = list(ids)
     several = sum(len(files.get(id, [])) > 1 for id in set(ids))
     _warn_repairs(folder, {"ids with several files, first taken": several})
-    return [Video(id, files.get(id, [None])[0], None) for id in ids]
+    return [Video(id, files.get(id, [None])[0]) for id in ids]

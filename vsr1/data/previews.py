@@ -14,7 +14,7 @@ from vsr1.data import annotations, video_reader
 from vsr1.data.video_writer import write_video
 
 # Ours: the copies of three data sets together take about 6 MB, and drawings can still be told apart.
-FPS, FRAMES, PIXELS, CRF = 4, 200, 128, 38  # at most: fps, frames, height; and x264's crf
+FPS, FRAMES, PIXELS, CRF = LIMITS = 4, 200, 128, 38  # of a film, at most: fps, frames, height; and x264's crf
 STRIP, STRIP_PIXELS, STRIP_QUALITY = 8, 96, 35  # frames, pixels of height, webp's quality
 
 
@@ -36,28 +36,32 @@ def _preview(reader, small, video, home):
     """Write both copies of one video and return its entry of films.json."""
     if video.path is None:
         return {"seconds": None, "times": [], "problem": "no such file"}
-    clip = reader.read(video.path)
-    if clip.problem is None:
+    clip, times = reader.read(video.path), []
+    problem = clip.problem or film(small, video.path, clip, home / f"{video.id}.mp4")
+    if problem is None:
         picture, times = strip(clip)
-        problem = film(small, video.path, clip, home / f"{video.id}.mp4")
-        if problem is None:
-            picture.save(home / f"{video.id}.webp", quality=STRIP_QUALITY, method=6)
-            return {"seconds": clip.seconds, "times": times, "problem": None}
-    return {"seconds": clip.seconds, "times": [], "problem": clip.problem or problem}
+        picture.save(home / f"{video.id}.webp", quality=STRIP_QUALITY, method=6)
+    return {"seconds": clip.seconds, "times": times, "problem": problem}
 
 
-def film(reader: video_reader.Reader, source: Path, clip: video_reader.Clip, target: Path) -> str | None:
+def film(
+    reader: video_reader.Reader, source: Path, clip: video_reader.Clip, target, span=None, limits=LIMITS
+):
     """Write a small copy of a video, H.264 without sound; return why its frames cannot be read, None if they can.
 
-    clip   what was read of the video before: its length and the size of its frames
+    clip    what was read of the video before: its length and the size of its frames
+    target  a path or an open binary file
+    span    (start, end) in seconds of the part that is copied; None: all
+    limits  at most so many fps, frames, pixels of height; and x264's crf
     """
-    rate = Fraction(min(FPS, FRAMES / clip.seconds)).limit_denominator(100)
+    fps, frames, pixels, crf = limits
+    start, end = span or (0.0, clip.seconds)
+    rate = Fraction(min(fps, frames / (end - start))).limit_denominator(100)
     height, width = clip.frames.shape[1:3]
-    small = min(PIXELS, height) // 2 * 2
-    reader.size = (max(2, round(small * width / height / 2) * 2), small)
-    copy = reader.read(source, np.arange(0, clip.seconds - 1e-3, 1 / float(rate)))
+    reader.size = tuple(max(2, round(side * min(1, pixels / height) / 2) * 2) for side in (width, height))
+    copy = reader.read(source, np.arange(start, end - 1e-3, 1 / float(rate)))
     if copy.problem is None:
-        write_video(target, copy.frames, rate, CRF)
+        write_video(target, copy.frames, rate, crf)
     return copy.problem
 
 

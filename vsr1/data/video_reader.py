@@ -19,18 +19,6 @@ import numpy as np
 
 from vsr1.config import InputError
 from vsr1.data import decoder
-from vsr1.data.decoder import sample_times
-
-__all__ = [
-    "Clip",
-    "DecodeTimeout",
-    "Reader",
-    "read_frames",
-    "read_videos",
-    "reader_for",
-    "reader_pool",
-    "sample_times",
-]
 
 TIMEOUT = 30.0  # seconds for one video
 RETRY = 4  # times as long may the second attempt take
@@ -146,12 +134,6 @@ class Reader:
 def reader_for(profile) -> Reader:
     """Return a reader with the sampling and the time limit of a profile."""
     return Reader(profile.video_fps, profile.max_frames, timeout=profile.decode_timeout)
-
-
-def read_frames(path, timestamps) -> Clip:
-    """Read the frames on screen at `timestamps`; for many videos keep a Reader."""
-    with Reader() as reader:
-        return reader.read(path, timestamps)
 
 
 def read_videos(paths, like: Reader | None = None, workers=1) -> Iterator[Clip]:

@@ -26,17 +26,10 @@ def write_video(
     crf, preset        quality and effort of libx264, by its defaults
     keyframe_interval  frames from one keyframe to the next at most; None: libx264's default
     """
-    if not isinstance(target, Path):
-        _encode(target, frames, Fraction(fps), crf, preset, keyframe_interval)
-        return
-    scratch = target.with_name(f".{target.name}")
-    _encode(str(scratch), frames, Fraction(fps), crf, preset, keyframe_interval)
-    os.replace(scratch, target)
-
-
-def _encode(target, frames, fps, crf, preset, keyframe_interval):
-    with av.open(target, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps)
+    whole_file = isinstance(target, Path)
+    scratch = str(target.with_name(f".{target.name}")) if whole_file else target
+    with av.open(scratch, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps))
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1  # several threads would make the bytes depend on the machine
         stream.options = {"preset": preset, "crf": str(crf)}
@@ -47,7 +40,9 @@ def _encode(target, frames, fps, crf, preset, keyframe_interval):
                 frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
             if number == 0:
                 stream.width, stream.height = frame.width, frame.height
-            frame.pts, frame.time_base = number, 1 / fps
+            frame.pts, frame.time_base = number, 1 / Fraction(fps)
             frame.pict_type = 0  # of a decoded frame: the encoder chooses its own
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    if whole_file:
+        os.replace(scratch, target)

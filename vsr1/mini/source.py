@@ -5,7 +5,7 @@ The contract is that of `vsr1.data.source`.
 
 import numpy as np
 
-from vsr1.data import annotations, video_reader
+from vsr1.data import annotations, decoder
 from vsr1.mini import captions, renderer, teacher, world
 from vsr1.models import inputs
 
@@ -42,6 +42,6 @@ def printed_moments(profile, scene: world.Scene) -> tuple[world.Moment, ...]:
     """Return the moments of a scene at the times that the policy reads between the frames."""
     fps = profile.world.fps
     length = round(scene.seconds * fps) / fps
-    wanted = video_reader.sample_times(length, profile.video_fps, profile.max_frames)
+    wanted = decoder.sample_times(length, profile.video_fps, profile.max_frames)
     times = inputs.pair_times(np.floor(wanted * fps + 1e-6) / fps).round(1)  # of the frames on screen then
     return tuple(teacher.at_printed_times(moment, times) or moment for moment in scene.moments)
