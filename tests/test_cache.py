@@ -155,21 +155,6 @@ def test_of_two_processes_with_one_target_the_second_waits(tmp_path):
     assert len(content(tmp_path / "out")) == 40
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_a_full_or_read_only_disk_is_one_line_with_a_remedy(tmp_path, number):
-    def full(folder):
-        raise OSError(number, os.strerror(number))
-
-    with pytest.raises(InputError, match="free some space") as caught:
-        cache.build(tmp_path / "out", {}, full)
-    assert os.strerror(number) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_another_os_error_keeps_its_own_name(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        cache.build(tmp_path / "out", {}, lambda folder: (folder / "absent").read_text())
-
-
 def test_write_json_leaves_the_old_file_when_the_disk_fills(tmp_path, monkeypatch):
     path = tmp_path / "value.json"
     cache.write_json(path, {"a": 1})

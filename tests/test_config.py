@@ -42,38 +42,26 @@ def test_a_minimal_file_gets_the_defaults_and_its_own_name(tmp_path):
     assert (profile.name, profile.max_frames, profile.world) == ("mine", 64, None)
 
 
-def test_an_unknown_knob_is_named(tmp_path):
-    assert "'max_frame'" in refused(tmp_path, GOOD + "max_frame: 8\n")
-
-
-def test_an_unknown_knob_of_the_world_is_named(tmp_path):
-    assert "world" in (message := refused(tmp_path, GOOD + "world: {heigth: 3}\n")) and "'heigth'" in message
-
-
-def test_a_missing_knob_is_named(tmp_path):
-    assert "engine_large is missing" in refused(tmp_path, "datasets: [charades]\nengine: a\n")
-
-
-def test_a_missing_knob_of_the_world_is_named(tmp_path):
-    assert "test_videos is missing" in refused(tmp_path, GOOD + "world: {train_videos: 3}\n")
-
-
 @pytest.mark.parametrize(
-    ("line", "expected"),
+    ("lines", "expected"),
     [
-        ("video_fps: 1e-6", "expected float, found '1e-6' (str)"),  # yaml 1.1 reads 1e-6 as text
-        ("seed: yes", "expected int, found True (bool)"),
-        ("seed: 42.0", "expected int, found 42.0 (float)"),
-        ("instruction: no", "expected str, found False (bool)"),
-        ("max_frames: [64]", "expected int, found [64] (list)"),
-        ("vr_ks: 10", "expected a list, found 10"),
-        ("vr_ks: [1, five]", "expected int, found 'five' (str)"),
-        ("world: 7", "expected a mapping, found 7"),
+        ("max_frame: 8", "no such knob 'max_frame'"),
+        ("world: {heigth: 3}", "world: no such knob 'heigth'"),
+        ("world: {train_videos: 3}", "world: test_videos is missing"),
+        (
+            "video_fps: 1e-6",
+            "video_fps: should be a valid number, found '1e-6'",
+        ),  # yaml 1.1 reads 1e-6 as text
+        ("seed: yes", "seed: should be a valid integer, found True"),
+        ("seed: 42.0", "seed: should be a valid integer, found 42.0"),
+        ("instruction: no", "instruction: should be a valid string, found False"),
+        ("vr_ks: 10", "vr_ks: should be a valid array, found 10"),
+        ("vr_ks: [1, five]", "vr_ks: 1: should be a valid integer, found 'five'"),
+        ("world: 7", "world: should be an object, found 7"),
     ],
 )
-def test_a_wrong_type_names_the_key_and_what_was_found(tmp_path, line, expected):
-    message = refused(tmp_path, GOOD + line + "\n")
-    assert f": {line.split(':')[0]}: {expected}" in message
+def test_an_unknown_missing_or_wrongly_typed_knob_is_named_with_what_was_found(tmp_path, lines, expected):
+    assert f"mine.yaml: {expected}" in refused(tmp_path, GOOD + lines + "\n")
 
 
 def test_a_list_becomes_a_tuple_and_a_whole_number_a_float(tmp_path):
@@ -91,39 +79,9 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     "line",
     [
-        *(
-            "eval_batch: 0",
-            "grpo_batch: 0",
-            "grpo_rollout_batch: 0",
-            "decode_workers: 0",
-            "threads: 0",
-            "seed: -1",
-        ),
-        *(
-            "grpo_group: 1",
-            "max_frames: 63",
-            "max_frames: 0",
-            "val_fraction: 1.5",
-            "val_fraction: 0",
-            "n_soft: 0",
-        ),
-        *(
-            "rollout_temperature: 0.0",
-            "infonce_temperature: 0.0",
-            "dtype: fp8",
-            "device: cuda:1",
-            "grpo_clip: 0",
-        ),
-        *(
-            "disabled_rewards: [tyme]",
-            "datasets: []",
-            "vr_ks: []",
-            "vr_ks: [0]",
-            "video_fps: .inf",
-            "max_zero_std: 2",
-        ),
-        *("sft_warmup: 1.0", "sft_warmup: -0.1", "infonce_prefixes: [0, 2]", "infonce_prefixes: [2, -1]"),
-        *("display_rule: second_if_repeat", "max_frame_pixels: 100", "engine: ''", "sft_lr: -1.0"),
+        *("eval_batch: 0", "seed: -1", "max_frames: 63", "val_fraction: 0", "rollout_temperature: 0.0"),
+        *("dtype: fp8", "device: cuda:1", "disabled_rewards: [tyme]", "datasets: []", "vr_ks: [0]"),
+        *("video_fps: .inf", "max_zero_std: 2", "sft_warmup: 1.0", "infonce_prefixes: [2, -1]", "engine: ''"),
         *("world: {train_videos: 3, test_videos: 0, foundation_videos: 1}", "two_stage: {epochs: 0}"),
         *("soft_token_bound: {train_queries: []}", "studies: {probe_steps: none}"),
     ],
@@ -131,9 +89,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
 def test_a_value_that_cannot_work_is_refused_by_name(tmp_path, line):
     key = line.split(":")[0]
     lines = [other for other in GOOD.splitlines() if not other.startswith(f"{key}:")]
-    assert f"mine.yaml: {key}: " in refused(tmp_path, "\n".join([*lines, line])).replace(
-        "no such knob 'grpo_batch'", "grpo_batch: "
-    )
+    assert f"mine.yaml: {key}: " in refused(tmp_path, "\n".join([*lines, line]))
 
 
 def test_an_unknown_data_set_in_a_profile_is_refused(tmp_path):
@@ -209,7 +165,7 @@ def test_a_run_of_another_seed_or_other_data_sets_reports_below_runs(seed, datas
 def test_a_private_file_with_the_name_of_a_profile_of_vsr1_is_refused(tmp_path):
     path = tmp_path / "mini.yaml"
     path.write_text(GOOD)
-    with pytest.raises(config.InputError, match=r"mini.yaml: mini is a profile of vsr1, .*; rename it"):
+    with pytest.raises(config.InputError, match=r"mini.yaml: its results would replace .*; rename it"):
         config.load(str(path))
     assert config.load(str(config.PROFILES / "mini.yaml")) == config.load("mini")
 

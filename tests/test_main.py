@@ -111,7 +111,7 @@ def test_a_full_disk_is_one_line_and_an_interrupt_another(monkeypatch, capsys):
 
     monkeypatch.setattr(pipeline, "corpus", full)
     status, _, err = run(capsys, "corpus", "--jobs", "1")
-    assert status == 2 and "No space left on device; free some space" in err and err.count("\n") == 1
+    assert status == 2 and "No space left on device; make room there" in err and err.count("\n") == 1
     monkeypatch.setattr(pipeline, "corpus", stopped)
     assert run(capsys, "corpus", "--jobs", "1") == (130, "", "stopped; run the same command again to go on\n")
 

@@ -1,5 +1,6 @@
 """The command line, `python -m vsr1 COMMAND`. The Makefile calls it; each command imports only what it needs."""
 
+import errno
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from vsr1.apps import notebooks, pipeline, processes
 from vsr1.config import ROOT, InputError
 
 INTERRUPTED = 130
+UNWRITABLE = errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC, errno.EROFS
 RANK_0_FIRST = 10  # seconds in which a launcher ends the other processes when one has ended
 MEMORY_KNOBS = "batch_tokens, eval_batch, sft_batch, grpo_rollout_batch, grpo_micro_batch or max_frame_pixels"
 LISTS = ("--datasets", "--dataset", "--seeds", "--iou")  # options that take several words
@@ -46,9 +48,9 @@ def main(argv=None) -> int:
         if not isinstance(error, InputError):
             message = f"{error.format_message().rstrip('.')}; see python -m vsr1 COMMAND --help"
     except OSError as error:
-        if error.errno not in (28, 30):  # no space left, read-only
+        if error.errno not in UNWRITABLE:
             raise
-        message = f"{error.filename or ROOT}: {error.strerror}; free some space, then run it again"
+        message = f"{error.filename or ROOT}: {error.strerror}; make room there, or choose another place"
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
             message = f"not enough memory ({str(error)[:90]}); lower {MEMORY_KNOBS} in the profile, then run it again"

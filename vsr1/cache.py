@@ -68,7 +68,6 @@ def build(target: Path, inputs: dict, work, distributed=False) -> Path:
     distributed  with several processes: every rank calls `work` on the shared folder; else rank 0 alone
 
     A second command that wants the same target waits for the first. Rank 0 checks and renames; the others wait.
-    Raises InputError when the disk is full or read-only.
     """
     key, ranks = fingerprint(inputs), dist_state()
     if not ranks.is_main_process:
@@ -79,21 +78,14 @@ def build(target: Path, inputs: dict, work, distributed=False) -> Path:
             ranks.wait_for_everyone()  # all have built
             ranks.wait_for_everyone()  # rank 0 has renamed
         return target
-    try:
-        if metadata(target).get("key") != key:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with locked(target):
-                if metadata(target).get("key") != key and not _restore(target, key):
-                    _build(target, key, inputs, work)
-                    return target
-        ranks.wait_for_everyone()
-        return target
-    except OSError as error:
-        if error.errno in (28, 30):  # no space left, read-only
-            raise InputError(
-                f"{target}: {error.strerror}; free some space and run the same command again"
-            ) from error
-        raise
+    if metadata(target).get("key") != key:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(target):
+            if metadata(target).get("key") != key and not _restore(target, key):
+                _build(target, key, inputs, work)
+                return target
+    ranks.wait_for_everyone()
+    return target
 
 
 def _partial(target, key):
@@ -199,19 +191,13 @@ FILES = {_module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 SOURCES = {name: path.read_bytes() for name, path in FILES.items()}
 
 
-class RefuseEdited:
-    """An import finder that finds nothing: it refuses a module that was edited between SOURCES and its import."""
-
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        """Return None, which leaves the import to the next finder, or raise InputError."""
-        if name in FILES and FILES[name].read_bytes() != SOURCES[name]:
-            raise InputError(
-                f"{FILES[name]}: edited since this process began; restart it (in a notebook: the kernel)"
-            )
+def _refuse_edited(name, path=None, target=None):
+    """Refuse to import a module that was edited since SOURCES; leave all else to the next import finder."""
+    if name in FILES and FILES[name].read_bytes() != SOURCES[name]:
+        raise InputError(f"{FILES[name]}: edited since this process began; restart it, or the kernel")
 
 
-sys.meta_path.insert(0, RefuseEdited)
+sys.meta_path.insert(0, types.SimpleNamespace(find_spec=_refuse_edited))
 
 
 @functools.cache
@@ -270,12 +256,24 @@ def _without_words(tree):
 # --- Files
 
 
+@contextmanager
+def replacing(path: Path):
+    """Give a binary file to write that becomes `path` at the end of the block, complete or not at all."""
+    scratch = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    try:
+        with open(scratch, "wb") as file:
+            yield file
+        os.replace(scratch, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write names no file
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`, complete or not at all."""
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, value) -> None:

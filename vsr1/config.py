@@ -20,10 +20,12 @@ from pydantic import Field
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent  # the clone: profiles name their files relative to it
 PROFILES = PACKAGE / "profiles"
+REVISIONS = "revisions.json"  # in the clone, as `make clean` of runs/ must not move a model to another commit
 # Knobs that no result of a data set depends on, but for the rounding of sums: they enter no key and no digest.
-NO_RESULT = {"name", "variant", "part", "datasets"}
-NO_RESULT |= {"parallel_datasets", "decode_workers", "threads", "device", "save_minutes"}
-NO_RESULT |= {"decode_timeout"}
+NO_RESULT = set(
+    "name variant part datasets parallel_datasets decode_workers threads device save_minutes "
+    "decode_timeout".split()
+)
 
 Dataset = Literal["charades", "didemo", "activitynet"]
 DATASETS = typing.get_args(Dataset)
@@ -80,10 +82,7 @@ class BoundConfig:
     free_lr: Positive = 0.05
     n_soft: Count = 4  # soft tokens of the heads that differ in something else
     overfit_queries: Count = 32  # train queries to learn by heart
-    train_queries: Annotated[tuple[Count, ...], Field(min_length=1)] = (
-        100,
-        600,
-    )  # most heads take the last number
+    train_queries: Annotated[tuple[Count, ...], Field(min_length=1)] = (100, 600)  # most heads: the last
     val_queries: Count = 96  # queries of held-out train videos
     batch: Count = 32  # train queries of one step
     steps: Count = 28  # of heads alone
@@ -111,9 +110,7 @@ class Profile:
 
     # What the machine does at once. All ours.
     threads: Count = 1  # of torch and OpenMP; two can stall on a shared machine, a GPU machine wants more
-    parallel_datasets: Count = (
-        1  # data sets that are worked on at once, a process each; more would share one GPU
-    )
+    parallel_datasets: Count = 1  # data sets at once, a process each; more would share one GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the first GPU where there is one, else the CPU
     dtype: Literal["float32", "bfloat16"] = "float32"  # "bf16" at paper scale
     decode_workers: Count = 1  # processes that decode ahead of the engine
@@ -121,9 +118,8 @@ class Profile:
 
     # The loop.
     max_turns: Count = 3  # T; ours: the project page says gains saturate at 3, the official script runs 2
-    display_rule: Literal["top1", "skip_rejected"] = (
-        "top1"  # the paper; "skip_rejected", ours: no rejected video again
-    )
+    # "top1": the paper. "skip_rejected", ours: no rejected video again.
+    display_rule: Literal["top1", "skip_rejected"] = "top1"
     eval_batch: Count = 64  # ours: queries of one batch; their KV caches are held, and a kill costs as many
     max_new_tokens: Count = 1024  # official: tokens of the longest reply
 
@@ -153,17 +149,13 @@ class Profile:
     teacher: str | None = None  # writes one where there is none; official: "Qwen3-VL-30B-A3B-Thinking"
     sft_rows: Count = 1000  # official: rows whose first search is right; as many where it is wrong
     sft_negatives: Count | None = 24  # official: wrong videos of InfoNCE; None: all of the gallery
-    sft_text_only_rows: CountOrZero = (
-        0  # ours: further rows that describe their video in words: heads need many
-    )
+    sft_text_only_rows: CountOrZero = 0  # ours: further rows, with videos in words: heads need many
     sft_epochs: Positive = 1.0  # official
     sft_batch: Count = 1  # rows of one forward; times `sft_accumulate`: the 4 of a public log
     sft_accumulate: Count = 4  # official: batches of one optimizer step
     sft_lr: PositiveOrZero = 2e-5  # official, of the language model
     sft_head_lr: PositiveOrZero = 5e-5  # official, of the soft-query heads
-    sft_warmup: Annotated[float, Field(ge=0, lt=1)] = (
-        0.0  # official; share of the steps in which the rates rise
-    )
+    sft_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0  # official; share of the steps with rising rates
     # Ours: InfoNCE is the mean over queries with the first so many soft tokens, and with all; (): with all (official).
     infonce_prefixes: tuple[Count, ...] = ()
     # Ours: "rejected" lets soft tokens learn only from rows that show a wrong video, where alone they are used.
@@ -180,9 +172,7 @@ class Profile:
     # Stage 2, GRPO.
     grpo_group: Annotated[int, Field(ge=2)] = 8  # "G = 8": episodes from one prompt
     grpo_prompts_per_step: Count = 4  # prompts of one optimizer step; official: 32 episodes
-    grpo_rollout_batch: Count = (
-        4  # ours: prompts that are rolled out, and learned from, at once; costs memory
-    )
+    grpo_rollout_batch: Count = 4  # ours: prompts rolled out, and learned from, at once; costs memory
     grpo_micro_batch: Count | None = None  # ours: replies that one forward learns from; None: all
     grpo_steps: Count | None = None  # None: one epoch (official)
     # Ours: take only queries that stage 1 did not learn from. On others its soft tokens know the right video by heart.
@@ -190,9 +180,7 @@ class Profile:
     # An advantage is over the rewards' spread in its group (official), or in all of the step: TRL's scale_rewards.
     scale_rewards: Literal["group", "batch"] = "group"
     grpo_lr: PositiveOrZero = 5e-7  # official, of the language model
-    grpo_head_lr: PositiveOrZero = (
-        5e-5  # official for stage 1, of the soft-query heads; frozen heads have none
-    )
+    grpo_head_lr: PositiveOrZero = 5e-5  # official for stage 1, of the heads; frozen heads have none
     grpo_schedule: Literal["constant", "linear"] = "constant"  # official; "linear" falls to zero
     grpo_beta: PositiveOrZero = 0.01  # official: weight of the KL to the policy of stage 1
     grpo_clip: Annotated[float, Field(gt=0, lt=1)] = 0.2  # official
@@ -204,12 +192,8 @@ class Profile:
     disabled_rewards: tuple[Reward, ...] = ()  # ours: components that count nothing
     latent_noise_std: Positive = 0.05  # official: noise on soft tokens, for variants that sample them
     max_skipped: Share = 0.05  # ours: share of steps, and always two, that may end without an update
-    max_zero_std: Share = (
-        0.9  # ours: share of groups whose members may all earn the same, per quarter of the run
-    )
-    save_minutes: PositiveOrZero = (
-        10.0  # ours: between saved states of both stages, what a kill costs; 0: every step
-    )
+    max_zero_std: Share = 0.9  # ours: share of groups, per quarter of a run, that may earn all the same
+    save_minutes: PositiveOrZero = 10.0  # ours: between saved states, what a kill costs; 0: every step
 
     # Studies beside the paper's tables.
     studies: StudyConfig = StudyConfig()
@@ -257,11 +241,6 @@ def _set_knobs(config):
     return knobs
 
 
-REVISIONS = (
-    "revisions.json"  # in the clone, not in runs/: `make clean` must not move a model to another commit
-)
-
-
 def revisions() -> dict[str, str]:
     """Return {hub name: the commit that it stands for in this clone}; empty before the first was fetched."""
     path = ROOT / REVISIONS
@@ -291,18 +270,12 @@ def load(name: str, seed: int | None = None, datasets: typing.Sequence[str] = ()
 
 
 def _check_clone():
-    """Raise InputError where the package comes from another clone than the folder of work, or from none."""
-    if not (PACKAGE.parent / "notebooks").is_dir():
-        raise InputError(
-            f"{PACKAGE}: installed without notebooks and results; clone the repository and work there"
-        )
+    """Raise InputError where the package comes from another clone than the folder of work."""
     here = Path.cwd()
     for clone in (here, *here.parents):
         other = clone / "vsr1" / "config.py"
-        if other.exists() and not other.samefile(PACKAGE / "config.py"):
-            raise InputError(
-                f"{here} is in one clone and {PACKAGE} in another; start this in {PACKAGE.parent}"
-            )
+        if other.exists() and not other.samefile(__file__):
+            raise InputError(f"{here} is in one clone, {PACKAGE} in another; start this in {PACKAGE.parent}")
 
 
 def _profile_path(name):
@@ -312,9 +285,7 @@ def _profile_path(name):
         raise InputError(f"{path}: no such profile; there are {known}")
     shipped = PROFILES / path.name
     if shipped.exists() and not path.samefile(shipped):
-        raise InputError(
-            f"{path}: {path.stem} is a profile of vsr1, whose results this one would replace; rename it"
-        )
+        raise InputError(f"{path}: its results would replace those of vsr1's own {path.stem}; rename it")
     return path
 
 
@@ -336,9 +307,7 @@ def claim(path: Path) -> None:
     owner = ROOT / "runs" / path.stem / ".profile"
     other = Path(owner.read_text(encoding="utf-8")) if owner.exists() else path
     if other.exists() and not other.samefile(path):
-        raise InputError(
-            f"{path}: runs/{path.stem} belongs to {other}; give one of the two files another name"
-        )
+        raise InputError(f"{path}: runs/{path.stem} belongs to {other}; give one of them another name")
     owner.parent.mkdir(parents=True, exist_ok=True)
     owner.write_text(str(path.resolve()), encoding="utf-8")
 
@@ -367,32 +336,15 @@ def parse(kind, knobs: dict, where: str):
 
 
 _adapter = functools.cache(pydantic.TypeAdapter)
-TYPES = {
-    "int_type": "int",
-    "float_type": "float",
-    "bool_type": "bool",
-    "string_type": "str",
-    "tuple_type": "a list",
-    "dataclass_type": "a mapping",
-}
 
 
 def _describe(error):
     """Return what is wrong, and with which key, from an error of pydantic."""
-    keys, value, type_ = [key for key in error["loc"] if isinstance(key, str)], error["input"], error["type"]
-    if type_ == "unexpected_keyword_argument":
-        *keys, unknown = keys
-        text = f"no such knob {unknown!r}; remove it or look into vsr1/config.py"
-    elif type_ == "missing" and isinstance(error["loc"][-1], str):
-        *keys, missing = keys
-        text = f"{missing} is missing; add it"
-    elif type_ == "literal_error":
-        text = f"{value!r} is not supported; there are {error['ctx']['expected']}"
-    elif type_ in TYPES:
-        text = f"expected {TYPES[type_]}, found {value!r:.60} ({type(value).__name__})"
+    keys = [str(key) for key in error["loc"]]
+    if error["type"] == "unexpected_keyword_argument":
+        text = f"no such knob {keys.pop()!r}; remove it or look into vsr1/config.py"
+    elif error["type"] == "missing":
+        text = f"{keys.pop()} is missing; add it"
     else:
-        message = (
-            error["msg"].replace("Input should", "should").replace("Field required", "a value is missing")
-        )
-        text = f"{message}, found {value!r:.60}"
+        text = f"{error['msg'].replace('Input should', 'should')}, found {error['input']!r:.60}"
     return ": ".join([*keys, text])

@@ -84,7 +84,7 @@ def change_tensors(change):
     ("damage", "words"),
     [
         (break_setting("n_latents", 8), "vsr1.json: no such knob 'n_latents'"),
-        (break_setting("n_soft", "8"), "vsr1.json: n_soft: expected int, found '8'"),
+        (break_setting("n_soft", "8"), "vsr1.json: n_soft: should be a valid integer, found '8'"),
         (lambda folder: (folder / "vsr1.json").write_text("{"), "vsr1.json: not readable"),
         (lambda folder: (folder / "vsr1.json").unlink(), "soft-query heads but no vsr1.json that says how"),
         (change_tensors(lambda t: t.popitem()), "model.safetensors: not the file that vsr1.json was written"),

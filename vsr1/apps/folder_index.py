@@ -3,14 +3,12 @@
 A file of the same name, size and time is taken as unchanged; any other is compared by content with what is known.
 """
 
-import fcntl
 import json
 import os
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,33 +103,8 @@ def write_index(path: Path, key: str, files: dict[str, IndexedFile]) -> None:
     """Write an index as one file."""
     facts = {name: [file.size, file.changed, file.digest] for name, file in files.items()}
     vecs = np.stack([file.vec for file in files.values()])
-    write_file(path, lambda file: np.savez(file, key=key, files=json.dumps(facts), vecs=vecs))
-
-
-def write_file(path: Path, fill: Callable) -> None:
-    """Fill `path` by fill(file), complete or not at all. Raises InputError where there is no space."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(scratch, "wb") as file:
-            fill(file)
-        os.replace(scratch, path)
-    except OSError as error:
-        with suppress(OSError):
-            scratch.unlink()
-        raise InputError(f"{path}: {error.strerror}; free some space, or use --index") from error
-
-
-@contextmanager
-def locked(home: Path) -> Iterator[None]:
-    """Hold the folder of an index: a second search waits until the first has brought it up to date."""
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        lock = open(home / ".lock", "w")
-    except OSError as error:
-        raise InputError(f"{home}: {error.strerror}; name a folder for the index by --index") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    with cache.replacing(path) as file:
+        np.savez(file, key=key, files=json.dumps(facts), vecs=vecs)
 
 
 # --- Bringing it up to date

@@ -88,7 +88,8 @@ def search(
     say(f"weights: {short_path(weights)}; system: {system}")
     home = Path(index or config.ROOT / "indexes" / profile.name / cache.fingerprint(str(folder))).absolute()
     load = functools.cache(lambda: runner.load_pair(profile, runner.SYSTEMS[system], weights))
-    with folder_index.locked(home):
+    (home / "pages").mkdir(parents=True, exist_ok=True)
+    with cache.locked(home / "index.npz"):  # a second search waits until the index is up to date
         videos = folder_index.refresh(profile, lambda: load()[0], folder, home / "index.npz")
     _say_index(say, videos, home)
     started = time.monotonic()
@@ -122,10 +123,9 @@ def _say_index(say, videos, home):
 
 
 def _write_page(page, folder, result, clips):
-    page.parent.mkdir(exist_ok=True)
     film = search_page.film(folder / result["video"], clips[result["video"]], result["moment"])
     html = search_page.html_page(result, clips, *film)
-    folder_index.write_file(page, lambda file: file.write(html.encode()))
+    cache.write_text(page, html)
 
 
 def _search(profile, pair, folder, videos: FolderIndex, query: Query, system) -> dict:

@@ -8,7 +8,6 @@ The released vectors replace nothing: `embed` computes the same with the engine 
 without a video or a GPU, that annotations and engine are the paper's (`read_vectors`).
 """
 
-import os
 import tarfile
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
@@ -257,9 +256,8 @@ def _content(file, member, path):
 def _save(content, target):
     """Write a file, complete or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.partial")
-    scratch.write_bytes(content)
-    os.replace(scratch, target)
+    with cache.replacing(target) as file:
+        file.write(content)
 
 
 # --- The released vectors

@@ -1,7 +1,6 @@
 """Embed one split of a data set: the step that leaves vectors and an index."""
 
 import csv
-import os
 import time
 from pathlib import Path
 
@@ -105,10 +104,8 @@ def _embed_shard(loaded, videos, clips, path):
                 problems.append((video.id, clip.problem))
 
     vecs = loaded.embed_clips(readable())
-    scratch = path.with_suffix(".tmp")
-    with open(scratch, "wb") as file:
+    with cache.replacing(path) as file:
         np.savez(file, ids=ids, vecs=vecs, problems=np.array(problems, dtype=str).reshape(-1, 2))
-    os.replace(scratch, path)
 
 
 def _arrays(files, name):
