@@ -12,7 +12,7 @@ import time
 import pytest
 
 from vsr1 import cache
-from vsr1.config import PACKAGE, InputError
+from vsr1.config import PACKAGE
 
 # A step of forty small files; argument two is the pause after each. It goes on where a former run stopped.
 WORKER = """
