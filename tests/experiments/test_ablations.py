@@ -12,7 +12,7 @@ from vsr1 import config
 from vsr1.evaluation import metrics
 from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments import ablations, common
-from vsr1.report import plots, results
+from vsr1.report import results
 
 SMOKE = config.load("smoke")
 
@@ -34,19 +34,19 @@ def values(numbers):
 
 
 def test_soft_tokens_are_counted_over_those_that_refined_at_turn_1(three):
-    found = values(ablations.soft_token_depths(dataclasses.replace(SMOKE, n_soft=3), "charades", three))
-    assert [found[f"vsr1/d{d}"] for d in range(4)] == [50, 50, 50, 50]
-    assert [found[f"vsr1-failed/d{d}"] for d in range(4)] == [0, 0, 100, 100]
+    percent = values(ablations.soft_token_depths(dataclasses.replace(SMOKE, n_soft=3), "charades", three))
+    assert [percent[f"vsr1/d{d}"] for d in range(4)] == [50, 50, 50, 50]
+    assert [percent[f"vsr1-failed/d{d}"] for d in range(4)] == [0, 0, 100, 100]
     nobody = ablations.soft_token_depths(dataclasses.replace(SMOKE, n_soft=3), "charades", three[2:])
     assert {number.value for number in nobody.values()} == {None}  # missing, not 0
 
 
 def test_turns_are_cut_from_one_run_and_the_last_is_the_run_itself(three):
-    found = values(common.turn_budgets(SMOKE, "F5", "charades", {"vsr1": three}))
-    assert [round(found[f"vsr1/vcmr@0.5_t{t}"]) for t in (1, 2, 3)] == [33, 67, 67]
-    assert [round(found[f"vsr1/open_t{t}"]) for t in (1, 2)] == [67, 33]
+    percent = values(common.turn_budgets(SMOKE, "F5", "charades", {"vsr1": three}))
+    assert [round(percent[f"vsr1/vcmr@0.5_t{t}"]) for t in (1, 2, 3)] == [33, 67, 67]
+    assert [round(percent[f"vsr1/open_t{t}"]) for t in (1, 2)] == [67, 33]
     for m in metrics.THRESHOLDS:
-        assert found[f"vsr1/vcmr@{m}_t3"] == metrics.percent(metrics.vcmr_hits(three, m))
+        assert percent[f"vsr1/vcmr@{m}_t3"] == metrics.percent(metrics.vcmr_hits(three, m))
 
 
 def test_a_variant_trains_what_it_changes_and_starts_from_the_main_run(tmp_path, monkeypatch):
@@ -79,41 +79,6 @@ def test_what_is_kept_grows_and_forgets_other_knobs(tmp_path, monkeypatch):
     path = run.results() / "ablations" / "didemo.json"
     assert list(json.loads(path.read_text())["numbers"]) == ["B1/didemo/m3/ver"]
     assert not results.collect(run).measured.get("B1/didemo/m3/ver")
-
-
-def measured(run, dataset, names):
-    results.record(
-        run, dataset, "07_tokens", {name: Estimate(value, 9, (value - 1, value + 1)) for name, value in names}
-    )
-
-
-def test_a_mean_of_the_data_sets_needs_all_of_them_and_stands_beside_the_paper(tmp_path, monkeypatch):
-    run = fake_profile(tmp_path, monkeypatch)
-    for at, dataset in enumerate(run.datasets):
-        assert not results.collect(run).at["F4/mean/vsr1/d2", "measured"]
-        measured(run, dataset, [(f"F4/{dataset}/vsr1/d{d}", 10.0 * d + at) for d in range(9)])
-    entry = results.collect(run).loc["F4/mean/vsr1/d2"]
-    assert (entry["value"], entry["paper"], entry["low"]) == (21.0, 32.3, None) and entry["verdict"] is None
-
-
-def test_curves_show_what_is_measured_and_the_last_panel_what_the_paper_shows(tmp_path, monkeypatch):
-    run = fake_profile(tmp_path, monkeypatch)
-    for dataset in run.datasets:
-        measured(run, dataset, [(f"F4/{dataset}/vsr1/d{d}", 10.0 * d) for d in range(9) if d != 4])
-    figure = plots.soft_tokens(results.collect(run), {}, ["didemo"])
-    ours, paper = (axes.lines[0].get_xydata().tolist() for axes in figure.axes)
-    assert ours == [[d, 10.0 * d] for d in range(9) if d != 4]  # a gap is no zero
-    published = [results.published()[f"F4/mean/vsr1/d{d}"] for d in range(9)]
-    assert paper == [[d, value] for d, value in enumerate(published)]
-    assert len(figure.axes[1].lines[1].get_xydata()) == 0  # the paper has no such line
-
-
-def test_marks_of_two_engines_leave_a_gap_where_soft_tokens_were_not_trained(tmp_path, monkeypatch):
-    run = fake_profile(tmp_path, monkeypatch)
-    measured(run, "didemo", [("A2/didemo/sqr/vr@1_small", 70.0), ("A2/didemo/hqr-seen/vr@1_large", 5.0)])
-    (axes,) = plots.engines(results.collect(run), {}, ["didemo"]).axes
-    marks = [line for line in axes.lines if line.get_marker() in ("o", "s")]
-    assert sorted(line.get_xdata()[0] for line in marks) == [5.0, 70.0]
 
 
 def test_every_variant_has_its_words_where_its_table_is_laid_out():

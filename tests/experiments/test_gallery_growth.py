@@ -65,7 +65,7 @@ def test_ranks_in_blocks_are_those_in_the_whole_gallery(run):
     queries = {name: vectors_of(9, rng).video_vecs for name in ("none", "sqr")}
     right = np.arange(9) % 3
     blocks = gallery_growth.galleries(run, "didemo", test)
-    found = dict(gallery_growth.growing_ranks(queries, blocks, right))
+    ranks = dict(gallery_growth.growing_ranks(queries, blocks, right))
     for name, vecs in grown(run, test).items():
         for system, query_vecs in queries.items():
-            assert found[name][system].tolist() == search_index.ranks(query_vecs @ vecs.T, right).tolist()
+            assert ranks[name][system].tolist() == search_index.ranks(query_vecs @ vecs.T, right).tolist()

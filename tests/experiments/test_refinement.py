@@ -28,8 +28,8 @@ def test_a_query_is_the_smallest_id_of_the_strictest_rule_that_finds_one():
         episode(key, "b", [turn(1, "x", "b", rank, False)])
         for key, rank in ((7, 40), (6, 41), (4, 5), (2, 3))
     ]
-    one, rule = refinement.pick_query(far)
-    assert one.desc_id == 4 and "5 to 40" in rule
+    picked, rule = refinement.pick_query(far)
+    assert picked.desc_id == 4 and "5 to 40" in rule
     assert refinement.pick_query(far[1:2] + far[3:])[0].desc_id == 2  # failed, but not on those ranks
     refused = episode(3, "b", [turn(1, "b", "b", 1, False)])
     accepted = episode(1, "a", [turn(1, "a", "a", 1, True, (2.0, 5.0))], "matched")
@@ -42,10 +42,10 @@ def test_side_by_side_counts_gains_costs_and_what_is_missing():
         1, "a", [turn(1, "x", "a", 9, False, out=(1, "a")), turn(2, "a", "a", 1, True, (2.0, 8.0))]
     )
     stays = episode(2, "b", [turn(1, "b", "b", 1, True, (2.0, 8.0))], "matched")
-    found = values(
+    measured = values(
         refinement.side_by_side(PROFILE, "charades", {"sqr-untrained": [moved, stays], "hqr-seen": [stays]})
     )
-    soft = {name.partition("/")[2]: value for name, value in found.items() if name.startswith("sqr")}
+    soft = {name.partition("/")[2]: value for name, value in measured.items() if name.startswith("sqr")}
     assert (soft["vr@1_orig"], soft["vr@1"], soft["vr@1_failed"], soft["refined"]) == (
         50.0,
         100.0,
@@ -54,7 +54,7 @@ def test_side_by_side_counts_gains_costs_and_what_is_missing():
     )
     assert (soft["tokens"], soft["seconds"], soft["engine_calls"], soft["turns"]) == (8, 0.5, 1.5, 1.5)
     assert (
-        found["hqr-seen/vr@1_failed"] is None and found["hqr-seen/tokens"] is None
+        measured["hqr-seen/vr@1_failed"] is None and measured["hqr-seen/tokens"] is None
     )  # nothing failed, nothing refined
 
 
@@ -66,26 +66,28 @@ def test_gains_are_counted_over_all_over_the_refined_and_over_the_failed():
     numbers = refinement.costs_and_gains(
         PROFILE, "charades", {"sqr": [moved, lost, stays, stuck], "hqr-seen": [stays]}
     )
-    found = values(numbers)
-    assert [found[f"sqr/gain{group}"] for group in ("", "_refined", "_failed")] == [0.0, 0.0, 50.0]
-    assert (found["sqr/tokens"], found["sqr/tokens_tagged"], found["sqr/seconds"]) == (8, 9, 0.5)
-    assert found["hqr-seen/gain"] == 0.0 and found["hqr-seen/tokens"] is None
-    assert found["hqr-seen/gain_failed"] is None and found["hqr-seen/gain_refined"] is None  # nobody to gain
+    measured = values(numbers)
+    assert [measured[f"sqr/gain{group}"] for group in ("", "_refined", "_failed")] == [0.0, 0.0, 50.0]
+    assert (measured["sqr/tokens"], measured["sqr/tokens_tagged"], measured["sqr/seconds"]) == (8, 9, 0.5)
+    assert measured["hqr-seen/gain"] == 0.0 and measured["hqr-seen/tokens"] is None
+    assert (
+        measured["hqr-seen/gain_failed"] is None and measured["hqr-seen/gain_refined"] is None
+    )  # nobody to gain
     assert numbers["T3/charades/sqr/gain"].unit == "points"
 
 
 def test_rewrites_say_what_became_of_the_query_or_why_nothing_did():
-    def one(**more):
+    def run(**more):
         return [episode(1, "a", [turn(1, "x", "a", 9, **more)])]
 
     words = {"refine_kind": "hqr-seen", "refine_tokens": 3, "update_text": "a red dog", "rank_out": 4}
     table = refinement.rewrites(
         {
-            "walkdown": one(verdict=False, refine_kind="walkdown", refine_tokens=0, rank_out=9),
-            "sqr-untrained": one(verdict=False, out=(7, "y")),
-            "hqr-seen": one(verdict=False, **words),
-            "hqr-blind": one(verdict=False, refine_kind="hqr-blind"),
-            "hqr-reasoned": one(verdict=True),
+            "walkdown": run(verdict=False, refine_kind="walkdown", refine_tokens=0, rank_out=9),
+            "sqr-untrained": run(verdict=False, out=(7, "y")),
+            "hqr-seen": run(verdict=False, **words),
+            "hqr-blind": run(verdict=False, refine_kind="hqr-blind"),
+            "hqr-reasoned": run(verdict=True),
         },
         1,
     )
@@ -108,7 +110,7 @@ def agent():
 
 
 @pytest.fixture(scope="module")
-def made(agent):
+def encoder(agent):
     torch.manual_seed(1)
     config = architecture.make_config(agent.tokenizer)
     model = Qwen3VLModel(config).eval()
@@ -118,7 +120,7 @@ def made(agent):
     return engine.Engine(PROFILE, model, agent.tokenizer, "random")
 
 
-def test_each_depth_of_a_sweep_is_a_query_with_that_many_latents(agent, made):
+def test_each_depth_of_a_sweep_is_a_query_with_that_many_latents(agent, encoder):
     """By depth in one go, or each prefix of the latents embedded alone and ranked by a sort."""
     ids = [
         *agent.tokenizer("<think> a dog </think> <answer>not_matched</answer>")["input_ids"],
@@ -127,18 +129,18 @@ def test_each_depth_of_a_sweep_is_a_query_with_that_many_latents(agent, made):
     ]
     reply = replies.read_reply("<think> a dog </think> <answer>not_matched</answer> <REFINE>", ids)
     first = replace(turn(1, "x", "b", 3, False), reply=reply)
-    one = replace(episode(4, "b", [first]), query="Someone jumps by the lake.")
+    example = replace(episode(4, "b", [first]), query="Someone jumps by the lake.")
     rng = np.random.default_rng(0)
-    films = rng.normal(size=(6, made.width)).astype(np.float32)
+    films = rng.normal(size=(6, encoder.width)).astype(np.float32)
     vectors = search_index.Vectors(
         list("axbcde"), films / np.linalg.norm(films, axis=1, keepdims=True), [4], None
     )
-    swept = soft_token_sweep.sweep(made, agent, vectors, one, clip(4), prompt_text.SYSTEM_ZS)
+    swept = soft_token_sweep.sweep(encoder, agent, vectors, example, clip(4), prompt_text.SYSTEM_ZS)
     with torch.no_grad():
-        prompt = agent.prompt(prompt_text.SYSTEM_ZS, one.query, clip(4))
+        prompt = agent.prompt(prompt_text.SYSTEM_ZS, example.query, clip(4))
         latents = sqr.soft_tokens(agent, agent.replay([prompt], [ids]).refine_contexts, agent.settings.n_soft)
     for depth in range(agent.settings.n_soft + 1):
-        vec = made.embed_texts([one.query], agent.heads.to_engine(latents[:, :depth]).detach())[0]
+        vec = encoder.embed_texts([example.query], agent.heads.to_engine(latents[:, :depth]).detach())[0]
         assert np.allclose(swept.vecs[depth], vec, atol=1e-5)
         order = np.argsort(-(vectors.video_vecs @ vec), kind="stable")
         assert swept.ranks[depth] == list(order).index(2) + 1
@@ -148,7 +150,7 @@ def test_each_depth_of_a_sweep_is_a_query_with_that_many_latents(agent, made):
         )
     assert swept.cosines["typed"][0] == pytest.approx(1) and swept.cosines["typed"][3] < 1 - 1e-6
     assert swept.lengths == pytest.approx(latents[0].norm(dim=-1).numpy(), rel=1e-4)
-    assert len(swept.words) == len(made.query_prompt(one.query)[0].ids)
+    assert len(swept.words) == len(encoder.query_prompt(example.query)[0].ids)
 
 
 def test_marked_replies_branch_where_a_reply_that_says_the_token_would(agent):

@@ -22,30 +22,30 @@ PROFILE = config.load("smoke")
 
 
 @pytest.fixture
-def found():
+def first():
     return retrieval.first_search(QUERIES, VECTORS)
 
 
-def test_ranks_follow_the_ids_and_a_video_without_a_vector_is_a_failure_that_counts(found):
-    assert found.ranks.tolist() == [1, 1, metrics.UNRANKED, 2]
-    assert found.pessimistic.tolist() == [2, 1, metrics.UNRANKED, 2] and found.ties() == 1
-    assert found.shown == ["a", "a", "b", "b"]  # of equal videos the first is shown
-    numbers = retrieval.retrieval_numbers(PROFILE, "charades", found)
+def test_ranks_follow_the_ids_and_a_video_without_a_vector_is_a_failure_that_counts(first):
+    assert first.ranks.tolist() == [1, 1, metrics.UNRANKED, 2]
+    assert first.pessimistic.tolist() == [2, 1, metrics.UNRANKED, 2] and first.ties() == 1
+    assert first.shown == ["a", "a", "b", "b"]  # of equal videos the first is shown
+    numbers = retrieval.retrieval_numbers(PROFILE, "charades", first)
     assert numbers["T1/charades/zs/vr@1"].value == 50.0 and numbers["T1/charades/zs/vr@100"].value == 75.0
     assert numbers["T1/charades/random/vr@1"].value == 25.0  # of four videos, one unreadable
 
 
-def test_the_whole_video_floor_needs_the_right_video_on_screen_and_enough_overlap(found):
-    floor = retrieval.retrieval_numbers(PROFILE, "charades", found)["T1/charades/wholevideo/vcmr@0.5"]
+def test_the_whole_video_floor_needs_the_right_video_on_screen_and_enough_overlap(first):
+    floor = retrieval.retrieval_numbers(PROFILE, "charades", first)["T1/charades/wholevideo/vcmr@0.5"]
     assert floor.value == 25.0  # only "two": "one" ties and is not shown, "four" is wrong
 
 
-def test_the_curve_is_recall_at_every_k_up_to_the_gallery(found):
-    assert retrieval.recall_curve(found) == [[1, 50.0], [2, 75.0], [3, 75.0], [4, 75.0]]
+def test_the_curve_is_recall_at_every_k_up_to_the_gallery(first):
+    assert retrieval.recall_curve(first) == [[1, 50.0], [2, 75.0], [3, 75.0], [4, 75.0]]
 
 
-def test_headroom_keeps_missing_what_real_video_cannot_give(found):
-    numbers = retrieval.headroom_numbers(PROFILE, "charades", found, {}, {})
+def test_headroom_keeps_missing_what_real_video_cannot_give(first):
+    numbers = retrieval.headroom_numbers(PROFILE, "charades", first, {}, {})
     missing = {name for name, number in numbers.items() if number.value is None}
     names = (
         "zs/wrong_from_family",
@@ -58,10 +58,10 @@ def test_headroom_keeps_missing_what_real_video_cannot_give(found):
     assert numbers["H1/charades/walkdown/vr@1_failed"].value == 50.0  # "four" at rank 2, "three" nowhere
 
 
-def test_families_decide_what_a_near_duplicate_is(found):
+def test_families_decide_what_a_near_duplicate_is(first):
     families = {"a": 0, "b": 1, "c": 1, "gone": 2}
     # "four" was shown b of its family, "three" was not
-    assert retrieval.family_share(found, families) == 50.0 and retrieval.family_share(found, {}) is None
+    assert retrieval.family_share(first, families) == 50.0 and retrieval.family_share(first, {}) is None
 
 
 def test_corpus_numbers_count_videos_once_and_queries_all():

@@ -39,12 +39,12 @@ def test_a_retry_refines_every_failed_query_whatever_the_reply(
     agent.script = lambda system, query, clip: reply
     world = dataclasses.replace(world, seed=len(reply))  # else the other reply's episodes are current
     episodes = retry.run_retries(world, "charades", "sqr")
-    assert [one.desc_id for one in episodes] == failed_ids(world, vectors)[: world.studies.sample_queries]
-    assert all(len(one.turns) == 1 and one.turns[0].rank_by_depth for one in episodes)
+    assert [e.desc_id for e in episodes] == failed_ids(world, vectors)[: world.studies.sample_queries]
+    assert all(len(e.turns) == 1 and e.turns[0].rank_by_depth for e in episodes)
     if reply == REJECT:  # then it is the loop's own first turn
         path = evaluate.run_system(world, "charades", "retry-check", like="sqr")
-        first = {one.desc_id: one.turns[0] for one in records.read_episodes(path)}
-        assert all(one.turns[0].rank_by_depth == first[one.desc_id].rank_by_depth for one in episodes)
+        first = {e.desc_id: e.turns[0] for e in records.read_episodes(path)}
+        assert all(e.turns[0].rank_by_depth == first[e.desc_id].rank_by_depth for e in episodes)
 
 
 def test_appended_rewrites_find_what_the_loop_would_have_found(world, made, agent, monkeypatch):
@@ -55,13 +55,13 @@ def test_appended_rewrites_find_what_the_loop_would_have_found(world, made, agen
         retry.run_retries(world, "charades", f"hqr-blind{mode}") for mode in ("", "-append")
     )
     again = retry.append_rewrites(world, "charades", replaced)
-    found = [
-        [(one.turns[0].rank_out, one.turns[0].ties_out, one.turns[0].top1_out) for one in episodes]
+    rankings = [
+        [(e.turns[0].rank_out, e.turns[0].ties_out, e.turns[0].top1_out) for e in episodes]
         for episodes in (again, appended, replaced)
     ]
-    assert found[0] == found[1] and (None, None, None) not in found[0]
-    assert [rank for rank, *_ in found[0]] != [rank for rank, *_ in found[2]]
-    assert [top for *_, top in found[0]] != [top for *_, top in found[2]]
+    assert rankings[0] == rankings[1] and (None, None, None) not in rankings[0]
+    assert [rank for rank, *_ in rankings[0]] != [rank for rank, *_ in rankings[2]]
+    assert [top for *_, top in rankings[0]] != [top for *_, top in rankings[2]]
 
 
 def test_a_batch_that_does_not_fit_in_memory_is_halved(world, made, agent, monkeypatch):
@@ -79,7 +79,7 @@ def test_a_batch_that_does_not_fit_in_memory_is_halved(world, made, agent, monke
     with pytest.warns(UserWarning, match="half of eval_batch"):
         halves = retry.run_retries(dataclasses.replace(world, seed=2), "charades", "sqr")
     assert sizes[0] == len(whole) and len(sizes) == 3
-    ranks = [[(one.desc_id, one.turns[0].rank_out) for one in episodes] for episodes in (whole, halves)]
+    ranks = [[(e.desc_id, e.turns[0].rank_out) for e in episodes] for episodes in (whole, halves)]
     assert ranks[0] == ranks[1]
 
 

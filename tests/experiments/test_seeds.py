@@ -30,14 +30,16 @@ def run(tmp_path, monkeypatch):
     for number, dataset in enumerate(run.datasets):
         for seed in (1, 2, 3):
             rng = np.random.default_rng([number, seed])
-            told = {name: hits(rng) for name in ("vsr1", "sft", "ft", "walkdown", "zs", "zs-walkdown")}
-            told |= {name: hits(rng) for name in ("skip", "twostage", "within-1", "within-2", "within-3")}
-            told |= {name: hits(rng, IDS[::3]) for name in claims.VARIANTS}
+            system_hits = {name: hits(rng) for name in ("vsr1", "sft", "ft", "walkdown", "zs", "zs-walkdown")}
+            system_hits |= {
+                name: hits(rng) for name in ("skip", "twostage", "within-1", "within-2", "within-3")
+            }
+            system_hits |= {name: hits(rng, IDS[::3]) for name in claims.VARIANTS}
             refined = IDS[seed:]  # not the same in every seed
-            told |= {f"latents-{part}": hits(rng, refined) for part in ("0", "half", "all")}
-            kept = {"seed": seed, "profile": run.digest(), "commit": "c", "hits": told}
-            kept["videos"] = {key: f"v{key // 2}" for key in IDS}
-            (folder / f"{dataset}-{seed}.json").write_text(json.dumps(kept))
+            system_hits |= {f"latents-{part}": hits(rng, refined) for part in ("0", "half", "all")}
+            content = {"seed": seed, "profile": run.digest(), "commit": "c", "hits": system_hits}
+            content["videos"] = {key: f"v{key // 2}" for key in IDS}
+            (folder / f"{dataset}-{seed}.json").write_text(json.dumps(content))
     return run
 
 
@@ -49,18 +51,20 @@ def by_loop(run, dataset, claim):
     """Points of each seed, query by query, over those that every seed asked of both."""
     paths = [run.results() / "seeds" / f"{dataset}-{seed}.json" for seed in (1, 2, 3)]
     seeds_hits, points = [json.loads(path.read_text())["hits"] for path in paths], []
-    for told in seeds_hits:
-        ours, theirs, gained = told[claim.system], told[claim.baseline], []
-        for at, key in enumerate(theirs["ids"]):
+    for system_hits in seeds_hits:
+        hits_a, hits_b, gained = system_hits[claim.system], system_hits[claim.baseline], []
+        for at, key in enumerate(hits_b["ids"]):
             if not all(
-                key in one[side]["ids"] for one in seeds_hits for side in (claim.system, claim.baseline)
+                key in hits_of_seed[side]["ids"]
+                for hits_of_seed in seeds_hits
+                for side in (claim.system, claim.baseline)
             ):
                 continue
-            place = ours["ids"].index(key)
-            if claim.failed_only and ours["vr@1_orig"][place] == "1":
+            place = hits_a["ids"].index(key)
+            if claim.failed_only and hits_a["vr@1_orig"][place] == "1":
                 continue
             gained.append(
-                int(ours[claim.metric][place]) - int(theirs[claim.baseline_metric or claim.metric][at])
+                int(hits_a[claim.metric][place]) - int(hits_b[claim.baseline_metric or claim.metric][at])
             )
         points.append(100 * sum(gained) / len(gained))
     return points, len(gained)
@@ -68,18 +72,18 @@ def by_loop(run, dataset, claim):
 
 @pytest.mark.parametrize("name", claims.CLAIMS)
 def test_a_claim_is_the_mean_over_seeds_of_what_queries_gain(run, name):
-    found = numbers(run)
+    recorded = numbers(run)
     for dataset in run.datasets:
         points, count = by_loop(run, dataset, claims.CLAIMS[name])
-        told = {key: found[f"R1/{dataset}/{name}/{key}"] for key in ("points", "lowest", "highest")}
-        assert [told[key]["value"] for key in told] == pytest.approx(
+        points_of = {key: recorded[f"R1/{dataset}/{name}/{key}"] for key in ("points", "lowest", "highest")}
+        assert [points_of[key]["value"] for key in points_of] == pytest.approx(
             [np.mean(points), min(points), max(points)]
         )
-        low, high = told["points"]["ci"]
-        assert low <= told["points"]["value"] <= high
-        assert (told["points"]["n"], told["points"]["seeds"]) == (count, [1, 2, 3])
+        low, high = points_of["points"]["ci"]
+        assert low <= points_of["points"]["value"] <= high
+        assert (points_of["points"]["n"], points_of["points"]["seeds"]) == (count, [1, 2, 3])
     means = [np.mean(by_loop(run, dataset, claims.CLAIMS[name])[0]) for dataset in run.datasets]
-    assert found[f"R1/mean/{name}/points"]["value"] == pytest.approx(np.mean(means))
+    assert recorded[f"R1/mean/{name}/points"]["value"] == pytest.approx(np.mean(means))
 
 
 def test_the_numbers_reach_the_report_and_not_those_of_other_knobs(run, capsys):

@@ -21,9 +21,9 @@ from vsr1.models import embedding, engine, search_index
 def world(tmp_path_factory):
     """A profile with a few films, embedded; everything under a scratch folder."""
     with pytest.MonkeyPatch.context() as patch:
-        made = random_engine()
+        encoder = random_engine()
         patch.setattr(config, "ROOT", tmp_path_factory.mktemp("clone"))
-        patch.setattr(engine, "load", lambda profile, which="engine": made)
+        patch.setattr(engine, "load", lambda profile, which="engine": encoder)
         profile = config.load("smoke")
         small = dataclasses.replace(profile.world, train_videos=10, test_videos=5)
         knobs = {"max_frames": 8, "two_stage": config.TwoStageConfig(videos=4, epochs=2, width=8)}
@@ -31,7 +31,7 @@ def world(tmp_path_factory):
         renderer.render(profile, "charades")
         for split in ("train", "test"):
             embedding.embed_corpus(profile, "charades", split)
-        yield profile, made
+        yield profile, encoder
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +48,13 @@ def test_windows_are_the_whole_clip_in_order_and_their_vectors_those_of_the_engi
 
 
 def test_windows_read_back_are_those_of_each_video_alone(world, folder):
-    profile, made = world
+    profile, encoder = world
     windows = two_stage.load_windows(folder, "test")
     video = annotations.find_videos(profile.data_dir("charades") / "videos", list(windows.rows))[-1]
     with video_reader.Reader(profile.video_fps, profile.max_frames) as read:
         parts, edges = two_stage.split_windows(read.read(video.path))
     row = windows.rows[video.id]
-    vecs = np.concatenate([made.embed_clips([part]) for part in parts])
+    vecs = np.concatenate([encoder.embed_clips([part]) for part in parts])
     np.testing.assert_allclose(windows.vecs[row][windows.mask[row]], vecs, atol=1e-3)  # kept in float16
     np.testing.assert_allclose(windows.edges[row][: len(edges)], edges)
 
@@ -123,9 +123,9 @@ def test_the_head_learns_the_moments_it_is_shown():
         windows.vecs[row, at : at + 2] += 4 * query[row]
     spans = np.stack([first * 4.0, first * 4.0 + 8], axis=1)
     parts = np.arange(48), np.arange(48, 60)
-    ours, held = (two_stage.SpanQueries(query[p], p, spans[p], np.ones(len(p), bool)) for p in parts)
+    learn, held = (two_stage.SpanQueries(query[p], p, spans[p], np.ones(len(p), bool)) for p in parts)
     head = two_stage.SpanHead(16, 8)
-    log = two_stage.train(profile, head, ours, held, windows, "test")
+    log = two_stage.train(profile, head, learn, held, windows, "test")
     best = max(line["miou"] for line in log)
     again = moments.span_iou(two_stage.locate(head, held.vecs, windows, held.rows), held.spans)
     assert metrics.percent(again) == best > 80  # the head that is left is the one that was chosen
@@ -153,37 +153,37 @@ def split_of(profile):
 
 def test_the_evaluator_and_t1_agree(world, folder, capsys):
     """T1 counts first search and known-video span; `score` reads ranked lists and knows nothing of either."""
-    profile, made = world
+    profile, encoder = world
     home, queries, vectors = split_of(profile)
     column = {video: at for at, video in enumerate(vectors.video_ids)}
     for row, query in enumerate(
         queries[::2]
     ):  # half of the queries find their video, for a random engine may not
         vectors.query_vecs[2 * row] = vectors.video_vecs[column[query.video]]
-    found, windows = retrieval.first_search(queries, vectors), two_stage.load_windows(folder, "test")
-    told = two_stage.submission(two_stage.SpanHead(made.width, 8).eval(), queries, vectors, windows)
-    for query, *lists in list(zip(queries, told["VCMR"], told["SVMR"], strict=True))[::3]:
-        for line in lists:  # and a third are told their moment, wherever their right video is listed
-            right = told["video2idx"][query.video]
+    first, windows = retrieval.first_search(queries, vectors), two_stage.load_windows(folder, "test")
+    answers = two_stage.submission(two_stage.SpanHead(encoder.width, 8).eval(), queries, vectors, windows)
+    for query, *lists in list(zip(queries, answers["VCMR"], answers["SVMR"], strict=True))[::3]:
+        for line in lists:  # and a third get their moment, wherever their right video is listed
+            right = answers["video2idx"][query.video]
             line["predictions"] = [
                 [at, *(query.span if at == right else span)] for at, *span in line["predictions"]
             ]
-    (home / "submission.json").write_text(json.dumps(told))
-    numbers = two_stage.numbers(profile, "charades", found, two_stage.oracle_spans(home, queries))
-    assert not found.ties()
+    (home / "submission.json").write_text(json.dumps(answers))
+    numbers = two_stage.numbers(profile, "charades", first, two_stage.oracle_spans(home, queries))
+    assert not first.ties()
     fig_scorer.print_scores(home / "submission.json", profile.data_dir("charades") / "corpus" / "test.jsonl")
     scored = json.loads(capsys.readouterr().out)
-    ours = {name.split("/")[-1]: round(number.value, 2) for name, number in numbers.items()}
-    assert 0 < ours["vcmr@0.5"] < ours["grounding@0.5"] < 100
+    percent = {name.split("/")[-1]: round(number.value, 2) for name, number in numbers.items()}
+    assert 0 < percent["vcmr@0.5"] < percent["grounding@0.5"] < 100
     for m in metrics.THRESHOLDS:
-        assert scored["VCMR"][f"{m}-r1"] == ours[f"vcmr@{m}"]
-        assert scored["SVMR"][f"{m}-r1"] == ours[f"grounding@{m}"]
-    assert [scored["VR"][f"r{k}"] for k in profile.vr_ks] == [ours[f"vr@{k}"] for k in profile.vr_ks]
-    assert not [metric for metric in ours if metric.startswith("ver")]  # nobody judges: missing, not 0
+        assert scored["VCMR"][f"{m}-r1"] == percent[f"vcmr@{m}"]
+        assert scored["SVMR"][f"{m}-r1"] == percent[f"grounding@{m}"]
+    assert [scored["VR"][f"r{k}"] for k in profile.vr_ks] == [percent[f"vr@{k}"] for k in profile.vr_ks]
+    assert not [metric for metric in percent if metric.startswith("ver")]  # nobody judges: missing, not 0
 
 
 def test_a_right_video_without_windows_is_a_miss_that_counts(world, folder):
-    profile, made = world
+    profile, encoder = world
     home, queries, vectors = split_of(profile)
     gone, windows = queries[0].video, two_stage.load_windows(folder, "test")
     kept = [at for at, video in enumerate(vectors.video_ids) if video != gone]
@@ -191,8 +191,10 @@ def test_a_right_video_without_windows_is_a_miss_that_counts(world, folder):
         vectors, video_ids=[vectors.video_ids[at] for at in kept], video_vecs=vectors.video_vecs[kept]
     )
     windows.rows.pop(gone)
-    told = two_stage.submission(two_stage.SpanHead(made.width, 8).eval(), queries, fewer, windows)
-    assert told["SVMR"][0] == {"desc_id": queries[0].id, "predictions": []} and gone in told["video2idx"]
-    (home / "submission.json").write_text(json.dumps(told))
+    answers = two_stage.submission(two_stage.SpanHead(encoder.width, 8).eval(), queries, fewer, windows)
+    assert (
+        answers["SVMR"][0] == {"desc_id": queries[0].id, "predictions": []} and gone in answers["video2idx"]
+    )
+    (home / "submission.json").write_text(json.dumps(answers))
     spans = two_stage.oracle_spans(home, queries)
     assert len(spans) == len(queries) and spans[0].tolist() == [0, 0]

@@ -40,15 +40,19 @@ def values(numbers):
 
 def test_v1_counts_every_turn_of_both_halves(oracle):
     numbers = verification.oracle_numbers(PROFILE, "charades", oracle)
-    found = values(numbers)
-    assert (found["zs/verdict"], found["zs/verdict_right"], found["zs/verdict_wrong"]) == (37.5, 25.0, 50.0)
+    percent = values(numbers)
+    assert (percent["zs/verdict"], percent["zs/verdict_right"], percent["zs/verdict_wrong"]) == (
+        37.5,
+        25.0,
+        50.0,
+    )
     overlaps = [0.5, 0.0, 1.0, 0.0]
     for m in metrics.THRESHOLDS:
-        assert found[f"zs/grounding@{m}"] == 25 * sum(overlap >= m for overlap in overlaps)
-    assert found["zs/miou"] == 37.5 and found["zs/readable"] == 62.5 and found["zs/spanned"] == 37.5
+        assert percent[f"zs/grounding@{m}"] == 25 * sum(overlap >= m for overlap in overlaps)
+    assert percent["zs/miou"] == 37.5 and percent["zs/readable"] == 62.5 and percent["zs/spanned"] == 37.5
     assert numbers["V1/charades/zs/verdict"].n == 8 and numbers["V1/charades/zs/verdict_right"].n == 4
-    assert found["majority/verdict"] == 50.0
-    assert found["wholevideo/miou"] == pytest.approx(100 * (0.6 * 3 + 0.5) / 4)
+    assert percent["majority/verdict"] == 50.0
+    assert percent["wholevideo/miou"] == pytest.approx(100 * (0.6 * 3 + 0.5) / 4)
 
 
 def test_the_confusion_table_has_a_place_for_every_turn(oracle):

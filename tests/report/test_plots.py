@@ -6,6 +6,7 @@ from fake import record
 from PIL import Image
 
 from vsr1 import config
+from vsr1.evaluation.statistics import Estimate
 from vsr1.report import canvas, plots, results
 
 
@@ -193,3 +194,15 @@ def test_sheets_and_figures_of_data_sets_that_were_not_run_stay(tmp_path, monkey
     plots.publish(run)
     canvas.copy_sheets(run)
     assert sorted(path.stem for path in folder.glob("*.png")) == ["D1-charades", "H1", "H2"]
+
+
+def test_curves_show_what_is_measured_and_the_last_panel_what_the_paper_shows(tmp_path, monkeypatch):
+    run = fake_profile(tmp_path, monkeypatch)
+    numbers = {f"F4/didemo/vsr1/d{d}": Estimate(10.0 * d, 9, (d, 11 * d)) for d in range(9) if d != 4}
+    results.record(run, "didemo", "07_tokens", numbers)
+    figure = plots.soft_tokens(results.collect(run), {}, ["didemo"])
+    measured, paper = (axes.lines[0].get_xydata().tolist() for axes in figure.axes)
+    assert measured == [[d, 10.0 * d] for d in range(9) if d != 4]  # a gap is no zero
+    published = [results.published()[f"F4/mean/vsr1/d{d}"] for d in range(9)]
+    assert paper == [[d, value] for d, value in enumerate(published)]
+    assert len(figure.axes[1].lines[1].get_xydata()) == 0  # the paper has no such line

@@ -430,3 +430,14 @@ def test_the_report_opens_without_errors_and_fits_a_phone(run, tmp_path):
             assert tab.run("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
         lost = "[...document.links].filter(a => a.hash && !document.getElementById(a.hash.slice(1))).length"
         assert tab.run(lost) == 0 and tab.problems == []
+
+
+def test_a_mean_of_the_data_sets_needs_all_of_them_and_stands_beside_the_paper(tmp_path, monkeypatch):
+    run = fake_profile(tmp_path, monkeypatch)
+    for number, dataset in enumerate(run.datasets):
+        assert not results.collect(run).at["F4/mean/vsr1/d2", "measured"]
+        value = 20.0 + number
+        row = {f"F4/{dataset}/vsr1/d2": Estimate(value, 9, (value - 1, value + 1))}
+        results.record(run, dataset, "07_tokens", row)
+    entry = results.collect(run).loc["F4/mean/vsr1/d2"]
+    assert (entry["value"], entry["paper"], entry["low"]) == (21.0, 32.3, None) and entry["verdict"] is None

@@ -83,36 +83,36 @@ def corpus_numbers(dataset: str, queries: list[Query], skipped: int) -> dict[str
     }
 
 
-def retrieval_numbers(profile: Profile, dataset: str, found: FirstSearch) -> dict[str, Estimate]:
+def retrieval_numbers(profile: Profile, dataset: str, first: FirstSearch) -> dict[str, Estimate]:
     """Measure R@k of the first search and of chance (T1), and the floor: the whole top-1 video as the moment."""
     numbers = {}
     for k in profile.vr_ks:
-        numbers[f"T1/{dataset}/zs/vr@{k}"] = found.estimate(profile, found.hits(k))
-        chance = metrics.chance_recall(found.videos, k)
-        numbers[f"T1/{dataset}/random/vr@{k}"] = Estimate(chance, len(found.queries))
-    whole = [(0, query.duration) for query in found.queries]
-    ious, right = span_iou(whole, [query.span for query in found.queries]), found.shows_right()
+        numbers[f"T1/{dataset}/zs/vr@{k}"] = first.estimate(profile, first.hits(k))
+        chance = metrics.chance_recall(first.videos, k)
+        numbers[f"T1/{dataset}/random/vr@{k}"] = Estimate(chance, len(first.queries))
+    whole = [(0, query.duration) for query in first.queries]
+    ious, right = span_iou(whole, [query.span for query in first.queries]), first.shows_right()
     for threshold in metrics.THRESHOLDS:
         hits = right & metrics.reaches(ious, threshold)
-        numbers[f"T1/{dataset}/wholevideo/vcmr@{threshold}"] = found.estimate(profile, hits)
+        numbers[f"T1/{dataset}/wholevideo/vcmr@{threshold}"] = first.estimate(profile, hits)
     return numbers
 
 
 def headroom_numbers(
-    profile: Profile, dataset: str, found: FirstSearch, probe: dict, families: dict
+    profile: Profile, dataset: str, first: FirstSearch, probe: dict, families: dict
 ) -> dict[str, Estimate]:
     """Measure what the first search leaves to gain (H1).
 
     probe     what `attribute_probe.headroom` returned; {} without attributes to probe
     families  {video: family of near-duplicates}; {} where none are known
     """
-    everyone, failed, seeds = len(found.queries), int((~found.hits()).sum()), (profile.seed,)
-    rank_2 = metrics.percent(found.ranks[~found.hits()] == 2) if failed else None
+    everyone, failed, seeds = len(first.queries), int((~first.hits()).sum()), (profile.seed,)
+    rank_2 = metrics.percent(first.ranks[~first.hits()] == 2) if failed else None
     values = {
-        "zs/vr@1": found.estimate(profile, found.hits()),
-        "zs/vr@1_pessimistic": Estimate(metrics.recall_at(found.pessimistic, 1), everyone, seeds=seeds),
-        "zs/ties": Estimate(found.ties(), everyone, unit="queries"),
-        "zs/wrong_from_family": Estimate(family_share(found, families), failed),
+        "zs/vr@1": first.estimate(profile, first.hits()),
+        "zs/vr@1_pessimistic": Estimate(metrics.recall_at(first.pessimistic, 1), everyone, seeds=seeds),
+        "zs/ties": Estimate(first.ties(), everyone, unit="queries"),
+        "zs/wrong_from_family": Estimate(family_share(first, families), failed),
         "walkdown/vr@1_failed": Estimate(rank_2, failed),
         "probe/vr@1": Estimate(probe.get("probe_r1"), everyone, seeds=seeds),
         "probe/vr@1_failed": Estimate(probe.get("probe_failed"), failed, seeds=seeds),
@@ -122,16 +122,16 @@ def headroom_numbers(
     return {f"H1/{dataset}/{name}": number for name, number in values.items()}
 
 
-def family_share(found: FirstSearch, families: dict) -> float | None:
+def family_share(first: FirstSearch, families: dict) -> float | None:
     """Return the percentage of wrong top-1 videos of the right one's family; None without failures or families."""
     wrong = [
         families[shown] == families[query.video]
-        for shown, query, hit in zip(found.shown, found.queries, found.hits(), strict=True)
+        for shown, query, hit in zip(first.shown, first.queries, first.hits(), strict=True)
         if not hit and families
     ]
     return metrics.percent(wrong) if wrong else None
 
 
-def recall_curve(found: FirstSearch, longest: int = 100) -> list:
+def recall_curve(first: FirstSearch, longest: int = 100) -> list:
     """Return [k, R@k] for k up to `longest` or the size of the gallery."""
-    return [[k, metrics.recall_at(found.ranks, k)] for k in range(1, min(longest, found.videos) + 1)]
+    return [[k, metrics.recall_at(first.ranks, k)] for k in range(1, min(longest, first.videos) + 1)]

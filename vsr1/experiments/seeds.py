@@ -42,8 +42,8 @@ def _two_stage_hits(profile, dataset):
     folder = two_stage.run(profile, dataset)
     queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
     vectors = search_index.load_vectors(embedding.embed_corpus(profile, dataset, "test"))
-    found = retrieval.first_search(queries, vectors)
-    values = two_stage.hits(profile, found, two_stage.oracle_spans(folder, queries))
+    first = retrieval.first_search(queries, vectors)
+    values = two_stage.hits(profile, first, two_stage.oracle_spans(folder, queries))
     digits = {name: claims.digits(values[name]) for name in KEPT if name in values}
     return {"ids": [query.id for query in queries]} | digits
 

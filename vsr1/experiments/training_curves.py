@@ -63,7 +63,7 @@ def infonce_range(
 
     return {
         "chance": float(np.log(len(vectors.video_ids))),
-        "query as typed": loss(original),
+        "original query": loss(original),
         "right video's own vector": loss(gallery[right]),
     }
 

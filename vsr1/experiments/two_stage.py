@@ -287,8 +287,8 @@ def submission(head: SpanHead, queries: list[Query], vectors: search_index.Vecto
     vecs = vectors.vecs_of([query.id for query in queries])
     _, columns = vectors.search(vecs, metrics.CUT)  # (Q, k)
     answers = {"video2idx": numbers, "VCMR": [], "SVMR": [], "VR": []}
-    for query, vec, found in zip(cache.progress(queries, "spans"), vecs, columns, strict=True):
-        ranked = [vectors.video_ids[column] for column in found]
+    for query, vec, best in zip(cache.progress(queries, "spans"), vecs, columns, strict=True):
+        ranked = [vectors.video_ids[column] for column in best]
         videos = ranked + ([query.video] if query.video in windows.rows else [])
         rows = [windows.rows[video] for video in videos]
         repeated = torch.from_numpy(vec).to(windows.vecs.device).expand(len(rows), -1)
@@ -311,22 +311,22 @@ def oracle_spans(folder: Path, queries: list[Query]) -> np.ndarray:
     return np.array([predictions[q.id][0][1:] if predictions[q.id] else (0.0, 0.0) for q in queries])
 
 
-def hits(profile: Profile, found: retrieval.FirstSearch, spans: np.ndarray) -> dict[str, np.ndarray]:
+def hits(profile: Profile, first: retrieval.FirstSearch, spans: np.ndarray) -> dict[str, np.ndarray]:
     """Return {metric: (Q,) values}; a moment counts where the first search shows its video. There is no verdict."""
-    ious = span_iou(spans, [query.span for query in found.queries])
+    ious = span_iou(spans, [query.span for query in first.queries])
     reached = {m: metrics.reaches(ious, m) for m in metrics.THRESHOLDS}
-    values = {f"vcmr@{m}": found.shows_right() & enough for m, enough in reached.items()}
-    values |= {f"vr@{k}": found.hits(k) for k in profile.vr_ks}
+    values = {f"vcmr@{m}": first.shows_right() & enough for m, enough in reached.items()}
+    values |= {f"vr@{k}": first.hits(k) for k in profile.vr_ks}
     return values | {f"grounding@{m}": enough for m, enough in reached.items()} | {"miou": ious}
 
 
 def numbers(
-    profile: Profile, dataset: str, found: retrieval.FirstSearch, spans: np.ndarray
+    profile: Profile, dataset: str, first: retrieval.FirstSearch, spans: np.ndarray
 ) -> dict[str, Estimate]:
     """Measure the row `twostage` of T1, and of V1 what concerns oracle videos."""
     return {
-        f"{'T1' if metric.startswith('v') else 'V1'}/{dataset}/twostage/{metric}": found.estimate(
+        f"{'T1' if metric.startswith('v') else 'V1'}/{dataset}/twostage/{metric}": first.estimate(
             profile, values
         )
-        for metric, values in hits(profile, found, spans).items()
+        for metric, values in hits(profile, first, spans).items()
     }
