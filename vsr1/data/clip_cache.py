@@ -1,6 +1,7 @@
 """Keep decoded clips in memory within a budget of bytes."""
 
 from collections import OrderedDict
+from contextlib import contextmanager
 from pathlib import Path
 
 from vsr1.data import annotations, video_reader
@@ -31,3 +32,11 @@ class ClipCache:
         while self.size > CLIP_BYTES and self.clips:
             self.size -= self.clips.popitem(last=False)[1].nbytes
         return [clips[id] for id in ids]
+
+
+@contextmanager
+def open_clips(profile, dataset: str, video_ids):
+    """Open the videos of a data set; inside, `clips.get(ids)` gives their clips, which are decoded ahead."""
+    reader = video_reader.reader_for(profile)
+    with video_reader.reader_pool(reader, profile.decode_workers) as read:
+        yield ClipCache(profile.data_dir(dataset) / "videos", video_ids, read)

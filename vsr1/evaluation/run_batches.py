@@ -7,7 +7,7 @@ from accelerate.utils import gather_object
 
 from vsr1 import cache
 from vsr1.config import Profile
-from vsr1.data import annotations, clip_cache, video_reader
+from vsr1.data import annotations, clip_cache
 from vsr1.loop import episode, records, runner
 from vsr1.models import batching, loading, search_index
 
@@ -57,9 +57,7 @@ def run(work: Work, folder: Path) -> None:
     batches = [queries[i : i + profile.eval_batch] for i in range(0, len(queries), profile.eval_batch)]
     parts = [folder / f"part-{number:05}.jsonl" for number in range(len(batches))]
     share = list(zip(parts, batches, strict=True))[ranks.process_index :: ranks.num_processes]
-    reader = video_reader.reader_for(profile)
-    with video_reader.reader_pool(reader, profile.decode_workers) as read:
-        clips = clip_cache.ClipCache(profile.data_dir(work.dataset) / "videos", vectors.video_ids, read)
+    with clip_cache.open_clips(profile, work.dataset, vectors.video_ids) as clips:
         functions = runner.EpisodeRunner(profile, work.system, engine, policy, vectors, clips)
         run_record = work.run_record(functions.carry)
         cut = _run_parts(functions, run_record, share)

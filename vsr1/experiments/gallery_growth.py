@@ -6,13 +6,13 @@ import numpy as np
 import torch
 
 from vsr1.config import Profile
+from vsr1.data import clip_cache
 from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments import common
 from vsr1.loop import hqr, runner, sqr
 from vsr1.loop.records import Episode
 from vsr1.models import batching, embedding, engine, search_index
 from vsr1.training import grpo
-from vsr1.training.common import open_clips
 
 GROWTH = 100  # size of the largest gallery: times the test videos
 BLOCK = 8192  # made-up videos whose vectors are in memory at once
@@ -112,7 +112,7 @@ def _soft_vecs(profile, dataset, episodes: list[Episode], original, weights):
     rows = [row for row, e in enumerate(episodes) if e.turns and e.turns[0].rank_by_depth]
     shown = {episodes[row].turns[0].shown_id for row in rows}
     splitter = batching.OOMSplitter("eval_batch")
-    with open_clips(profile, dataset, shown) as clips:
+    with clip_cache.open_clips(profile, dataset, shown) as clips:
 
         def refine(rows):
             batch = [episodes[row] for row in rows]

@@ -8,13 +8,12 @@ from dataclasses import replace
 
 from vsr1 import cache
 from vsr1.config import Profile
-from vsr1.data import annotations
+from vsr1.data import annotations, clip_cache
 from vsr1.evaluation import metrics
 from vsr1.experiments import retrieval
 from vsr1.loop import episode, hqr, records, runner
 from vsr1.loop.records import Episode
 from vsr1.models import batching, embedding, engine, loading, search_index
-from vsr1.training.common import open_clips
 
 KNOBS = ("video_fps", "max_frames", "max_frame_pixels", "max_new_tokens", "dtype", "seed")
 VARIANTS = ("blind", "seen", "reasoned")  # of HQR
@@ -80,7 +79,7 @@ def _refine_once(profile, dataset, run, weights, vectors):
     failed = [query for query, rank in zip(queries, ranks, strict=True) if 1 < rank < metrics.UNRANKED]
     queries = annotations.evenly_spaced(failed, profile.studies.sample_queries)
     splitter, episodes = batching.OOMSplitter("eval_batch"), []
-    with open_clips(profile, dataset, vectors.video_ids) as clips:
+    with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
         functions = RetryRunner(profile, kind, *pair, vectors, clips)
 
         def work(batch):

@@ -1,6 +1,5 @@
 """What both training stages share: InfoNCE, LoRA, float32 weights for what learns, clips, and when to save."""
 
-import contextlib
 import time
 
 import torch
@@ -10,7 +9,6 @@ from peft import LoraConfig, LoraModel
 
 from vsr1 import cache
 from vsr1.config import InputError
-from vsr1.data import clip_cache, video_reader
 from vsr1.models import prompt_text
 from vsr1.models.policy import Policy
 
@@ -66,14 +64,6 @@ def upcast_trainable(weights) -> None:
     for weight in weights:
         if weight.requires_grad:
             weight.data = weight.data.float()
-
-
-@contextlib.contextmanager
-def open_clips(profile, dataset: str, video_ids):
-    """Open the videos of a data set; inside, `clips.get(ids)` gives their clips, which are decoded ahead."""
-    reader = video_reader.reader_for(profile)
-    with video_reader.reader_pool(reader, profile.decode_workers) as read:
-        yield clip_cache.ClipCache(profile.data_dir(dataset) / "videos", video_ids, read)
 
 
 class SaveTimer:

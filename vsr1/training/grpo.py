@@ -28,6 +28,7 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from vsr1 import cache
 from vsr1.config import InputError
+from vsr1.data import clip_cache
 from vsr1.models import batching, checkpoints, embedding, engine, search_index
 from vsr1.training import common, rewards, rollout, sft
 from vsr1.training.objective import Objective
@@ -417,7 +418,7 @@ def _train(profile, dataset, name, stage_1, on_log, folder):
     prompts, val_prompts = rollout.choose_prompts(profile, dataset, vectors, stage_1)
     search_engine, policy = engine.load(profile), checkpoints.load(str(stage_1), profile)
     policy.settings = dataclasses.replace(policy.settings, carry_blocks=variant.carry)
-    with common.open_clips(profile, dataset, vectors.video_ids) as clips:
+    with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
         worker = RolloutWorker(profile, dataset, variant, search_engine, policy, vectors, clips)
         trainer = GRPOTrainer(worker)
         trainer.run(prompts, val_prompts, folder, f"grpo {name} {dataset}", on_log)

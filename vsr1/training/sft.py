@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from vsr1 import cache
 from vsr1.config import InputError
+from vsr1.data import clip_cache
 from vsr1.loop import sqr
 from vsr1.models import batching, checkpoints, decoding, embedding, inputs, loading, prompt_text, search_index
 from vsr1.models import engine as engines
@@ -403,7 +404,7 @@ def _train(profile, dataset, name, vectors, on_log, folder):
         lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
         cache.write_text(folder / "rows.jsonl", "".join(lines))
     engine = engines.load(profile)
-    with common.open_clips(profile, dataset, vectors.video_ids) as clips:
+    with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
 
         def begin(knobs):
             policy = build_policy(knobs, engine, heads=name == "sft")

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from vsr1 import cache
 from vsr1.config import InputError
-from vsr1.data import annotations
+from vsr1.data import annotations, clip_cache
 from vsr1.models import embedding, loading, policy, prompt_text, search_index
 from vsr1.training import common, released_replies
 from vsr1.training.sft_examples import choose_examples
@@ -128,7 +128,7 @@ def _write(profile, dataset, vectors, folder):
     options = {"negatives": profile.sft_negatives, "seed": profile.seed}
     examples = choose_examples(queries, vectors, lambda *_: "", most=profile.sft_rows, **options)
     teacher, spans = load_teacher(profile), {query.id: query.span for query in queries}
-    with common.open_clips(profile, dataset, vectors.video_ids) as clips:
+    with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
         ask_batch = functools.partial(ask, teacher, clips, spans, profile.seed)
         entries = finish(examples, ask_batch, profile.eval_batch, path, f"teacher {dataset}")
     usable = [entry for entry in entries if "dropped" not in entry]
