@@ -218,15 +218,19 @@ def real_data(profile, dataset) -> Check:
     folder, gigabytes = ROOT / profile.data / dataset, official_release.size(dataset) / GB
     what, home = f"data {dataset}", f"{profile.data}/{dataset}"
     download = f"python -m vsr1 download-release --dataset {dataset} downloads about {gigabytes:.1f} GB"
-    absent = [file.name for file in real_datasets.annotation_files(profile, dataset) if not file.exists()]
+    annotation_files = real_datasets.annotation_files(profile, dataset)
+    absent = [file.name for file in annotation_files if not file.exists()]
     if absent:
         remedy = f"{download}, or put it into {home}/annotations/; then the videos"
         return Check(what, "missing", f"no {absent[0]}", remedy)
     try:
-        ids, files = real_datasets.videos(profile, dataset)
+        counts, files = real_datasets.videos(profile, dataset, annotation_files)
     except InputError as error:
         return Check(what, "missing", str(error))
-    train, test = (np.mean([id in files for id in ids[split]] or 0) for split in real_datasets.SPLITS)
+    train, test = (
+        np.mean([video in files for video, of in counts if of == split] or 0)
+        for split in real_datasets.SPLITS
+    )
     replies = profile.teacher is not None or (folder / official_release.REPLIES).exists()
     vectors = all((folder / name).exists() for name in official_release.vector_files("test"))
     status, remedy = "ok", ""

@@ -129,7 +129,7 @@ def numbered_lines(text):
     return full, len(lines) - len(full)
 
 
-def _warn_repairs(path, counts):
+def warn_repairs(path, counts):
     """Warn once about all that was repaired in a file; silent when nothing was."""
     repairs = [f"{n} {what}" for what, n in counts.items() if n]
     if repairs:
@@ -182,7 +182,7 @@ def read_fig(path) -> list[Query]:
             )
         swapped += row.time[0] > row.time[1]
         queries[row.desc_id] = row.query()
-    _warn_repairs(path, {"reversed spans swapped": swapped, "blank lines skipped": blank})
+    warn_repairs(path, {"reversed spans swapped": swapped, "blank lines skipped": blank})
     return list(queries.values())
 
 
@@ -239,5 +239,5 @@ def find_videos(folder, ids):
             files.setdefault(stem, []).append(path)
     ids = list(ids)
     several = sum(len(files.get(id, [])) > 1 for id in set(ids))
-    _warn_repairs(folder, {"ids with several files, first taken": several})
+    warn_repairs(folder, {"ids with several files, first taken": several})
     return [Video(id, files.get(id, [None])[0]) for id in ids]

@@ -6,9 +6,7 @@ data/<dataset>/videos/       any container, also one folder down
 
 import csv
 import os
-import warnings
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 
 from vsr1 import cache
@@ -57,14 +55,15 @@ def _preference(path):
     return ending != ".mp4", ending not in annotations.CONTAINERS, path
 
 
-def videos(profile, dataset: str) -> tuple[dict[str, list[str]], dict[str, list[Path]]]:
-    """Return ({split: ids of its videos}, {id: its files}) of a data set whose annotations are there."""
-    files, folder = annotation_files(profile, dataset), ROOT / profile.data / dataset / "videos"
-    ids = {
-        split: annotations.gallery_ids(annotations.read_fig(file))
+def videos(profile, dataset: str, files) -> tuple[Counter, dict[str, list[Path]]]:
+    """Return ({(video, split): its queries}, {video: its files}), from the FIG files of train and test."""
+    counts = Counter(
+        (query.video, split)
         for split, file in zip(SPLITS, files, strict=True)
-    }
-    return ids, locate(folder, chain(*ids.values())) if folder.is_dir() else {}
+        for query in annotations.read_fig(file)
+    )
+    folder = ROOT / profile.data / dataset / "videos"
+    return counts, locate(folder, {video for video, _ in counts}) if folder.is_dir() else {}
 
 
 def prepare(profile, dataset: str) -> None:
@@ -73,10 +72,13 @@ def prepare(profile, dataset: str) -> None:
     A video without a file is named in `videos/missing.csv`, and one line says how many there are. The videos count by
     name and size: to read them all for a changed byte would take longer than it is worth.
     """
-    corpus = _import_annotations(profile, dataset)
-    queries = {split: annotations.read_fig(corpus / f"{split}.jsonl") for split in SPLITS}
-    counts = Counter((query.video, split) for split in SPLITS for query in queries[split])
-    files = _locate_videos(ROOT / profile.data / dataset / "videos", {video for video, _ in counts})
+    corpus, home = _import_annotations(profile, dataset), ROOT / profile.data / dataset / "videos"
+    counts, files = videos(profile, dataset, [corpus / f"{split}.jsonl" for split in SPLITS])
+    if not files:
+        example = f"{min(counts)[0]}.mp4"
+        raise InputError(f"{home}: none of the annotated videos is there; name them as annotated: {example}")
+    several = sum(len(paths) > 1 for paths in files.values())
+    annotations.warn_repairs(home, {"ids with several files, first taken": several})
     missing = [[video, split, n] for (video, split), n in sorted(counts.items()) if video not in files]
     links = sorted(_link(video, paths[0]) for video, paths in files.items())
 
@@ -91,7 +93,7 @@ def prepare(profile, dataset: str) -> None:
     folder = cache.build(profile.data_dir(dataset) / "videos", inputs, link)
     if missing and cache.dist_state().is_main_process:
         share = f"{len(missing)} of {len(counts)} videos are missing ({len(missing) / len(counts):.1%})"
-        test = sum(split == "test" for _, split, _ in missing), len(annotations.gallery_ids(queries["test"]))
+        test = [sum(split == "test" for _, split, *_ in rows) for rows in (missing, counts)]
         print(f"{dataset}: {share}, {test[0]} of {test[1]} in test: {folder / 'missing.csv'}", flush=True)
 
 
@@ -112,20 +114,6 @@ def _import_annotations(profile, dataset):
 
     inputs = {"files": [cache.file_digest(file) for file in files], "code": cache.source_digest(__name__)}
     return cache.build(profile.data_dir(dataset) / "corpus", inputs, write)
-
-
-def _locate_videos(folder, ids):
-    """Locate the videos; InputError if there are none, a warning where an id has several files."""
-    files = locate(folder, ids)
-    if not files:
-        raise InputError(
-            f"{folder}: none of the annotated videos is there; name them as annotated: {min(ids)}.mp4"
-        )
-    several = sum(len(paths) > 1 for paths in files.values())
-    if several:
-        message = f"{folder}: {several} ids with several files, first taken"
-        warnings.warn(message, annotations.CorpusWarning, stacklevel=3)
-    return files
 
 
 def _link(video, file):
