@@ -1,28 +1,24 @@
 """Draw the diagrams of the method from the texts that are run: two refinements (F2), the loop (F3), rewriters (A1).
 
-templates/{F2,F3,A1}.yaml list their parts, filled with prompts, replies and numbers of the profile. Coordinates are
+templates/{F2,F3,A1}.yaml list their parts, filled with prompts and numbers of the profile. Coordinates are
 inches. Boxes, arrows and texts are marked as such (gid), so that a test can hold them apart.
 """
 
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.path import Path as Line
 from matplotlib.textpath import text_to_path
 
 from vsr1.config import Profile
-from vsr1.data import video_reader
-from vsr1.loop import hqr, replies
-from vsr1.loop.records import Episode
+from vsr1.loop import hqr
 from vsr1.loop.replies import REFINE
 from vsr1.models import prompt_text
-from vsr1.report import plots, results, search_figures, templates
-from vsr1.report.search_panels import FrameSource
+from vsr1.report import plots, results, templates
 
 COLOURS = {
     "black": plots.BLACK,
@@ -40,26 +36,12 @@ NOT = "<answer>not_matched</answer>"
 
 def publish(profile: Profile) -> list[Path]:
     """Write F2, F3 and A1 to results/<profile>/figures/."""
-    pair, folder = example(profile), profile.results() / "figures"
-    rendered = bool(pair and profile.world)  # frames of real video stay out of results/
-    words = {name: results.items()[name]["caption"] for name in ("F2", "F3", "A1")}
-    words["F2"] += _example_words(pair, rendered)
-    words["F3"] = words["F3"].format(turns=profile.max_turns)
-    figures = {"F2": hard_and_soft(profile, pair, frames(profile, *pair) if rendered else {})}
-    figures |= {"F3": loop(profile), "A1": rewriters()}
-    save = lambda name: plots.save(figures[name], folder, name, f"{words[name]} Profile {profile.name}.")  # noqa: E731
-    return [save(name) for name in figures]
-
-
-def _example_words(pair, rendered):
-    """Say in the caption of F2 what its example is."""
-    if pair is None:
-        return " Drawn without an example: no two searches satisfy the rule of F7 here."
-    dataset, soft, hard = pair
-    ranks = ", ".join(str(turn.rank_out or turn.rank_in) for turn in hard.turns)
-    place = f"query {soft.desc_id} of {dataset}" + " (rendered video)" * rendered
-    picked = f" Example: {place}, the first that satisfies the rule of F7."
-    return f"{picked} HQR left the right video on rank {ranks}, turn by turn."
+    written = []
+    for name, figure in {"F2": hard_and_soft(profile), "F3": loop(profile), "A1": rewriters()}.items():
+        caption = results.items()[name]["caption"].format(turns=profile.max_turns)
+        words = f"{caption} Profile {profile.name}."
+        written.append(plots.save(figure, profile.results() / "figures", name, words))
+    return written
 
 
 # --- What the diagrams are filled with
@@ -74,75 +56,20 @@ def loop(profile: Profile) -> Figure:
         ["<think> $r_t$ </think>", "blue"],
     ]
     prompt += [["<answer> $y_{ret}$ </answer>", "blue"]]
-    return _draw("F3.yaml", {}, n=profile.n_soft, turns=profile.max_turns, refine=REFINE, prompt=prompt)
-
-
-def example(profile: Profile) -> tuple[str, Episode, Episode] | None:
-    """Return the search of F7: data set, SQR's episode and HQR's; None where no search fits its rule."""
-    found = search_figures.SQR_WINS.in_turn(search_figures.run_pairs(profile))
-    return (found[0][0], *found[0][1]) if found else None
-
-
-def frames(profile: Profile, dataset: str, soft: Episode, hard: Episode) -> dict[str, list[np.ndarray]]:
-    """Return {video: two frames} of the videos in the example, from the moments most like the one asked for."""
-    videos = dict.fromkeys(turn.shown_id for turn in (soft.turns[0], _after(hard), _after(soft)))
-    with video_reader.Reader() as reader:
-        source = FrameSource(profile, dataset, reader)
-        strips = {video: source.strip(soft, video, 2) for video in videos}
-    return {video: list(strip.frames) for video, strip in strips.items() if strip.problem is None}
-
-
-def _after(episode):
-    """Return the turn after the first refinement, or the last one of a search that found the right video."""
-    return episode.turns[-1] if episode.turns[-1].shown_is_gt else episode.turns[1]
+    return _draw("F3.yaml", n=profile.n_soft, turns=profile.max_turns, refine=REFINE, prompt=prompt)
 
 
 @plots.style()
-def hard_and_soft(profile: Profile, pair: tuple | None, pictures: dict) -> Figure:
-    """Draw F2: the same query and video, then a rewritten query (a) or soft tokens (b).
-
-    pair       that of `example`
-    pictures   {video: frames}; a sign stands for a video without
-    """
-    _, soft, hard = pair or (None, None, None)
+def hard_and_soft(profile: Profile) -> Figure:
+    """Draw F2: the same query and video, then a rewritten query (a) or soft tokens (b)."""
     panels = [
-        _panel("(a) hard query refinement (HQR reasoned, ours)", "prompted", prompt_text.SYSTEM_HQR, hard),
-        _panel("(b) soft query refinement (SQR)", "trained", prompt_text.SYSTEM, soft),
+        {"title": "(a) hard query refinement (HQR reasoned, ours)", "policy": "prompted"},
+        {"title": "(b) soft query refinement (SQR)", "policy": "trained"},
     ]
-    update = f"<query_update>{hard.turns[0].update_text if hard else 'TEXT'}</query_update>"
+    for panel, prompt in zip(panels, (prompt_text.SYSTEM_HQR, prompt_text.SYSTEM), strict=True):
+        panel["prompt"] = _wrap(f"{prompt.partition('.')[0]}. … {_on_wrong_video(prompt)}", 3.8, 3)
     values = {"n": profile.n_soft, "end": 5.5 + min(0.18 * profile.n_soft, 1.6), "refine": REFINE}
-    values |= {"negatives": profile.sft_negatives or "all", "example": pair is not None}
-    return _draw("F2.yaml", pictures, panels=panels, update=_wrap(update, 3.6, 3), **values)
-
-
-def _panel(title, policy, prompt, episode):
-    """Return one side of F2: query, the videos of two turns, what the policy is asked, its first reply."""
-    panel = {
-        "title": title,
-        "policy": policy,
-        "turns": [_turn(1, None), _turn(2, None)],
-        "query": ["as typed"],
-    }
-    if episode:
-        panel["turns"] = [_turn(turn.t, turn) for turn in (episode.turns[0], _after(episode))]
-        panel["query"] = _wrap(f'"{episode.query}"', 3.8, 2)
-    text = episode.turns[0].reply.text if episode else f"<think> … </think> {NOT}"
-    thought, _, rest = text.rpartition("</think>")
-    verdict = replies.inside("answer", rest)
-    answer = "no readable verdict" if verdict is None else f"<answer>{verdict}</answer>"
-    reply = [*_wrap(f"{thought}</think>", 3.8, 3), *([line, "pink"] for line in _wrap(answer, 3.8, 1))]
-    asked = _wrap(f"{prompt.partition('.')[0]}. … {_on_wrong_video(prompt)}", 3.8, 3)
-    return panel | {"prompt": asked, "reply": reply}
-
-
-def _turn(number, turn):
-    """Return what F2 shows of one turn; of None only its number."""
-    if turn is None:
-        return {"video": None, "edge": "black", "title": f"turn {number}", "rank": None}
-    right = turn.shown_is_gt
-    end = f"right ✓ IoU {turn.iou:.2f}" if right else "wrong ✗"
-    props = {"edge": "green" if right else "black", "tone": "green" if right else "red"}
-    return props | {"video": turn.shown_id, "title": f"turn {number}: {end}", "rank": turn.rank_in}
+    return _draw("F2.yaml", panels=panels, verdict=NOT, negatives=profile.sft_negatives or "all", **values)
 
 
 @plots.style()
@@ -157,7 +84,7 @@ def rewriters() -> Figure:
         reply += [["<query_update>TEXT</query_update>", "black"]]
         variants.append({"name": name, "sees": sees, "judges": judges, "prompt": asked, "reply": reply})
     ways = [f"{way}: embed({hqr.compose_query('$q_1$', 'TEXT', way)})" for way in ("replace", "append")]
-    return _draw("A1.yaml", {}, variants=variants, ways="      ".join(ways))
+    return _draw("A1.yaml", variants=variants, ways="      ".join(ways))
 
 
 def _on_wrong_video(prompt):
@@ -181,11 +108,8 @@ def _inches(words):
 # --- Drawing
 
 
-def _draw(template, pictures, width=9, **values):
-    """Draw the parts that a template lists.
-
-    pictures   {video: frames} of films
-    """
+def _draw(template, width=9, **values):
+    """Draw the parts that a template lists."""
     content = yaml.safe_load(templates.render(template, **values))
     figure = Figure(figsize=(width, content["height"]))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, content["height"]))
@@ -193,8 +117,6 @@ def _draw(template, pictures, width=9, **values):
     for part in content["parts"]:
         kind = next(iter(part))
         place = part.pop(kind)
-        if kind == "film":
-            part["pictures"] = pictures.get(part.pop("video", None))
         PARTS[kind](axes, place, **part)
     return figure
 
@@ -246,25 +168,15 @@ def _chips(axes, at, n, width):
         axes.add_patch(Rectangle(corner, 0.78 * pitch, 0.14, facecolor=colour, **props))
 
 
-def _film(axes, place, count=3, pictures=None, edge="black"):
-    """Draw a strip of film; where there are no pictures, a sign in place of each."""
+def _film(axes, place, count=3):
+    """Draw frames side by side in a dark box."""
     x, y, width, height = place
-    props = {"facecolor": "#333333", "edgecolor": COLOURS[edge], "linewidth": 1.6, "gid": "box"}
+    props = {"facecolor": "#333333", "edgecolor": plots.BLACK, "linewidth": 1.6, "gid": "box"}
     axes.add_patch(Rectangle((x, y), width, height, **props))
-    rim, pitch = 0.09 * height, width / count
-    low, high = y + 2 * rim, y + height - 2 * rim
+    rim, pitch = 0.12 * height, width / count
     for number in range(count):
-        left, right = x + pitch * (number + 0.06), x + pitch * (number + 0.94)
-        if pictures:
-            axes.imshow(pictures[number], extent=(left, right, low, high), aspect="auto", zorder=3)
-        else:
-            axes.add_patch(Rectangle((left, low), right - left, high - low, facecolor="#dddddd"))
-            sign, middle, half = (high - low) / 4, (left + right) / 2, (low + high) / 2
-            corners = [(middle - sign, half - sign), (middle - sign, half + sign), (middle + sign, half)]
-            axes.add_patch(Polygon(corners, facecolor=plots.GREY))
-        for hole in np.linspace(left, right - 0.05, 4):
-            for bottom in (y + 0.5 * rim, y + height - 1.5 * rim):
-                axes.add_patch(Rectangle((hole, bottom), 0.05, rim, facecolor="white"))
+        corner = x + pitch * (number + 0.06), y + rim
+        axes.add_patch(Rectangle(corner, 0.88 * pitch, height - 2 * rim, facecolor="#dddddd"))
 
 
 def _timeline(axes, place, span):

@@ -228,10 +228,10 @@ def _notebooks(profile):
     homes = {profile.runs(dataset): dataset for dataset in profile.datasets} | {
         profile.run_root(): profile.name
     }
-    found = {
-        path: place for home, place in homes.items() for path in sorted((home / "notebooks").glob("*.ipynb"))
-    }
-    return {path: f"{place}: {path.stem}" for path, place in found.items() if "." not in path.stem}
+    found = [
+        (p, place) for home, place in homes.items() for p in sorted((home / "notebooks").glob("*.ipynb"))
+    ]
+    return {path: f"{place}: {path.stem}" for path, place in found if "." not in path.stem}
 
 
 def _copies(profile, name):

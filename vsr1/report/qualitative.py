@@ -9,7 +9,6 @@ results/<profile>/qualitative/                   all data sets on one page, wher
 """
 
 import json
-import math
 import re
 import shutil
 from collections import Counter
@@ -237,16 +236,9 @@ class Cards:
             "name": SYSTEMS[system][1],
             "ranks": " → ".join(map(_rank, ranks)),
             "won": ranks[-1] == 1,
-            "places": self.places(ranks),
             "bands": self.clip(episode.gt_video, 0, bands)["bands"],
             "end": _end(episode),
         }
-
-    def places(self, ranks: list[int]) -> list[int]:
-        """Return ranks as percent of a logarithmic line: the last of the gallery left, rank 1 right; latest first."""
-        whole = math.log(max(2, self.videos))
-        places = [round(100 - 100 * math.log(min(rank, self.videos)) / whole) for rank in ranks]
-        return places[::-1]
 
     def turns(self, search: dict[str, Episode], asked, matters: list[str]) -> list[list[dict]]:
         """Return all turns of all systems: turn by turn, those that see the same video together."""

@@ -24,20 +24,7 @@ VERDICTS = ("ok", "close", "OFF", "MISSING")
 EXPECTED = ROOT / "results" / "expected"
 NAME = re.compile(r"[A-Z]\d+(/[a-z0-9.-]+){2}/[a-z0-9@._-]+")
 KEY = ["table", "dataset", "system", "metric"]  # the parts of a name
-COLUMNS = [
-    *KEY,
-    "low",
-    "high",
-    "value",
-    "n",
-    "seeds",
-    "unit",
-    "note",
-    "measured",
-    "paper",
-    "verdict",
-    "expected",
-]
+COLUMNS = [*KEY, *"low high value n seeds unit note measured paper verdict expected".split()]
 JUDGED = ("PAGE", "FIGURE", "FILES")  # sources that give verdicts; second-hand values give none
 
 # --- Record
@@ -140,7 +127,7 @@ def collect(profile: Profile) -> pd.DataFrame:
     """
     measured, series = {}, {}
     for path in _parts(profile):
-        part = annotations.parse_json(annotations.read_text(path), path)
+        part = _read(path)
         if part["profile"] != profile.digest():
             remedy = "run its notebook, `make seeds` or `make ablations` again"
             print(f"left out: {path} was measured with other knobs; {remedy}")
@@ -266,8 +253,7 @@ def frame(numbers: dict) -> pd.DataFrame:
 
 def load_collected(profile: Profile) -> tuple[pd.DataFrame, dict]:
     """Return what the last `collect` left: the frame of its numbers, and its series."""
-    texts = (_collected(profile) / f"{name}.json" for name in ("numbers", "series"))
-    numbers, series = (annotations.parse_json(annotations.read_text(path), path) for path in texts)
+    numbers, series = (_read(_collected(profile) / f"{name}.json") for name in ("numbers", "series"))
     return frame(numbers), series
 
 
@@ -278,7 +264,10 @@ def load(profile: Profile) -> pd.DataFrame:
 
 def read(profile: Profile, name: str) -> dict:
     """Return the content of results/<profile>/<name>.json."""
-    path = profile.results() / f"{name}.json"
+    return _read(profile.results() / f"{name}.json")
+
+
+def _read(path):
     return annotations.parse_json(annotations.read_text(path), path)
 
 
@@ -336,7 +325,7 @@ def damaged(profile: Profile) -> list[str]:
             except InputError as error:
                 lines.append(f"{error}; delete it and run `make paper` again")
         for path in sorted((home / "notebooks").glob(".*.json")):
-            steps = sorted(annotations.parse_json(annotations.read_text(path), path)["steps"])
+            steps = sorted(_read(path)["steps"])
             gone = [home / name for name in steps if not (home / name / ".step.json").exists()]
             lines += [f"{step}: gone since notebook {path.stem[1:]} ran; `make paper` again" for step in gone]
     return list(dict.fromkeys(lines))
