@@ -1,6 +1,7 @@
 """The command line, `python -m vsr1 COMMAND`. The Makefile calls it; each command imports only what it needs."""
 
 import errno
+import functools
 import os
 import re
 import sys
@@ -12,7 +13,7 @@ import typer
 from typer import Argument, Option
 
 from vsr1 import config
-from vsr1.apps import notebooks, pipeline, processes
+from vsr1.apps import notebooks, pipeline
 from vsr1.config import ROOT, InputError
 
 INTERRUPTED = 130
@@ -24,7 +25,8 @@ LISTS = ("--datasets", "--dataset", "--seeds", "--iou")  # options that take sev
 Profile = Annotated[str, Option("--profile", help="Name in vsr1/profiles/, or a path to a .yaml.")]
 Seed = Annotated[int | None, Option("--seed", min=0, help="Of the experiment; else the profile's own.")]
 Datasets = Annotated[
-    list[str], Option("--datasets", "--dataset", help="charades didemo activitynet; else the profile's own.")
+    list[str] | None,
+    Option("--datasets", "--dataset", help="charades didemo activitynet; else the profile's own."),
 ]
 Dataset = Annotated[str, Option("--dataset", metavar="NAME", help="charades, didemo or activitynet.")]
 Jobs = Annotated[
@@ -36,7 +38,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Vi
 
 def main(argv=None) -> int:
     """Run one command and return its exit status. Bad input is one line and 2; an error of ours keeps its traceback."""
-    processes.use_this_clone()
+    pipeline.use_this_clone()
     try:
         words = _join_lists(sys.argv[1:] if argv is None else argv)
         status = app(words, "python -m vsr1", standalone_mode=False) or 0
@@ -85,7 +87,7 @@ def _load(command, name, seed=None, datasets=(), shared=False):
     profile = config.load(name, seed, datasets)
     if name.endswith(".yaml"):
         config.claim(Path(name))
-    processes.start(profile, command, shared)
+    pipeline.start(profile, command, shared)
     return profile
 
 
@@ -93,21 +95,23 @@ def _per_dataset(command, work, name, seed, datasets, jobs, words=(), shared=Fal
     """Do a command for every data set, in processes of their own where several are worked on at once."""
     profile = _load(command, name, seed, shared=shared)
     datasets = [config.check_dataset(dataset) for dataset in _split(datasets)] or profile.datasets
-    if (jobs := processes.count_jobs(profile, jobs, datasets)) == 1:
-        return work(profile, tuple(datasets))
+    if (jobs := pipeline.count_jobs(profile, jobs, datasets)) == 1:
+        for dataset in datasets:
+            work(profile, dataset)
+        return 0
     common = ["--profile", name, "--jobs", "1", *(["--seed", str(seed)] if seed is not None else [])]
     commands = {dataset: [[command, *words, *common, "--datasets", dataset]] for dataset in datasets}
-    return processes.run_side_by_side(commands, jobs)
+    return pipeline.run_side_by_side(commands, jobs)
 
 
 @app.command()
-def corpus(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = [], jobs: Jobs = None):  # noqa: B006
+def corpus(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None, jobs: Jobs = None):
     """Render the corpora, or import the real ones."""
     return _per_dataset("corpus", pipeline.corpus, profile, seed, datasets, jobs, shared=True)
 
 
 @app.command()
-def embed(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = [], jobs: Jobs = None):  # noqa: B006
+def embed(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None, jobs: Jobs = None):
     """Embed videos and queries, and build the search index."""
     return _per_dataset("embed", pipeline.embed, profile, seed, datasets, jobs, shared=True)
 
@@ -147,17 +151,17 @@ def notebook(
     ],
     profile: Profile = "mini",
     seed: Seed = None,
-    datasets: Datasets = [],  # noqa: B006
+    datasets: Datasets = None,
     jobs: Jobs = None,
 ):
     """Run notebooks headless."""
     part = _load("notebook", profile, seed, _split(datasets))
     datasets = _split(datasets) or part.datasets
-    if (jobs := processes.count_jobs(part, jobs, datasets)) > 1:
+    if (jobs := pipeline.count_jobs(part, jobs, datasets)) > 1:
         common = ["--profile", profile, "--jobs", "1", "--seed", str(part.seed)]
         queue = [["notebook", name, *common] for name in names if notebooks.takes_dataset(name)]
         commands = {name: [[*words, "--datasets", name] for words in queue] for name in datasets}
-        if failed := processes.run_side_by_side(commands, jobs):
+        if failed := pipeline.run_side_by_side(commands, jobs):
             return failed
         names = [name for name in names if not notebooks.takes_dataset(name)]
     return notebooks.run(names, profile, part, datasets)
@@ -169,25 +173,26 @@ def seeds(
         list[str], Option("--seeds", metavar="N...", help="The seeds to train and evaluate with.")
     ],
     profile: Profile = "mini",
-    datasets: Datasets = [],  # noqa: B006
+    datasets: Datasets = None,
     seed: Seed = None,
     jobs: Jobs = None,
 ):
     """Train and evaluate with other seeds, and make their tables R1 and R2."""
-    if not all(word.isdecimal() for word in _split(seeds)):
-        raise InputError(f"--seeds {' '.join(seeds)}: expected whole numbers from 0 up")
-    work = lambda profile, datasets: pipeline.seeds(profile, datasets, list(map(int, _split(seeds))))  # noqa: E731
-    return _per_dataset("seeds", work, profile, seed, datasets, jobs, ["--seeds", *_split(seeds)])
+    words = _split(seeds)
+    if not all(word.isdecimal() for word in words):
+        raise InputError(f"--seeds {' '.join(words)}: expected whole numbers from 0 up")
+    work = functools.partial(pipeline.seeds, numbers=[int(word) for word in words])
+    return _per_dataset("seeds", work, profile, seed, datasets, jobs, ["--seeds", *words])
 
 
 @app.command()
-def ablations(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = [], jobs: Jobs = None):  # noqa: B006
+def ablations(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None, jobs: Jobs = None):
     """Run longer studies beyond the paper, tables B1 to B3."""
     return _per_dataset("ablations", pipeline.ablations, profile, seed, datasets, jobs)
 
 
 @app.command()
-def report(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = []):  # noqa: B006
+def report(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None):
     """Write numbers, tables, figures and report.html, and print where."""
     from vsr1.report import html_report, results
 
@@ -197,7 +202,7 @@ def report(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = []
 
 
 @app.command()
-def check(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = []):  # noqa: B006
+def check(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None):
     """Compare measured numbers with expected ones: ok, close, OFF, MISSING."""
     from vsr1.report import html_report, results
 
@@ -219,7 +224,7 @@ def doctor(profile: Profile = "mini", seed: Seed = None):
     """Print what this machine can reproduce, and what is missing."""
     from vsr1.apps import doctor as checks
 
-    return checks.main(config.load(profile, seed))  # `processes.start` asks for packages that may be missing
+    return checks.main(config.load(profile, seed))  # `pipeline.start` asks for packages that may be missing
 
 
 @app.command()
@@ -256,7 +261,7 @@ def search(
 def score(
     submission: Annotated[Path, Argument(help="Ranked predictions for all queries, json.")],
     groundtruth: Annotated[Path, Argument(help="FIG or TVR annotations, one query a line.")],
-    iou: Annotated[list[str], Option(help="Thresholds; else 0.3 0.5 0.7.")] = [],  # noqa: B006
+    iou: Annotated[list[str] | None, Option(help="Thresholds; else 0.3 0.5 0.7.")] = None,
     float32: Annotated[bool, Option("--float32", help="Round as TVR's evaluator does.")] = False,
 ):
     """Score a submission to a FIG benchmark."""

@@ -196,7 +196,9 @@ def test_the_foundation_is_made_by_one_command_and_then_left_alone(tmp_path, mon
     monkeypatch.setattr(config, "ROOT", tmp_path)
     (tmp_path / "few.yaml").write_text(RECIPES)
     profile = dataclasses.replace(config.load("smoke"), datasets=("charades",))
-    tiny = dataclasses.replace(profile, world=dataclasses.replace(profile.world, foundation_videos=6, size=64))
+    tiny = dataclasses.replace(
+        profile, world=dataclasses.replace(profile.world, foundation_videos=6, size=64)
+    )
     monkeypatch.setattr(config, "load", lambda name: tiny)
     command = ["foundation", "--recipes", str(tmp_path / "few.yaml"), "--into", str(tmp_path / "made")]
     outputs = []

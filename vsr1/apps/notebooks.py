@@ -1,6 +1,7 @@
 """Run notebooks headless, keep executed copies until something they rest on changes, and open them in JupyterLab."""
 
 import ast
+import itertools
 import json
 import os
 import secrets
@@ -44,23 +45,18 @@ def takes_dataset(name: str) -> bool:
 
 
 def find(name: str):
-    """Return (the file of a notebook, the names of its parameters). Raises InputError if it cannot be run."""
+    """Return (the file of a notebook, the names of its parameters). Raises InputError where there is none."""
     source = config.ROOT / "notebooks" / f"{name}.ipynb"
     if not source.exists():
         known = ", ".join(sorted(path.stem for path in source.parent.glob("*.ipynb")))
         raise InputError(f"{source}: no such notebook; there are {known or 'none'}")
-    declared = parameters(source)
-    if lacking := {"profile", "seed"} - declared:  # papermill would only warn
-        raise InputError(f"{source}: its parameters cell has no {min(lacking)!r}; add it")
-    return source, declared
+    return source, parameters(source)
 
 
 def parameters(source) -> set[str]:
-    """Return the names assigned in the one cell tagged `parameters` of a notebook file."""
-    tagged = [cell for cell in _cells(source) if "parameters" in cell["metadata"].get("tags", [])]
-    if len(tagged) != 1:
-        raise InputError(f"{source}: expected one cell tagged `parameters`, found {len(tagged)}")
-    statements = ast.parse("".join(tagged[0]["source"])).body
+    """Return the names assigned in the cells tagged `parameters` of a notebook file."""
+    tagged = [cell["source"] for cell in _cells(source) if "parameters" in cell["metadata"].get("tags", [])]
+    statements = ast.parse("".join(itertools.chain(*tagged))).body
     return {target.id for node in statements if isinstance(node, ast.Assign) for target in node.targets}
 
 
