@@ -193,12 +193,6 @@ def test_what_the_release_lacks_is_named(profile, tmp_path):
     assert absent == sorted(set(official_release.wanted("charades")) - set(TEXTS))
 
 
-def test_a_release_without_annotations_is_none(profile, tmp_path):
-    assert re.search(
-        r"no raw_annotation/ with train\.jsonl", refused(profile, lay(tmp_path / "copy", one=tar(VECTORS)))
-    )
-
-
 # --- From the hub
 
 
