@@ -48,13 +48,8 @@ class Check(NamedTuple):
 
 def main(profile) -> int:
     """Print the table and whether `profile` can run here; return 0 if it can, else 1."""
-    checks = [
-        packages(),
-        *torch_and_faiss(profile),
-        decoding(),
-        *space(profile),
-        *map(weights, _models(profile)),
-    ]
+    checks = [packages(), *torch_and_faiss(profile), decoding(), *space(profile)]
+    checks += map(weights, _models(profile))
     if profile.world is None:
         checks += [real_data(profile, dataset) for dataset in profile.datasets]
     title = f"What this machine can reproduce (profile {profile.name}; PROFILE=paper asks for the real data)"

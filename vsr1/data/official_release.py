@@ -170,7 +170,8 @@ def download(profile, dataset: str, source: str | None = None) -> list[str]:
         return []
     fs = connect(source)
     shards, files = _list_shards(fs, source)
-    _check_pins(begun, source, files)
+    if begun:
+        _check_pins(begun, source, files)
     folder.mkdir(parents=True, exist_ok=True)
     cache.write_json(path, {"source": source, "files": files})
     for shard in cache.progress(shards, f"download {dataset}"):
@@ -186,11 +187,10 @@ def download(profile, dataset: str, source: str | None = None) -> list[str]:
 def _check_pins(begun, source, files):
     """Refuse a source where the hash of a file differs from that of an earlier call."""
     for name, pin in files.items():
-        known = begun.files.get(name, pin) if begun else pin
-        if pin[1] and known != pin:
+        if pin[1] and begun.files.get(name, pin) != pin:
             raise InputError(
-                f"{source}/shards/{name}: another revision than the one begun with ({pin[1]}, it was "
-                f"{known[1]}); to begin anew delete what was downloaded, and {RECORD}"
+                f"{source}/shards/{name}: not of the revision begun with, by its hash; to begin anew delete "
+                f"what was downloaded, and {RECORD}"
             )
 
 
@@ -222,10 +222,8 @@ def _members(file, missing):
                 if member.size < 0:
                     raise tarfile.ReadError("a negative size")  # it would send the reader back, without end
                 path = PurePosixPath(member.name)
-                spellings = (
-                    "/".join(path.parts),
-                    "/".join(path.parts[1:]),
-                )  # with or without a folder around
+                # With or without a folder around it.
+                spellings = ("/".join(path.parts), "/".join(path.parts[1:]))
                 name = next((name for name in spellings if name in missing), None)
                 if name:
                     yield name, _content(file, member, path)
