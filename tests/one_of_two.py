@@ -11,7 +11,7 @@ import test_grpo
 import test_sft
 import torch
 from safetensors.torch import save_file
-from tiny import random_engine, random_policy
+from tiny import random_engine, random_policy, random_vectors
 
 from vsr1 import __main__ as cli
 from vsr1 import cache, config
@@ -23,14 +23,14 @@ from vsr1.training import sft
 def grpo_loop(folder, prompts):
     """Stage 2 with so many starts a step, killed in its third and resumed; the weights that it ends with."""
     knobs = dataclasses.replace(test_grpo.knobs(), grpo_prompts_per_step=int(prompts), scale_rewards="batch")
-    starts = test_grpo.made_starts(test_grpo.made_vectors())
+    starts = test_grpo.made_starts(random_vectors())
 
     def fatal(number, *_):
         if number == 3:
             raise test_grpo.Killed
 
     for killed in (True, False):
-        trainer = test_grpo.steadily(test_grpo.begin(knobs, random_engine(), test_grpo.made_vectors()))
+        trainer = test_grpo.steadily(test_grpo.begin(knobs, random_engine(), random_vectors()))
         if killed:
             trainer._check_skipped = fatal
         with contextlib.suppress(test_grpo.Killed):

@@ -11,7 +11,7 @@ from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
 from vsr1 import config
 from vsr1.data import video_reader
 from vsr1.mini import architecture
-from vsr1.models import engine, policy, soft_heads
+from vsr1.models import engine, policy, search_index, soft_heads
 
 COLD = 0.1  # a temperature at which a random policy repeats itself
 QUERIES = ["A person waves.", "Someone jumps up and down by the lake with a blue dog.", "Who sits?"]
@@ -46,6 +46,25 @@ def random_engine():
 def clip(count, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
     return video_reader.Clip(pixels, np.arange(count) * 2.0 + 0.25, 2.0 * count, None)
+
+
+VIDEOS = [f"v{n}" for n in range(6)]
+
+
+class Shelf:
+    """Six videos of random pixels, as `clip_cache.ClipCache` gives them."""
+
+    def __init__(self, seed=0):
+        self.clips = {video: clip(4 + 2 * (n % 3), seed + n) for n, video in enumerate(VIDEOS)}
+
+    def get(self, ids):
+        return [self.clips[video] for video in ids]
+
+
+def random_vectors():
+    """Vectors of the six videos, and of three queries."""
+    vecs = torch.nn.functional.normalize(torch.randn(9, 192, generator=torch.manual_seed(2)), dim=1).numpy()
+    return search_index.Vectors(VIDEOS, vecs[:6], [1, 2, 3], vecs[6:])
 
 
 def changed(made, **changes):

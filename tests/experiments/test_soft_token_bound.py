@@ -244,7 +244,7 @@ def test_real_queries_take_the_replies_of_stage_1(monkeypatch, tmp_path):
     released = [sft_examples.SFTExample(query.id, "q", query.video, "w", (), "reply") for query in queries]
     file = tmp_path / released_replies.FILE
     monkeypatch.setattr(sft_data, "reply_file", lambda *_: file)
-    monkeypatch.setattr(released_replies, "read_released", lambda *_: (released, {}))
+    monkeypatch.setattr(released_replies, "read_released", lambda *_: released)
     learned, held_out = soft_token_bound.split_examples(profile, "charades", queries, None)
     assert {row.desc_id for row in learned} == learn and {row.desc_id for row in held_out} == held
     released[:] = learned

@@ -13,43 +13,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny import (
-    QUERIES,
-    changed,
-    clip,
-    random_engine,
-    random_policy,
-    two_processes,
-)
+from tiny import QUERIES, VIDEOS, Shelf, changed, random_policy, two_processes
 
 from vsr1 import cache, config
 from vsr1.data import annotations, clip_cache, video_reader
 from vsr1.experiments import training_curves
 from vsr1.loop import sqr
-from vsr1.models import checkpoints, embedding, inputs, search_index
+from vsr1.models import checkpoints, embedding, inputs
 from vsr1.training import common, grpo, objective, rewards, rollout, sft
-
-VIDEOS = [f"v{n}" for n in range(6)]
-
-
-class Shelf:
-    """Six videos of random pixels, as `evaluate.Clips` gives them."""
-
-    def __init__(self, seed=0):
-        self.clips = {video: clip(4 + 2 * (n % 3), seed + n) for n, video in enumerate(VIDEOS)}
-
-    def get(self, ids):
-        return [self.clips[video] for video in ids]
-
-
-@pytest.fixture(scope="module")
-def search():
-    return random_engine()
-
-
-def made_vectors():
-    vecs = torch.nn.functional.normalize(torch.randn(9, 192, generator=torch.manual_seed(2)), dim=1).numpy()
-    return search_index.Vectors(VIDEOS, vecs[:6], [1, 2, 3], vecs[6:])
 
 
 def made_starts(vectors):
@@ -68,11 +39,6 @@ def knobs():
     }
     official = {"grpo_exclude_sft_queries": False, "scale_rewards": "group"}
     return dataclasses.replace(config.load("smoke"), **small, **official, grpo_head_lr=1e-3)
-
-
-@pytest.fixture(scope="module")
-def vectors():
-    return made_vectors()
 
 
 @pytest.fixture(scope="module")

@@ -272,7 +272,7 @@ def split_examples(profile, dataset, queries, vectors) -> list[list[SFTExample]]
         options = {"most": len(queries), "negatives": negatives, "seed": profile.seed}
         return [choose_examples(part, vectors, writer[0], **options) for part in parts]
     file = sft_data.reply_file(profile, dataset)
-    rows, _ = released_replies.read_released(file, queries, vectors, negatives)
+    rows = released_replies.read_released(file, queries, vectors, negatives)
     ids = [{query.id for query in part} for part in parts]
     examples = [[row for row in rows if row.desc_id in part] for part in ids]
     if not all(examples):

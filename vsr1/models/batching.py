@@ -34,22 +34,16 @@ class OOMSplitter:
 
     def run(self, work, rows: list) -> list:
         """Return [work(part)] for the parts of `rows` in their order; parts done before the error are done again."""
-
-        def in_parts(parts):
-            size = -(-len(rows) // parts)
-            return [work(rows[start : start + size]) for start in range(0, len(rows), size)]
-
-        return self.call(in_parts, len(rows), can_halve=len(rows) > 1)
-
-    def call(self, work, size: int, can_halve=True):
-        """Return `work(parts)`, where parts is 1, or 2 once memory did not suffice for `size` rows at once."""
+        size = -(-len(rows) // self.parts)
         try:
-            return work(self.parts)
+            return [work(rows[start : start + size]) for start in range(0, len(rows), size)]
         except torch.OutOfMemoryError:
-            if self.parts > 1 or not can_halve:
+            if self.parts > 1 or len(rows) < 2:
                 raise
         self.parts = 2
-        warnings.warn(f"{size} at once do not fit in memory: half of {self.knob} from now on", stacklevel=3)
-        gc.collect()  # a trainer's parts refer to each other
+        warnings.warn(
+            f"{len(rows)} at once do not fit in memory: half of {self.knob} from now on", stacklevel=2
+        )
+        gc.collect()
         torch.cuda.empty_cache()
-        return work(self.parts)
+        return self.run(work, rows)

@@ -68,8 +68,8 @@ class Entry(BaseModel, strict=True):
 
 def read_released(
     path: Path, queries, vectors: search_index.Vectors, negatives: int | None
-) -> tuple[list[SFTExample], dict]:
-    """Return all examples of a file that can be learned from here, in its order, and notes on those that cannot.
+) -> list[SFTExample]:
+    """Return all examples of a file that can be learned from here, in its order, and warn of those that cannot.
 
     The query's text is the annotation's, whose vector is known. The video shown need not rank first here.
     """
@@ -84,14 +84,12 @@ def read_released(
             examples[example.desc_id] = replace(example, query=known[example.desc_id].text)
         else:
             rejected.append((problem, entry.qid))
-    notes = {"file": Path(path).name, "rows": len(entries), "left_out": count_reasons(rejected)}
-    _warn_left_out(path, notes, bool(examples))
+    _warn_left_out(path, rejected, len(entries))
     top = rankings([known[number] for number in examples], vectors, negatives)
-    found = zip(examples.values(), top, strict=True)
     return [
         replace(example, negatives=wrong_videos(order, example.shown, example.right))
-        for example, order in found
-    ], notes
+        for example, order in zip(examples.values(), top, strict=True)
+    ]
 
 
 def _problem(example, labelled_right, known, vectors):
@@ -108,20 +106,13 @@ def _problem(example, labelled_right, known, vectors):
     return None if agree else "whose reply, label and videos do not agree"
 
 
-def _warn_left_out(path, notes, any_left):
-    counts = [f"{c['rows']} {problem} (first: {c['first']})" for problem, c in notes["left_out"].items()]
-    if not any_left:
-        raise InputError(
-            f"{path}: none of {notes['rows']} rows is of use here: {', '.join(counts)}; another data set's?"
-        )
-    if counts:
-        message = f"{path}: rows left out: {', '.join(counts)}"
-        warnings.warn(message, annotations.CorpusWarning, stacklevel=3)
-
-
-def count_reasons(rejected: list[tuple[str, str]]) -> dict:
-    """Count the rows that each reason left out, and name the first of them, from (reason, qid) of each."""
-    counts = {}
-    for reason, name in rejected:
-        counts.setdefault(reason, {"rows": 0, "first": name})["rows"] += 1
-    return counts
+def _warn_left_out(path, rejected, num_entries):
+    """Say why rows are left out and which is the first, from (reason, qid) of each; that all are is an error."""
+    qids = {}
+    for problem, qid in rejected:
+        qids.setdefault(problem, []).append(qid)
+    counts = ", ".join(f"{len(rows)} {problem} (first: {rows[0]})" for problem, rows in qids.items())
+    if len(rejected) == num_entries:
+        raise InputError(f"{path}: none of {num_entries} rows is of use here: {counts}; another data set's?")
+    if rejected:
+        warnings.warn(f"{path}: rows left out: {counts}", annotations.CorpusWarning, stacklevel=3)

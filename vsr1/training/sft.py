@@ -26,7 +26,7 @@ from vsr1 import cache
 from vsr1.config import InputError
 from vsr1.data import clip_cache
 from vsr1.loop import sqr
-from vsr1.models import batching, checkpoints, decoding, embedding, inputs, loading, prompt_text, search_index
+from vsr1.models import checkpoints, decoding, embedding, inputs, loading, prompt_text, search_index
 from vsr1.models import engine as engines
 from vsr1.models.policy import Policy, new_heads, new_settings
 from vsr1.training import common, sft_data
@@ -398,20 +398,16 @@ def train(profile, dataset: str, name: str = "sft", on_log=None) -> Path:
 
 def _train(profile, dataset, name, vectors, on_log, folder):
     dist, vectors = cache.dist_state(), search_index.load_vectors(vectors)
-    rows, notes = sft_data.load(profile, dataset, vectors)
+    rows = sft_data.load(profile, dataset, vectors)
     if dist.is_main_process:
-        cache.write_json(folder / "notes.json", notes)
         lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
         cache.write_text(folder / "rows.jsonl", "".join(lines))
     engine = engines.load(profile)
+    policy = build_policy(profile, engine, heads=name == "sft")
     with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
-
-        def begin(knobs):
-            policy = build_policy(knobs, engine, heads=name == "sft")
-            trainer = make_trainer(knobs, policy, rows, clips, folder, f"{name} {dataset}", on_log)
-            return trainer.attach_retrieval(policy, engine, vectors, knobs)
-
-        policy = train_or_halve(begin, profile, folder).policy
+        trainer = make_trainer(profile, policy, rows, clips, folder, f"{name} {dataset}", on_log)
+        trainer.attach_retrieval(policy, engine, vectors, profile)
+        trainer.train(resume_from_checkpoint=checkpoint(folder))
     detach_heads(policy)
     dist.wait_for_everyone()  # each writes its random numbers below steps/
     if dist.is_main_process:
@@ -430,23 +426,6 @@ def build_policy(profile, engine: engines.Engine, heads=True) -> Policy:
         common.add_lora(policy, profile.lora_rank, profile.seed, mergers=True)
     common.upcast_trainable(policy.model.parameters())
     return policy
-
-
-def train_or_halve(begin, profile, folder: Path) -> Trainer:
-    """Run the trainer that `begin(profile)` makes, from its last saved state on, and return it at its end.
-
-    Where memory does not suffice, half of `sft_batch` rows are read at once from then on, with the same rows a step.
-    Not with several processes: the others would wait for this one's gradients.
-    """
-
-    def fit(parts):
-        halved = {"sft_batch": profile.sft_batch // parts, "sft_accumulate": parts * profile.sft_accumulate}
-        trainer = begin(dataclasses.replace(profile, **halved))
-        trainer.train(resume_from_checkpoint=checkpoint(folder))
-        return trainer
-
-    can_halve = profile.sft_batch % 2 == 0 and cache.dist_state().num_processes == 1
-    return batching.OOMSplitter("sft_batch").call(fit, profile.sft_batch, can_halve)
 
 
 def checkpoint(folder: Path) -> str | None:

@@ -43,8 +43,8 @@ def digest(profile, dataset: str) -> str:
     return cache.file_digest(reply_file(profile, dataset))
 
 
-def load(profile, dataset: str, vectors: search_index.Vectors) -> tuple[list[SFTExample], dict]:
-    """Return the examples of stage 1 in their order, and notes: the file they come from and what was left out.
+def load(profile, dataset: str, vectors: search_index.Vectors) -> list[SFTExample]:
+    """Return the examples of stage 1 in their order.
 
     Nothing comes from validation videos. `sft_text_only_rows` examples have words in place of their video.
     """
@@ -52,17 +52,16 @@ def load(profile, dataset: str, vectors: search_index.Vectors) -> tuple[list[SFT
     learn, validation = annotations.split_validation(queries, profile.val_fraction)
     writer = source.of(profile).reply_writer(profile, dataset)
     if writer is not None:
-        return order_batches(profile, *_written(profile, learn, vectors, *writer)), {}
+        return order_batches(profile, *_written(profile, learn, vectors, *writer))
     if profile.sft_text_only_rows:
         raise InputError(
             f"{profile.name}: sft_text_only_rows: {profile.sft_text_only_rows}, but only rendered videos can be told; "
             "set it to 0"
         )
-    examples, notes = released_replies.read_released(
-        reply_file(profile, dataset), queries, vectors, profile.sft_negatives
-    )
+    file = reply_file(profile, dataset)
+    examples = released_replies.read_released(file, queries, vectors, profile.sft_negatives)
     hidden = {query.id for query in validation}
-    return order_batches(profile, [], [row for row in examples if row.desc_id not in hidden]), notes
+    return order_batches(profile, [], [row for row in examples if row.desc_id not in hidden])
 
 
 def _written(profile, queries, vectors, reply, caption):

@@ -107,8 +107,7 @@ def finish(examples: list, ask, size: int, path: Path, what: str) -> list[dict]:
 def write(profile, dataset: str) -> Path:
     """Write `train_oneturn.json` with `profile.teacher` into the step `traces`, whose folder is returned.
 
-    rows.jsonl  the entry of every example, also without a usable reply
-    notes.json  how many have none, and why
+    rows.jsonl  the entry of every example, also without a usable reply, and why it has none
     """
     vectors = embedding.embed_corpus(profile, dataset, "train")
     inputs = {
@@ -134,10 +133,7 @@ def _write(profile, dataset, vectors, folder):
     usable = [entry for entry in entries if "dropped" not in entry]
     if not usable:
         raise InputError(f"{path}: {profile.teacher} gave no reasoning for any row; read there what it said")
-    dropped = [(entry["dropped"], entry["qid"]) for entry in entries if "dropped" in entry]
-    notes = {"teacher": profile.teacher, "device": str(teacher.model.device), "rows": len(entries)}
     cache.write_json(folder / released_replies.FILE, usable)
-    cache.write_json(folder / "notes.json", notes | {"dropped": released_replies.count_reasons(dropped)})
 
 
 def load_teacher(profile) -> policy.Policy:
