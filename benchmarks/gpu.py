@@ -189,9 +189,10 @@ def measure_stage_1(bench: BenchFixture, rounds: int):
     policy = sft.build_policy(profile, bench.engine)
     prompt_tokens = bench.prompt_tokens(policy)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = sft.make_trainer(profile, policy, examples, bench.clips, Path(scratch), "bench")
+        parts = policy, bench.engine, bench.vectors, examples, bench.clips
+        trainer = sft.make_trainer(profile, *parts, Path(scratch), "bench")
         trainer.add_callback(timer)
-        trainer.attach_retrieval(policy, bench.engine, bench.vectors, profile).train()
+        trainer.train()
     return policy.model, prompt_tokens, [("rows of a step of stage 1", count, list(np.diff(timer.ends)))]
 
 

@@ -185,17 +185,6 @@ def test_stage_2_makes_sure_that_stage_1_is_current(monkeypatch, tmp_path, profi
     assert tmp_path in grpo.train(profile, "charades", stage_1=tmp_path) and len(asked) == 1
 
 
-@pytest.mark.parametrize("scale", ["group", "batch"])
-def test_advantages_are_trl_s(scale):
-    """Its scale_rewards."""
-    earned = torch.tensor([0.3, 1.2, 1.2, -0.4, 0.5, 0.5, 0.5, 0.5])
-    groups = earned.view(2, 4)
-    spread = {"group": groups.std(1, keepdim=True), "batch": earned.std()}[scale]
-    theirs = (groups - groups.mean(1, keepdim=True)) / (spread + 1e-4)
-    ours = rewards.advantages(earned.tolist(), list("aaaabbbb"), None if scale == "group" else float(spread))
-    np.testing.assert_allclose(ours, theirs.flatten().tolist(), atol=1e-4)
-
-
 # --- rollouts --------------------------------------------------------------------------------------------------------
 
 
@@ -700,7 +689,7 @@ def prepared(profile, agent, vectors):
     np.save(place / "query_vecs.npy", vectors.query_vecs)
 
 
-@pytest.mark.parametrize("recipe", ["vsr1-single", "m1", "m3", "gauss"])
+@pytest.mark.parametrize("recipe", ["m1", "gauss"])
 def test_each_recipe_trains_to_its_end_and_resumes(tmp_path, monkeypatch, profile, search, vectors, recipe):
     """The stage as `make paper` calls it, in one go and killed in its second step; videos and words are the test's."""
     profile = dataclasses.replace(profile, grpo_steps=2, val_fraction=1 / 3)

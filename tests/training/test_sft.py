@@ -40,9 +40,9 @@ def profile():
 @pytest.fixture
 def trainer(tmp_path, profile, search, vectors, rows):
     agent = random_policy()
-    made = sft.make_trainer(profile, agent, rows, Shelf(), tmp_path, "test")
+    made = sft.make_trainer(profile, agent, search, vectors, rows, Shelf(), tmp_path, "test")
     made.current_gradient_accumulation_steps = 1  # set by `train`
-    return made.attach_retrieval(agent, search, vectors, profile)
+    return made
 
 
 def batch(trainer, rows):
@@ -169,8 +169,8 @@ def test_adapters_learn_beside_a_model_that_stays_and_are_merged_into_its_checkp
     tmp_path, profile, search, vectors, rows
 ):
     agent, before = adapted(), random_policy()
-    made = sft.make_trainer(profile, agent, rows * 4, Shelf(), tmp_path, "lora")
-    made.attach_retrieval(agent, search, vectors, profile).train()
+    made = sft.make_trainer(profile, agent, search, vectors, rows * 4, Shelf(), tmp_path, "lora")
+    made.train()
     weights = {
         name.replace("token_adapter.", "").replace("base_layer.", ""): w
         for name, w in made.model.named_parameters()
@@ -202,9 +202,7 @@ def test_what_learns_is_float32_beside_bfloat16_weights_that_do_not(
 ):
     profile = dataclasses.replace(profile, dtype="bfloat16", lora_rank=rank, device="cpu")
     agent = sft.build_policy(profile, search)
-    made = sft.make_trainer(profile, agent, rows, Shelf(), tmp_path, "half").attach_retrieval(
-        agent, search, vectors, profile
-    )
+    made = sft.make_trainer(profile, agent, search, vectors, rows, Shelf(), tmp_path, "half")
     before = {name: weight.clone() for name, weight in agent.model.named_parameters()}
     made.train()
     for name, weight in agent.model.named_parameters():
@@ -218,8 +216,10 @@ def test_what_learns_is_float32_beside_bfloat16_weights_that_do_not(
 
 def test_both_rates_rise_to_their_height_and_fall_to_zero(tmp_path, profile, search, vectors, rows):
     profile = dataclasses.replace(profile, sft_batch=1, sft_warmup=0.25)
-    made = sft.make_trainer(profile, random_policy(), (rows * 3)[:8], Shelf(), tmp_path, "warm")
-    made.attach_retrieval(made.data_collator.policy, search, vectors, profile).train()
+    made = sft.make_trainer(
+        profile, random_policy(), search, vectors, (rows * 3)[:8], Shelf(), tmp_path, "warm"
+    )
+    made.train()
     rates = [json.loads(line)["rate"] for line in (tmp_path / "log.jsonl").open()]
     wanted = [0, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]  # of the eight steps, two are a quarter
     assert np.allclose(rates, profile.sft_lr * np.array(wanted))
@@ -244,9 +244,7 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors
     def begin(name):
         agent = begun()
         (tmp_path / name).mkdir(exist_ok=True)
-        return sft.make_trainer(profile, agent, rows * 4, Shelf(), tmp_path / name, name).attach_retrieval(
-            agent, search, vectors, profile
-        )
+        return sft.make_trainer(profile, agent, search, vectors, rows * 4, Shelf(), tmp_path / name, name)
 
     whole, parts = begin("whole"), begin("parts")
     whole.train()
@@ -271,10 +269,10 @@ def test_states_are_saved_by_time_and_a_torn_one_is_passed_over(
     clock = iter(range(0, 10**6, 200))
     monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
     profile = dataclasses.replace(profile, sft_batch=2, save_minutes=10.0)
-    made = sft.make_trainer(profile, random_policy(), rows * 4, Shelf(), tmp_path, "timed")
+    made = sft.make_trainer(profile, random_policy(), search, vectors, rows * 4, Shelf(), tmp_path, "timed")
     saved = []
     made.add_callback(Saves(saved))
-    made.attach_retrieval(made.data_collator.policy, search, vectors, profile).train()
+    made.train()
     assert saved == [3, 6]
     (tmp_path / "steps" / "checkpoint-7").mkdir()  # killed before the library wrote its last file
     assert sft.checkpoint(tmp_path) == str(tmp_path / "steps" / "checkpoint-6")
@@ -329,29 +327,6 @@ def test_a_row_without_clear_negatives_has_no_loss_and_no_gradient(trainer, rows
     )
 
 
-@pytest.mark.parametrize("negatives", [3, None])
-def test_a_filter_that_spares_nothing_gives_the_loss_without_one(trainer, rows, profile, negatives):
-    """Off, it is the loss of before to the bit: that of `info_nce`, or of the whole gallery."""
-    told = [dataclasses.asdict(row) for row in rows]
-    vecs = torch.nn.functional.normalize(torch.randn(3, 192, generator=torch.manual_seed(5)), dim=1)
-    right = torch.tensor([trainer.vectors.column(row.right) for row in rows])
-    if negatives:
-        wrong = torch.tensor([[trainer.vectors.column(v) for v in row.negatives] for row in rows])
-        before = common.info_nce(
-            vecs, trainer.gallery_vecs[right], trainer.gallery_vecs[wrong], profile.infonce_temperature
-        )
-    else:
-        before = torch.nn.functional.cross_entropy(
-            vecs @ trainer.gallery_vecs.T / profile.infonce_temperature, right, reduction="none"
-        )
-    found = []
-    for value in (None, -2.5):
-        trainer.knobs = dataclasses.replace(profile, sft_negatives=negatives, ambiguity_filter=value)
-        found.append(trainer.infonce_losses(vecs, told))
-    assert (found[0] == before).all()
-    torch.testing.assert_close(found[1], before)
-
-
 # --- the baseline ----------------------------------------------------------------------------------------------------
 
 
@@ -360,9 +335,7 @@ def test_the_baseline_learns_the_same_replies_without_the_token_and_without_a_se
 ):
     agent = random_policy()
     agent.heads = agent.refine_token_id = None
-    made = sft.make_trainer(profile, agent, rows, Shelf(), tmp_path, "ft").attach_retrieval(
-        agent, search, vectors, profile
-    )
+    made = sft.make_trainer(profile, agent, search, vectors, rows, Shelf(), tmp_path, "ft")
     made.current_gradient_accumulation_steps = 1
     inputs = batch(made, rows)
     for labels in inputs["labels"]:
@@ -386,8 +359,7 @@ def short_course(folder, agent, search, batch=2):
     )
     rows = (made_rows() * 4)[:10]
     rows[:5] = [dataclasses.replace(row, caption="0.0 to 2.0: A person waves.") for row in rows[:5]]
-    trainer = sft.make_trainer(profile, agent, rows, Shelf(), folder, "short")
-    return trainer.attach_retrieval(agent, search, random_vectors(), profile)
+    return sft.make_trainer(profile, agent, search, random_vectors(), rows, Shelf(), folder, "short")
 
 
 def test_two_processes_learn_what_one_learns(tmp_path, search):

@@ -13,13 +13,8 @@ from vsr1.models import prompt_text
 from vsr1.models.policy import Policy
 
 LORA_SCALE = 2  # ours: alpha over rank, how much an adapter's output counts
-VISION_KNOBS = (
-    "video_fps",
-    "max_frames",
-    "max_frame_pixels",
-    "dtype",
-    "seed",
-)  # part of the keys of both stages
+# Part of the keys of both stages.
+VISION_KNOBS = ("video_fps", "max_frames", "max_frame_pixels", "dtype", "seed")
 
 
 def info_nce(query_vecs, right_vecs, wrong_vecs, temperature: float) -> torch.Tensor:
@@ -52,9 +47,7 @@ def add_lora(policy: Policy, rank: int, seed: int, mergers=False) -> None:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        policy.adapters = LoraModel(
-            policy.model, config, "default"
-        )  # in place: the model stays `policy.model`
+        policy.adapters = LoraModel(policy.model, config, "default")  # changes `policy.model` in place
     if rows:
         policy.model.lm_head.bias = None  # TRL asks for it, and peft's stand-in has none
 

@@ -35,15 +35,17 @@ from vsr1.training.objective import Objective
 from vsr1.training.rollout import RolloutPrompt, RolloutStep, RolloutWorker
 
 # Knobs that the checkpoint and its logs depend on.
-KNOBS = (
-    "grpo_group",
-    "grpo_prompts_per_step",
-    "grpo_steps",
-    "grpo_exclude_sft_queries",
+KNOBS = ("grpo_group", "grpo_prompts_per_step", "grpo_steps", "grpo_exclude_sft_queries")
+KNOBS += (
     "grpo_lr",
     "grpo_head_lr",
+    "grpo_schedule",
+    "grpo_beta",
+    "grpo_clip",
+    "grpo_negatives",
+    "grpo_infonce_weight",
+    "scale_rewards",
 )
-KNOBS += ("grpo_schedule", "grpo_beta", "grpo_clip", "grpo_negatives", "grpo_infonce_weight", "scale_rewards")
 KNOBS += ("rollout_temperature", "max_new_tokens", "retrieval_reward", "disabled_rewards", "latent_noise_std")
 KNOBS += ("infonce_temperature", "sft_negatives", "lora_rank", "val_fraction", "num_val_prompts")
 KNOBS += common.VISION_KNOBS
@@ -104,10 +106,8 @@ class GRPOTrainer:
         statistics = summarise(rows)
         self.counts.update({key: statistics[key] for key in ("groups", "zero_std_groups")})
         line = {"step": number} | _means_of_update(sums)
-        line |= {"norm": norm, "step_reward_std": reward_std}
-        line |= {key: self.counts[key] for key in ("skipped", "no_memory")} | {
-            "halved": self.splitter.parts - 1
-        }
+        line |= {"norm": norm, "step_reward_std": reward_std, "halved": self.splitter.parts - 1}
+        line |= {key: self.counts[key] for key in ("skipped", "no_memory")}
         return line | {"seconds": time.perf_counter() - started} | statistics, rows
 
     def _add_advantages(self, steps):
@@ -160,9 +160,8 @@ class GRPOTrainer:
 
     def _chunks(self, steps):
         """Steps that are read at once: all of up to `grpo_rollout_batch` prompts, or `grpo_micro_batch` of them."""
-        steps = sorted(
-            steps, key=lambda step: (step.query.group, step.t, step.shown)
-        )  # a prompt's stay together
+        # Those of a prompt stay together.
+        steps = sorted(steps, key=lambda step: (step.query.group, step.t, step.shown))
         groups, batch = sorted({step.query.group for step in steps}), self.knobs.grpo_rollout_batch
         parts = [set(groups[at : at + batch]) for at in range(0, len(groups), batch)]
         chunks = [[step for step in steps if step.query.group in part] for part in parts]
@@ -221,10 +220,11 @@ class GRPOTrainer:
             group["lr"] = share * group["full_lr"]
 
     def _log(self, number, line, rows, on_log):
-        if self.accelerator.is_main_process:
-            self.logs["log"].append(line)
-            self.logs["groups"].append({"step": number, "rows": [row for row in rows if row["group"] == 0]})
-        if on_log and self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
+            return
+        self.logs["log"].append(line)
+        self.logs["groups"].append({"step": number, "rows": [row for row in rows if row["group"] == 0]})
+        if on_log:
             on_log(self.logs["log"].rows)
 
     def _validate(self, prompts, number):

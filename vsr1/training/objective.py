@@ -104,7 +104,6 @@ class Objective(nn.Module):
         taken = torch.stack([step.latents for step in steps])  # (B, N, D)
         means = sqr.soft_tokens(self.policy, contexts, taken.shape[1], sampled=taken)
         logp = -((taken - means) ** 2).sum(dim=(1, 2)) / (2 * self.worker.knobs.latent_noise_std**2)
-        ratio = torch.exp(
-            logp - logp.detach()
-        )  # one update a rollout: its value is one, but not its gradient
+        # One update a rollout: the ratio is one, but not its gradient.
+        ratio = torch.exp(logp - logp.detach())
         return (ratio * torch.tensor([step.advantage for step in steps]).to(ratio)).sum()

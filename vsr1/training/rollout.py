@@ -123,13 +123,9 @@ class RolloutStep:
     text: str
     negatives: list[str]  # videos the retrieval reward contrasts with
     earlier_latents: tuple = ()  # soft tokens (N, D) of the turns before, constants
-    latents: torch.Tensor | None = (
-        None  # (N, D) soft tokens put into the query; None: it did not say <REFINE>
-    )
+    latents: torch.Tensor | None = None  # (N, D) soft tokens in the query; None: it did not say <REFINE>
     query_vec: np.ndarray | None = None  # (D,) of the query with them
-    p_positive: float | None = (
-        None  # softmax probability of the right video after the refinement, exp(-L_ret)
-    )
+    p_positive: float | None = None  # of the right video after the refinement: exp(-L_ret), a softmax
     p_positive_before: float | None = None  # the same of the original query
     reward_parts: dict = field(default_factory=dict)
     reward: float = 0.0
@@ -238,11 +234,8 @@ class RolloutWorker(runner.EpisodeRunner):
 
     def _add_latents(self, steps, contexts, noise):
         """Fill in the soft tokens of steps that said <REFINE>, and how probable they make the right video."""
-        if self.variant.latents == "gauss":
-            noise = torch.from_numpy(noise).float().to(self.gallery_vecs.device)
-            noise = self.knobs.latent_noise_std * noise
-        else:
-            noise = None
+        noise = torch.from_numpy(noise).float().to(self.gallery_vecs.device)
+        noise = self.knobs.latent_noise_std * noise if self.variant.latents == "gauss" else None
         latents = sqr.soft_tokens(self.policy, contexts, self.policy.settings.n_soft, noise)  # (B, N, D)
         vecs = self.query_vecs(steps, latents)
         original = torch.from_numpy(self.vectors.vecs_of([step.query.id for step in steps])).to(vecs)
@@ -276,9 +269,7 @@ class RolloutWorker(runner.EpisodeRunner):
 
     def refine_step(self, rejected):
         """Search next with the query and the soft tokens that were made when the reply was given."""
-        n, vecs = (
-            self.policy.settings.n_soft,
-            [verification.state.query_vec for _, verification, _ in rejected],
-        )
+        n = self.policy.settings.n_soft
+        vecs = [verification.state.query_vec for _, verification, _ in rejected]
         states = [None if vec is None else runner.QueryState((), vec) for vec in vecs]
         return [Refinement("sqr", state, n, n + 1) for state in states]

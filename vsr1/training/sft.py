@@ -108,8 +108,8 @@ class Trainer(SFTTrainer):
 
     def attach_retrieval(
         self, policy: Policy, engine: engines.Engine, vectors: search_index.Vectors, profile
-    ):
-        """Hand over what InfoNCE needs: policy, frozen engine and the vectors of the train gallery. Returns self."""
+    ) -> None:
+        """Hand over what InfoNCE needs: policy, frozen engine and the vectors of the train gallery."""
         self.policy, self.engine, self.knobs, self.vectors = policy, engine, profile, vectors
         self.gallery_vecs = torch.from_numpy(vectors.video_vecs).to(policy.model.device)  # (V, D)
         self.infonce_sums = []  # since the last log, over rows: InfoNCE, probability over one half, rows
@@ -118,7 +118,6 @@ class Trainer(SFTTrainer):
         self.model.model.register_forward_hook(self.label_columns_hook)
         if policy.heads is not None:
             self.model.register_forward_hook(self.retrieval_loss_hook, with_kwargs=True)
-        return self
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the language-model loss; with heads, plus `infonce_weight` times the mean InfoNCE of a step's rows."""
@@ -303,7 +302,7 @@ class JsonlLogger(TrainerCallback):
         self.bar.close()
 
 
-def make_trainer(profile, policy, rows, clips, folder, what, on_log=None) -> Trainer:
+def make_trainer(profile, policy, engine, vectors, rows, clips, folder, what, on_log=None) -> Trainer:
     """Build the `Trainer` of a policy on `rows`, in their order; states go to `folder`/steps, the log to log.jsonl."""
     attach_heads(policy)
     batch, accumulate, filled = partition_batch(profile, rows, cache.dist_state().num_processes)
@@ -320,6 +319,7 @@ def make_trainer(profile, policy, rows, clips, folder, what, on_log=None) -> Tra
     trainer.num_rows = len(rows)
     # Qwen3-VL says no here, and a mean of each forward's mean would depend on how a step's rows are dealt out.
     trainer.model_accepts_loss_kwargs = True
+    trainer.attach_retrieval(policy, engine, vectors, profile)
     return trainer
 
 
@@ -405,8 +405,8 @@ def _train(profile, dataset, name, vectors, on_log, folder):
     engine = engines.load(profile)
     policy = build_policy(profile, engine, heads=name == "sft")
     with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
-        trainer = make_trainer(profile, policy, rows, clips, folder, f"{name} {dataset}", on_log)
-        trainer.attach_retrieval(policy, engine, vectors, profile)
+        parts = policy, engine, vectors, rows, clips
+        trainer = make_trainer(profile, *parts, folder, f"{name} {dataset}", on_log)
         trainer.train(resume_from_checkpoint=checkpoint(folder))
     detach_heads(policy)
     dist.wait_for_everyone()  # each writes its random numbers below steps/
