@@ -36,19 +36,10 @@ from vsr1.training.rollout import RolloutPrompt, RolloutStep, RolloutWorker
 
 # Knobs that the checkpoint and its logs depend on.
 KNOBS = ("grpo_group", "grpo_prompts_per_step", "grpo_steps", "grpo_exclude_sft_queries")
-KNOBS += (
-    "grpo_lr",
-    "grpo_head_lr",
-    "grpo_schedule",
-    "grpo_beta",
-    "grpo_clip",
-    "grpo_negatives",
-    "grpo_infonce_weight",
-    "scale_rewards",
-)
+KNOBS += ("grpo_lr", "grpo_head_lr", "grpo_schedule", "grpo_beta", "grpo_clip", "grpo_infonce_weight")
+KNOBS += ("grpo_negatives", "scale_rewards", "lora_rank", "val_fraction", "num_val_prompts")
 KNOBS += ("rollout_temperature", "max_new_tokens", "retrieval_reward", "disabled_rewards", "latent_noise_std")
-KNOBS += ("infonce_temperature", "sft_negatives", "lora_rank", "val_fraction", "num_val_prompts")
-KNOBS += common.VISION_KNOBS
+KNOBS += ("infonce_temperature", "sft_negatives", *common.VISION_KNOBS)
 
 # --- The trainer
 

@@ -40,18 +40,16 @@ class Objective(nn.Module):
         self.model, self.heads = worker.policy.model, worker.policy.heads
         self.policy, self.worker, self.ref_policy = worker.policy, worker, ref_policy
 
-    def forward(self, steps: list[RolloutStep], totals: tuple[int, int], share_prompts=True):
-        """Return (loss, sums for the log) of some steps of an update.
+    def forward(self, steps: list[RolloutStep], totals: tuple[int, int]):
+        """Return (loss, sums for the log) of some steps of an update; replies to one prompt share its reading.
 
-        totals         of the update over all processes: steps, and steps with soft tokens
-        share_prompts  read each prompt with its video once for all replies to it, forward and backward; False, for
-                       comparison: once a reply
+        totals  of the update over all processes: steps, and steps with soft tokens
         """
         if not steps:  # of this process; the others wait for its share of the gradient
             weight = next(weight for weight in self.parameters() if weight.requires_grad)
             return 0.0 * weight.sum(), {}
         steps = sorted(steps, key=lambda step: (step.query.group, step.shown, step.t))
-        replay, ref_logps = self._replay(steps, share_prompts)
+        replay, ref_logps = self._replay(steps)
         old_logps = [torch.tensor(step.old_logps) for step in steps]
         losses, kl, clip_frac = policy_loss(
             replay.logps,
@@ -68,14 +66,12 @@ class Objective(nn.Module):
             loss = loss + self.worker.knobs.grpo_infonce_weight * latent_loss / max(1, totals[1])
         return loss, {"kl": float(kl.sum()), "clip_frac": float(clip_frac.sum()), "info_nce": info_nce}
 
-    def _replay(self, steps, share_prompts):
+    def _replay(self, steps):
         """(replies read once more with gradients, their log-probs (B, L) under the reference policy)."""
-        prompts, counts = [step.prompt for step in steps], [1] * len(steps)
-        if share_prompts:
-            counts = list(Counter(map(id, prompts)).values())
-            prompts = list({id(prompt): prompt for prompt in prompts}.values())
+        counts = Counter(id(step.prompt) for step in steps)
+        prompts = list({id(step.prompt): step.prompt for step in steps}.values())
         replies = [step.ids for step in steps]
-        options = {"group": counts, "temperature": self.worker.knobs.rollout_temperature}
+        options = {"group": list(counts.values()), "temperature": self.worker.knobs.rollout_temperature}
         replay = self.policy.replay(prompts, replies, **options)
         with torch.no_grad(), self.ref_policy.adapters_disabled():
             ref_logps = self.ref_policy.replay(prompts, replies, **options).logps
