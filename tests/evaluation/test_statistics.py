@@ -56,18 +56,10 @@ def test_the_bootstrap_draws_whole_videos():
     assert again == statistics.bootstrap(values, videos, rng=np.random.default_rng(6))
 
 
-def test_the_bootstrap_weighs_videos_by_their_queries():
-    videos = np.concatenate([np.arange(50), np.repeat(np.arange(50, 100), 9)])
-    values = np.arange(500) < 50  # right where a video has one query, wrong where it has nine: 10 %
-    low, high = statistics.bootstrap(values, videos, rng=np.random.default_rng(7))
-    assert 5 < low < 10 < high < 20
-
-
 def test_a_paired_difference_is_narrower_than_the_two_intervals_when_systems_agree_mostly():
     rng = np.random.default_rng(8)
     b = rng.random(500) < 0.5
     a = b | (rng.random(500) < 0.05)
-    low, high = statistics.paired_bootstrap(a, b, rng=rng)
-    difference = metrics.percent(a) - metrics.percent(b)
-    alone = statistics.bootstrap(a, rng=rng)
-    assert 0 <= low < difference < high and high - low < (alone[1] - alone[0]) / 1.5
+    ahead = statistics.difference(a, b, range(500), PROFILE)
+    (low, high), alone = ahead.ci, statistics.estimate(a, range(500), PROFILE).ci
+    assert 0 <= low < ahead.value < high and high - low < (alone[1] - alone[0]) / 1.5

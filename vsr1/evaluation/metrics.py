@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from vsr1.loop.moments import overlap, span_iou
+from vsr1.loop.records import Cost
 
 CUT = 100  # a list of predictions is cut here before anything else
 VR_KS = (1, 5, 10, 100)  # K of R@K
@@ -105,18 +106,6 @@ def recall_at(ranks, k):
     return percent(np.asarray(ranks) <= k)
 
 
-def verdicts_right(verdicts, shown_is_right):
-    """Return whether each verdict fits the video that was shown, (Q,); None, no readable verdict, never does.
-
-    >>> verdicts_right([True, False, None, True], [True, False, False, False])
-    array([ True,  True, False, False])
-    """
-    pairs = zip(verdicts, shown_is_right, strict=True)
-    return np.array(
-        [verdict is not None and bool(verdict) == bool(shown) for verdict, shown in pairs], dtype=bool
-    )
-
-
 # --- Floors
 
 
@@ -130,27 +119,27 @@ def chance_recall(videos, k):
     return min(k / videos, 1.0) * 100
 
 
-def grounding(answers, truth, thresholds=THRESHOLDS):
+def grounding(answers, truth):
     """Return `grounding@m` and `miou`, percent, of one answer per query in its right video; both (Q, 2) seconds."""
     iou = span_iou(answers, truth)  # (Q,)
-    return {f"grounding@{m}": percent(reaches(iou, m)) for m in thresholds} | {"miou": percent(iou)}
+    return {f"grounding@{m}": percent(reaches(iou, m)) for m in THRESHOLDS} | {"miou": percent(iou)}
 
 
-def whole_video_floor(durations, truth, thresholds=THRESHOLDS):
+def whole_video_floor(durations, truth):
     """Return `grounding` of the answer [0, duration]; (Q,) and (Q, 2) seconds.
 
     >>> whole_video_floor([10, 10], [(0, 5), (2, 4)])
     {'grounding@0.3': 50.0, 'grounding@0.5': 50.0, 'grounding@0.7': 0.0, 'miou': 35.0}
     """
     durations = np.asarray(durations, dtype=np.float64)
-    return grounding(np.stack([np.zeros_like(durations), durations], axis=1), truth, thresholds)
+    return grounding(np.stack([np.zeros_like(durations), durations], axis=1), truth)
 
 
-def random_span_floor(durations, truth, thresholds=THRESHOLDS, draws=100, *, rng):
+def random_span_floor(durations, truth, draws=100, *, rng):
     """Return `grounding` of an answer with two uniform times in [0, duration], a mean over `draws`."""
     durations = np.asarray(durations, dtype=np.float64)
     trials = [
-        grounding(np.sort(rng.random((len(durations), 2)), axis=1) * durations[:, None], truth, thresholds)
+        grounding(np.sort(rng.random((len(durations), 2)), axis=1) * durations[:, None], truth)
         for _ in range(draws)
     ]
     return {name: sum(trial[name] for trial in trials) / draws for name in trials[0]}
@@ -186,27 +175,23 @@ def refined(episodes):
     return [episode for episode in episodes if episode.turns and episode.turns[0].rank_out is not None]
 
 
-def true_ranks(episodes, which="final", ties_count="for us"):
-    """Return the rank of the right video, (Q,); UNRANKED where it has no vector.
+def true_ranks(episodes, which="final"):
+    """Return the rank of the right video, (Q,), ties for us; UNRANKED where it has no vector.
 
     final  after the last executed refinement: the official convention of T turns and up to T + 1 searches
     shown  in the ranking whose best video was shown last
     orig   of the original query
     """
-    assert which in ("final", "shown", "orig") and ties_count in ("for us", "against us"), (which, ties_count)
-    return np.array(
-        [_true_rank(episode, which, ties_count == "against us") for episode in episodes], np.int64
-    )
+    assert which in ("final", "shown", "orig"), which
+    return np.array([_true_rank(episode, which) for episode in episodes], np.int64)
 
 
-def _true_rank(episode, which, against_us):
+def _true_rank(episode, which):
     if not episode.turns:
         assert episode.rank_orig is None, episode.desc_id
         return UNRANKED
     turn = episode.turns[0 if which == "orig" else -1]
-    if which == "final" and turn.rank_out is not None:
-        return turn.rank_out + against_us * turn.ties_out
-    return turn.rank_in + against_us * turn.ties_in
+    return turn.rank_out if which == "final" and turn.rank_out is not None else turn.rank_in
 
 
 def vr_hits(episodes, k, which="final"):
@@ -219,25 +204,13 @@ def moment_ious(episodes):
     return np.array([episode.turns[-1].iou if episode.turns else 0.0 for episode in episodes])
 
 
-def moment_ious_tvr(episodes):
-    """Return the same as TVR's evaluator has it, (Q,): spans as written, not clamped, float32 throughout."""
-    return np.array([_iou_tvr(episode) for episode in episodes], np.float32)
-
-
-def _iou_tvr(episode):
-    turn = episode.turns[-1] if episode.turns else None
-    if turn is None or turn.span_ms is None or not turn.shown_is_gt:
-        return np.float32(0)
-    return span_iou_as_written(turn.reply.span, np.array(episode.gt_span_ms) / 1000, float32=True)
-
-
-def vcmr_hits(episodes, threshold, ious=moment_ious):
+def vcmr_hits(episodes, threshold):
     """Return whether the last verdict is matched, on the right video, with enough overlap, (Q,): VCMR R@1.
 
     A last verdict of not_matched, or none, is a miss even if the right video was shown: nothing is forced.
     """
     matched = np.array([verdict(episode, -1) is True for episode in episodes], bool)
-    return matched & reaches(ious(episodes), threshold)
+    return matched & reaches(moment_ious(episodes), threshold)
 
 
 def verdict(episode, turn):
@@ -251,24 +224,9 @@ def ver_hits(episodes, turn=-1):
 
     An unknown verdict is wrong, and so is a query that was not run.
     """
+    verdicts = [verdict(episode, turn) for episode in episodes]
     shown = [bool(episode.turns) and episode.turns[turn].shown_is_gt for episode in episodes]
-    return verdicts_right([verdict(episode, turn) for episode in episodes], shown)
-
-
-def ver_hits_official(episodes):
-    """Return the official VER, (K,) for the K known verdicts: the last one against the top-1 AFTER its refinement.
-
-    That compares a verdict with a video it did not judge, and leaves unknown verdicts out.
-    """
-    known = [episode for episode in episodes if verdict(episode, -1) is not None]
-    right = [_top1_after(episode) == episode.gt_video for episode in known]
-    return verdicts_right([verdict(episode, -1) for episode in known], right)
-
-
-def _top1_after(episode):
-    """The best video of the last ranking."""
-    found = [turn.top1_out for turn in episode.turns if turn.top1_out is not None]
-    return found[-1] if found else episode.turns[0].shown_id
+    return np.array([judged is right for judged, right in zip(verdicts, shown, strict=True)], bool)
 
 
 def costs(episodes):
@@ -282,11 +240,7 @@ def costs(episodes):
     again = [turn for turn in turns if turn.rank_out is not None]
     paid = [turn.refine_cost.seconds for turn in turns if turn.refine_kind is not None and not turn.reused]
     spent = [cost for turn in turns for cost in (turn.verify_cost, turn.refine_cost)]
-    each = (
-        {key: sum(getattr(cost, key) for cost in spent) / len(episodes) for key in vars(spent[0])}
-        if spent
-        else {}
-    )
+    each = {key: sum(getattr(cost, key) for cost in spent) / len(episodes) for key in vars(Cost())}
     return {
         "tokens": _mean([turn.refine_tokens for turn in again]),
         "tokens_tagged": _mean([turn.refine_tokens_tagged for turn in again]),
@@ -301,19 +255,14 @@ def _mean(values):
     return sum(values) / len(values) if values else None
 
 
-def hits(episodes, ks=VR_KS, thresholds=THRESHOLDS):
+def hits(episodes, ks=VR_KS):
     """Return {metric: one truth value per query}, under the names that numbers.json has.
 
-    The plain names are the headline variants. `vr@1_failed` is about the queries whose first search failed, and
-    `ver_official` about known verdicts: their arrays are shorter, and empty where there are none.
+    The plain names are the headline variants. `vr@1_failed` is about the queries whose first search failed: its
+    array is shorter, and empty where there are none.
     """
-    found = {f"vcmr@{m}": vcmr_hits(episodes, m) for m in thresholds}
-    found |= {f"vcmr@{m}_tvr": vcmr_hits(episodes, m, moment_ious_tvr) for m in thresholds}
-    found |= {
-        "ver": ver_hits(episodes),
-        "ver_turn1": ver_hits(episodes, 0),
-        "ver_official": ver_hits_official(episodes),
-    }
+    found = {f"vcmr@{m}": vcmr_hits(episodes, m) for m in THRESHOLDS}
+    found |= {"ver": ver_hits(episodes), "ver_turn1": ver_hits(episodes, 0)}
     for which, suffix in {"final": "", "shown": "_shown", "orig": "_orig"}.items():
         found |= {f"vr@{k}{suffix}": vr_hits(episodes, k, which) for k in ks}
     return found | {"vr@1_failed": vr_hits(failed(episodes), 1)}

@@ -36,8 +36,8 @@ def difference(a, b, clusters, profile) -> Estimate:
     """Estimate how many points `percent(a)` is above `percent(b)`, both (Q,) of the same queries: paired."""
     if not len(a):
         return Estimate(None, 0, unit="points")
-    rng = np.random.default_rng(profile.seed)
-    ci = paired_bootstrap(a, b, clusters, profile.bootstrap_samples, rng=rng)
+    gains = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    ci = bootstrap(gains, clusters, profile.bootstrap_samples, rng=np.random.default_rng(profile.seed))
     return Estimate(metrics.percent(a) - metrics.percent(b), len(a), ci, (profile.seed,), "points")
 
 
@@ -61,15 +61,3 @@ def bootstrap(values, clusters=None, samples=2000, *, rng) -> tuple[float, float
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.percentile(means * 100, [2.5, 97.5])
     return float(low), float(high)
-
-
-def paired_bootstrap(a, b, clusters=None, samples=2000, *, rng) -> tuple[float, float]:
-    """Return the 95 % interval of `percent(a) - percent(b)` where both answered the same queries.
-
-    Without 0 in it they differ.
-
-    >>> paired_bootstrap([1, 1, 0], [0, 0, -1], rng=np.random.default_rng(0))
-    (100.0, 100.0)
-    """
-    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    return bootstrap(difference, clusters, samples, rng=rng)
