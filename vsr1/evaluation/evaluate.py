@@ -3,17 +3,17 @@
 runs/<profile>/<dataset>/episodes/<system>.jsonl      read it with `records.read_episodes`
 """
 
+import functools
 import os
 from pathlib import Path
 from typing import Literal
 
 from vsr1 import cache
 from vsr1.evaluation import run_batches
-from vsr1.loop import runner
+from vsr1.loop import records, runner
 from vsr1.models import checkpoints, embedding, loading
 from vsr1.training import grpo, rollout, sft
 
-SPLITS = {"test": "test", "held": "train"}  # the corpus that a split's queries search
 RELEASED = {"sft-released": 1, "vsr1-released": 2}  # the stage whose checkpoint the authors released
 KNOBS = (
     "video_fps",
@@ -21,10 +21,8 @@ KNOBS = (
     "max_frame_pixels",
     "max_new_tokens",
     "dtype",
-    "max_turns",
-    "display_rule",
+    "eval_batch",
 )
-KNOBS += ("eval_batch", "seed")
 HEAD_KNOBS = ("n_soft", "refine_init", "carry_blocks")  # of new heads; trained ones bring their own settings
 
 
@@ -47,26 +45,29 @@ def run_system(
     count    how many queries, spread evenly over the split; None: all
     split    "held": the train queries that nothing is learned from, in the train gallery
     """
-    vectors = embedding.embed_corpus(profile, dataset, SPLITS[split])
+    vectors = embedding.embed_corpus(profile, dataset, run_batches.SPLITS[split])
     if weights is None and like is None:
         like, weights = trained_weights(profile, dataset, name)
     system = runner.find_system(like or name)
     weights = checkpoints.resolve_checkpoint(str(weights or profile.policy), profile)
+    turns = profile.max_turns if system.refine else 1
+    rule = system.display_rule or profile.display_rule
+    run = records.Run(dataset, split, name, turns, 1, profile.seed, rule)
     knobs = KNOBS + (HEAD_KNOBS if system.append_refine else ())
     inputs = {
         "vectors": cache.metadata(vectors).get("key"),  # of engine, videos and annotations
         "policy": loading.version(weights),
-        "system": [name, *vars(system).values()],
-        "queries": [count, split, profile.val_fraction if split == "held" else None],
+        "run": vars(run),
+        "system": list(vars(system).values()),
+        "queries": [count, profile.val_fraction if split == "held" else None],
         "knobs": {knob: getattr(profile, knob) for knob in knobs},
         "code": cache.source_digest(run_batches.__name__),
     }
     folder = profile.runs(dataset) / "episodes" / name
     if not (folder / run_batches.EPISODES).exists():  # somebody deleted a damaged file
         (folder / cache.RECORD).unlink(missing_ok=True)
-    query_file = profile.data_dir(dataset) / "corpus" / f"{SPLITS[split]}.jsonl"
-    work = run_batches.Work(profile, dataset, name, system, weights, query_file, vectors, split, count)
-    cache.build(folder, inputs, lambda partial: run_batches.run(work, partial), distributed=True)
+    work = functools.partial(run_batches.run, profile, run, system, weights, vectors, count)
+    cache.build(folder, inputs, work, distributed=True)
     link = folder.with_name(f"{name}.jsonl")
     if cache.dist_state().is_main_process:
         _link(link, Path(name) / run_batches.EPISODES)

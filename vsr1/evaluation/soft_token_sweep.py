@@ -1,10 +1,12 @@
-"""Follow one query as its soft tokens are added one by one: vectors, ranks and cosines at each depth."""
+"""Follow single queries as their soft tokens are added one by one: vectors, ranks and cosines at each depth."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from vsr1 import cache
 from vsr1.config import Profile
 from vsr1.data import annotations, video_reader
 from vsr1.loop import runner, sqr
@@ -69,3 +71,48 @@ def sweep_policies(
             prompt = prompt_text.SYSTEM_ZS if runner.SYSTEMS[system].append_refine else policy.settings.system
             sweeps[name] = sweep(engine, policy, vectors, episode, reader.read(video.path), prompt)
     return sweeps
+
+
+# --- Ranks of several videos, for the figures of single searches (F1, F6)
+
+
+def write_ranks(profile: Profile, dataset: str, episodes: list[Episode]) -> Path | None:
+    """Write depth_ranks/ranks.json of episodes of the final system, a step; return its folder.
+
+    None without episodes, or where the trained policy is gone.
+    """
+    weights = profile.runs(dataset) / "grpo" / "vsr1"
+    if not episodes or not (weights / "vsr1.json").exists():
+        return None
+    vectors = profile.data_dir(dataset) / "embed" / "engine" / "test"
+    inputs = {
+        "vectors": cache.metadata(vectors).get("key"),
+        "policy": cache.file_digest(weights),
+        "episodes": [[one.desc_id, one.turns[0].shown_id, list(one.turns[0].reply.ids)] for one in episodes],
+        "code": cache.source_digest(__name__),
+    }
+
+    def work(folder):
+        ranks = ranks_by_depth(profile, dataset, str(weights), episodes)
+        cache.write_json(folder / "ranks.json", ranks)
+
+    return cache.build(profile.runs(dataset) / "depth_ranks", inputs, work)
+
+
+def ranks_by_depth(profile: Profile, dataset: str, weights: str, episodes: list[Episode]) -> dict:
+    """Return {query id: {video: its rank by number of soft tokens}}.
+
+    The videos are those that are best with some number of soft tokens, in that order, and the right one.
+    """
+    vectors = search_index.load_vectors(profile.data_dir(dataset) / "embed" / "engine" / "test")
+    sweeps = sweep_policies(
+        profile, dataset, vectors, {one.desc_id: ("sqr", weights, one) for one in episodes}
+    )
+    ranks = {}
+    for episode in episodes:
+        scores = vectors.scores(sweeps[episode.desc_id].vecs)  # (N + 1, V)
+        ranks[episode.desc_id] = {
+            video: search_index.ranks(scores, np.full(len(scores), vectors.column(video))).tolist()
+            for video in dict.fromkeys([*episode.turns[0].top1_by_depth, episode.gt_video])
+        }
+    return ranks

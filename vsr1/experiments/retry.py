@@ -11,7 +11,7 @@ from vsr1.config import Profile
 from vsr1.data import annotations, clip_cache
 from vsr1.evaluation import metrics
 from vsr1.experiments import retrieval
-from vsr1.loop import episode, hqr, records, runner
+from vsr1.loop import hqr, records, runner
 from vsr1.loop.records import Episode
 from vsr1.models import batching, embedding, engine, loading, search_index
 
@@ -81,12 +81,9 @@ def _refine_once(profile, dataset, run, weights, vectors):
     splitter, episodes = batching.OOMSplitter("eval_batch"), []
     with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
         functions = RetryRunner(profile, kind, *pair, vectors, clips)
-
-        def work(batch):
-            return episode.run_episodes(batch, functions.search, functions.ask, functions.refine, run)
-
         for start in range(0, len(queries), profile.eval_batch):
-            for part in splitter.run(work, queries[start : start + profile.eval_batch]):
+            batch = queries[start : start + profile.eval_batch]
+            for part in splitter.run(lambda part: functions.run(part, run), batch):
                 episodes += part
     return episodes
 

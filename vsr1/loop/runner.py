@@ -9,7 +9,7 @@ import torch
 
 from vsr1.config import InputError
 from vsr1.data import annotations, clip_cache
-from vsr1.loop import episode, hqr, sqr
+from vsr1.loop import episode, hqr, records, sqr
 from vsr1.loop.records import ORIGINAL, Cost, Ranking, Refinement, Verification
 from vsr1.loop.replies import read_reply
 from vsr1.models import checkpoints, prompt_text, search_index
@@ -80,10 +80,9 @@ class EpisodeRunner:
         functions = {None: None, "walkdown": episode.rank_fallback, "sqr": self.refine_soft}
         self.refine = functions.get(system.refine, self.refine_hard)
 
-    @property
-    def updates_cut(self) -> int:
-        """How many updates in words were longer than the engine reads, so far."""
-        return self.rewrite_engine.num_truncated
+    def run(self, queries, record: records.Run) -> list[records.Episode]:
+        """Run the loop on queries; one episode each, in order."""
+        return episode.run_episodes(queries, self.search, self.ask, self.refine, record)
 
     def search(self, pairs) -> list[Ranking]:
         """Rank the gallery by each query's vector; of an oracle system `top` holds what it shows."""

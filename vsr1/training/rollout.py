@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from vsr1.config import InputError
 from vsr1.data import annotations
-from vsr1.loop import episode, records, replies, runner, sqr
+from vsr1.loop import records, replies, runner, sqr
 from vsr1.loop.records import ORIGINAL, Refinement, Verification
 from vsr1.models import inputs, search_index
 from vsr1.training import rewards
@@ -149,7 +149,7 @@ class RolloutWorker(runner.EpisodeRunner):
         turns, carry = self.variant.turns, self.variant.carry
         options = {"display_rule": "stop_at_repeat", "reuse": False}  # a state is sampled once
         run = records.Run(self.dataset, "train", "grpo", turns, carry, self.knobs.seed, **options)
-        episodes = episode.run_episodes(prompts, self.search, self.ask, self.refine, run)
+        episodes = self.run(prompts, run)
         for one_episode, steps in zip(episodes, self.steps.values(), strict=True):
             self._reward(one_episode, steps)
         return list(self.steps.values())
