@@ -481,11 +481,10 @@ DAMAGE = {
     "line 4: desc_id: should be a valid integer, found '7'": _line(4, lambda row: row.update(desc_id="7")),
     "line 4: gt_span_ms: 1 is missing": _line(4, lambda row: row.update(gt_span_ms=[1])),
     "line 4: turns: should be a valid array": _line(4, lambda row: row.update(turns=None)),
-    "line 5: not an episode": lambda lines: [*lines[:4], "[1, 2]", *lines[5:]],
-    "line 1: not a header of 'vsr1 episodes' version 2": _line(1, lambda row: row.update(version=1)),
+    "line 5: must be an object": lambda lines: [*lines[:4], "[1, 2]", *lines[5:]],
+    "line 1: version: should be 2, found 1": _line(1, lambda row: row.update(version=1)),
     "line 1: run: method is missing": _line(1, lambda row: row["run"].pop("method")),
     "39 episodes, its first line says 40": lambda lines: lines[:-1],
-    "line 6: its desc_id stands on line 3 already": lambda lines: [*lines[:5], lines[2], *lines[6:]],
     "empty": lambda lines: [],
 }
 

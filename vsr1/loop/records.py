@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from vsr1 import cache, config
 from vsr1.config import InputError
@@ -136,15 +137,13 @@ def with_refined_ranking(turn: Turn, ranking: Ranking) -> Turn:
 
 # --- Files
 
-FORMAT, VERSION = "vsr1 episodes", 2  # 2: look_cost became verify_cost
-
 
 @dataclass(frozen=True)
 class Header:
     """First line of a file of episodes."""
 
-    format: str
-    version: int
+    format: Literal["vsr1 episodes"]
+    version: Literal[2]  # 2: look_cost became verify_cost
     episodes: int  # lines that follow: a file cut at the end of a line is noticed
     run: Run
 
@@ -152,7 +151,7 @@ class Header:
 def write_episodes(path: Path, run: Run, episodes: list[Episode]) -> None:
     """Write a header line and one JSON object per episode to `path`, complete or not at all."""
     assert all(episode.run == run for episode in episodes), "episodes of several runs in one file"
-    rows = [asdict(Header(FORMAT, VERSION, len(episodes), run))]
+    rows = [asdict(Header("vsr1 episodes", 2, len(episodes), run))]
     rows += [{key: value for key, value in asdict(episode).items() if key != "run"} for episode in episodes]
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
     cache.write_text(path, "\n".join(lines) + "\n")
@@ -162,24 +161,20 @@ def read_episodes(path: Path) -> list[Episode]:
     """Return the episodes of a file. Raises InputError that names the line where the file is damaged."""
     path = Path(path).resolve()  # the target of a link, so that the remedy works
     lines, _ = annotations.numbered_lines(annotations.read_text(path))
-    remedy = "delete this file and run it again"
+    try:
+        return _parse_episodes(path, lines)
+    except InputError as error:
+        raise InputError(f"{error}; delete this file and run it again") from None
+
+
+def _parse_episodes(path, lines):
     if not lines:
-        raise InputError(f"{path}: empty; {remedy}")
-    head = annotations.parse_json(lines[0][1], path, lines[0][0])
-    if not isinstance(head, dict) or (head.get("format"), head.get("version")) != (FORMAT, VERSION):
-        raise InputError(
-            f"{path}, line {lines[0][0]}: not a header of {FORMAT!r} version {VERSION}; {remedy}"
-        )
+        raise InputError(f"{path}: empty")
+    head, *rows = [annotations.parse_json(line, path, n, dict) for n, line in lines]
     header = config.parse(Header, head, f"{path}, line {lines[0][0]}")
-    episodes, first_line = [], {}
-    for n, line in lines[1:]:
-        row = annotations.parse_json(line, path, n)
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {n}: not an episode; {remedy}")
-        episode = config.parse(Episode, row | {"run": head["run"]}, f"{path}, line {n}")
-        episodes.append(episode)
-        if (first := first_line.setdefault(episode.desc_id, n)) != n:
-            raise InputError(f"{path}, line {n}: its desc_id stands on line {first} already; {remedy}")
-    if len(episodes) != header.episodes:
-        raise InputError(f"{path}: {len(episodes)} episodes, its first line says {header.episodes}; {remedy}")
-    return episodes
+    if len(rows) != header.episodes:
+        raise InputError(f"{path}: {len(rows)} episodes, its first line says {header.episodes}")
+    return [
+        config.parse(Episode, row | {"run": head["run"]}, f"{path}, line {n}")
+        for row, (n, _) in zip(rows, lines[1:], strict=True)
+    ]
