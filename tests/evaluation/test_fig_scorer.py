@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_metrics import exact_iou, float32_iou
 
 from vsr1 import __main__ as cli
 from vsr1.evaluation import fig_scorer
@@ -161,13 +162,6 @@ def test_enormous_times_are_misses_and_print_no_warning(run):
         assert (status, err) == (0, "") and set(json.loads(out)["VCMR"].values()) == {0.0}
 
 
-def test_float32_misses_what_is_exactly_one_half(run):
-    rows = [TRUTH[0] | {"time": [14.2, 23.0]}, TRUTH[1]]
-    for answer, default, float32 in (([10.1, 27.7], 50, 50), ([16.5, 20.9], 50, 0), ([17.5, 25.2], 50, 0)):
-        assert json.loads(run(vcmr([0, *answer]), rows)[1])["VCMR"]["0.5-r1"] == default
-        assert json.loads(run(vcmr([0, *answer]), rows, "--float32")[1])["VCMR"]["0.5-r1"] == float32
-
-
 # --- Refusals: every row of the table in docs/data.md section 5
 
 
@@ -285,21 +279,6 @@ def test_an_unknown_option_or_a_missing_file_name_is_one_error_line(capsys):
 
 
 # --- The same numbers computed another way
-
-
-def exact_iou(a, b):
-    """Intersection over union as a fraction of the decimals as written."""
-    (a0, a1), (b0, b1) = ([Fraction(str(time)) for time in span] for span in (a, b))
-    shared = max(Fraction(0), min(a1, b1) - max(a0, b0))
-    return shared / ((a1 - a0) + (b1 - b0) - shared) if shared else Fraction(0)
-
-
-def float32_iou(a, b):
-    """The formula one float32 at a time."""
-    (a0, a1), (b0, b1) = ([np.float32(time) for time in span] for span in (a, b))
-    shared = max(np.float32(0), np.float32(min(a1, b1) - max(a0, b0)))
-    hull = np.float32(max(a1, b1) - min(a0, b0))
-    return np.float32(shared / hull) if hull != 0 else np.float32(0)
 
 
 def slow_scores(submission, truth, iou, number):

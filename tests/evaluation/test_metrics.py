@@ -106,29 +106,6 @@ def test_ranks_equal_a_sort_with_the_right_video_before_or_behind_its_ties():
         assert tied == worst - best
 
 
-def slow_places(predictions, video, span, m):
-    """Places of the first hit of one query in VR, VCMR and SVMR, by walking the list; None: no hit."""
-    predictions = predictions[:100]
-    in_video = [p for p in predictions if p[0] == video]
-    hit = [p[0] == video and exact_iou(p[1:], span) >= m for p in predictions]
-    svmr = [exact_iou(p[1:], span) >= m for p in in_video]
-    vr = [p[0] == video for p in predictions]
-    return [places.index(True) + 1 if True in places else None for places in (vr, hit, svmr)]
-
-
-def test_places_in_lists_equal_those_of_a_reader_who_walks_them():
-    rng = np.random.default_rng(3)
-    videos, truth = rng.integers(0, 3, size=(40, 100)), np.sort(grid_spans(rng, 40), axis=1)
-    spans = grid_spans(rng, 4000).reshape(40, 100, 2)
-    right, iou = videos == 1, moments.span_iou(spans, truth[:, None])
-    for m in metrics.THRESHOLDS:
-        ours = [metrics.vr_ranks(right), metrics.vcmr_ranks(right, iou, m), metrics.svmr_ranks(right, iou, m)]
-        for q in range(40):
-            listed = [(videos[q, p], *spans[q, p]) for p in range(100)]
-            expected = slow_places(listed, 1, truth[q], Fraction(str(m)))
-            assert [None if ranks[q] == UNRANKED else ranks[q] for ranks in ours] == expected
-
-
 def test_recall_counts_every_query_and_no_queries_are_no_number():
     assert [metrics.recall_at(np.array([1, 5, 6, UNRANKED]), k) for k in metrics.VR_KS] == [
         25.0,

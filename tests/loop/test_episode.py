@@ -52,20 +52,11 @@ def read(text, **options):
         (MATCHED + " Bye.", True, (2.5, 9.5), False),
         (REJECTED + " <REFINE>", False, None, False),  # twice
         (REJECTED.replace("</think>", "</think> <think> but </think>"), False, None, False),
-        (
-            "<think> <answer>matched</answer> </think> " + REJECTED,
-            False,
-            None,
-            False,
-        ),  # what was only thought
+        # What was only thought does not count, and then the first closed answer does.
+        ("<think> <answer>matched</answer> </think> " + REJECTED, False, None, False),
         (REJECTED.replace("</think>", ""), False, None, False),
-        (REJECTED + " <answer>matched</answer>", False, None, False),  # the first answer
-        (
-            REJECTED.replace("<answer>not", "<answer>oh <answer>not"),
-            False,
-            None,
-            False,
-        ),  # the first closed one
+        (REJECTED + " <answer>matched</answer>", False, None, False),
+        (REJECTED.replace("<answer>not", "<answer>oh <answer>not"), False, None, False),
         ("<ANSWER> Matched\n</Answer>", True, None, False),
         *[(f"<answer>{word}</answer>", True, None, False) for word in ("match", " matched ", "MATCH")],
         *[
@@ -136,18 +127,8 @@ def test_each_layout_is_strict_about_its_own_ending():
 
 def test_reading_never_fails_and_never_believes_what_is_not_there():
     rng = random.Random(0)
-    parts = [
-        "<think>",
-        "</think>",
-        "<answer>",
-        "</answer>",
-        "matched",
-        "not_matched",
-        "<start>",
-        "</start>",
-        "<end>",
-    ]
-    parts += ["</end>", "3", "-1e5", "nan", "<REFINE>", "<|im_end|>", "\n", " ", "<", "½", "٣"]
+    parts = "<think> </think> <answer> </answer> matched not_matched <start> </start> <end> </end>".split()
+    parts += ["3", "-1e5", "nan", "<REFINE>", "<|im_end|>", "\n", " ", "<", "½", "٣"]
     for _ in range(3000):
         text = "".join(rng.choices(parts, k=rng.randrange(20)))
         reply = read(text)
@@ -236,13 +217,8 @@ def test_a_span_in_a_wrong_video_overlaps_nothing():
 
 def test_refine_is_handed_the_state_that_the_query_is_in():
     """With every block carried, the state grows by one video a turn."""
-    rankings = {
-        ("q", ()): "abc",
-        ("q", ("a",)): "bac",
-        ("q", ("a", "b")): "acb",
-        ("q", ("a", "b", "a")): "cab",
-    }
-    world = World(rankings, {})
+    orders = {(): "abc", ("a",): "bac", ("a", "b"): "acb", ("a", "b", "a"): "cab"}
+    world = World({("q", state): order for state, order in orders.items()}, {})
 
     def carry(rejected):
         return [Refinement("sqr", (*state, look.state), 8, 9) for _, look, state in rejected]
@@ -255,12 +231,8 @@ def test_refine_is_handed_the_state_that_the_query_is_in():
 def test_the_last_turn_refines_and_nobody_looks():
     world = World({("q", ()): "ab", ("q", ("a",)): "ba", ("q", ("b",)): "ab"}, {})
     (one,) = walk(world, [query("q", "b")], 2)
-    assert (one.stop_reason, seen(one), one.turns[-1].top1_out, one.turns[-1].rank_out) == (
-        "budget",
-        "ab",
-        "a",
-        2,
-    )
+    assert (one.stop_reason, seen(one)) == ("budget", "ab")
+    assert (one.turns[-1].top1_out, one.turns[-1].rank_out) == ("a", 2)
     assert world.asked == [("q", "a"), ("q", "b")]
 
 
@@ -307,13 +279,9 @@ def test_the_plain_baseline_looks_once():
 
 def test_walking_down_shows_the_first_ranking_in_its_order_until_a_match():
     world = World({("q", ()): "abcd", ("r", ()): "abcd"}, {("q", "c"): MATCHED})
-    ones = run_episodes(
-        [query("q", "c"), query("r", "d")],
-        world.search,
-        world.ask,
-        episode.rank_fallback,
-        run(3, display_rule="skip_rejected", reuse=False),
-    )
+    rules = run(3, display_rule="skip_rejected", reuse=False)
+    queries = [query("q", "c"), query("r", "d")]
+    ones = run_episodes(queries, world.search, world.ask, episode.rank_fallback, rules)
     assert [seen(one) for one in ones] == ["abc", "abc"]
     assert [one.stop_reason for one in ones] == ["matched", "budget"]
     assert {turn.rank_in for turn in ones[0].turns} == {3}, "ranks are never altered by what is shown"
@@ -321,24 +289,14 @@ def test_walking_down_shows_the_first_ranking_in_its_order_until_a_match():
 
 def test_a_gallery_that_is_exhausted_ends_the_walk():
     world = World({("q", ()): "ab"}, {})
-    (one,) = run_episodes(
-        [query("q", "b")],
-        world.search,
-        world.ask,
-        episode.rank_fallback,
-        run(3, display_rule="skip_rejected", reuse=False),
-    )
+    rules = run(3, display_rule="skip_rejected", reuse=False)
+    (one,) = run_episodes([query("q", "b")], world.search, world.ask, episode.rank_fallback, rules)
     assert (seen(one), one.stop_reason) == ("ab", "exhausted")
 
 
 def test_a_fixed_point_is_recorded_again_without_asking_and_equals_asking_again():
-    rankings = {
-        ("q", ()): "abc",
-        ("q", ("a",)): "acb",
-        ("r", ()): "abc",
-        ("r", ("a",)): "bac",
-        ("r", ("b",)): "abc",
-    }
+    rankings = {("q", ()): "abc", ("q", ("a",)): "acb"}
+    rankings |= {("r", ()): "abc", ("r", ("a",)): "bac", ("r", ("b",)): "abc"}
     queries = [query("q", "b"), query("r", "c")]
     reused, asked = World(rankings, {}), World(rankings, {})
     ours = walk(reused, queries, 4)
@@ -350,9 +308,7 @@ def test_a_fixed_point_is_recorded_again_without_asking_and_equals_asking_again(
     for one, other in zip(ours, plain, strict=True):
         for a, b in zip(one.turns, other.turns, strict=True):
             assert dataclasses.replace(a, **free) == dataclasses.replace(b, **free)
-    assert (
-        ours[0].turns[1].rank_in == 3 != ours[0].turns[0].rank_in
-    )  # where it stands now, not where it stood
+    assert [turn.rank_in for turn in ours[0].turns[:2]] == [2, 3]  # where it stands now, not where it stood
 
 
 def test_older_blocks_forbid_reuse():
@@ -366,11 +322,8 @@ def test_a_video_that_cannot_be_read_and_a_right_video_without_vector_are_record
     broken, gone = walk(world, [query("q", "b"), query("gone", "z")])
     assert (broken.stop_reason, broken.problem) == ("problem", "a: no video stream in the file")
     assert broken.turns[0].reply is None and broken.turns[0].shown_id == "a"
-    assert (gone.stop_reason, gone.turns, gone.rank_orig) == (
-        "problem",
-        (),
-        None,
-    ) and "no vector" in gone.problem
+    assert (gone.stop_reason, gone.turns, gone.rank_orig) == ("problem", (), None)
+    assert "no vector" in gone.problem
     assert world.asked == [("q", "a")]
 
 
@@ -437,9 +390,8 @@ def test_a_smaller_budget_is_read_off_a_longer_run(budget):
     world, queries = a_world(3)
     cut = metrics.within(walk(world, queries, 3), budget)
     direct = walk(world, queries, budget)
-    assert [dataclasses.replace(one, run=None) for one in cut] == [
-        dataclasses.replace(one, run=None) for one in direct
-    ]
+    assert [one.run for one in cut] == [one.run for one in direct]
+    assert cut == direct
 
 
 def test_the_loop_runs_without_torch():
