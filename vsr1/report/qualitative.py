@@ -24,7 +24,7 @@ from vsr1.evaluation import metrics
 from vsr1.loop import moments, records
 from vsr1.loop.records import Episode, Turn
 from vsr1.mini import captions, teacher, world
-from vsr1.mini.world import ATTRIBUTES, Moment
+from vsr1.mini.world import Moment
 from vsr1.report import templates
 
 SYSTEMS = {"sqr": ("vsr1", "SQR")}  # system: its file of episodes, its name on the page
@@ -205,17 +205,10 @@ class Cards:
     def clip(self, video: str, start_ms: float, bands=()) -> dict:
         """Return a strip of frames that is a link to its film, which starts at a moment; or why there is none."""
         film = self.film(video)
-        name, start = quote(f"{self.dataset}/{video}"), f"{start_ms / 1000:.1f}"
-        clip = {
-            "video": video,
-            "source": name,
-            "start": start,
-            "problem": film["problem"],
-            "times": film["times"],
-        }
         bands = dict.fromkeys((kind, span) for kind, span in bands if span is not None)
         styles = [(kind, previews.band(span, film["seconds"])) for kind, span in bands if film["times"]]
-        return clip | {"bands": styles}
+        link = {"source": quote(f"{self.dataset}/{video}"), "start": f"{start_ms / 1000:.1f}"}
+        return film | link | {"video": video, "bands": styles}
 
     def still(self, video: str, span_ms, title: str, words) -> dict:
         """Return the frame of a strip that is nearest to the middle of a moment, and what matters in it."""
@@ -266,25 +259,19 @@ class Cards:
         replies, first = [], {}  # the first system that gave a reply
         for system, turn in turns.items():
             same = first.setdefault(turn.reply, system)
-            reply = _reply(turn, matters, asked, episode.query)
+            reply = _reply(turn, matters)
             same = SYSTEMS[same][1] if same != system else None
             replies.append({"system": system, "name": SYSTEMS[system][1], "same": same} | reply)
         clip = self.clip(video, (span or (0,))[0], [(kind, span), *named])
         return {"title": title, "clip": clip, "replies": replies}
 
 
-def _reply(turn, matters, asked, query) -> dict:
+def _reply(turn, matters) -> dict:
     """Return the reasoning and verdict of a reply, and what followed: a moment, soft tokens, or other words."""
     matched = None if turn.reply is None else turn.reply.matched
-    reply = {
-        "reused": turn.reused,
-        "steps": reasoning(turn),
-        "ranks": ranks(turn),
-        "moment": "",
-        "tokens": None,
-    }
-    reply |= {"matched": matched, "right": matched is not None and matched == turn.shown_is_gt}
-    reply |= {"depths": ", ".join(map(_rank, turn.rank_by_depth)), "rewrite": None, "lost": ""}
+    reply = {"reused": turn.reused, "steps": reasoning(turn), "ranks": ranks(turn), "matched": matched}
+    reply |= {"right": matched is not None and matched == turn.shown_is_gt, "moment": "", "tokens": None}
+    reply |= {"depths": ", ".join(map(_rank, turn.rank_by_depth)), "rewrite": None}
     if turn.rank_out is None:
         if turn.span_ms is not None:
             start, end = np.array(turn.span_ms) / 1000
@@ -293,9 +280,7 @@ def _reply(turn, matters, asked, query) -> dict:
     elif turn.update_text is None:
         reply["tokens"] = turn.refine_tokens
     else:
-        words = [_words(name, asked) for name in ATTRIBUTES] if asked else dropped(query, [turn.update_text])
-        lost = dict.fromkeys(word for word in words if word.lower() not in turn.update_text.lower())
-        reply |= {"rewrite": pieces(turn.update_text, matters), "lost": ", ".join(lost)}
+        reply["rewrite"] = pieces(turn.update_text, matters)
     return reply
 
 
