@@ -1,7 +1,6 @@
 """Embed one split of a data set: the step that leaves vectors and an index."""
 
 import csv
-import time
 from pathlib import Path
 
 import faiss
@@ -46,7 +45,7 @@ def _embed(profile, dataset, split, which, folder):
     loaded = engine.load(profile, which)
     shards = [videos[start : start + SHARD_SIZE] for start in range(0, len(videos), SHARD_SIZE)]
     files = [folder / f"shard-{number:05}.npz" for number in range(len(shards))]
-    speed = _embed_shards(profile, loaded, home / "videos", shards, files, f"embed {dataset} {split}")
+    _embed_shards(profile, loaded, home / "videos", shards, files, f"embed {dataset} {split}")
     ranks.wait_for_everyone()
     if not ranks.is_main_process:
         return
@@ -56,11 +55,7 @@ def _embed(profile, dataset, split, which, folder):
     video_vecs = _join(files, folder / "video_vecs.npy", (len(video_ids), loaded.width))
     query_vecs = loaded.embed_texts([query.text for query in queries])
     np.save(folder / "query_vecs.npy", query_vecs)
-    notes = {
-        "videos_per_second": speed,
-        "texts_cut": loaded.num_truncated,
-        "skipped": len(videos) - len(video_ids),
-    }
+    notes = {"texts_cut": loaded.num_truncated, "skipped": len(videos) - len(video_ids)}
     notes |= loading.model_facts(loaded.model)
     if len(video_ids) < search_index.LARGE:
         faiss.write_index(search_index.build_index(video_vecs), str(folder / "index.faiss"))
@@ -74,8 +69,8 @@ def _embed(profile, dataset, split, which, folder):
 
 
 def _embed_shards(profile, loaded, folder, shards, files, what):
-    """Embed the shards of this process that have no file yet and return videos per second, None without any."""
-    ranks, started = cache.dist_state(), time.time()
+    """Embed the shards of this process that have no file yet."""
+    ranks = cache.dist_state()
     share = range(ranks.process_index, len(shards), ranks.num_processes)
     todo = [number for number in share if not files[number].exists()]
     # A video without a file is read under the name it should have: the reader says what is wrong with it.
@@ -85,7 +80,6 @@ def _embed_shards(profile, loaded, folder, shards, files, what):
     clips = iter(cache.progress(clips, what, len(paths)))
     for number in todo:
         _embed_shard(loaded, shards[number], clips, files[number])
-    return round(len(paths) / (time.time() - started), 2) if paths else None
 
 
 def _embed_shard(loaded, videos, clips, path):
