@@ -762,9 +762,9 @@ def test_queries_held_out_share_no_video_with_the_others():
 
 @pytest.mark.parametrize("prompts", [2, 1])
 def test_two_processes_are_one(tmp_path, profile, search, vectors, starts, prompts):
-    """Each walks one of the two starts of a step, or one has nothing to do; gradients are averaged by gloo. The two are killed on their way.
+    """Each walks one of the two starts of a step, or one has nothing to do; gradients are averaged by gloo.
 
-    What all rewards of a step spread is the same to both.
+    The two are killed on their way. What all rewards of a step spread is the same to both.
     """
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
