@@ -1,6 +1,8 @@
 """Share what the benchmarks of speed and memory need: models with random weights, on which neither depends."""
 
+import concurrent.futures
 import csv
+import multiprocessing
 import platform
 import resource
 import types
@@ -70,6 +72,12 @@ class ForcedRefinePolicy(policy.Policy):
     def _completion(self, generated, columns):
         generated.ids[-1] = self.refine_token_id  # random weights would not say it
         return super()._completion(generated, columns)
+
+
+def alone(work, *args):
+    """Return what `work(*args)` returns in a process of its own."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
 
 
 def peak_gb() -> float:

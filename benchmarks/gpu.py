@@ -8,8 +8,6 @@ video is as long as a model sees frames; replies are `--reply-tokens` long and e
 """
 
 import argparse
-import concurrent.futures
-import multiprocessing
 import os
 import tempfile
 import time
@@ -244,12 +242,6 @@ def measure(part: str, profile, folder: Path, reply_tokens: int, rounds: int) ->
     return rows
 
 
-def alone(work, *args):
-    """Return what `work(*args)` returns in a process of its own."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *args).result()
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure seconds and memory of 2B models on this GPU: minutes of work, 9 GB of scratch files in runs/."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -271,9 +263,9 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(scratch)
         seconds = max(one.max_frames / one.video_fps for one in profiles)
         make_video(folder / "video.mp4", seconds, SIZE)
-        alone(make_models, folder, SHAPES, "bfloat16", "cpu" if args.cpu else "cuda")
+        common.alone(make_models, folder, SHAPES, "bfloat16", "cpu" if args.cpu else "cuda")
         for profile, part in product(profiles, args.parts):
-            measured = alone(measure, part, profile, folder, args.reply_tokens, args.rounds)
+            measured = common.alone(measure, part, profile, folder, args.reply_tokens, args.rounds)
             for row in measured:
                 print(f"{row.profile}  {row.what}: {row.seconds} s a round, {row.peak_gb} GB", flush=True)
             rows += measured

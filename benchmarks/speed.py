@@ -5,13 +5,11 @@ mini policy's, and about 200 M parameters, where the sums weigh more than Python
 """
 
 import argparse
-import concurrent.futures
-import multiprocessing
 import os
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -67,14 +65,12 @@ def random_policy(model: str, engine=None) -> ForcedRefinePolicy:
     """Return a policy of one of SHAPES with random weights and heads, for the engine if there is one."""
     torch.manual_seed(0)
     tokenizer = architecture.make_tokenizer()
-    shapes = SHAPES[model] | {
-        "text_config": SHAPES[model].get("text_config", {}) | {"vocab_size": len(tokenizer) + 8}
-    }
+    text = SHAPES[model].get("text_config", {}) | {"vocab_size": len(tokenizer) + 8}
+    shapes = SHAPES[model] | {"text_config": text}
     base = Qwen3VLForConditionalGeneration(common.make_config(shapes)).eval()
     base = policy.Policy(base, tokenizer, None, None, 4096)
-    return ForcedRefinePolicy.like(
-        policy.new_heads(base, soft_heads.Settings(refine_init="default"), 0, engine)
-    )
+    settings = soft_heads.Settings(refine_init="default")
+    return ForcedRefinePolicy.like(policy.new_heads(base, settings, 0, engine))
 
 
 def noise_clip(policy: policy.Policy, tokens: int) -> video_reader.Clip:
@@ -191,24 +187,8 @@ class GRPOStep:
         self.prompts = rollout.make_prompts([query], vectors, negatives=profile.grpo_negatives, seed=0)
         parts = replace(rollout.VARIANTS["vsr1"], turns=1), search_engine, self.policy, vectors
         worker = rollout.RolloutWorker(profile, "charades", *parts, common.same_clip(clip))
-        self.trainer, self.seconds = grpo.GRPOTrainer(worker), Counter()
+        self.trainer = grpo.GRPOTrainer(worker)
         self.prompt_tokens = len(self.policy.prompt(prompt_text.SYSTEM, QUERY, clip).ids)
-        self._time("rollout", self.trainer, "rollout")
-        self._time("learning", self.trainer, "_update")
-        self._time("reference", self.trainer.objective.ref_policy, "replay")
-        self._time("update", self.trainer.optimizer, "step")
-
-    def _time(self, part, owner, name):
-        """Add up the seconds that `owner` spends in its method `name`."""
-        method = getattr(owner, name)
-
-        def timed(*args, **options):
-            started = time.process_time()
-            result = method(*args, **options)
-            self.seconds[part] += time.process_time() - started
-            return result
-
-        setattr(owner, name, timed)
 
     def run(self, sharing: bool, at_once: int | None = None) -> tuple[list[str], float, torch.Tensor]:
         """Return replies, loss and gradient of a step that learns from `at_once` replies at a time, or all.
@@ -217,7 +197,6 @@ class GRPOStep:
         to keep them all would show in the memory.
         """
         ForcedRefinePolicy.sharing = sharing
-        self.seconds.clear()
         self.trainer.knobs = replace(self.trainer.knobs, grpo_micro_batch=at_once)
         line, rows = self.trainer.train_step(1, self.prompts)
         rng, sums = torch.manual_seed(0), []
@@ -228,12 +207,6 @@ class GRPOStep:
                     sums.append(grad @ torch.randn(grad.shape[1], generator=rng))
         return [row["text"] for row in rows], line["loss"], torch.cat(sums)
 
-    def parts(self) -> dict[str, float]:
-        """Return the seconds of the parts of the last step."""
-        spent = self.seconds
-        parts = {"rollout": spent["rollout"], "reading of the reference policy": spent["reference"]}
-        return parts | {"forward and backward": spent["learning"] - spent["reference"] - spent["update"]}
-
 
 def same_step(first, other) -> None:
     """Fail where two steps do not agree in every word, in the loss and in the gradient."""
@@ -243,49 +216,40 @@ def same_step(first, other) -> None:
 
 
 def time_steps(model: str, read: int, reply_tokens: int, rounds: int, at_once: int | None):
-    """Return ({way: {part: (rounds,) seconds}}, {way: GB}, parameters in millions, prompt tokens) of whole steps.
+    """Return ({way: (rounds,) seconds}, {way: GB}, parameters in millions, prompt tokens) of whole steps.
 
     A way is what `GRPOStep.run` is given: shared with all replies at once, and with `at_once` shared and plain. Call
     it in a process of its own, for the memory.
     """
     torch.set_num_threads(1)
-    step, parts, highest = GRPOStep(model, read, reply_tokens), {}, {}
+    step, highest = GRPOStep(model, read, reply_tokens), {}
     # What takes less memory first, or it could not be seen.
     ways = list(dict.fromkeys([(True, at_once), (False, at_once), (True, None)]))
 
     def run(way):
         result = step.run(*way)
-        parts.setdefault(way, []).append(step.parts())
         highest.setdefault(way, peak_gb())
         return result
 
-    totals = in_turn([lambda way=way: run(way) for way in ways], rounds, same_step, warm_up=False)
-    seconds = {}
-    for way, total in zip(ways, totals, strict=True):
-        by_part = {part: np.array([row[part] for row in parts[way]]) for part in parts[way][0]}
-        seconds[way] = {"": total} | by_part | {"rest": total - sum(by_part.values())}
-    return seconds, highest, _millions(step.policy), step.prompt_tokens
+    seconds = in_turn([partial(run, way) for way in ways], rounds, same_step, warm_up=False)
+    return dict(zip(ways, seconds, strict=True)), highest, _millions(step.policy), step.prompt_tokens
 
 
 def measure_steps(model: str, read: int, reply_tokens: int, rounds: int, at_once=None) -> list[Measurement]:
-    """Measure a whole GRPO step and its parts: a prompt of at least `read` tokens, replies of `reply_tokens`.
+    """Measure a whole GRPO step: a prompt of at least `read` tokens, replies of `reply_tokens`.
 
     Where the plain way cannot learn from all replies at once, it does from `at_once`; a last row has both ways do so.
     """
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        job = pool.submit(time_steps, model, read, reply_tokens, rounds, at_once)
-        seconds, highest, millions, prompt_tokens = job.result()
-    plain = False, at_once
+    args = model, read, reply_tokens, rounds, at_once
+    seconds, highest, millions, prompt_tokens = common.alone(time_steps, *args)
+    facts, plain = (model, millions, prompt_tokens, reply_tokens), (False, at_once)
 
-    def row(claim, ours, part="", target=None):
-        memory = () if part else (target, highest[ours], highest[plain])
-        summary = _summary(seconds[plain][part], seconds[ours][part])
-        return Measurement(claim, model, millions, prompt_tokens, reply_tokens, *summary, *memory)
+    def row(claim, ours, target=None):
+        summary = _summary(seconds[plain], seconds[ours])
+        return Measurement(claim, *facts, *summary, target, highest[ours], highest[plain])
 
     claim = f"a whole GRPO step, G = {GROUP}, prompt read once: once a reply"
-    rows = [row(claim, (True, None), target=GROUP_TARGET)]
-    rows += [row(f"of it: {part}", (True, None), part) for part in seconds[plain] if part]
+    rows = [row(claim, (True, None), GROUP_TARGET)]
     if at_once:
         rows.append(row(f"the same, learning from {at_once} replies at once both ways", (True, at_once)))
     return rows

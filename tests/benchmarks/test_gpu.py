@@ -95,6 +95,8 @@ def test_on_a_cpu_the_memory_of_few_rows_a_step_is_measured(tmp_path, monkeypatc
     monkeypatch.setattr(gpu, "SHAPES", {})
     monkeypatch.setattr(gpu, "SIZE", (64, 96))
     monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(common, "alone", lambda work, *args: work(*args))
     how = ["--cpu", "--profiles", "smoke", "--parts", "stage 1", "--reply-tokens", "6", "--rounds", "1"]
     gpu.main(how)
     told = json.loads((tmp_path / "results" / "bench" / "cpu.json").read_text())

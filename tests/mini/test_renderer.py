@@ -102,16 +102,6 @@ def test_every_attribute_changes_the_picture_enough_for_the_models_to_see(attrib
             assert a == b or (np.abs(pictures[a] - pictures[b]).max(axis=2) > 20).sum() >= 20, (a, b)
 
 
-def test_the_same_seed_films_the_same_bytes_and_another_seed_other_videos(tmp_path):
-    scene = scenes_of("charades", "test")[0]
-    for name in ("a.mp4", "b.mp4"):
-        renderer.render_video(scene, tmp_path / name, 128, 8)
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-    assert scenes_of("charades", "test") == scenes_of("charades", "test")
-    other = world.make_scenes("charades", "test", 160, 1)
-    assert not {s.video for s in other} & {s.video for s in scenes_of("charades", "test")}
-
-
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_scenes_texts_pixels_and_files_are_those_of_the_committed_results(dataset, tmp_path):
     """Digests of GOLDEN: after a change on purpose, every result of the mini profile is to be renewed."""

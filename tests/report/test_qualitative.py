@@ -73,7 +73,7 @@ def run(tmp_path_factory):
         home, data = run.runs("charades"), run.data_dir("charades")
         for path in (data / "corpus", data / "videos", home / "episodes"):
             path.mkdir(parents=True)
-        scenes = renderer.write_corpus(data / "corpus", "charades", {"test": 6}, {"test": 1}, run.world.seed)
+        scenes = renderer.write_corpus(data / "corpus", "charades", {"test": 6}, run.world.seed)
         for scene in scenes:
             renderer.render_video(
                 scene,

@@ -118,7 +118,7 @@ def home(tmp_path_factory):
             for path in (folder / "corpus", folder / "videos", home.runs(dataset) / "episodes"):
                 path.mkdir(parents=True)
             scenes = renderer.write_corpus(
-                folder / "corpus", dataset, {"test": 3}, {"test": 1}, home.world.seed
+                folder / "corpus", dataset, {"test": 3}, home.world.seed
             )
             for scene in scenes:
                 renderer.render_video(scene, folder / "videos" / f"{scene.video}.mp4", WIDTH, 2)

@@ -18,14 +18,8 @@ CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-QUERY_PREFIXES = (
-    "",
-    "",
-    "Find the video: ",
-    "Show me a clip. ",
-    "Which video is it? ",
-    "Please search for this moment: ",
-)
+QUERY_PREFIXES = ("", "", "Find the video: ", "Show me a clip. ", "Which video is it? ")
+QUERY_PREFIXES += ("Please search for this moment: ",)
 CAPTION_PROMPT = "Describe what happens when."
 SPARE_ROWS = 64  # of the embedding matrix above the vocabulary, as the real one has: room for <REFINE>
 

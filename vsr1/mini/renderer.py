@@ -3,6 +3,7 @@
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,28 +28,22 @@ def render(profile, dataset: str, splits=("test", "train")) -> Path:
     home = profile.data_dir(dataset) / ("foundation" if "foundation" in splits else "")
     inputs = {"world": asdict(profile.world), "dataset": dataset, "splits": list(splits)}
     inputs["code"] = cache.source_digest(__name__)
-    seed = profile.world.seed
-    corpus = cache.build(
-        home / "corpus", inputs, lambda folder: write_corpus(folder, dataset, sizes, QUERIES_PER_MOMENT, seed)
-    )
-    scenes = world.read_scenes(corpus)
-    return cache.build(
-        home / "videos", inputs, lambda folder: _render_videos(profile, dataset, scenes, folder)
-    )
+    write = partial(write_corpus, dataset=dataset, sizes=sizes, seed=profile.world.seed)
+    scenes = world.read_scenes(cache.build(home / "corpus", inputs, write))
+    size, fps = profile.world.size, profile.world.fps
+    draw = partial(_render_videos, size, fps, scenes.values(), f"render {dataset}")
+    return cache.build(home / "videos", inputs, draw)
 
 
-def write_corpus(
-    folder: Path, dataset: str, sizes: dict[str, int], per_moment: dict[str, int], seed: int
-) -> list[Scene]:
+def write_corpus(folder: Path, dataset: str, sizes: dict[str, int], seed: int) -> list[Scene]:
     """Write annotations and scenes of some splits into `folder`: `<split>.jsonl` (FIG) and `scenes.jsonl`.
 
-    sizes       videos of each split
-    per_moment  queries about each moment of a split's videos
+    sizes  videos of each split
     """
     scenes, next_id = [], 0
     for split, count in sizes.items():
         split_scenes = world.make_scenes(dataset, split, count, seed)
-        queries = captions.make_queries(split_scenes, next_id, per_moment[split], seed)
+        queries = captions.make_queries(split_scenes, next_id, QUERIES_PER_MOMENT[split], seed)
         annotations.write_fig(folder / f"{split}.jsonl", queries)
         next_id += len(queries)
         scenes += split_scenes
@@ -56,14 +51,13 @@ def write_corpus(
     return scenes
 
 
-def _render_videos(profile, dataset, scenes, folder):
+def _render_videos(size, fps, scenes, what, folder):
     """Render the videos of all scenes that are not in `folder` yet, on all cores."""
-    paths = {folder / f"{scene.video}.mp4": scene for scene in scenes.values()}
-    jobs = [(scene, path, profile.world.size, profile.world.fps) for path, scene in paths.items()]
-    jobs = [job for job in jobs if not job[1].exists()]
+    paths = [(scene, folder / f"{scene.video}.mp4") for scene in scenes]
+    jobs = [(scene, path, size, fps) for scene, path in paths if not path.exists()]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         videos = pool.map(render_video, *zip(*jobs, strict=True), chunksize=8) if jobs else ()
-        for _ in cache.progress(videos, f"render {dataset}", len(jobs)):
+        for _ in cache.progress(videos, what, len(jobs)):
             pass
 
 

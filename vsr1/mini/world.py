@@ -97,18 +97,17 @@ def make_scenes(dataset: str, split: str, count: int, seed: int) -> list[Scene]:
     """Invent `count` scenes of one split: no attributes twice, and the members of a family next to each other."""
     rng = np.random.default_rng([seed, tuple(PLACES).index(dataset), SPLITS.index(split)])
     size = (FOUNDATION_FAMILY_SIZE if split == "foundation" else FAMILY_SIZE)[dataset]
-    chance = FAMILY_SHARE / (
-        FAMILY_SHARE + size * (1 - FAMILY_SHARE)
-    )  # of a family, per draw of `size` or one
+    # The chance of a family, per draw of `size` videos or of one.
+    chance = FAMILY_SHARE / (FAMILY_SHARE + size * (1 - FAMILY_SHARE))
     used, scenes, family = set(), [], 0
     while len(scenes) < count:
         members = size if rng.random() < chance else 1
-        more = min(members, count - len(scenes)) - 1
-        original = _draw_unused(partial(_invent, rng, dataset, split, family), used)
-        scenes.append(replace(original, video=_video_id(rng, dataset)))
-        for _ in range(more):
-            variant = _draw_unused(partial(_vary, rng, dataset, original), used)
-            scenes.append(replace(variant, video=_video_id(rng, dataset)))
+        draw = partial(_invent, rng, dataset, split, family)
+        for _ in range(min(members, count - len(scenes))):
+            scene = _draw_unused(draw, used)
+            scenes.append(replace(scene, video=_video_id(rng, dataset)))
+            if draw.func is _invent:
+                draw = partial(_vary, rng, dataset, scene)
         family += 1
     return scenes
 
@@ -194,11 +193,7 @@ def _spread(rng, seconds, count, shortest, longest):
     return round(float(seconds), 1), spans
 
 
-TIMELINES = {
-    "charades": _charades_timeline,
-    "didemo": _didemo_timeline,
-    "activitynet": _activitynet_timeline,
-}
+TIMELINES = dict(charades=_charades_timeline, didemo=_didemo_timeline, activitynet=_activitynet_timeline)
 
 
 def _video_id(rng, dataset):
@@ -216,7 +211,7 @@ def _video_id(rng, dataset):
 
 def write_scenes(path: Path, scenes: list[Scene]) -> None:
     """Write scenes as JSON lines."""
-    lines = [json.dumps({"video": scene.video} | asdict(scene)) for scene in scenes]
+    lines = [json.dumps(asdict(scene)) for scene in scenes]
     cache.write_text(path, "\n".join(lines) + "\n")
 
 
