@@ -91,16 +91,17 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys):
     assert "error: torch sees no GPU;" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_on_a_cpu_the_memory_of_few_rows_a_step_is_measured(tmp_path, monkeypatch):
+def test_on_a_cpu_the_memory_of_few_rows_a_step_is_measured(profile, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "SHAPES", {})
     monkeypatch.setattr(gpu, "SIZE", (64, 96))
     monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setattr(config, "load", lambda name: profile)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(common, "alone", lambda work, *args: work(*args))
     how = ["--cpu", "--profiles", "smoke", "--parts", "stage 1", "--reply-tokens", "6", "--rounds", "1"]
     gpu.main(how)
     told = json.loads((tmp_path / "results" / "bench" / "cpu.json").read_text())
     (row,) = told["rows"]
-    assert row["count"] == config.load("smoke").sft_batch * gpu.LESS["sft_accumulate"]
+    assert row["count"] == profile.sft_batch * gpu.LESS["sft_accumulate"]
     assert told["rows_a_step"] == gpu.LESS and told["device"] == "CPU only" and row["peak_gb"] > 0.1
     assert not list((tmp_path / "runs").iterdir()), "models and video are scratch"
