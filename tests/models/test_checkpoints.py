@@ -80,11 +80,18 @@ def change_tensors(change):
     return edit
 
 
+def drop_setting(folder, name):
+    record = json.loads((folder / "vsr1.json").read_text())
+    del record["settings"][name]
+    (folder / "vsr1.json").write_text(json.dumps(record))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (break_setting("n_latents", 8), "vsr1.json: no such knob 'n_latents'"),
-        (break_setting("n_soft", "8"), "vsr1.json: n_soft: should be a valid integer, found '8'"),
+        (break_setting("n_latents", 8), "vsr1.json: settings were changed after training"),
+        (break_setting("n_soft", 4), "vsr1.json: settings were changed after training"),
+        (lambda folder: drop_setting(folder, "carry_blocks"), "vsr1.json: settings.carry_blocks is missing"),
         (lambda folder: (folder / "vsr1.json").write_text("{"), "vsr1.json: not readable"),
         (lambda folder: (folder / "vsr1.json").unlink(), "soft-query heads but no vsr1.json that says how"),
         (change_tensors(lambda t: t.popitem()), "model.safetensors: not the file that vsr1.json was written"),

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -68,7 +68,9 @@ def save(policy: Policy, folder: Path) -> None:
     tensors = {key: value.detach().cpu().contiguous() for key, value in policy.heads.state_dict().items()}
     save_file(tensors, folder / "refine.safetensors")
     files = {path.name: cache.file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
-    cache.write_json(folder / SETTINGS, {"settings": asdict(policy.settings), "files": files})
+    settings = asdict(policy.settings)
+    record = {"settings": settings, "settings_digest": cache.fingerprint(settings), "files": files}
+    cache.write_json(folder / SETTINGS, record)
 
 
 def released_name(dataset: str, stage: int) -> str:
@@ -151,9 +153,13 @@ def _read_settings(folder):
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        settings, files = record["settings"], record["files"]
-    except (ValueError, KeyError) as error:
+        settings, files, digest = dict(record["settings"]), record["files"], record["settings_digest"]
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not readable ({error!r}); restore it") from error
+    if absent := [field.name for field in fields(soft_heads.Settings) if field.name not in settings]:
+        raise InputError(f"{path}: settings.{absent[0]} is missing; restore it")  # a default would be a guess
+    if cache.fingerprint(settings) != digest:
+        raise InputError(f"{path}: settings were changed after training; restore it")
     for name, digest in files.items():
         if not (folder / name).exists() or cache.file_digest(folder / name) != digest:
             raise InputError(f"{folder / name}: not the file that vsr1.json was written for; restore it")
