@@ -41,7 +41,7 @@ def clone(tmp_path_factory):
     assert said == [
         "corpus charades",
         "embed charades",
-        "vsr1",
+        "train vsr1 charades",
         "embed charades",
         "evaluate zs charades",
         "evaluate vsr1 charades",
