@@ -503,6 +503,21 @@ def kill_at(count):
     return watch
 
 
+def forget_videos_at(number, trainer):
+    """Let the trainer encode its videos anew after a step, as a resumed run does.
+
+    The last bits of a video's features depend on the videos that were encoded in the same batch.
+    """
+    save = trainer._save
+
+    def save_and_forget(folder, step):
+        save(folder, step)
+        if step == number:
+            trainer.worker.policy.video_cache.clear()
+
+    trainer._save = save_and_forget
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors, starts, rank):
     """Four steps in one go, and four with a kill after the second; and each step is the same again by its seed."""
@@ -510,20 +525,19 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors
     whole, parts = begin(profile, search, vectors), begin(profile, search, vectors)
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
+    forget_videos_at(2, whole)
     whole.run(starts, starts[:2], tmp_path / "whole", "whole")
     with pytest.raises(Killed):
         parts.run(starts, starts[:2], tmp_path / "parts", "parts", kill_at(3))
     parts = begin(profile, search, vectors)
     parts.run(starts, starts[:2], tmp_path / "parts", "parts")
     for name, weight in whole.objective.state_dict().items():
-        torch.testing.assert_close(parts.objective.state_dict()[name], weight, atol=1e-6, rtol=1e-5, msg=name)
+        assert (parts.objective.state_dict()[name] == weight).all(), name
     logs = [lines(tmp_path / name) for name in ("whole", "parts")]
     assert [line["step"] for line in logs[1]] == [1, 2, 3, 4]
     for one, other in zip(*logs, strict=True):
         assert one.keys() == other.keys()
-        # A resumed process reads the same weights at other addresses, and sums may round differently.
-        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
-        assert one["reward"] == pytest.approx(other["reward"], abs=1e-6)
+        assert one["loss"] == other["loss"] and one["reward"] == other["reward"]
     assert [line["step"] for line in lines(tmp_path / "parts", "held")] == [0, 1, 2, 3, 4]
     assert {row["group"] for line in lines(tmp_path / "parts", "groups") for row in line["rows"]} == {0}
     assert [path.name for path in (tmp_path / "parts" / "steps").iterdir()] == ["000004"]
