@@ -190,7 +190,7 @@ def test_sheets_and_figures_of_data_sets_that_were_not_run_stay(tmp_path, monkey
     folder = run.results() / "figures"
     for name in ("D1-charades", "D1-didemo", "H2"):
         plots.save(plots.Figure(), folder, name, "of an earlier run")
-    results.collect(run)
+    results.publish(run)
     plots.publish(run)
     canvas.copy_sheets(run)
     assert sorted(path.stem for path in folder.glob("*.png")) == ["D1-charades", "H1", "H2"]

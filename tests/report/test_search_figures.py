@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from fake import profile as fake_profile
@@ -13,7 +14,6 @@ from searches import turn
 
 from vsr1 import cache
 from vsr1.data import annotations, video_reader
-from vsr1.data.annotations import Video
 from vsr1.loop import moments, records
 from vsr1.mini import renderer, world
 from vsr1.report import search_figures, search_panels
@@ -117,9 +117,7 @@ def home(tmp_path_factory):
             folder = home.data_dir(dataset)
             for path in (folder / "corpus", folder / "videos", home.runs(dataset) / "episodes"):
                 path.mkdir(parents=True)
-            scenes = renderer.write_corpus(
-                folder / "corpus", dataset, {"test": 3}, home.world.seed
-            )
+            scenes = renderer.write_corpus(folder / "corpus", dataset, {"test": 3}, home.world.seed)
             for scene in scenes:
                 renderer.render_video(scene, folder / "videos" / f"{scene.video}.mp4", WIDTH, 2)
             names = dict(zip("abc", (scene.video for scene in scenes), strict=True))
@@ -232,7 +230,7 @@ def test_figures_show_both_searches_and_no_words_overlap_or_leave(home):
 
 
 def test_a_video_that_cannot_be_read_is_named_so(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(search_panels.annotations, "find_videos", lambda _, ids: [Video(ids[0], None, None)])
+    monkeypatch.setattr(search_panels.annotations, "find_videos", lambda _, ids: [SimpleNamespace(path=None)])
     assert all("cannot be read: no such file" in words for _, words, *_ in drawn(home))
 
 
