@@ -183,3 +183,9 @@ def test_of_two_private_files_with_one_name_the_second_is_refused(tmp_path, monk
         config.claim(paths[1])
     paths[0].unlink()
     config.claim(paths[1])
+
+
+def test_a_package_without_its_clone_says_what_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "PACKAGE", tmp_path / "vsr1")
+    with pytest.raises(config.InputError, match="installed without its clone"):
+        config.load("mini")

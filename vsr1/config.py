@@ -270,7 +270,9 @@ def load(name: str, seed: int | None = None, datasets: typing.Sequence[str] = ()
 
 
 def _check_clone():
-    """Raise InputError where the package comes from another clone than the folder of work."""
+    """Raise InputError where the package is not in a clone, or in another one than the folder of work."""
+    if not (PACKAGE.parent / "notebooks").is_dir():
+        raise InputError(f"{PACKAGE}: installed without its clone; clone the repository and run this in it")
     here = Path.cwd()
     for clone in (here, *here.parents):
         other = clone / "vsr1" / "config.py"
