@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -307,11 +308,17 @@ def _part_of(profile, seed, datasets):
 def claim(path: Path) -> None:
     """Let the private profile file `path` own its folder below runs/, or raise InputError if another file does."""
     owner = ROOT / "runs" / path.stem / ".profile"
-    other = Path(owner.read_text(encoding="utf-8")) if owner.exists() else path
-    if other.exists() and not other.samefile(path):
-        raise InputError(f"{path}: runs/{path.stem} belongs to {other}; give one of them another name")
+    if owner.exists():
+        other = Path(owner.read_text(encoding="utf-8"))
+        if other.exists():
+            if not other.samefile(path):
+                raise InputError(f"{path}: runs/{path.stem} belongs to {other}; give one of them another name")
+            return
     owner.parent.mkdir(parents=True, exist_ok=True)
-    owner.write_text(str(path.resolve()), encoding="utf-8")
+    # Renamed into place: another process of the same run must not read half of it.
+    scratch = owner.with_name(f".profile.{os.getpid()}")
+    scratch.write_text(str(path.resolve()), encoding="utf-8")
+    os.replace(scratch, owner)
 
 
 def check_dataset(dataset: str, where: str = "DATASETS") -> str:
