@@ -312,7 +312,9 @@ def claim(path: Path) -> None:
         other = Path(owner.read_text(encoding="utf-8"))
         if other.exists():
             if not other.samefile(path):
-                raise InputError(f"{path}: runs/{path.stem} belongs to {other}; give one of them another name")
+                raise InputError(
+                    f"{path}: runs/{path.stem} belongs to {other}; give one of them another name"
+                )
             return
     owner.parent.mkdir(parents=True, exist_ok=True)
     # Renamed into place: another process of the same run must not read half of it.

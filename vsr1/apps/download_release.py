@@ -1,6 +1,6 @@
 """Download the small parts of the authors' release, and show how far one search gets by its vectors."""
 
-from vsr1.config import ROOT
+from vsr1 import config
 from vsr1.data import annotations, official_release, real_datasets
 from vsr1.evaluation import metrics
 from vsr1.experiments import retrieval
@@ -14,7 +14,7 @@ def main(profile, dataset: str, source: str | None = None) -> None:
     if absent:
         print(f"not in the release: {', '.join(absent)}")
     files = official_release.vector_files("test")
-    if all((ROOT / profile.data / dataset / name).exists() for name in files):
+    if all((config.ROOT / profile.data / dataset / name).exists() for name in files):
         print(first_search(profile, dataset))
 
 
