@@ -74,7 +74,9 @@ class Rule:
         """Return {data set: the searches that fit, smallest query id first}."""
         chosen = {}
         for dataset, tuples in searches.items():
-            fit = [each for each in tuples if each[0].rank_orig in self.first_ranks and self.fits(*each)]
+            # None, of a query that was not run, would be looked for in each number of the range.
+            run = [each for each in tuples if each[0].rank_orig is not None]
+            fit = [each for each in run if each[0].rank_orig in self.first_ranks and self.fits(*each)]
             chosen[dataset] = sorted(fit, key=lambda episodes: episodes[0].desc_id)
         return chosen
 
