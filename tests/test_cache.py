@@ -193,7 +193,7 @@ def sources(monkeypatch):
 
 
 def _forget():
-    cache.source_digest.cache_clear()
+    cache._digest.cache_clear()
     cache._imports.cache_clear()
 
 
@@ -251,7 +251,7 @@ from vsr1 import cache
 from vsr1.data import first
 
 before = cache.source_digest("vsr1.data.first")
-cache.source_digest.cache_clear()
+cache._digest.cache_clear()
 for name in ("first", "second"):
     path = Path("vsr1", "data", f"{name}.py")
     path.write_text(path.read_text().replace("1", "2"))

@@ -200,7 +200,6 @@ def _refuse_edited(name, path=None, target=None):
 sys.meta_path.insert(0, types.SimpleNamespace(find_spec=_refuse_edited))
 
 
-@functools.cache
 def source_digest(module: str) -> str:
     """Hash what a module of the package and all it imports from the package do, to sixteen hex digits.
 
@@ -208,11 +207,13 @@ def source_digest(module: str) -> str:
 
     Comments, docstrings, layout and the texts of errors and warnings do not count.
     """
-    total = hashlib.sha256()
-    for name in sorted(import_closure(module) - NOT_CODE):
-        total.update(name.encode())
-        total.update(ast.dump(_without_words(ast.parse(SOURCES[name]))).encode())
-    return total.hexdigest()[:16]
+    return fingerprint({name: _digest(name) for name in import_closure(module) - NOT_CODE})
+
+
+@functools.cache
+def _digest(name):
+    """Hash what one module does."""
+    return hashlib.sha256(ast.dump(_without_words(ast.parse(SOURCES[name]))).encode()).hexdigest()
 
 
 def import_closure(module: str) -> set[str]:
