@@ -35,12 +35,13 @@ def write_video(
         stream.options = {"preset": preset, "crf": str(crf)}
         if keyframe_interval:
             stream.options |= {"g": str(keyframe_interval)}
+        time_base = 1 / Fraction(fps)
         for number, frame in enumerate(frames):
             if isinstance(frame, np.ndarray):
                 frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
             if number == 0:
                 stream.width, stream.height = frame.width, frame.height
-            frame.pts, frame.time_base = number, 1 / Fraction(fps)
+            frame.pts, frame.time_base = number, time_base
             frame.pict_type = 0  # of a decoded frame: the encoder chooses its own
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

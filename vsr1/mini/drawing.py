@@ -1,5 +1,7 @@
 """Draw the frames of the mini world: a person, an object, a place and a light, from a few shapes each."""
 
+from functools import lru_cache
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -50,46 +52,48 @@ def draw_frame(moment: Moment, active: bool, phase: float, extras: dict, size: i
     phase   of the movement, in [0, 1)
     extras  those of the scene
     """
-    canvas = Image.new("RGB", (2 * size, 2 * size))
-    pen = Pen(canvas)
-    _draw_place(pen, moment.place, moment.light, extras)
+    canvas = _place(moment.place, moment.light, tuple(extras["tone"]), extras["side"], size).copy()
+    pen = Pen(canvas, LIGHTS[moment.light][0])
     if active:
         side, sway = extras["side"], 2 * float(np.sin(2 * np.pi * phase))
         _draw_object(pen, moment.object, COLOURS[moment.colour], 64 + side * 34, side, sway)
     _draw_person(pen, moment, moment.action if active else "stand", phase, extras)
-    tint = [int(value * channel) for channel in LIGHTS[moment.light][0] for value in range(256)]
-    return np.asarray(canvas.point(tint).reduce(2))
+    return np.asarray(canvas.reduce(2))
 
 
 class Pen:
-    """An ImageDraw whose lengths are 128ths of the picture's width."""
+    """An ImageDraw whose lengths are 128ths of the picture's width, in inks of the light's tint."""
 
-    def __init__(self, picture):
-        self.draw, self.scale = ImageDraw.Draw(picture), picture.width / 128
+    def __init__(self, picture, tint):
+        self.draw, self.scale, self.tint = ImageDraw.Draw(picture), picture.width / 128, tint
+
+    def _ink(self, colour):
+        (red, green, blue), tint = colour, self.tint
+        return int(red * tint[0]), int(green * tint[1]), int(blue * tint[2])
 
     def _scaled(self, *points):
         return [(x * self.scale, y * self.scale) for x, y in points]
 
     def box(self, x0, y0, x1, y1, colour):
         """Fill a rectangle."""
-        self.draw.rectangle(self._scaled((min(x0, x1), y0), (max(x0, x1), y1)), fill=colour)
+        self.draw.rectangle(self._scaled((min(x0, x1), y0), (max(x0, x1), y1)), fill=self._ink(colour))
 
     def disc(self, x, y, r, colour, tall=1.0):
         """Fill an ellipse, `tall` times as high as it is wide."""
-        self.draw.ellipse(self._scaled((x - r, y - r * tall), (x + r, y + r * tall)), fill=colour)
+        self.draw.ellipse(self._scaled((x - r, y - r * tall), (x + r, y + r * tall)), fill=self._ink(colour))
 
     def ring(self, x, y, r, colour, width):
         """Draw a circle."""
         corners = self._scaled((x - r, y - r), (x + r, y + r))
-        self.draw.ellipse(corners, outline=colour, width=int(width * self.scale))
+        self.draw.ellipse(corners, outline=self._ink(colour), width=int(width * self.scale))
 
     def line(self, points, colour, width):
         """Draw a line through points, with round ends."""
         points = self._scaled(*points)
-        self.draw.line(points, fill=colour, width=int(width * self.scale), joint="curve")
+        self.draw.line(points, fill=self._ink(colour), width=int(width * self.scale), joint="curve")
         for x, y in (points[0], points[-1]):
             r = width * self.scale / 2
-            self.draw.ellipse([x - r, y - r, x + r, y + r], fill=colour)
+            self.draw.ellipse([x - r, y - r, x + r, y + r], fill=self._ink(colour))
 
     def upright(self, x, y0, y1, colour, width):
         """Draw a vertical line."""
@@ -101,27 +105,31 @@ class Pen:
 
     def shape(self, points, colour):
         """Fill a polygon."""
-        self.draw.polygon(self._scaled(*points), fill=colour)
+        self.draw.polygon(self._scaled(*points), fill=self._ink(colour))
 
 
 # --- Places
 
 
-def _draw_place(pen, place, light, extras):
+@lru_cache(maxsize=4)  # a film has one place
+def _place(place, light, tone, side, size):
     """Draw wall or sky, floor or ground, the place's motif, and the window or the sky that shows the light."""
+    canvas = Image.new("RGB", (2 * size, 2 * size))
+    pen = Pen(canvas, LIGHTS[light][0])
     wall, floor, motif = BACKDROPS[place]
-    wall = tuple(int(np.clip(c + t, 0, 255)) for c, t in zip(wall, extras["tone"], strict=True))
+    wall = tuple(min(255, max(0, c + t)) for c, t in zip(wall, tone, strict=True))
     pen.box(0, 0, 128, HORIZON, wall)
     pen.box(0, HORIZON, 128, 128, floor)
     _draw_motif(pen, motif, tuple(int(c * 0.72) for c in wall))
     pen.level(0, 128, HORIZON, tuple(int(c * 0.8) for c in floor), 2)
-    x, (_, sky, (height, radius, colour)) = 64 - extras["side"] * 46, LIGHTS[light]
+    x, (_, sky, (height, radius, colour)) = 64 - side * 46, LIGHTS[light]
     if place in INDOORS:
         pen.box(x - 15, 5, x + 15, 35, (250, 250, 250))
         pen.box(x - 13, 7, x + 13, 33, sky)
     else:
         pen.box(0, 0, 128, 11, sky)
     pen.disc(x, height, radius, colour)
+    return canvas
 
 
 def _draw_motif(pen, motif, dark):

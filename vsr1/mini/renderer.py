@@ -8,6 +8,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import av
+from av.video.reformatter import VideoReformatter
 
 from vsr1 import cache
 from vsr1.data import annotations
@@ -30,8 +31,8 @@ def render(profile, dataset: str, splits=("test", "train")) -> Path:
     inputs["code"] = cache.source_digest(__name__)
     write = partial(write_corpus, dataset=dataset, sizes=sizes, seed=profile.world.seed)
     scenes = world.read_scenes(cache.build(home / "corpus", inputs, write))
-    size, fps = profile.world.size, profile.world.fps
-    draw = partial(_render_videos, size, fps, scenes.values(), f"render {dataset}")
+    workers = max(1, len(os.sched_getaffinity(0)) // profile.parallel_datasets)
+    draw = partial(_render_videos, profile.world, workers, scenes.values(), f"render {dataset}")
     return cache.build(home / "videos", inputs, draw)
 
 
@@ -51,13 +52,14 @@ def write_corpus(folder: Path, dataset: str, sizes: dict[str, int], seed: int) -
     return scenes
 
 
-def _render_videos(size, fps, scenes, what, folder):
-    """Render the videos of all scenes that are not in `folder` yet, on all cores."""
-    paths = [(scene, folder / f"{scene.video}.mp4") for scene in scenes]
-    jobs = [(scene, path, size, fps) for scene, path in paths if not path.exists()]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        videos = pool.map(render_video, *zip(*jobs, strict=True), chunksize=8) if jobs else ()
-        for _ in cache.progress(videos, what, len(jobs)):
+def _render_videos(world_config, workers, scenes, what, folder):
+    """Render the videos of all scenes that are not in `folder` yet; one worker is this process itself."""
+    paths = {folder / f"{scene.video}.mp4": scene for scene in scenes}
+    missing = {path: scene for path, scene in paths.items() if not path.exists()}
+    draw = partial(render_video, size=world_config.size, fps=world_config.fps)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        each = partial(pool.map, chunksize=8) if workers > 1 else map
+        for _ in cache.progress(each(draw, missing.values(), missing), what, len(missing)):
             pass
 
 
@@ -69,11 +71,12 @@ def render_video(scene: Scene, path: Path, size: int, fps: int) -> None:
 
 def _frames(scene, size, fps):
     """Yield the frames of a scene in order; each distinct one is drawn and converted once."""
-    drawn = {}
+    drawn, converter = {}, VideoReformatter()
     for number in range(round(scene.seconds * fps)):
-        key = (*scene.moment_at(number / fps), number % drawing.PHASES)
-        if key not in drawn:
-            moment, active, phase = scene.moments[key[0]], key[1], key[2] / drawing.PHASES
-            pixels = drawing.draw_frame(moment, active, phase, scene.extras, size)
-            drawn[key] = av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(format="yuv420p")
-        yield drawn[key]
+        moment, active = scene.moment_at(number / fps)
+        phase = active * (number % drawing.PHASES)  # who is not active stands still
+        if (moment, active, phase) not in drawn:
+            shown = scene.moments[moment], active, phase / drawing.PHASES
+            frame = av.VideoFrame.from_ndarray(drawing.draw_frame(*shown, scene.extras, size), "rgb24")
+            drawn[moment, active, phase] = converter.reformat(frame, format="yuv420p", threads=1)
+        yield drawn[moment, active, phase]
