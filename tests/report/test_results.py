@@ -216,6 +216,23 @@ def test_a_second_publication_writes_the_same_bytes(run):
     assert files() == first
 
 
+def test_what_is_current_is_not_made_again_and_what_changed_is(run, monkeypatch):
+    """A second publication finds its files; a picture that was lost or a number that moved is noticed."""
+    html_report.publish(run)
+    files = {path: path.read_bytes() for path in run.results().rglob("*.*")}
+    drawn = []
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda *args, **more: drawn.append(args[2]) or save(*args, **more))
+    html_report.publish(run)
+    assert drawn == []
+    (run.results() / "figures" / "H1.svg").write_text("edited")
+    (run.results() / "figures" / "H2.png").unlink()
+    html_report.publish(run)
+    assert drawn == ["H1", "H2"] and files == {path: path.read_bytes() for path in files}
+    record(run, 31.0)
+    assert "31.0" in html_report.publish(run).read_text() and drawn == ["H1", "H2"] * 2
+
+
 def test_the_report_escapes_what_it_is_given_and_loads_nothing(run, monkeypatch):
     hostile = '<script>alert("x")</script>'
     layouts = json.loads(json.dumps(results.layouts()))

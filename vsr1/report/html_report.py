@@ -20,7 +20,7 @@ from vsr1 import config
 from vsr1.config import ROOT, Profile
 from vsr1.report import (
     canvas,
-    diagrams,
+    outputs,
     plots,
     provenance,
     qualitative,
@@ -36,12 +36,24 @@ def publish(profile: Profile) -> Path:
     """Write numbers, provenance, tables and figures, then the report that shows them; return its path."""
     results.publish(profile)
     provenance.write(profile)
-    tables.write(profile)
-    plots.publish(profile)
-    diagrams.publish(profile)
-    search_figures.publish(profile)
+    folder = profile.results()
+    listed = [results.EXPECTED / f"{name}.yaml" for name in ("items", "published")]
+    numbers = [folder / "numbers.json", folder / "series.json", *listed]
+    outputs.keep_current(profile, tables.publish, numbers)
+    outputs.keep_current(profile, plots.publish, numbers)
+    outputs.keep_current(profile, plots.publish_drawings, listed)
+    outputs.keep_current(profile, search_figures.publish, search_figures.sources(profile))
+    outputs.keep_current(profile, qualitative.publish, qualitative.sources(profile))
     canvas.copy_sheets(profile)
-    return report(profile, qualitative.publish(profile))
+    shown = [path for paths in _pictures(profile).values() for path in paths]
+    shown += [*numbers, folder / "provenance.json", ROOT / "DEVIATIONS.md"]
+    linked = [str(path) for path in (*_notebooks(profile), *qualitative.pages(profile))]
+    outputs.keep_current(profile, _write, shown, linked)
+    return folder / "report.html"
+
+
+def _write(profile):
+    return [report(profile)]
 
 
 # --- Items
@@ -138,11 +150,8 @@ def show(profile: Profile, *names: str) -> None:
 # --- The report
 
 
-def report(profile: Profile, searches: list[Path] = ()) -> Path:
-    """Write results/<profile>/report.html: every table and figure, the paper's values beside, and what was run.
-
-    searches   pages of cards to link to
-    """
+def report(profile: Profile) -> Path:
+    """Write results/<profile>/report.html: every table and figure, the paper's values beside, and what was run."""
     folder, numbers, origin = profile.results(), results.load(profile), results.read(profile, "provenance")
     shown = items(profile, numbers)
     claims = {}
@@ -165,7 +174,8 @@ def report(profile: Profile, searches: list[Path] = ()) -> Path:
         departures=departures(),
         departed={name for item in shown for name in item.about.get("deviations", ())},
         searches={
-            path: f"{path.parent.parent.name}: what SQR and HQR saw, said and found" for path in searches
+            path: f"{path.parent.parent.name}: what SQR and HQR saw, said and found"
+            for path in qualitative.pages(profile)
         },
         notebooks=_notebooks(profile),
         tables=tables,

@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -17,11 +18,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from vsr1.config import Profile
 from vsr1.report import results
 
 BLACK, ORANGE, SKY, BLUE, RED, GREY = "#000000 #e69f00 #56b4e9 #0072b2 #d55e00 #8a8a8a".split()
+DRAWINGS = Path(__file__).parent / "drawings"
+KINDS = ("png", "svg")  # of what is published
 RANK_1 = "right video on rank 1, %"
 
 
@@ -39,13 +44,22 @@ def style():
 
 
 @style()
-def save(figure: Figure, folder: Path, name: str, caption: str, kinds=("png", "svg")) -> Path:
+def save(figure: Figure, folder: Path, name: str, caption: str, kinds=("png",)) -> Path:
     """Save a figure with its caption inside and return the path of its png; the same figure gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind in kinds:
         dateless = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(folder / f"{name}.{kind}", metadata={"Description": caption, **dateless})
+        figure.set_layout_engine("none")  # the first drawing has placed everything
     return folder / f"{name}.png"
+
+
+def save_png(picture: Image.Image, path: Path, caption: str) -> Path:
+    """Save a picture with its caption inside, as `save` does, and return its path."""
+    info = PngInfo()
+    info.add_text("Description", caption)
+    picture.save(path, pnginfo=info, optimize=True)
+    return path
 
 
 def publish(profile: Profile) -> list[Path]:
@@ -58,10 +72,27 @@ def publish(profile: Profile) -> list[Path]:
         words = f"{results.items()[name]['caption']} {label}"
         if datasets:
             figure = render(numbers, series, datasets)
-            written.append(save(figure, profile.results() / "figures", name, words))
+            written.append(save(figure, profile.results() / "figures", name, words, KINDS))
         else:
             print(f"left out: figure {name}, of which this run has no data ({needed.format('<data set>')})")
             results.remove_figures(profile, profile.results() / "figures", [name])
+    return written
+
+
+def publish_drawings(profile: Profile) -> list[Path]:
+    """Copy the drawings of the method (F2, F3, A1) to results/<profile>/figures/, captions inside.
+
+    drawings/*.svg are edited by hand; *.png are the same files as chromium shows them, 1350 pixels wide. They hold no
+    number of a run: its N and T stand in the captions. A test compares their words with the prompts that are run.
+    """
+    folder, written = profile.results() / "figures", []
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = f"N = {profile.n_soft} soft tokens, T = {profile.max_turns} turns. Profile {profile.name}."
+    for drawing in sorted(DRAWINGS.glob("*.svg")):
+        caption = results.items()[drawing.stem]["caption"].format(turns=profile.max_turns)
+        written.append(Path(shutil.copyfile(drawing, folder / drawing.name)))
+        with Image.open(drawing.with_suffix(".png")) as picture:
+            written.append(save_png(picture, folder / f"{drawing.stem}.png", f"{caption} {sizes}"))
     return written
 
 

@@ -323,19 +323,36 @@ def page(profile: Profile, parts: list[dict]) -> str:
     return templates.render("qualitative.html", **values, rendered=bool(profile.world))
 
 
+def sources(profile: Profile) -> list[Path]:
+    """List the folders of cards and films that `make` may have left."""
+    return [profile.runs(dataset) / "qualitative" for dataset in profile.datasets]
+
+
+def _parts(profile):
+    """Return {folder: its cards.json} of the data sets whose cards were made with these knobs."""
+    files = [folder / "cards.json" for folder in sources(profile)]
+    parts = {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in files if path.exists()}
+    return {folder: part for folder, part in parts.items() if part["profile"] == profile.digest()}
+
+
+def pages(profile: Profile) -> list[Path]:
+    """Return the pages to link to: one for all data sets in results/; of real video those in runs/, not for git."""
+    parts = _parts(profile)
+    if not profile.world:
+        return [folder / "index.html" for folder in parts]
+    return [profile.results() / "qualitative" / "index.html"] if parts else []
+
+
 def publish(profile: Profile) -> list[Path]:
-    """Return the pages to link to: one for all data sets in results/; of real video those in runs/, not for git.
+    """Write the page of rendered videos with its films to results/ and return the paths.
 
     Films in results/ of data sets without a page in this run stay, and so does the page if none has one.
     """
-    files = [profile.runs(dataset) / "qualitative" / "cards.json" for dataset in profile.datasets]
-    parts = {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in files if path.exists()}
-    parts = {folder: part for folder, part in parts.items() if part["profile"] == profile.digest()}
+    parts, target = _parts(profile), profile.results() / "qualitative"
     if not profile.world or not parts:
-        return [folder / "index.html" for folder in parts]
-    target = profile.results() / "qualitative"
+        return []
     for folder, part in parts.items():
         shutil.rmtree(target / part["dataset"], ignore_errors=True)
         shutil.copytree(folder / part["dataset"], target / part["dataset"])
     cache.write_text(target / "index.html", page(profile, list(parts.values())))
-    return [target / "index.html"]
+    return [target / "index.html", *(target / part["dataset"] for part in parts.values())]

@@ -66,13 +66,13 @@ def plain(value):
 @functools.cache
 def layouts() -> dict:
     """Read results/expected/published.yaml: per table its rows, columns, published values and their source."""
-    return yaml.safe_load((EXPECTED / "published.yaml").read_text(encoding="utf-8"))
+    return _read_yaml(EXPECTED / "published.yaml")
 
 
 @functools.cache
 def items() -> dict:
     """Read results/expected/items.yaml: what the report shows, in its order, and what each item was made of."""
-    return yaml.safe_load((EXPECTED / "items.yaml").read_text(encoding="utf-8"))
+    return _read_yaml(EXPECTED / "items.yaml")
 
 
 @functools.cache
@@ -97,12 +97,16 @@ def expectations(profile: Profile) -> dict | None:
     path = EXPECTED / f"{profile.name}.yaml"
     if not path.exists():
         return None
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = _read_yaml(path)
     reasons = content["reasons"]
     for name, pair in content["numbers"].items():
         if not (isinstance(pair, list) and len(pair) == 2 and pair[1] in reasons):
             raise InputError(f"{path}: {name}: expected [value, one of {', '.join(reasons)}], found {pair!r}")
     return {name: (value, reasons[why]["tolerance"]) for name, (value, why) in content["numbers"].items()}
+
+
+def _read_yaml(path):
+    return yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)  # ten times as fast as `safe_load`
 
 
 def verdict(value, target, near) -> str:

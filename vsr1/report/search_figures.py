@@ -12,7 +12,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from vsr1.config import Profile
 from vsr1.data import video_reader
@@ -23,6 +22,7 @@ from vsr1.report import plots, qualitative, results, search_panels
 from vsr1.report.search_panels import FrameSource
 
 COMPARED = ("F7", "A3", "A4", "A5", "A6", "A7")
+HARD = "hqr-reasoned-sample"  # the episodes of HQR that SQR is compared with
 IOU = 0.5  # from which a moment counts as found
 PAPER = {  # read off its figures
     "F7": "the right video goes from rank 27 to 1 by SQR, HQR is wrong after two rewrites; moment 0.0 to 6.6 s",
@@ -131,7 +131,7 @@ def run_pairs(profile: Profile) -> dict[str, list[tuple[Episode, Episode]]]:
     """Return {data set: (SQR's episode, HQR's) of each test query that both were run on}."""
     pairs = {}
     for dataset, searches in run_searches(profile).items():
-        path = profile.runs(dataset) / "episodes" / "hqr-reasoned-sample.jsonl"
+        path = profile.runs(dataset) / "episodes" / f"{HARD}.jsonl"
         hard = {episode.desc_id: episode for episode in records.read_episodes(path)} if path.exists() else {}
         if both := [(soft, hard[soft.desc_id]) for (soft,) in searches if soft.desc_id in hard]:
             pairs[dataset] = both
@@ -227,13 +227,18 @@ def _caption(profile, name, title, dataset, episode, rule):
 
 def _save(figure, folder, name, words):
     """Save the png with 256 colours: a third of the bytes, and drawings keep their edges."""
-    path = plots.save(figure, folder, name, words)
-    info = PngInfo()
-    info.add_text("Description", words)  # as `plots.save` does
+    path = plots.save(figure, folder, name, words, plots.KINDS)
     with Image.open(path) as picture:
         small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    small.save(path, pnginfo=info, optimize=True)
-    return path
+    return plots.save_png(small, path, words)
+
+
+def sources(profile: Profile) -> list[Path]:
+    """List the files that decide the figures: searches, ranks, and what was rendered."""
+    home = [(profile.runs(dataset), profile.data_dir(dataset)) for dataset in profile.datasets]
+    found = [runs / "episodes" / name for runs, _ in home for name in ("vsr1.jsonl", f"{HARD}.jsonl")]
+    found += [runs / "depth_ranks" / "ranks.json" for runs, _ in home]
+    return found + [data / name for _, data in home for name in ("corpus/scenes.jsonl", "videos/.step.json")]
 
 
 def publish(profile: Profile) -> list[Path]:

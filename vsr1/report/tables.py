@@ -107,7 +107,7 @@ def footnotes(numbers: pd.DataFrame, table: str) -> list[str]:
     return [f"{mark} {' '.join(note.split())}" for mark, (name, note) in marked if name in numbers.index]
 
 
-def write(profile: Profile) -> list[Path]:
+def publish(profile: Profile) -> list[Path]:
     """Write results/<profile>/tables/<id>.{csv,md,tex} of every table with anything to show."""
     numbers, folder, written = results.load(profile), profile.results() / "tables", []
     folder.mkdir(parents=True, exist_ok=True)

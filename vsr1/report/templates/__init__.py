@@ -1,4 +1,4 @@
-"""Fill the jinja2 templates of this folder: pages, cards, diagrams and the generated part of README.md."""
+"""Fill the jinja2 templates of this folder: pages, cards and the generated part of README.md."""
 
 import html
 import re
