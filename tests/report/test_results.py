@@ -18,7 +18,7 @@ from PIL import Image
 from vsr1 import __main__ as cli
 from vsr1 import cache
 from vsr1.config import ROOT, InputError, load
-from vsr1.report import canvas, html_report, plots, provenance, readme, results, tables
+from vsr1.report import canvas, html_report, plots, provenance, readme, results, tables, templates
 from vsr1.report.results import Estimate
 
 
@@ -189,7 +189,7 @@ def test_markdown_latex_and_html_show_the_cells_that_numbers_json_holds(publishe
         cells = [text for _, text in cells]
         row = next(r for r in text["md"].splitlines() if r.startswith(f"| {dataset} |") and label in r)
         assert [part.strip() for part in row.split("|")[3:-1]] == cells, (dataset, system)
-        assert " & ".join(map(tables._tex, cells)) in text["tex"]
+        assert " & ".join(map(templates.tex, cells)) in text["tex"]
         assert all(part in shown for cell in cells for part in cell.split(" "))
     lines = list(csv.DictReader(open(published.folder / "tables" / "T1.csv")))
     for line in lines:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from vsr1.config import Profile
-from vsr1.report import results
+from vsr1.report import results, templates
 
 MARKS = "†‡§¶"  # of footnotes, in the order of published.yaml
 CAVEAT = (
@@ -111,52 +111,22 @@ def publish(profile: Profile) -> list[Path]:
     """Write results/<profile>/tables/<id>.{csv,md,tex} of every table with anything to show."""
     numbers, folder, written = results.load(profile), profile.results() / "tables", []
     folder.mkdir(parents=True, exist_ok=True)
-    for table in results.layouts():
-        if rows(numbers, table):
-            for kind, render in (("csv", to_csv), ("md", to_markdown), ("tex", to_latex)):
+    for table, layout in results.layouts().items():
+        if shown := rows(numbers, table):
+            values = {"heads": list(layout["metrics"].values()), "highlight": layout.get("highlight", ())}
+            values |= {"caption": caption(profile, numbers, table), "notes": footnotes(numbers, table)}
+            texts = {
+                kind: templates.render(f"table.{kind}", table=table, rows=shown, **values)
+                for kind in ("md", "tex")
+            }
+            for kind, text in {"csv": _csv(profile, numbers, table), **texts}.items():
                 written.append(folder / f"{table}.{kind}")
-                written[-1].write_text(render(profile, numbers, table), encoding="utf-8")
+                written[-1].write_text(text.rstrip() + "\n", encoding="utf-8")
     return written
 
 
-def to_csv(profile: Profile, numbers: pd.DataFrame, table: str) -> str:
+def _csv(profile, numbers, table):
     """Return one line per number, nothing rounded; an empty field is missing."""
     part = _of(numbers, table)[list(CSV)].rename(columns=CSV)
     part.insert(0, "profile", profile.name)
     return part.to_csv(index=False)
-
-
-def to_markdown(profile: Profile, numbers: pd.DataFrame, table: str) -> str:
-    """Return the table for a reader of plain text, its caption first."""
-    layout = results.layouts()[table]
-    lines = [f"**{table}.** {caption(profile, numbers, table)}", ""]
-    lines += ["| data set | system | " + " | ".join(layout["metrics"].values()) + " |"]
-    lines += ["|---|---|" + "---:|" * len(layout["metrics"])]
-    for dataset, system, label, cells in rows(numbers, table):
-        label = f"**{label}**" if system in layout.get("highlight", ()) else label
-        lines += [f"| {dataset} | {label} | " + " | ".join(text for _, text in cells) + " |"]
-    return "\n".join([*lines, "", *(f"* {note}" for note in footnotes(numbers, table))]).rstrip() + "\n"
-
-
-def to_latex(profile: Profile, numbers: pd.DataFrame, table: str) -> str:
-    """Return the table for a paper that loads booktabs."""
-    layout = results.layouts()[table]
-    lines = [r"\begin{table}", rf"\caption{{{_tex(caption(profile, numbers, table))}}}", r"\small"]
-    lines += [rf"\begin{{tabular}}{{ll{'r' * len(layout['metrics'])}}}", r"\toprule"]
-    lines += [" & ".join(["data set", "system", *map(_tex, layout["metrics"].values())]) + r" \\"]
-    last = None
-    for dataset, system, label, cells in rows(numbers, table):
-        lines += [r"\midrule"] if dataset != last else []
-        label = rf"\textbf{{{_tex(label)}}}" if system in layout.get("highlight", ()) else _tex(label)
-        texts = ["" if dataset == last else dataset, label, *(_tex(text) for _, text in cells)]
-        lines += [" & ".join(texts) + r" \\"]
-        last = dataset
-    notes = [rf"\par {_tex(note)}" for note in footnotes(numbers, table)]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *notes, r"\end{table}"]) + "\n"
-
-
-def _tex(text):
-    """Return `text` with LaTeX's own characters made harmless."""
-    marks = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    marks |= {"±": r"$\pm$", "—": "---", "†": r"$\dagger$", "‡": r"$\ddagger$"}
-    return "".join(marks.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)

@@ -1,4 +1,4 @@
-"""Fill the jinja2 templates of this folder: pages, cards and the generated part of README.md."""
+"""Fill the jinja2 templates of this folder: pages, cards, tables and the generated part of README.md."""
 
 import html
 import re
@@ -15,6 +15,16 @@ PAGES = Environment(
     lstrip_blocks=True,
 )
 PAGES.filters["code"] = lambda text: Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text)))
+
+
+def tex(text: str) -> str:
+    """Return a text with LaTeX's own characters made harmless."""
+    marks = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    marks |= {"±": r"$\pm$", "—": "---", "†": r"$\dagger$", "‡": r"$\ddagger$"}
+    return "".join(marks.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)
+
+
+PAGES.filters["tex"] = tex
 
 
 def render(template: str, **values) -> str:
