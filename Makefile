@@ -25,6 +25,9 @@ VSR1  := $(PY) -m vsr1
 ONE   := --profile $(PROFILE) $(if $(SEED),--seed $(SEED))
 ALL   := $(ONE) $(if $(DATASETS),--datasets $(subst $(comma), ,$(DATASETS)))
 
+demo: setup  ## one search on a few rendered films, turn by turn, with a policy that ships: a minute
+	@$(VSR1) demo
+
 paper: START := $(shell date +%s)
 paper: setup  ## regenerate every table and figure of PROFILE into results/PROFILE (set-up included)
 	@$(VSR1) corpus $(ALL)
@@ -83,4 +86,4 @@ ifeq ($(PY),.venv/bin/python)
 	@./setup.sh "$(PYTHON)"
 endif
 
-.PHONY: paper test lab seeds ablations doctor check readme bench foundation clean help setup
+.PHONY: demo paper test lab seeds ablations doctor check readme bench foundation clean help setup

@@ -258,6 +258,25 @@ def search(
 
 
 @app.command()
+def demo(profile: Profile = "mini"):
+    """Search a few rendered films with the policy that ships with the package, turn by turn."""
+    from vsr1.apps import demo as films
+
+    films.run(_load("demo", profile))
+
+
+@app.command()
+def ship(
+    profile: Profile = "mini",
+    into: Annotated[Path | None, Option(help="Else the folder that `demo` reads.")] = None,
+):
+    """Write the policy trained by `make paper` as the adapters that `demo` searches with."""
+    from vsr1.apps import demo as films
+
+    print(films.ship(_load("ship", profile), into or ROOT / films.WEIGHTS))
+
+
+@app.command()
 def score(
     submission: Annotated[Path, Argument(help="Ranked predictions for all queries, json.")],
     groundtruth: Annotated[Path, Argument(help="FIG or TVR annotations, one query a line.")],

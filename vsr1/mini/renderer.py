@@ -32,7 +32,7 @@ def render(profile, dataset: str, splits=("test", "train")) -> Path:
     write = partial(write_corpus, dataset=dataset, sizes=sizes, seed=profile.world.seed)
     scenes = world.read_scenes(cache.build(home / "corpus", inputs, write))
     workers = max(1, len(os.sched_getaffinity(0)) // profile.parallel_datasets)
-    draw = partial(_render_videos, profile.world, workers, scenes.values(), f"render {dataset}")
+    draw = partial(render_videos, profile.world, workers, scenes.values(), f"render {dataset}")
     return cache.build(home / "videos", inputs, draw)
 
 
@@ -52,7 +52,7 @@ def write_corpus(folder: Path, dataset: str, sizes: dict[str, int], seed: int) -
     return scenes
 
 
-def _render_videos(world_config, workers, scenes, what, folder):
+def render_videos(world_config, workers: int, scenes, what: str, folder: Path) -> None:
     """Render the videos of all scenes that are not in `folder` yet; one worker is this process itself."""
     paths = {folder / f"{scene.video}.mp4": scene for scene in scenes}
     missing = {path: scene for path, scene in paths.items() if not path.exists()}

@@ -62,10 +62,18 @@ def save(policy: Policy, folder: Path) -> None:
         policy.adapters.merge_and_unload()
         policy.adapters = None
     policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
     if policy.heads is None:
-        return
-    tensors = {key: value.detach().cpu().contiguous() for key, value in policy.heads.state_dict().items()}
+        policy.tokenizer.save_pretrained(folder)
+    else:
+        save_heads(policy, folder)
+
+
+def save_heads(policy: Policy, folder: Path, dtype=torch.float32) -> None:
+    """Write tokenizer, heads and `vsr1.json` beside the weights that lie in `folder`."""
+    policy.tokenizer.save_pretrained(folder)
+    tensors = {
+        key: value.detach().cpu().to(dtype).contiguous() for key, value in policy.heads.state_dict().items()
+    }
     save_file(tensors, folder / "refine.safetensors")
     files = {path.name: cache.file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
     settings = asdict(policy.settings)

@@ -1,6 +1,7 @@
 """Load Qwen3-VL models and tokenizers from a folder or the hub, and say which revision was used."""
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from vsr1.config import REVISIONS, InputError, revisions
 hf_logging.disable_progress_bar()
 hf_logging.set_verbosity_error()  # of tensors: a missing one is refused here, and soft-query heads belong to no model
 
+ADAPTERS = "adapter_config.json"  # PEFT's file: the folder holds differences to the base that it names
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # all that is fetched: no pickle, no code
 
 
@@ -64,6 +66,8 @@ def load(kind, name: str, dtype: str = "float32", device: str = "cpu"):
     Raises InputError for a missing, unreadable or misshapen tensor: the library would fill it with random numbers.
     """
     folder = download(name)
+    if (folder / ADAPTERS).exists():
+        return _load_adapted(kind, folder, dtype, device)
     _check_shards(folder)
     options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "ignore_mismatched_sizes": True}
     options |= attention(kind, dtype, device)
@@ -78,6 +82,24 @@ def load(kind, name: str, dtype: str = "float32", device: str = "cpu"):
     if report["missing_keys"]:
         raise InputError(f"{name}: tensor {min(report['missing_keys'])} is missing from its safetensors")
     return model.to(device).eval(), tokenizer
+
+
+def _load_adapted(kind, folder, dtype, device):
+    """Load a policy that is kept as adapters: its base, with their differences added in float32."""
+    from peft import PeftConfig, PeftModel  # slow to import, and nothing else here needs it
+
+    settings = PeftConfig.from_pretrained(folder)
+    base = settings.base_model_name_or_path
+    if version(base) != settings.revision:
+        raise InputError(
+            f"{folder}: made for other weights than {base} has now; restore both, or train again"
+        )
+    model, _ = load(kind, base)
+    with warnings.catch_warnings(
+        action="ignore", category=FutureWarning
+    ):  # peft asks for an old name in the library
+        adapted = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    return adapted.to(device, getattr(torch, dtype)).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def _one_line(error):
