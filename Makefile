@@ -39,7 +39,7 @@ paper: setup  ## regenerate every table and figure of PROFILE into results/PROFI
 test: setup  ## lint, unit tests, docstring examples, and all notebooks on the smoke profile
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
-	@$(PY) -m pytest -n 2 --dist loadfile  # a file stays in one process: its tests share fixtures
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # a file stays in one process; long ones first
 
 lab: setup  ## JupyterLab on the notebooks: this machine only, with a token (PORT=8888)
 	@$(VSR1) lab --port $(PORT)

@@ -1,4 +1,4 @@
-"""One of the two processes of a test: `torchrun --nproc_per_node 2 tests/one_of_two.py JOB FOLDER WORDS...`."""
+"""What one of two processes of a test does: `torchrun --nproc_per_node 2 tests/one_of_two.py JOB FOLDER WORDS...`."""
 
 import contextlib
 import dataclasses
@@ -85,11 +85,12 @@ def refused(folder, process):
             raise config.InputError("this one has no videos; bring some")
         cache.dist_state().wait_for_everyone()
 
+    cli.RANK_0_FIRST = 0  # only one of the two has something to say
     pipeline.corpus = lambda *_: cache.build(folder / "out", {}, build, distributed=True)
     return cli.main(["corpus", "--profile", "smoke"])
 
 
+torch.set_num_threads(1)
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     jobs = {job.__name__: job for job in (grpo_loop, sft_loop, commands, dying, refused)}
     sys.exit(jobs[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:]))

@@ -87,7 +87,7 @@ def test_seconds_of_a_killed_attempt_count(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         cache.build(tmp_path / "out", {}, killed)
     cache.build(tmp_path / "out", {}, lambda folder: time.sleep(0.3))
-    assert 0.6 <= cache.metadata(tmp_path / "out")["seconds"] < 2
+    assert cache.metadata(tmp_path / "out")["seconds"] >= 0.6
 
 
 def test_touching_a_target_does_not_build_it_again(tmp_path):

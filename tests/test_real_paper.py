@@ -27,7 +27,7 @@ LESS = {
     "num_val_prompts": 2,
 }
 TAUGHT = {"sft_lr": 2e-3, "sft_head_lr": 2e-3}  # so that few rows teach something
-WORLD = {"train_videos": 14, "test_videos": 6, "foundation_videos": 8}
+WORLD = {"train_videos": 14, "test_videos": 4, "foundation_videos": 8}
 
 
 def knobs(name):
@@ -57,7 +57,7 @@ def lay(home, drawn):
     for at, query in enumerate(queries):
         shown = queries[at - 3].video if at % 3 else query.video
         rows.append(sft_examples.SFTExample(query.id, query.text, query.video, shown, (), tell(query, shown)))
-    entries = [released_replies.to_released(row) for row in rows]
+    entries = [released_replies.to_released(row) for row in rows[::4]]  # one about each video
     (home / "sft_data" / released_replies.FILE).write_text(json.dumps(entries))
     return missing
 
@@ -95,7 +95,7 @@ def test_all_notebooks_run_in_16_bits_without_what_the_renderer_knows(made):
     for system in ("zs", "walkdown", "ft", "sft", "vsr1", "twostage"):
         assert numbers[f"T1/activitynet/{system}/vcmr@0.5"]["value"] is not None, system
     queries, published = numbers["D1/activitynet/test/queries"], results.published()
-    assert (queries["value"], queries["paper"]) == (24, published["D1/activitynet/test/queries"])
+    assert (queries["value"], queries["paper"]) == (16, published["D1/activitynet/test/queries"])
     rungs = {name.split("/")[2] for name in numbers if name.startswith("L1/activitynet")}
     assert "held-scaled-n4-r8" in rungs and not any(name.startswith("overfit-policy") for name in rungs)
     assert not list(clone.rglob("scenes.jsonl")) and not list(clone.rglob("*.failed.ipynb"))
@@ -109,6 +109,6 @@ def test_a_missing_video_is_named_and_its_queries_are_failures(made):
     _, *lines = (
         (clone / "runs/real/activitynet/seed-42/episodes/vsr1/episodes.jsonl").read_text().splitlines()
     )
-    assert len(lines) == numbers["T1/activitynet/vsr1/vr@1"]["n"] == 24
+    assert len(lines) == numbers["T1/activitynet/vsr1/vr@1"]["n"] == 16
     for one in map(json.loads, lines):
         assert (one["turns"] == []) == (one["problem"] is not None) == (one["gt_video"] == missing), one

@@ -1,8 +1,7 @@
 """A policy of the mini shape with random weights, and things to show it: nothing depends on what training taught."""
 
-import os
-import subprocess
-import sys
+import copy
+import functools
 
 import numpy as np
 import torch
@@ -18,7 +17,12 @@ QUERIES = ["A person waves.", "Someone jumps up and down by the lake with a blue
 
 
 def random_policy(spare=8, init="default", seed=0):
-    """With fresh heads, and `spare` embedding rows above the tokenizer, one of which <REFINE> takes."""
+    """With fresh heads, and `spare` embedding rows above the tokenizer, one of which <REFINE> takes; to be changed."""
+    return copy.deepcopy(_random_policy(spare, init, seed))
+
+
+@functools.cache
+def _random_policy(spare, init, seed):
     torch.manual_seed(seed)
     tokenizer = architecture.make_tokenizer()
     config = architecture.make_config(tokenizer)
@@ -86,12 +90,3 @@ def coming_to_an_end(made, prompts):
         {token for ids in said for token in ids}, key=lambda token: -sum(token in ids for ids in said)
     )
     return changed(made, stop_token_id=often[0], refine_token_id=often[1])
-
-
-def two_processes(*words):
-    """tests/one_of_two.py with these words, in two processes on the CPU, by torchrun."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(config.ROOT / "tests" / "one_of_two.py"), *map(str, words)]
-    paths = [config.ROOT, config.ROOT / "tests", config.ROOT / "tests" / "training"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
-    return subprocess.run(command, cwd=config.ROOT, env=env, timeout=300, capture_output=True, text=True)

@@ -56,7 +56,7 @@ def main(argv=None) -> int:
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
             message = f"not enough memory ({str(error)[:90]}); lower {MEMORY_KNOBS} in the profile, then run it again"
-        elif "closed by peer" in str(error):
+        elif "by peer" in str(error):  # closed or reset
             return 1  # another process ended, and has said why
         else:
             raise

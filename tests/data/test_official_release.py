@@ -6,7 +6,6 @@ import json
 import re
 import tarfile
 import threading
-import time
 from urllib.parse import unquote
 
 import huggingface_hub
@@ -479,10 +478,9 @@ def test_a_hostile_tar_writes_nothing_where_it_likes(what, profile, home, tmp_pa
         content = negative(content)
     if what == "a header of headers":  # each of them is read by a call inside the call before
         content = content[: 512 * 4] * 1000
-    folder, started = lay(tmp_path / "copy", one=content), time.monotonic()
+    folder = lay(tmp_path / "copy", one=content)
     before = {path for path in tmp_path.rglob("*")}
     assert re.search(r"one\.tar: cut short, damaged|no raw_annotation", refused(profile, folder))
-    assert time.monotonic() - started < 10
     written = {path for path in tmp_path.rglob("*") if path.is_file()} - before
     assert written <= {home / "release.json", home / "annotations" / ".charades_fig_train.jsonl.partial"}
 

@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
+import two_processes
 import yaml
-from tiny import two_processes
 
 from vsr1 import __main__ as cli
 from vsr1 import cache, config
@@ -28,14 +28,14 @@ def clone(tmp_path_factory):
     knobs = yaml.safe_load((config.PACKAGE / "profiles" / "smoke.yaml").read_text()) | SMALL
     knobs["world"] |= {"train_videos": 8, "test_videos": 7}
     (folder / "small.yaml").write_text(yaml.safe_dump(knobs))
-    lost = two_processes("dying", folder, *words(folder, "train", "--stage", "sft"))
+    lost = two_processes.by_torchrun("dying", folder, *words(folder, "train", "--stage", "sft"))
     assert lost.returncode and "Signal 9" in lost.stderr, lost.stderr[-3000:]
     (partial,) = home_of(folder).glob("sft.*.partial")
     assert sft.checkpoint(partial), lost.stderr[-3000:]
     log = (partial / "log.jsonl").read_text().splitlines()
     (partial / "log.jsonl").write_text("".join(f"{line}\n" for line in ['{"marked": 1}', *log[1:]]))
     train, walk = words(folder, "train", "--stage", "grpo"), words(folder, "evaluate", *EVALUATED)
-    done = two_processes("commands", folder, *train, "then", *walk)
+    done = two_processes.forked("commands", folder, *train, "then", *walk)
     assert done.returncode == 0, done.stderr[-3000:]
     said = [line.split(":")[0].split("/")[-1] for line in done.stdout.splitlines() if line.endswith(" s")]
     assert said == [
@@ -119,7 +119,7 @@ def untimed(folder):
     ],
 )
 def test_an_error_of_one_process_or_of_both_is_one_line_and_ends_all(tmp_path, job, more, expected):
-    done = two_processes(job, tmp_path, *more)
+    done = two_processes.forked(job, tmp_path / "clone", *more)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode and len(errors) == 1 and expected in errors[0], done.stderr[-3000:]
-    assert "RuntimeError" not in done.stderr and not (tmp_path / "out").exists()
+    assert "RuntimeError" not in done.stderr and not (tmp_path / "clone" / "out").exists()

@@ -11,9 +11,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import two_processes
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny import QUERIES, VIDEOS, Shelf, changed, random_policy, two_processes
+from tiny import QUERIES, VIDEOS, Shelf, changed, random_policy
 
 from vsr1 import cache, config
 from vsr1.data import annotations, clip_cache, video_reader
@@ -49,6 +50,12 @@ def starts(vectors):
 @pytest.fixture
 def profile():
     return knobs()
+
+
+@pytest.fixture
+def short(profile):
+    """Where a test asks how a run goes, not what it learns: two short replies to each prompt."""
+    return dataclasses.replace(profile, grpo_group=2, max_new_tokens=6)
 
 
 def few_words(made):
@@ -520,8 +527,8 @@ def forget_videos_at(number, trainer):
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors, starts, rank):
-    """Four steps in one go, and four with a kill after the second; and each step is the same again by its seed."""
-    profile = dataclasses.replace(profile, lora_rank=rank)
+    """Three steps in one go, and three with a kill in the last; and each step is the same again by its seed."""
+    profile = dataclasses.replace(profile, lora_rank=rank, grpo_steps=3)
     whole, parts = begin(profile, search, vectors), begin(profile, search, vectors)
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
@@ -534,19 +541,19 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors
     for name, weight in whole.objective.state_dict().items():
         assert (parts.objective.state_dict()[name] == weight).all(), name
     logs = [lines(tmp_path / name) for name in ("whole", "parts")]
-    assert [line["step"] for line in logs[1]] == [1, 2, 3, 4]
+    assert [line["step"] for line in logs[1]] == [1, 2, 3]
     for one, other in zip(*logs, strict=True):
         assert one.keys() == other.keys()
         assert one["loss"] == other["loss"] and one["reward"] == other["reward"]
-    assert [line["step"] for line in lines(tmp_path / "parts", "held")] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in lines(tmp_path / "parts", "held")] == [0, 1, 2, 3]
     assert {row["group"] for line in lines(tmp_path / "parts", "groups") for row in line["rows"]} == {0}
-    assert [path.name for path in (tmp_path / "parts" / "steps").iterdir()] == ["000004"]
+    assert [path.name for path in (tmp_path / "parts" / "steps").iterdir()] == ["000003"]
 
 
 def test_steps_without_a_finite_gradient_are_counted_and_too_many_end_the_run(
-    tmp_path, profile, search, vectors, starts
+    tmp_path, short, search, vectors, starts
 ):
-    trainer = begin(profile, search, vectors)
+    trainer = begin(short, search, vectors)
     before = {name: weight.clone() for name, weight in trainer.objective.state_dict().items()}
     trainer.knobs.__dict__["grpo_beta"] = float("nan")  # frozen, and this profile is the test's own
     with pytest.raises(config.InputError, match=r"3 of 3 steps .* 0 for want of memory, .* lower grpo_lr"):
@@ -576,18 +583,18 @@ def test_a_step_without_a_readable_video_is_skipped_and_too_many_end_the_run(
     assert lines(tmp_path)[0]["loss"] is lines(tmp_path)[0]["reward"] is lines(tmp_path)[0]["norm"] is None
 
 
-def test_without_validation_prompts_nothing_is_watched(tmp_path, profile, search, vectors, starts):
-    begin(profile, search, vectors).run(starts, [], tmp_path, "unwatched")
-    assert len(lines(tmp_path)) == 4 and lines(tmp_path, "held") == []
+def test_without_validation_prompts_nothing_is_watched(tmp_path, short, search, vectors, starts):
+    begin(dataclasses.replace(short, grpo_steps=1), search, vectors).run(starts, [], tmp_path, "unwatched")
+    assert len(lines(tmp_path)) == 1 and lines(tmp_path, "held") == []
     log = training_curves.read_log(tmp_path, "held")
     assert training_curves.reward_numbers("charades", "vsr1", log) == {}
 
 
-def test_states_are_saved_by_time(tmp_path, monkeypatch, profile, search, vectors, starts):
+def test_states_are_saved_by_time(tmp_path, monkeypatch, short, search, vectors, starts):
     """By a clock that is five minutes further at each step, killed in its fourth: it goes on behind the second."""
     clock = iter(range(0, 10**6, 300))
     monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
-    profile = dataclasses.replace(profile, save_minutes=10.0)
+    profile = dataclasses.replace(short, save_minutes=10.0)
     with pytest.raises(Killed):
         begin(profile, search, vectors).run(starts, starts[:2], tmp_path, "timed", kill_at(4))
     assert [path.name for path in (tmp_path / "steps").iterdir()] == ["000002"]
@@ -633,9 +640,9 @@ def test_a_step_out_of_memory_is_counted_and_changes_nothing(
 
 @pytest.mark.parametrize(("share", "steps"), [(0.05, 3), (0.75, 4)])
 def test_too_many_steps_out_of_memory_end_the_run(
-    tmp_path, monkeypatch, profile, search, vectors, starts, share, steps
+    tmp_path, monkeypatch, short, search, vectors, starts, share, steps
 ):
-    trainer = begin(dataclasses.replace(profile, max_skipped=share), search, vectors)
+    trainer = begin(dataclasses.replace(short, max_skipped=share), search, vectors)
     short_of_memory(trainer, monkeypatch, range(1, 9))
     told = rf"full: {steps} of {steps} steps .* {steps} for want of memory, .* grpo_rollout_batch"
     with pytest.raises(config.InputError, match=told):
@@ -670,10 +677,10 @@ def test_a_rollout_out_of_memory_goes_on_with_half_the_starts_and_gives_the_same
 
 
 def test_groups_that_all_earn_the_same_end_the_run_where_it_can_go_on(
-    tmp_path, profile, search, vectors, starts
+    tmp_path, short, search, vectors, starts
 ):
     parts = ("verification", "format", "refine_token", "grounding", "retrieval")
-    profile = dataclasses.replace(profile, disabled_rewards=parts, max_zero_std=0.9)
+    profile = dataclasses.replace(short, disabled_rewards=parts, max_zero_std=0.9)
     with pytest.raises(
         config.InputError, match=r"flat: in (\d+) of \1 groups all earned the same.* max_zero_std"
     ):
@@ -782,7 +789,7 @@ def test_two_processes_are_one(tmp_path, profile, search, vectors, starts, promp
     """
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    done = two_processes("grpo_loop", tmp_path / "two", prompts)
+    done = two_processes.forked("grpo_loop", tmp_path / "two", prompts)
     assert done.returncode == 0, done.stderr[-3000:]
     profile = dataclasses.replace(profile, grpo_prompts_per_step=prompts, scale_rewards="batch")
     before, trainer = begin(profile, search, vectors), steadily(begin(profile, search, vectors))
@@ -799,8 +806,8 @@ def test_two_processes_are_one(tmp_path, profile, search, vectors, starts, promp
 
 
 @pytest.mark.parametrize(("schedule", "left"), [("constant", 1.0), ("linear", 0.25)])
-def test_the_rates_of_the_last_of_four_steps(tmp_path, profile, search, vectors, starts, schedule, left):
-    trainer = begin(dataclasses.replace(profile, grpo_schedule=schedule), search, vectors)
+def test_the_rates_of_the_last_of_four_steps(tmp_path, short, search, vectors, starts, schedule, left):
+    trainer = begin(dataclasses.replace(short, grpo_schedule=schedule), search, vectors)
     trainer.run(starts, starts[:2], tmp_path, "rates")
     for group in trainer.optimizer.param_groups:
         assert group["lr"] == pytest.approx(1e-3 * left)

@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
+import two_processes
 from safetensors.torch import load_file
-from tiny import QUERIES, Shelf, clip, random_policy, random_vectors, two_processes
+from tiny import QUERIES, Shelf, clip, random_policy, random_vectors
 
 from vsr1 import config
 from vsr1.loop import sqr
@@ -366,7 +367,7 @@ def test_two_processes_learn_what_one_learns(tmp_path, search):
     """Each reads half of a step's rows; in the last step there are not enough for both."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    done = two_processes("sft_loop", tmp_path / "two")
+    done = two_processes.forked("sft_loop", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     before, trainer = random_policy(), short_course(tmp_path / "one", random_policy(), search)
     trainer.train()
