@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from vsr1 import config
 from vsr1.apps import notebooks, paper, pipeline
-from vsr1.config import DATASETS, InputError
+from vsr1.config import DATASETS, ROOT, InputError
 
 LISTS = (
     "--datasets",

@@ -112,7 +112,8 @@ def _status(step, process, started):
     if process.exitcode < 0:
         reason = f"killed by signal {-process.exitcode}, most likely for lack of memory"
         print(f"error: {step.name}: {reason}; run the same command again to go on", file=sys.stderr)
-    elif process.exitcode == 0:
+        return 1
+    if process.exitcode == 0:
         _say_seconds(step.name, started)
     return process.exitcode
 
