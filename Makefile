@@ -14,9 +14,6 @@ PORT     := 8888
 PYTHON   := python3.11 python3
 PY       := .venv/bin/python
 
-# In the order of the paper: a notebook may use what an earlier one computed.
-NOTEBOOKS := 01_corpus_embedding 02_verify_and_ground 03_sft_cold_start 04_grpo_training 05_evaluation 06_sqr_vs_hqr 07_ablations 08_qualitative 09_paper
-
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -30,10 +27,7 @@ demo: setup  ## one search on a few rendered films, turn by turn, with a policy 
 
 paper: START := $(shell date +%s)
 paper: setup  ## regenerate every table and figure of PROFILE into results/PROFILE (set-up included)
-	@$(VSR1) corpus $(ALL)
-	@$(VSR1) embed $(ALL)
-	@$(VSR1) notebook $(NOTEBOOKS) $(ALL)
-	@$(VSR1) report $(ALL)
+	@$(VSR1) paper $(ALL)
 	@echo "done in $$(($$(date +%s) - $(START))) s"
 
 test: setup  ## lint, unit tests, docstring examples, and all notebooks on the smoke profile
@@ -45,14 +39,10 @@ lab: setup  ## JupyterLab on the notebooks: this machine only, with a token (POR
 	@$(VSR1) lab --port $(PORT)
 
 seeds: setup  ## train and evaluate both stages with SEEDS (hours); committed in results/PROFILE/seeds, shown in the report
-	@$(VSR1) corpus $(ALL)
-	@$(VSR1) embed $(ALL)
 	@$(VSR1) seeds --seeds $(SEEDS) $(ALL)
 	@$(VSR1) report $(ALL)
 
 ablations: setup  ## longer studies beyond the paper (hours); committed in results/PROFILE/ablations, shown in the report
-	@$(VSR1) corpus $(ALL)
-	@$(VSR1) embed $(ALL)
 	@$(VSR1) ablations $(ALL)
 	@$(VSR1) report $(ALL)
 

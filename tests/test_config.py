@@ -109,7 +109,7 @@ def test_the_digest_changes_with_every_knob_that_a_result_depends_on_and_with_no
         assert (other.digest() == profile.digest()) is (field.name in config.NO_RESULT), field.name
     bound = dataclasses.replace(profile.soft_token_bound, n_soft=5)
     assert dataclasses.replace(profile, soft_token_bound=bound).digest() != profile.digest()
-    assert {"parallel_datasets", "decode_workers", "threads", "device"} < config.NO_RESULT
+    assert {"parallel_steps", "decode_workers", "threads", "device"} < config.NO_RESULT
 
 
 def test_a_new_knob_with_its_default_changes_no_digest():

@@ -1,11 +1,9 @@
 """The command line, `python -m vsr1 COMMAND`. The Makefile calls it; each command imports only what it needs."""
 
-import errno
 import functools
 import os
 import re
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,14 +11,16 @@ import typer
 from typer import Argument, Option
 
 from vsr1 import config
-from vsr1.apps import notebooks, pipeline
-from vsr1.config import ROOT, InputError
+from vsr1.apps import notebooks, paper, pipeline
+from vsr1.config import DATASETS, ROOT, InputError
 
-INTERRUPTED = 130
-UNWRITABLE = errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC, errno.EROFS
-RANK_0_FIRST = 10  # seconds in which a launcher ends the other processes when one has ended
-MEMORY_KNOBS = "batch_tokens, eval_batch, sft_batch, grpo_rollout_batch, grpo_micro_batch or max_frame_pixels"
-LISTS = ("--datasets", "--dataset", "--seeds", "--iou")  # options that take several words
+LISTS = (
+    "--datasets",
+    "--dataset",
+    "--seeds",
+    "--iou",
+)  # options that take several words, which look like LISTED
+LISTED = re.compile(rf"({'|'.join(DATASETS)}|-?[\d.]+|[, ])+")
 
 Profile = Annotated[str, Option("--profile", help="Name in vsr1/profiles/, or a path to a .yaml.")]
 Seed = Annotated[int | None, Option("--seed", min=0, help="Of the experiment; else the profile's own.")]
@@ -29,9 +29,7 @@ Datasets = Annotated[
     Option("--datasets", "--dataset", help="charades didemo activitynet; else the profile's own."),
 ]
 Dataset = Annotated[str, Option("--dataset", metavar="NAME", help="charades, didemo or activitynet.")]
-Jobs = Annotated[
-    int | None, Option("--jobs", min=1, help="Data sets worked on at once; else the profile's own.")
-]
+Jobs = Annotated[int | None, Option("--jobs", min=1, help="Steps worked on at once; else the profile's own.")]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="VideoSearch-R1, reproduced.")
 
@@ -39,39 +37,26 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Vi
 def main(argv=None) -> int:
     """Run one command and return its exit status. Bad input is one line and 2; an error of ours keeps its traceback."""
     pipeline.use_this_clone()
+    words = _join_lists(sys.argv[1:] if argv is None else argv)
+    return pipeline.guard(lambda: _run(words))
+
+
+def _run(words):
     try:
-        words = _join_lists(sys.argv[1:] if argv is None else argv)
-        status = app(words, "python -m vsr1", standalone_mode=False) or 0
-        if status == INTERRUPTED:  # typer has caught the interrupt
-            print("stopped; run the same command again to go on", file=sys.stderr)
-        return status
-    except (InputError, typer.exceptions.TyperException) as error:
-        message = " ".join(str(error).splitlines())
-        if not isinstance(error, InputError):
-            message = f"{error.format_message().rstrip('.')}; see python -m vsr1 COMMAND --help"
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        message = f"{error.filename or ROOT}: {error.strerror}; make room there, or choose another place"
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-            message = f"not enough memory ({str(error)[:90]}); lower {MEMORY_KNOBS} in the profile, then run it again"
-        elif "by peer" in str(error):  # closed or reset
-            return 1  # another process ended, and has said why
-        else:
-            raise
-    if int(os.environ.get("RANK", 0)):
-        time.sleep(RANK_0_FIRST)  # the first process may be about to print the same: one line is enough
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+        status = app(words, "python -m vsr1", standalone_mode=False)
+    except typer.exceptions.TyperException as error:
+        message = f"{error.format_message().rstrip('.')}; see python -m vsr1 COMMAND --help"
+        raise InputError(message) from error
+    if status == pipeline.INTERRUPTED:  # typer has caught the interrupt
+        raise KeyboardInterrupt
+    return status
 
 
 def _join_lists(argv):
-    """Let one option take several words: `--datasets a b` becomes `--datasets "a b"`."""
+    """Let one option take several words: `--datasets charades didemo` becomes `--datasets "charades didemo"`."""
     words = []
     for word in argv:
-        open_list = len(words) > 1 and words[-2] in LISTS
-        if open_list and not re.match(r"-\D", word):  # a negative number is a value
+        if len(words) > 1 and words[-2] in LISTS and LISTED.fullmatch(word):
             words[-1] += f" {word}"
         else:
             words.append(word)
@@ -91,17 +76,25 @@ def _load(command, name, seed=None, datasets=(), shared=False):
     return profile
 
 
-def _per_dataset(command, work, name, seed, datasets, jobs, words=(), shared=False):
+def _per_dataset(command, work, name, seed, datasets, jobs, shared=False):
     """Do a command for every data set, in processes of their own where several are worked on at once."""
     profile = _load(command, name, seed, shared=shared)
     datasets = [config.check_dataset(dataset) for dataset in _split(datasets)] or profile.datasets
-    if (jobs := pipeline.count_jobs(profile, jobs, datasets)) == 1:
-        for dataset in datasets:
-            work(profile, dataset)
-        return 0
-    common = ["--profile", name, "--jobs", "1", *(["--seed", str(seed)] if seed is not None else [])]
-    commands = {dataset: [[command, *words, *common, "--datasets", dataset]] for dataset in datasets}
-    return pipeline.run_side_by_side(commands, jobs)
+    steps = [
+        pipeline.Step(f"{command} {dataset}", functools.partial(work, profile, dataset))
+        for dataset in datasets
+    ]
+    return pipeline.run(steps, pipeline.count_jobs(profile, jobs))
+
+
+@app.command("paper")
+def make_paper(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None, jobs: Jobs = None):
+    """Make every table and figure of the paper, and print where the report is."""
+    part = _load("paper", profile, seed, _split(datasets))
+    status = paper.run(part, profile, pipeline.count_jobs(part, jobs))
+    if status == 0:
+        print(f"report: {os.path.relpath(part.results() / 'report.html')}")
+    return status
 
 
 @app.command()
@@ -126,7 +119,9 @@ def train(
 ):
     """Train one stage, after all that it needs."""
     loaded = _load("train", profile, seed, shared=True)
-    pipeline.train(loaded, config.check_dataset(dataset, "--dataset"), stage, variant)
+    name = variant if stage == "grpo" else stage
+    work = functools.partial(pipeline.train, loaded, config.check_dataset(dataset, "--dataset"), name)
+    return pipeline.run([pipeline.Step(f"train {name} {dataset}", work)], 1)
 
 
 @app.command()
@@ -141,7 +136,9 @@ def evaluate(
 ):
     """Run systems on the test queries, after all that they need."""
     loaded = _load("evaluate", profile, seed, shared=True)
-    pipeline.evaluate(loaded, config.check_dataset(dataset, "--dataset"), systems)
+    work = functools.partial(pipeline.evaluate, loaded, config.check_dataset(dataset, "--dataset"))
+    steps = [pipeline.Step(f"evaluate {name} {dataset}", functools.partial(work, name)) for name in systems]
+    return pipeline.run(steps, 1)
 
 
 @app.command()
@@ -156,15 +153,7 @@ def notebook(
 ):
     """Run notebooks headless."""
     part = _load("notebook", profile, seed, _split(datasets))
-    datasets = _split(datasets) or part.datasets
-    if (jobs := pipeline.count_jobs(part, jobs, datasets)) > 1:
-        common = ["--profile", profile, "--jobs", "1", "--seed", str(part.seed)]
-        queue = [["notebook", name, *common] for name in names if notebooks.takes_dataset(name)]
-        commands = {name: [[*words, "--datasets", name] for words in queue] for name in datasets}
-        if failed := pipeline.run_side_by_side(commands, jobs):
-            return failed
-        names = [name for name in names if not notebooks.takes_dataset(name)]
-    return notebooks.run(names, profile, part, datasets)
+    return pipeline.run(paper.notebook_steps(names, profile, part), pipeline.count_jobs(part, jobs))
 
 
 @app.command()
@@ -182,7 +171,7 @@ def seeds(
     if not all(word.isdecimal() for word in words):
         raise InputError(f"--seeds {' '.join(words)}: expected whole numbers from 0 up")
     work = functools.partial(pipeline.seeds, numbers=[int(word) for word in words])
-    return _per_dataset("seeds", work, profile, seed, datasets, jobs, ["--seeds", *words])
+    return _per_dataset("seeds", work, profile, seed, datasets, jobs)
 
 
 @app.command()
@@ -231,9 +220,6 @@ def doctor(profile: Profile = "mini", seed: Seed = None):
 def lab(port: Annotated[int, Option(help="On this machine only.")] = 8888):
     """Open JupyterLab on the notebooks."""
     notebooks.lab(port)
-
-
-PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
 @app.command()

@@ -8,6 +8,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -49,8 +50,11 @@ def dist_state(device="auto"):
 
 
 def progress(items, what, total=None):
-    """Iterate over `items` with a bar that goes away at the end; silent in pipes, files and all ranks but 0."""
-    disable = None if dist_state().is_main_process else True
+    """Iterate over `items` with a bar that goes away at the end; silent in pipes, files and all ranks but 0.
+
+    Silent too in processes that work side by side: their bars would overwrite each other.
+    """
+    disable = None if dist_state().is_main_process and multiprocessing.parent_process() is None else True
     return tqdm(items, desc=what, total=total, disable=disable, leave=False, dynamic_ncols=True)
 
 

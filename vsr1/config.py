@@ -24,12 +24,13 @@ PROFILES = PACKAGE / "profiles"
 REVISIONS = "revisions.json"  # in the clone, as `make clean` of runs/ must not move a model to another commit
 # Knobs that no result of a data set depends on, but for the rounding of sums: they enter no key and no digest.
 NO_RESULT = set(
-    "name variant part datasets parallel_datasets decode_workers threads device save_minutes "
+    "name variant part datasets parallel_steps decode_workers threads device save_minutes "
     "decode_timeout".split()
 )
 
 Dataset = Literal["charades", "didemo", "activitynet"]
 DATASETS = typing.get_args(Dataset)
+ABLATED = "didemo"  # the data set of the paper's ablation of stages and rewards (T2)
 # Components of the reward of stage 2.
 Reward = Literal["verification", "format", "refine_token", "grounding", "retrieval"]
 Text = Annotated[str, Field(min_length=1)]
@@ -111,7 +112,7 @@ class Profile:
 
     # What the machine does at once. All ours.
     threads: Count = 1  # of torch and OpenMP; two can stall on a shared machine, a GPU machine wants more
-    parallel_datasets: Count = 1  # data sets at once, a process each; more would share one GPU
+    parallel_steps: Count = 1  # steps of a run at once, a process each; more would share one GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the first GPU where there is one, else the CPU
     dtype: Literal["float32", "bfloat16"] = "float32"  # "bf16" at paper scale
     decode_workers: Count = 1  # processes that decode ahead of the engine

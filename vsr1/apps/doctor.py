@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vsr1 import config
-from vsr1.config import ROOT, InputError
+from vsr1.config import ABLATED, ROOT, InputError
 from vsr1.data import official_release, real_datasets
 
 GB = 1024**3
@@ -28,7 +28,7 @@ MEMORY_GB = {"rendered": 8, "real": 32}  # ours, rounded up
 GPU_GB = 24
 REINSTALL = "rm .venv/.ready; make doctor installs them again"
 # What `make paper` trains and keeps: `sft`, `ft` and `grpo/vsr1` of each data set, and two reward variants of T2.
-CHECKPOINTS_PER_DATASET, CHECKPOINTS_OF_T2, T2_DATASET = 3, 2, "didemo"
+CHECKPOINTS_PER_DATASET, CHECKPOINTS_OF_T2 = 3, 2
 SAVED_BYTES = 4  # of a weight in a checkpoint: float32
 STATE_BYTES = 12  # of a learned weight in a saved training state: itself and Adam's two moments, float32
 HUB_BYTES = 2  # of a weight on the hub: bfloat16
@@ -144,10 +144,10 @@ def disk(profile) -> float:
     """
     policy = parameters(profile.policy)
     count = CHECKPOINTS_PER_DATASET * len(profile.datasets) + CHECKPOINTS_OF_T2 * (
-        T2_DATASET in profile.datasets
+        ABLATED in profile.datasets
     )
     learned = policy * min(1, LORA_SHARE * profile.lora_rank or 1)
-    states = 2 * min(profile.parallel_datasets, len(profile.datasets))
+    states = 2 * profile.parallel_steps
     hub = sum(HUB_BYTES * parameters(model) for model in _models(profile) if not _is_here(model))
     data = RENDERED_BYTES if profile.world else sum(map(official_release.size, profile.datasets))
     return policy * SAVED_BYTES * count + learned * STATE_BYTES * states + hub + data

@@ -6,51 +6,128 @@ import json
 import os
 import secrets
 import socket
-import time
+from dataclasses import dataclass
+from pathlib import Path
 
 from vsr1 import cache, config
-from vsr1.config import InputError
+from vsr1.config import InputError, Profile
 
 
-def run(names, profile_name: str, profile, datasets) -> None:
-    """Execute notebooks: once per data set where their parameters name one, the others last and once.
+@dataclass(frozen=True)
+class Run:
+    """One execution of a notebook, about one data set or about all of a profile."""
 
-    profile_name  as a person typed it: a kernel loads the profile by it
-    profile       of the report: a part of the profile where seed or data sets are not its own
-    """
-    if profile_name.endswith(".yaml"):
-        profile_name = os.path.abspath(profile_name)  # the kernel starts in another folder
-    for name in sorted(names, key=takes_dataset, reverse=True):  # stable
-        for dataset in datasets if takes_dataset(name) else [None]:
-            started = time.time()
-            ran = _run_one(name, profile_name, profile, dataset)
-            took = f"{time.time() - started:.0f} s" if ran else "unchanged"
-            print(f"notebook {' '.join(filter(None, (name, dataset)))}: {took}", flush=True)
+    name: str
+    profile_name: str  # as a person typed it: a kernel loads the profile by it
+    profile: Profile  # of the report: a part of the profile where seed or data sets are not its own
+    dataset: str | None  # None: all
+
+    @property
+    def title(self) -> str:
+        """What a person reads."""
+        return " ".join(filter(None, ("notebook", self.name, self.dataset)))
+
+    @property
+    def copy(self) -> Path:
+        """Where the executed copy is kept, and beside it what it was made from."""
+        whole = self.profile.results() if self.profile.part else self.profile.run_root()
+        home = self.profile.runs(self.dataset) if self.dataset else whole
+        return home / "notebooks" / f"{self.name}.ipynb"
+
+    def parameters(self) -> dict:
+        """Return the values of the notebook's parameters."""
+        name = self.profile_name
+        values = {"profile": os.path.abspath(name) if name.endswith(".yaml") else name}
+        values |= {"seed": self.profile.seed, "dataset": self.dataset}
+        values["datasets"] = " ".join(self.profile.datasets) if self.profile.part else ""
+        declared = parameters(find(self.name))
+        return {key: value for key, value in values.items() if key in declared}
+
+    def is_current(self) -> bool:
+        """Return whether a run would give the copy that is there.
+
+        It would while the cells, the package, the pins, the profile, the models and every step that existed after the
+        last run are the same. Steps are compared one by one: what a later notebook adds does not make an earlier one
+        run again.
+        """
+        if not (self.copy.exists() and self._record.exists()):
+            return False
+        last = json.loads(self._record.read_text(encoding="utf-8"))
+        return last["inputs"] == self._inputs() and last["steps"].items() <= self._steps().items()
+
+    def execute(self) -> None:
+        """Run the notebook and keep its copy, unless that is current. Raises InputError where a cell fails."""
+        if self.is_current():
+            print(f"{self.title}: unchanged", flush=True)
+            return
+        self.copy.parent.mkdir(parents=True, exist_ok=True)
+        inputs = self._inputs()
+        from vsr1.apps import kernels
+
+        kernels.execute(find(self.name), self.copy, self.parameters())
+        cache.write_json(self._record, {"inputs": inputs, "steps": self._steps()})
+
+    @property
+    def _record(self):
+        return self.copy.with_name(f".{self.name}.json")
+
+    def _inputs(self):
+        others = () if self.dataset else _inputs_of_all(self.profile)
+        return {
+            "given": self.parameters(),
+            "profile": self.profile.digest(),
+            "cells": cache.fingerprint(
+                [[c["cell_type"], "".join(c["source"])] for c in _cells(find(self.name))]
+            ),
+            "code": cache.fingerprint([cache.source_digest(name) for name in sorted(cache.SOURCES)]),
+            "packages": cache.file_digest(config.ROOT / "requirements.txt"),
+            "models": _models(self.profile),
+            "others": cache.file_digest(*(path for path in others if path.exists())),
+        }
+
+    def _steps(self):
+        """Return {folder, from runs(dataset): key} of every finished step that a notebook about one may rest on."""
+        if self.dataset is None:
+            return {}
+        home, runs = self.profile.data_dir(self.dataset), self.profile.runs(self.dataset)
+        paths = [p for p in cache.steps(home) if not p.relative_to(home).parts[0].startswith("seed-")]
+        paths += cache.steps(runs)
+        return {os.path.relpath(path, runs): cache.metadata(path)["key"] for path in paths}
 
 
-def _run_one(name, profile_name, profile, dataset):
-    source, declared = find(name)
-    values = {"profile": profile_name, "seed": profile.seed, "dataset": dataset}
-    values["datasets"] = " ".join(profile.datasets) if profile.part else ""
-    parameters = {key: value for key, value in values.items() if key in declared}
-    if dataset:
-        return execute(source, parameters, profile, profile.runs(dataset), _steps_of(profile, dataset), ())
-    home = profile.results() if profile.part else profile.run_root()
-    return execute(source, parameters, profile, home, {}, _inputs_of_all(profile))
+def _models(profile):
+    """List what stands for the weights of each model: the content of its folder, or the hub's commit."""
+    names, revisions = (profile.engine, profile.engine_large, profile.policy), config.revisions()
+    return [
+        cache.file_digest(folder) if (folder := config.ROOT / name).is_dir() else revisions.get(name)
+        for name in names
+    ]
+
+
+def _inputs_of_all(profile):
+    """List what a notebook about all data sets reads: numbers and figures of the others, committed values and texts."""
+    folders = [profile.runs(name) / part for name in profile.datasets for part in ("numbers", "figures")]
+    paths = [path for folder in folders for path in sorted(folder.glob("*")) if path.name != "09_paper.json"]
+    for part in ("seeds", "ablations"):
+        paths += sorted((profile.results() / part).glob("*.json"))
+    return [*paths, config.ROOT / "results" / "expected", config.ROOT / "DEVIATIONS.md"]
+
+
+# --- Notebook files
 
 
 def takes_dataset(name: str) -> bool:
     """Return whether a notebook is about one data set: its parameters say so."""
-    return "dataset" in find(name)[1]
+    return "dataset" in parameters(find(name))
 
 
-def find(name: str):
-    """Return (the file of a notebook, the names of its parameters). Raises InputError where there is none."""
+def find(name: str) -> Path:
+    """Return the file of a notebook. Raises InputError where there is none."""
     source = config.ROOT / "notebooks" / f"{name}.ipynb"
     if not source.exists():
         known = ", ".join(sorted(path.stem for path in source.parent.glob("*.ipynb")))
         raise InputError(f"{source}: no such notebook; there are {known or 'none'}")
-    return source, parameters(source)
+    return source
 
 
 def parameters(source) -> set[str]:
@@ -65,81 +142,6 @@ def _cells(source):
         return json.loads(source.read_text(encoding="utf-8"))["cells"]
     except (ValueError, KeyError) as error:
         raise InputError(f"{source}: not readable as a notebook; restore it with git") from error
-
-
-# --- When a copy is current
-
-
-def _steps_of(profile, dataset):
-    """Return {folder, from runs(dataset): key} of every finished step that a notebook about `dataset` may rest on."""
-    home, runs = profile.data_dir(dataset), profile.runs(dataset)
-    paths = [path for path in cache.steps(home) if not path.relative_to(home).parts[0].startswith("seed-")]
-    paths += cache.steps(runs)
-    return {os.path.relpath(path, runs): cache.metadata(path)["key"] for path in paths}
-
-
-def _inputs_of_all(profile):
-    """List what a notebook about all data sets reads: numbers and figures of the others, committed values and texts."""
-    folders = [profile.runs(name) / part for name in profile.datasets for part in ("numbers", "figures")]
-    paths = [path for folder in folders for path in sorted(folder.glob("*")) if path.name != "09_paper.json"]
-    for part in ("seeds", "ablations"):
-        paths += sorted((profile.results() / part).glob("*.json"))
-    return [*paths, config.ROOT / "results" / "expected", config.ROOT / "DEVIATIONS.md"]
-
-
-def execute(source, parameters: dict, profile, home, steps: dict, others) -> bool:
-    """Run a notebook and keep its copy in `home`/notebooks; return False, and run nothing, if that copy is current.
-
-    It is current while the cells, the package, the pins, the profile and every step that existed after its last run
-    are the same. Steps are compared one by one: what a later notebook adds does not make an earlier one run again.
-
-    steps   {folder: key} of now; where it is empty no step counts
-    others  files and folders whose content counts as well
-    """
-    copy = home / "notebooks" / source.name
-    record = copy.with_name(f".{source.stem}.json")
-    inputs = {
-        "given": parameters,
-        "profile": profile.digest(),
-        "cells": cache.fingerprint([[c["cell_type"], "".join(c["source"])] for c in _cells(source)]),
-        "code": cache.fingerprint([cache.source_digest(name) for name in sorted(cache.SOURCES)]),
-        "packages": cache.file_digest(config.ROOT / "requirements.txt"),
-        "others": cache.file_digest(*(path for path in others if path.exists())),
-    }
-    if copy.exists() and record.exists():
-        last = json.loads(record.read_text(encoding="utf-8"))
-        if last["inputs"] == inputs and last["steps"].items() <= steps.items():
-            return False
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    _papermill(source, copy, parameters)
-    after = _steps_of(profile, parameters["dataset"]) if "dataset" in parameters else {}
-    cache.write_json(record, {"inputs": inputs, "steps": after})
-    return True
-
-
-def _papermill(source, copy, parameters):
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-
-    running, failed = (copy.with_name(f"{source.stem}.{state}.ipynb") for state in ("running", "failed"))
-    options = {
-        "kernel_name": "python3",
-        "language": "python",
-        "progress_bar": False,
-        # Else kernels warn that they talk over TCP (on loopback), and some that they were interrupted at their end.
-        "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"],
-        "shutdown_kernel": "immediate",  # nothing is left to do then; asking a kernel to end takes two seconds
-    }
-    try:
-        papermill.execute_notebook(source, running, parameters, cwd=source.parent, **options)
-    except (papermill.PapermillExecutionError, DeadKernelError) as error:
-        os.replace(running, failed)
-        reason = f"{source.stem}: the kernel died, most likely for lack of memory"
-        if isinstance(error, papermill.PapermillExecutionError):
-            reason = f"{source.stem}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
-        raise InputError(f"notebook {reason}; the executed copy is {failed}") from error
-    os.replace(running, copy)
-    failed.unlink(missing_ok=True)
 
 
 # --- JupyterLab

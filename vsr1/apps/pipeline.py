@@ -1,76 +1,179 @@
-"""Make the steps that one command names, in one process or in one for each data set."""
+"""Work on the steps of a run: in this process one after the other, or side by side in processes of their own."""
 
+import errno
 import importlib.util
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import wait
 
 from vsr1 import cache
-from vsr1.config import PACKAGE, InputError
+from vsr1.config import PACKAGE, ROOT, InputError
 
-LONGEST = ("didemo",)  # data sets that are begun first: this one trains the variants of table T2
+INTERRUPTED = 130
+CLEAR = "\r\x1b[K"  # back to the beginning of a line of a terminal, and empty it
 SPLITTERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+UNWRITABLE = errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC, errno.EROFS
+MEMORY_KNOBS = "batch_tokens, eval_batch, sft_batch, grpo_rollout_batch, grpo_micro_batch or max_frame_pixels"
+RANK_0_FIRST = 10  # seconds in which a launcher ends the other processes when one has ended
+# Processes are forked from one that has imported all that is slow: torch is imported once in a run.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["vsr1.apps.preload"])
 
 
 # --- Steps
 
 
-@contextmanager
-def _timed(what):
-    """Print, from one process, how long the block took."""
-    started = time.time()
-    yield
-    if cache.dist_state().is_main_process:
-        print(f"{what}: {time.time() - started:.0f} s", flush=True)
+@dataclass(frozen=True)
+class Step:
+    """A part of a run that one process works on."""
+
+    name: str
+    work: Callable[[], None]  # a function of a module or a `partial` of one: it is sent to another process
+    needs: frozenset[str] = frozenset()  # names of the steps that come first, where they are part of the run
+    minutes: float = 1.0  # of one core in the mini world: long ones begin early
+
+
+def run(steps: list[Step], jobs: int) -> int:
+    """Work on steps, `jobs` at once, and return the first status that is not 0; one job works in this process."""
+    if jobs > 1:
+        return run_apart(steps, jobs)
+    for step in steps:
+        started = time.monotonic()
+        step.work()
+        _say_seconds(step.name, started)
+    return 0
+
+
+def run_apart(steps: list[Step], jobs: int) -> int:
+    """Work on each step in a process of its own, `jobs` at once; return the first status that is not 0, or 0.
+
+    A step begins when what it needs has ended, those with most work behind them first. After a failure no new one
+    begins. However this process ends, the others end with it: they resume when they are started again.
+    """
+    waiting, running, failed = {step.name: step for step in steps}, {}, 0
+    order, began = _minutes_left(steps), time.monotonic()
+    try:
+        while running or (waiting and not failed):
+            unfinished = waiting.keys() | {step.name for step, _, _ in running.values()}
+            ready = [step for step in waiting.values() if not step.needs & unfinished]
+            for step in sorted(ready, key=lambda step: -order[step.name]):
+                if len(running) < jobs and not failed:
+                    process = FORKS.Process(target=_work, args=(waiting.pop(step.name),))
+                    process.start()
+                    running[process.sentinel] = step, process, time.monotonic()
+            for sentinel in wait(running, timeout=1):
+                step, process, started = running.pop(sentinel)
+                process.join()
+                failed = _status(step, process, started) or failed
+            _show(running, len(steps) - len(waiting) - len(running), len(steps), began)
+    finally:
+        for _, process, _ in running.values():
+            with suppress(ProcessLookupError):  # one that has just begun has no group yet, and no children
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+    return failed
+
+
+def _minutes_left(steps):
+    """Return {name: minutes from the beginning of a step to the end of the longest row of steps that wait for it}."""
+    left = {}
+    for step in reversed(steps):
+        behind = [left[other.name] for other in steps if step.name in other.needs]
+        left[step.name] = step.minutes + max(behind, default=0.0)
+    return left
+
+
+def _work(step):
+    """Work on a step in a process of its own, in which what it starts is ended with it."""
+    os.setsid()
+    end_with_parent()
+    sys.exit(guard(step.work, step.name))
+
+
+def end_with_parent() -> None:
+    """Kill this process and all of its group when the one that asked for it ends, in whatever way."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _status(step, process, started):
+    """Return the exit status of a process; print how long it took, or what it cannot say of itself."""
+    if process.exitcode < 0:
+        reason = f"killed by signal {-process.exitcode}, most likely for lack of memory"
+        print(f"error: {step.name}: {reason}; run the same command again to go on", file=sys.stderr)
+        return 1
+    if process.exitcode == 0:
+        _say_seconds(step.name, started)
+    return process.exitcode
+
+
+def _say_seconds(name, started):
+    """Print, from one process, how long a step took; one that was current takes less than is worth a line."""
+    seconds = time.monotonic() - started
+    if seconds >= 1 and cache.dist_state().is_main_process:
+        print(f"{CLEAR * sys.stdout.isatty()}{name}: {seconds:.0f} s", flush=True)
+
+
+def _show(running, done, total, began):
+    """Show in a terminal, on one line that changes, which steps are worked on."""
+    if sys.stdout.isatty():
+        now = time.monotonic()
+        names = ", ".join(f"{step.name} {now - started:.0f} s" for step, _, started in running.values())
+        minutes = f"{(now - began) // 60:.0f}:{(now - began) % 60:02.0f}"
+        print(f"{CLEAR}{done} of {total} steps, {minutes}: {names}"[:120], end="", flush=True)
+        if not running:
+            print(CLEAR, end="", flush=True)
+
+
+# --- What several commands do
 
 
 def corpus(profile, dataset: str) -> None:
     """Make the corpus below runs/ current: rendered, or imported from the real files."""
     from vsr1.data import source
 
-    with _timed(f"corpus {dataset}"):
-        source.of(profile).prepare(profile, dataset)
+    source.of(profile).prepare(profile, dataset)
 
 
-def embed(profile, dataset: str) -> None:
-    """Embed the videos and queries of both splits by the small engine; a study embeds by the large one."""
+def embed(profile, dataset: str, which: str = "engine") -> None:
+    """Embed the videos and queries of both splits by the small engine; only those of test by `engine_large`."""
     from vsr1.models import embedding
 
-    with _timed(f"embed {dataset}"):
-        for split in ("train", "test"):
-            embedding.embed_corpus(profile, dataset, split, "engine")
+    for split in ("test",) if which == "engine_large" else ("train", "test"):
+        embedding.embed_corpus(profile, dataset, split, which)
 
 
-def train(profile, dataset: str, stage: str, variant: str) -> None:
+def train(profile, dataset: str, name: str) -> None:
     """Train one stage, after all that it needs.
 
-    stage    "sft"; "ft", its baseline without soft tokens; or "grpo"
-    variant  of `rollout.VARIANTS`, for "grpo"
+    name  "sft"; "ft", its baseline without soft tokens; or for stage 2 a variant of `rollout.VARIANTS`
     """
     from vsr1.training import grpo, sft
 
-    corpus(profile, dataset)
-    embed(profile, dataset)
-    name = variant if stage == "grpo" else stage
-    with _timed(f"train {name} {dataset}"):
-        (grpo if stage == "grpo" else sft).train(profile, dataset, name)
+    (sft if name in ("sft", "ft") else grpo).train(profile, dataset, name)
 
 
-def evaluate(profile, dataset: str, systems) -> None:
-    """Run systems on the test queries, after all that they need; those of released weights also print their numbers.
+def evaluate(profile, dataset: str, name: str) -> None:
+    """Run a system on the test queries, after all that it needs; one of released weights also prints its numbers.
 
-    systems  "sft", a variant of stage 2, one of `runner.SYSTEMS`, "sft-released" or "vsr1-released"
+    name  "sft", "walkdown-ft", a variant of stage 2, one of `runner.SYSTEMS`, "sft-released" or "vsr1-released"
     """
     from vsr1.evaluation import evaluate as evaluation
 
-    embed(profile, dataset)
-    for name in systems:
-        with _timed(f"evaluate {name} {dataset}"):
-            path = evaluation.run_system(profile, dataset, name)
-            if name in evaluation.RELEASED and cache.dist_state().is_main_process:
-                _record(profile, dataset, name, path)
+    path = evaluation.run_system(profile, dataset, name)
+    if name in evaluation.RELEASED and cache.dist_state().is_main_process:
+        _record(profile, dataset, name, path)
 
 
 def _record(profile, dataset, name, path):
@@ -89,8 +192,9 @@ def seeds(profile, dataset: str, numbers: list[int]) -> None:
     from vsr1.experiments import seeds as study
 
     for seed in numbers:
-        with _timed(f"seed {seed} {dataset}"):
-            study.run(profile, dataset, seed)
+        started = time.monotonic()
+        study.run(profile, dataset, seed)
+        _say_seconds(f"seed {seed} {dataset}", started)
         study.summarize(profile)
 
 
@@ -98,12 +202,40 @@ def ablations(profile, dataset: str) -> None:
     """Run the longer studies one after the other; each writes its results when it ends."""
     from vsr1.experiments import ablations as studies
 
-    with _timed(f"ablations {dataset}"):
-        for name in studies.run(profile, dataset):
-            print(f"ablations {name} {dataset}: done", flush=True)
+    for name in studies.run(profile, dataset):
+        print(f"ablations {name} {dataset}: done", flush=True)
 
 
 # --- Processes
+
+
+def guard(work: Callable[[], int | None], name: str = "") -> int:
+    """Do some work and return its status. Bad input is one line and 2; an error of ours keeps its traceback.
+
+    name  of the work, for the line
+    """
+    try:
+        return work() or 0
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    except InputError as error:
+        message = " ".join(str(error).splitlines())
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        message = f"{error.filename or ROOT}: {error.strerror}; make room there, or choose another place"
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            message = f"not enough memory ({str(error)[:90]}); lower {MEMORY_KNOBS} in the profile, then run it again"
+        elif "by peer" in str(error):
+            return 1  # another process ended, and has said why
+        else:
+            raise
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(RANK_0_FIRST)  # the first process may be about to print the same: one line is enough
+    print(f"error: {name}{': ' * bool(name)}{message}", file=sys.stderr)
+    return 2
 
 
 def use_this_clone() -> None:
@@ -123,44 +255,15 @@ def start(profile, command: str, shared: bool) -> None:
         raise InputError(
             "faiss is not installed; `make` does it, or pip install faiss-cpu (faiss-gpu on a GPU machine)"
         )
-    _check_launcher()
+    for variable, name in SPLITTERS.items():  # rollouts and soft tokens read parts of a model as they need
+        if os.environ.get(variable) == "true":
+            raise InputError(f"accelerate: {name} is not supported; launch with `--multi_gpu`")
     if cache.dist_state(profile.device).num_processes > 1 and not shared:
         raise InputError(f"{command}: works in one process; start it without a launcher")
 
 
-def _check_launcher():
-    """Refuse launchers that split a model over processes: rollouts and soft tokens read parts of it as they need."""
-    for variable, name in SPLITTERS.items():
-        if os.environ.get(variable) == "true":
-            raise InputError(f"accelerate: {name} is not supported; launch with `--multi_gpu`")
-
-
-def count_jobs(profile, jobs: int | None, datasets) -> int:
-    """Return how many data sets are worked on at once; processes of a launcher work on one."""
+def count_jobs(profile, jobs: int | None) -> int:
+    """Return how many steps are worked on at once; processes of a launcher work on one."""
     if cache.dist_state(profile.device) is not cache.SINGLE_PROCESS:
         return 1
-    return min(jobs or profile.parallel_datasets, len(datasets), len(os.sched_getaffinity(0)))
-
-
-def run_side_by_side(commands: dict[str, list[list[str]]], jobs: int) -> int:
-    """Run commands of this package, `jobs` data sets at once, and return the first status that is not 0.
-
-    commands  {data set: its commands}, which run one after the other; after a failure no new one is started
-    """
-    waiting, running, failed = {name: list(queue) for name, queue in commands.items()}, {}, 0
-    try:
-        while running or (any(waiting.values()) and not failed):
-            idle = [name for name, queue in waiting.items() if queue and name not in running]
-            # Those with most left first, as else one works alone at the end.
-            for name in sorted(idle, key=lambda name: (-len(waiting[name]), name not in LONGEST)):
-                if len(running) < jobs and not failed:
-                    running[name] = subprocess.Popen([sys.executable, "-m", "vsr1", *waiting[name].pop(0)])
-            time.sleep(0.05)
-            for name in [name for name, process in running.items() if process.poll() is not None]:
-                status = running.pop(name).returncode
-                failed = failed or status
-    finally:
-        for process in running.values():  # stopped by hand: they resume when they are started again
-            process.terminate()
-            process.wait()
-    return failed
+    return min(jobs or profile.parallel_steps, len(os.sched_getaffinity(0)))

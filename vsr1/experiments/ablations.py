@@ -13,15 +13,14 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from vsr1 import cache
-from vsr1.config import Profile
+from vsr1.config import ABLATED, Profile
 from vsr1.evaluation import metrics, statistics
 from vsr1.evaluation.statistics import Estimate
-from vsr1.experiments import common, gallery_growth
+from vsr1.experiments import common, gallery_growth, retry
 from vsr1.loop.records import Episode
 from vsr1.report import provenance, results
 from vsr1.training import grpo, sft
 
-ABLATED = "didemo"  # the data set of the paper's ablation of stages and rewards (T2), and so of B1
 PARTS = ("vcmr@0.5", "vr@1", "ver")  # columns of T2
 
 
@@ -117,6 +116,12 @@ def no_repeat(profile: Profile, dataset: str) -> list[Episode]:
     weights = grpo.train(profile, dataset)
     changed = profile.with_overrides("skip", display_rule="skip_rejected")
     return common.run_episodes(changed, dataset, "vsr1", like="sqr", weights=str(weights))
+
+
+def run_retries(profile: Profile, dataset: str, system: str, which: str = "engine") -> list[Episode]:
+    """Run one system of the retry study: with the policy after both stages for "sqr", with the base policy for HQR."""
+    weights = str(grpo.train(profile, dataset)) if system == "sqr" else None
+    return retry.run_retries(profile, dataset, system, weights, which)
 
 
 def retry_numbers(profile: Profile, dataset: str, runs: dict[str, list[Episode]]) -> dict[str, Estimate]:

@@ -1,16 +1,25 @@
 """Compare ways to refine a query: one query latent by latent, and all of them on a sample (notebook 06)."""
 
+from pathlib import Path
+
 import pandas as pd
 
 from vsr1.config import Profile
-from vsr1.evaluation import metrics
+from vsr1.evaluation import metrics, soft_token_sweep
 from vsr1.evaluation.soft_token_sweep import Sweep
 from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments import common
 from vsr1.loop import records
 from vsr1.loop.records import Episode
+from vsr1.report import search_figures
 
 # --- One query
+
+
+def write_ranks(profile: Profile, dataset: str) -> Path | None:
+    """Write the ranks of the queries that F1 and F6 would show of a data set, see `soft_token_sweep.write_ranks`."""
+    chosen = search_figures.first_of_rules(profile, dataset)
+    return soft_token_sweep.write_ranks(profile, dataset, chosen)
 
 
 def pick_query(episodes: list[Episode]) -> tuple[Episode, str]:

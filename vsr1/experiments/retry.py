@@ -49,8 +49,10 @@ def run_retries(
     """Refine at most `studies.sample_queries` queries whose first search failed, once; episodes of one turn.
 
     weights  folder or hub name of the policy; None: the profile's
-    which    knob that names the engine of the gallery's vectors; it is the profile's `engine`
+    which    knob that names the engine; `engine_large` is the `engine` of a variant of the profile
     """
+    if which == "engine_large":
+        profile = profile.with_overrides("large", engine=profile.engine_large)
     weights = weights or profile.policy
     folder = embedding.embed_corpus(profile, dataset, "test", which)
     inputs = {
@@ -111,11 +113,10 @@ def run_study(profile: Profile, dataset: str, weights: str) -> dict[str, list[Ep
 
     weights  of the policy after both stages
     """
-    large = profile.with_overrides("large", engine=profile.engine_large)
     runs = {"small/sqr": run_retries(profile, dataset, "sqr", weights)}
-    for size, variant, which in (("small", profile, "engine"), ("large", large, "engine_large")):
+    for size, which in (("small", "engine"), ("large", "engine_large")):
         for rewrite in VARIANTS:
-            episodes = run_retries(variant, dataset, f"hqr-{rewrite}", which=which)
+            episodes = run_retries(profile, dataset, f"hqr-{rewrite}", which=which)
             runs[f"{size}/hqr-{rewrite}"] = episodes
-            runs[f"{size}/hqr-{rewrite}-append"] = append_rewrites(variant, dataset, episodes, which)
+            runs[f"{size}/hqr-{rewrite}-append"] = append_rewrites(profile, dataset, episodes, which)
     return runs

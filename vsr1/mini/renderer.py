@@ -31,7 +31,7 @@ def render(profile, dataset: str, splits=("test", "train")) -> Path:
     inputs["code"] = cache.source_digest(__name__)
     write = partial(write_corpus, dataset=dataset, sizes=sizes, seed=profile.world.seed)
     scenes = world.read_scenes(cache.build(home / "corpus", inputs, write))
-    workers = max(1, len(os.sched_getaffinity(0)) // profile.parallel_datasets)
+    workers = max(1, len(os.sched_getaffinity(0)) // profile.parallel_steps)
     draw = partial(render_videos, profile.world, workers, scenes.values(), f"render {dataset}")
     return cache.build(home / "videos", inputs, draw)
 

@@ -127,8 +127,20 @@ def verdict(value, target, near) -> str:
 def collect(profile: Profile) -> pd.DataFrame:
     """Merge all recorded numbers, keep them below runs/ for figures of a notebook, and return the `frame` of them.
 
-    Results that are committed stay as they are: a notebook that is run alone has measured a part of them.
+    Results that are committed stay as they are: a notebook that is run alone has measured a part of them. Of notebooks
+    that run side by side each finds its own numbers in what the last one left.
     """
+    folder = _collected(profile)
+    folder.mkdir(parents=True, exist_ok=True)
+    with cache.locked(folder / "numbers.json"):
+        numbers, series = _merge(profile)
+        cache.write_json(folder / "numbers.json", numbers)
+        cache.write_json(folder / "series.json", series)
+    return frame(numbers)
+
+
+def _merge(profile):
+    """Return the entries of numbers.json, and the series, of all parts."""
     measured, series = {}, {}
     for path in _parts(profile):
         part = _read(path)
@@ -145,11 +157,7 @@ def collect(profile: Profile) -> pd.DataFrame:
     measured |= means(profile, measured, reported)
     names = sorted(measured.keys() | reported | (expected or {}).keys(), key=_order)
     numbers = {name: _entry(profile, name, measured.get(name), expected) for name in names}
-    folder = _collected(profile)
-    folder.mkdir(parents=True, exist_ok=True)
-    cache.write_json(folder / "numbers.json", numbers)
-    cache.write_json(folder / "series.json", {name: series[name] for name in sorted(series)})
-    return frame(numbers)
+    return numbers, {name: series[name] for name in sorted(series)}
 
 
 def _collected(profile):
