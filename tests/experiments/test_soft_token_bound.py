@@ -64,7 +64,7 @@ def test_the_slope_of_free_latents_is_that_of_finite_differences(encoder, galler
     free, turn = 0.1 * drawn((3, 4, encoder.width)), drawn((3, 4, encoder.width), seed=1)
 
     def losses(step):
-        vecs = encoder.pool(encoder.text_batch(QUERIES, layout.to_engine(free + step * turn)))
+        vecs = encoder.text_vecs(QUERIES, layout.to_engine(free + step * turn))
         return soft_token_bound.gallery_nce(vecs, gallery, RIGHT, 0.1)
 
     _, slope, _ = soft_token_bound.latent_step(encoder, layout, QUERIES, free, gallery, RIGHT, 0.1)

@@ -75,7 +75,7 @@ def layouts(encoder: engine.Engine) -> dict[str, Layout]:
 def latent_step(encoder, layout: Layout, texts, latents, gallery, right, tau):
     """Return losses (Q,) of queries with their latents (Q, N, D), the clipped gradient of their sum, and ranks (Q,)."""
     latents = latents.detach().requires_grad_()
-    vecs = encoder.pool(encoder.text_batch(texts, layout.to_engine(latents)))
+    vecs = encoder.text_vecs(texts, layout.to_engine(latents))
     losses = gallery_nce(vecs, gallery, right, tau)
     (gradient,) = torch.autograd.grad(losses.sum(), latents)
     norms = gradient.flatten(1).norm(dim=1)[:, None, None]  # (Q, 1, 1)
@@ -230,7 +230,7 @@ def optimise_free(profile, dataset, encoder, vectors) -> dict[str, dict]:
     gallery = torch.from_numpy(vectors.video_vecs).to(encoder.model.device)
     right = torch.from_numpy(vectors.columns(videos)).to(gallery.device)
     with torch.no_grad():
-        plain = score(encoder.pool(encoder.text_batch(texts)), gallery, right, profile.infonce_temperature)
+        plain = score(encoder.text_vecs(texts), gallery, right, profile.infonce_temperature)
     systems = {"free-plain": plain | {"videos": videos}}
     for name, layout in cache.progress(layouts(encoder).items(), f"free latents {dataset}"):
         ranks = optimise_latents(encoder, layout, texts, gallery, right, profile)
