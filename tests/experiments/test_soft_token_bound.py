@@ -11,7 +11,7 @@ from vsr1 import config
 from vsr1.data import annotations
 from vsr1.experiments import soft_token_bound
 from vsr1.loop import sqr
-from vsr1.models import decoding, inputs, policy, prompt_text, soft_heads
+from vsr1.models import policy, prompt_text, soft_heads
 from vsr1.report import results
 from vsr1.training import common, released_replies, sft_data, sft_examples
 
@@ -64,10 +64,12 @@ def test_the_slope_of_free_latents_is_that_of_finite_differences(encoder, galler
     free, turn = 0.1 * drawn((3, 4, encoder.width)), drawn((3, 4, encoder.width), seed=1)
 
     def losses(step):
-        vecs = encoder.pool(encoder.text_batch(QUERIES, layout.to_engine(free + step * turn)))
+        vecs = encoder.text_vecs(QUERIES, layout.to_engine(free + step * turn))
         return soft_token_bound.gallery_nce(vecs, gallery, RIGHT, 0.1)
 
-    _, slope, _ = soft_token_bound.latent_step(encoder, layout, QUERIES, free, gallery, RIGHT, 0.1)
+    _, slope, _ = soft_token_bound.latent_step(
+        encoder, layout, encoder.read_queries(QUERIES), free, gallery, RIGHT, 0.1
+    )
     with torch.no_grad():
         measured = (losses(1e-3) - losses(-1e-3)) / 2e-3  # (Q,)
     assert torch.allclose((slope * turn).sum((1, 2)), measured, rtol=0.03, atol=0.03)
@@ -78,10 +80,18 @@ def test_each_query_has_its_latents_to_itself(encoder, gallery):
         soft_token_bound.layouts(encoder)["scaled-zero-clipped"],
         0.1 * drawn((3, 2, encoder.width)),
     )
-    losses, slope, ranks = soft_token_bound.latent_step(encoder, layout, QUERIES, free, gallery, RIGHT, 0.1)
+    losses, slope, ranks = soft_token_bound.latent_step(
+        encoder, layout, encoder.read_queries(QUERIES), free, gallery, RIGHT, 0.1
+    )
     for row, text in enumerate(QUERIES):
         alone = soft_token_bound.latent_step(
-            encoder, layout, [text], free[row : row + 1], gallery, RIGHT[row : row + 1], 0.1
+            encoder,
+            layout,
+            encoder.read_queries([text]),
+            free[row : row + 1],
+            gallery,
+            RIGHT[row : row + 1],
+            0.1,
         )
         assert torch.allclose(alone[0], losses[row : row + 1], atol=1e-4)
         assert torch.allclose(alone[1][0], slope[row], atol=1e-4)
@@ -108,11 +118,19 @@ def test_what_stands_in_the_query_has_the_length_that_its_way_promises(encoder):
 
 def test_clipping_shortens_long_slopes_and_leaves_short_ones(encoder, gallery):
     layout, free = soft_token_bound.layouts(encoder)["raw"], 0.1 * drawn((3, 2, encoder.width))
-    _, slope, _ = soft_token_bound.latent_step(encoder, layout, QUERIES, free, gallery, RIGHT, 0.1)
+    _, slope, _ = soft_token_bound.latent_step(
+        encoder, layout, encoder.read_queries(QUERIES), free, gallery, RIGHT, 0.1
+    )
     lengths = slope.flatten(1).norm(dim=1)
     limit = lengths.median().item()
     _, clipped, _ = soft_token_bound.latent_step(
-        encoder, replace(layout, max_grad_norm=limit), QUERIES, free, gallery, RIGHT, 0.1
+        encoder,
+        replace(layout, max_grad_norm=limit),
+        encoder.read_queries(QUERIES),
+        free,
+        gallery,
+        RIGHT,
+        0.1,
     )
     want = slope * (limit / lengths).clamp(max=1)[:, None, None]
     assert torch.allclose(clipped, want) and (lengths > limit).any() and (lengths < limit).any()
@@ -125,7 +143,9 @@ def test_the_gallery_loss_is_info_nce_with_all_others_as_negatives(encoder, gall
     )
     want = common.info_nce(vecs, gallery[RIGHT], others, 0.1)
     assert torch.allclose(soft_token_bound.gallery_nce(vecs, gallery, RIGHT, 0.1), want, atol=1e-5)
-    hard = soft_token_bound.QueryBatch(rows(), None, gallery, RIGHT, torch.tensor([[1, 2], [3, 4], [5, 6]]))
+    hard = soft_token_bound.QueryBatch(
+        rows(), None, None, gallery, RIGHT, torch.tensor([[1, 2], [3, 4], [5, 6]])
+    )
     assert torch.allclose(
         hard.losses(vecs, 0.1), common.info_nce(vecs, gallery[RIGHT], gallery[hard.wrong], 0.1)
     )
@@ -135,8 +155,9 @@ def test_the_gallery_loss_is_info_nce_with_all_others_as_negatives(encoder, gall
 
 
 @torch.no_grad()
-def read_once(agent, gallery):
-    return soft_token_bound.QueryBatch(rows(), soft_token_bound.read_replies(agent, rows()), gallery, RIGHT)
+def read_once(agent, encoder, gallery):
+    contexts, words = soft_token_bound.read_replies(agent, rows()), encoder.read_queries(QUERIES)
+    return soft_token_bound.QueryBatch(rows(), contexts, words, gallery, RIGHT)
 
 
 def test_scaled_heads_hand_out_token_lengths_and_are_default_heads_otherwise(agent, encoder):
@@ -155,7 +176,7 @@ def test_scaled_heads_hand_out_token_lengths_and_are_default_heads_otherwise(age
 
 
 def test_what_was_read_once_gives_the_vectors_of_reading_anew(agent, encoder, gallery):
-    once = read_once(agent, gallery)
+    once = read_once(agent, encoder, gallery)
     anew = replace(once, contexts=None)
     with torch.no_grad():
         pair = [soft_token_bound.query_vecs(encoder, agent, batch, 2) for batch in (once, anew)]
@@ -169,18 +190,18 @@ def test_what_was_read_once_gives_the_vectors_of_reading_anew(agent, encoder, ga
     assert torch.allclose(some, pair[0][[2, 0]], atol=1e-5)
 
 
-def test_what_is_read_is_prompt_and_reply_without_a_gap(agent):
-    """In two parts with the cache in between, or as one text."""
-    row, model = rows()[1], agent.model
-    said = agent.tokenizer(f"{row.reply} {prompt_text.REFINE}", add_special_tokens=False)["input_ids"]
-    whole = inputs.Prompt([*agent.prompt(agent.settings.system, row.query).ids, *said[:-1]])
+def test_what_is_read_is_what_a_rollout_reads_of_prompt_and_reply(agent):
+    """As one text, or in two parts with the cache in between; several at once, or one alone."""
+    prompts = [agent.prompt(agent.settings.system, row.query) for row in rows()]
+    said = [agent.tokenizer(f"{row.reply} {prompt_text.REFINE}")["input_ids"] for row in rows()]
     with torch.no_grad():
-        context, _ = decoding.prefill(model, [whole], agent.tokenizer.pad_token_id)
-        pair = [
-            sqr.soft_tokens(agent, branch, 3)
-            for branch in ([context], soft_token_bound.read_replies(agent, [row]))
-        ]
-    assert said[-1] == agent.refine_token_id and torch.allclose(*pair, atol=1e-5)
+        replayed = agent.replay(prompts, [[*ids, agent.stop_token_id] for ids in said]).refine_contexts
+        together = soft_token_bound.read_replies(agent, rows())
+        want = sqr.soft_tokens(agent, replayed, 3)
+        assert torch.allclose(sqr.soft_tokens(agent, together, 3), want, atol=1e-5)
+        for row, example in enumerate(rows()):
+            alone = sqr.soft_tokens(agent, soft_token_bound.read_replies(agent, [example]), 3)
+            assert torch.allclose(alone[0], want[row], atol=1e-5)
 
 
 def weights(module):
@@ -193,7 +214,7 @@ def same(module, before):
 
 def test_heads_learn_alone_or_with_the_policy(agent, encoder, gallery):
     """Heads alone leave policy and engine as they are to the last bit; with the policy both move, the engine never."""
-    batch = read_once(agent, gallery)
+    batch = read_once(agent, encoder, gallery)
     before = {part: weights(part) for part in (agent.heads, agent.model, encoder.model)}
     losses = soft_token_bound.train_heads(encoder, agent, batch, 2, 6, PROFILE)
     assert all(same(agent.model, before[agent.model])) and all(same(encoder.model, before[encoder.model]))

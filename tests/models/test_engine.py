@@ -106,7 +106,7 @@ def test_no_soft_tokens_are_exactly_the_plain_query_and_gradients_reach_soft_tok
         made.embed_texts(TEXTS, torch.zeros(3, 0, made.width)), made.embed_texts(TEXTS), atol=1e-6
     )
     soft = torch.zeros(3, 2, made.width, requires_grad=True)
-    made.pool(made.text_batch(TEXTS, soft))[:, 0].sum().backward()
+    made.text_vecs(TEXTS, soft)[:, 0].sum().backward()
     assert soft.grad.abs().sum() > 0
 
 

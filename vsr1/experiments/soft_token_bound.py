@@ -5,9 +5,10 @@
     overfit    heads alone, then heads and policy, trained and evaluated on the same few train queries
     held       heads alone, trained on some train queries, evaluated on queries of validation videos
 
-All but the first go through the state at <REFINE>, `sqr.soft_tokens` and `sqr.soft_query`. They are text only: the
-policy reads the query and the teacher's reply about the video that the first search shows, not the video. Negatives are
-the whole gallery. Test queries take part in the first only, which chooses nothing.
+All but the first go through the state at <REFINE> and `sqr.soft_tokens`. They are text only: the policy reads the query
+and the teacher's reply about the video that the first search shows, not the video. Negatives are the whole gallery.
+What a model that is not trained has read of words is kept and read on from at each step. Test queries take part in the
+first only, which chooses nothing.
 """
 
 import copy
@@ -31,6 +32,7 @@ from vsr1.models import (
     decoding,
     embedding,
     engine,
+    inputs,
     loading,
     policy,
     prompt_text,
@@ -72,10 +74,13 @@ def layouts(encoder: engine.Engine) -> dict[str, Layout]:
     return layouts_by_name
 
 
-def latent_step(encoder, layout: Layout, texts, latents, gallery, right, tau):
-    """Return losses (Q,) of queries with their latents (Q, N, D), the clipped gradient of their sum, and ranks (Q,)."""
+def latent_step(encoder, layout: Layout, words: decoding.Context, latents, gallery, right, tau):
+    """Return losses (Q,) of queries with their latents (Q, N, D), the clipped gradient of their sum, and ranks (Q,).
+
+    words  what `encoder.read_queries` read of the queries
+    """
     latents = latents.detach().requires_grad_()
-    vecs = encoder.pool(encoder.text_batch(texts, layout.to_engine(latents)))
+    vecs = encoder.soft_vecs(words, layout.to_engine(latents))
     losses = gallery_nce(vecs, gallery, right, tau)
     (gradient,) = torch.autograd.grad(losses.sum(), latents)
     norms = gradient.flatten(1).norm(dim=1)[:, None, None]  # (Q, 1, 1)
@@ -83,15 +88,15 @@ def latent_step(encoder, layout: Layout, texts, latents, gallery, right, tau):
     return losses.detach(), clipped, ranks_of(vecs, gallery, right)
 
 
-def optimise_latents(encoder, layout: Layout, texts, gallery, right, profile: Profile) -> np.ndarray:
+def optimise_latents(encoder, layout: Layout, words, gallery, right, profile: Profile) -> np.ndarray:
     """Optimise the latents of each query for it alone; return ranks (steps + 1, Q) of the right videos."""
     knobs, generator = profile.soft_token_bound, torch.Generator().manual_seed(profile.seed)
-    noise = torch.randn(len(texts), profile.n_soft, encoder.width, generator=generator)
+    noise = torch.randn(len(right), profile.n_soft, encoder.width, generator=generator)
     latents = layout.start_norm * F.normalize(noise, dim=-1).to(gallery)
     optimizer, ranks = torch.optim.Adam([latents], knobs.free_lr), []
     for _ in range(knobs.free_steps + 1):
         _, latents.grad, step_ranks = latent_step(
-            encoder, layout, texts, latents, gallery, right, profile.infonce_temperature
+            encoder, layout, words, latents, gallery, right, profile.infonce_temperature
         )
         ranks.append(step_ranks)
         optimizer.step()
@@ -118,11 +123,18 @@ def score(vecs, gallery, right, tau) -> dict:
 
 
 def read_replies(reader: policy.Policy, rows: list[SFTExample]) -> list[decoding.Context]:
-    """Return what the policy has read at the <REFINE> of each example's reply; the video is left out."""
-    prompts = [reader.prompt(reader.settings.system, row.query) for row in rows]
-    texts = [f"{row.reply} {prompt_text.REFINE}" for row in rows]
-    ids = [reader.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    return reader.replay(prompts, [[*reply, reader.stop_token_id] for reply in ids]).refine_contexts
+    """Return what the policy has read before the <REFINE> of each example's reply; the video is left out."""
+    replies = [
+        reader.tokenizer(f"{row.reply} {prompt_text.REFINE}", add_special_tokens=False) for row in rows
+    ]
+    prompts = [reader.prompt(reader.settings.system, row.query).ids for row in rows]
+    prompts = [
+        inputs.Prompt([*prompt, *reply["input_ids"][:-1]])
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
+    context, _ = reader.prefill(prompts)
+    length = context.attention_mask.shape[1]
+    return [context.slice(row, length) for row in range(len(rows))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +143,7 @@ class QueryBatch:
 
     rows: list[SFTExample]
     contexts: list[decoding.Context] | None  # None: the policy is trained too, and reads anew each time
+    words: decoding.Context  # what the engine has read of the queries
     gallery: torch.Tensor  # (V, D)
     right: torch.Tensor  # (R,) columns
     wrong: torch.Tensor | None = None  # (R, K) columns of the only negatives; None: the whole gallery
@@ -139,8 +152,8 @@ class QueryBatch:
         """Return some of the examples, by number."""
         wrong = None if self.wrong is None else self.wrong[numbers]
         contexts = None if self.contexts is None else [self.contexts[i] for i in numbers]
-        rows = [self.rows[i] for i in numbers]
-        return QueryBatch(rows, contexts, self.gallery, self.right[numbers], wrong)
+        rows, words = [self.rows[i] for i in numbers], self.words.rows(torch.as_tensor(numbers))
+        return QueryBatch(rows, contexts, words, self.gallery, self.right[numbers], wrong)
 
     def first(self, count: int) -> "QueryBatch":
         """Return the first `count` examples, or all."""
@@ -157,7 +170,7 @@ def query_vecs(encoder, reader, batch: QueryBatch, n: int) -> torch.Tensor:
     """Embed the queries with `n` soft tokens, as in the loop, (R, D)."""
     contexts = read_replies(reader, batch.rows) if batch.contexts is None else batch.contexts
     latents = sqr.soft_tokens(reader, contexts, n)
-    return sqr.soft_query(encoder, reader.heads, [row.query for row in batch.rows], latents)
+    return encoder.soft_vecs(batch.words, reader.heads.to_engine(latents))
 
 
 def train_heads(encoder, reader, batch: QueryBatch, n: int, steps: int, profile: Profile) -> list[float]:
@@ -230,10 +243,11 @@ def optimise_free(profile, dataset, encoder, vectors) -> dict[str, dict]:
     gallery = torch.from_numpy(vectors.video_vecs).to(encoder.model.device)
     right = torch.from_numpy(vectors.columns(videos)).to(gallery.device)
     with torch.no_grad():
-        plain = score(encoder.pool(encoder.text_batch(texts)), gallery, right, profile.infonce_temperature)
+        plain = score(encoder.text_vecs(texts), gallery, right, profile.infonce_temperature)
+        words = encoder.read_queries(texts)
     systems = {"free-plain": plain | {"videos": videos}}
     for name, layout in cache.progress(layouts(encoder).items(), f"free latents {dataset}"):
-        ranks = optimise_latents(encoder, layout, texts, gallery, right, profile)
+        ranks = optimise_latents(encoder, layout, words, gallery, right, profile)
         curve = [metrics.percent(row == 1) for row in ranks]
         systems[f"free-{name}"] = {"ranks": ranks[-1].tolist(), "videos": videos, "curve": curve}
     return systems
@@ -310,7 +324,8 @@ class HeadTrainer:
         reader, contexts = self.new_policy("zero"), []
         for start in cache.progress(range(0, len(rows), READ_AT_ONCE), "read replies"):
             contexts += read_replies(reader, rows[start : start + READ_AT_ONCE])
-        return QueryBatch(rows, contexts, self.gallery, right)
+        words = self.encoder.read_queries([row.query for row in rows])
+        return QueryBatch(rows, contexts, words, self.gallery, right)
 
     def batch_of(self, run: HeadRun) -> QueryBatch:
         """Return what the heads of a run are trained on."""

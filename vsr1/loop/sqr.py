@@ -57,7 +57,7 @@ def soft_tokens(
 
 def soft_query(engine, heads: SoftHeads, texts: list[str], latents: torch.Tensor) -> torch.Tensor:
     """Embed queries with their soft tokens (B, N, D): unit vectors (B, D); N = 0 gives the plain queries."""
-    return engine.pool(engine.text_batch(texts, heads.to_engine(latents)))
+    return engine.soft_vecs(engine.read_queries(texts), heads.to_engine(latents))
 
 
 def stack_blocks(blocks: list[torch.Tensor], count: int) -> torch.Tensor:
@@ -75,7 +75,8 @@ def prefix_queries(
     before = latents[:, :0] if carried is None else carried
     depths = range(latents.shape[1] + 1) if depths is None else depths
     prefixes = [stack_blocks([before, latents[:, :depth]], 2) for depth in depths]
-    return torch.stack([soft_query(engine, heads, texts, prefix) for prefix in prefixes], dim=1)
+    queries = engine.read_queries(texts)
+    return torch.stack([engine.soft_vecs(queries, heads.to_engine(prefix)) for prefix in prefixes], dim=1)
 
 
 def check_fit(policy: Policy, engine) -> None:

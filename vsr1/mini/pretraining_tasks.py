@@ -287,7 +287,7 @@ def text(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
             soft = pretraining_data.neutral_tokens(embedding, len(texts), length, rng)
         rivals = rng.choice(len(gallery), min(4 * recipe.batch, len(gallery)), replace=False)
         columns = np.concatenate([numbers, rivals[~np.isin(rivals, numbers)]])
-        scores = engine.pool(engine.text_batch(texts, soft)) @ gallery[torch.from_numpy(columns)].T
+        scores = engine.text_vecs(texts, soft) @ gallery[torch.from_numpy(columns)].T
         count = recipe.frame_count(rng)
         clips = [videos.subset(int(number), count, rng) for number in numbers[: recipe.batch // 6]]
         batch = task.collate([engine.video_prompt(clip) for clip in clips])

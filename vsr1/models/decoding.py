@@ -99,6 +99,11 @@ def inplace_cache(context: Context) -> KVCache:
 # --- Prefill
 
 
+def _backbone(model):
+    """Return a policy's model without its output layer; an engine's has none."""
+    return getattr(model, "model", model)
+
+
 def common_prefix(prompts: list[inputs.Prompt], vision_start: int) -> list[int]:
     """Return the ids that all prompts begin with, up to where a video begins; each prompt keeps one more token.
 
@@ -127,7 +132,7 @@ def prefill_prefix(model, ids: list[int], rows: int) -> DynamicCache:
     cache = DynamicCache()
     if ids:
         tokens = torch.tensor([ids], device=model.device)
-        model.model.language_model(input_ids=tokens, past_key_values=cache)
+        _backbone(model).language_model(input_ids=tokens, past_key_values=cache)
         for layer in cache.layers:
             layer.keys, layer.values = (part.expand(rows, -1, -1, -1) for part in (layer.keys, layer.values))
     return cache
@@ -142,8 +147,9 @@ def prefill(model, prompts: list[inputs.Prompt], pad: int, share=True) -> tuple[
     cache = prefill_prefix(model, prefix, len(prompts))
     batch = inputs.collate(prompts, model, pad, len(prefix), pixels=False)
     features = _video_features(model, [prompt.video for prompt in prompts if prompt.video is not None])
-    with _final_norm_inputs(model.model.language_model):
-        output = model.model(**batch, past_key_values=cache, mm_encoder_outputs={"video": features})
+    core = _backbone(model)
+    with _final_norm_inputs(core.language_model):
+        output = core(**batch, past_key_values=cache, mm_encoder_outputs={"video": features})
     last = batch["position_ids"][:, :, -1]  # (3, B)
     assert (last == last[0]).all(), "a prompt has to end in text"
     kv_cache = tuple((layer.keys, layer.values) for layer in cache.layers)
@@ -160,7 +166,7 @@ def extend(
 
     cache  that of the context, to be grown in place (`inplace_cache`); None: in a copy
     """
-    core, (rows, count) = model.model.language_model, embeds.shape[:2]
+    core, (rows, count) = _backbone(model).language_model, embeds.shape[:2]
     cache = cache or KVCache(context.kv_cache)
     causal = context.attention_mask.new_ones(rows, count, count).tril()
     mask = torch.cat([context.attention_mask[:, None].expand(-1, count, -1), causal], dim=2)[:, None]

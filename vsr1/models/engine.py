@@ -14,11 +14,10 @@ from transformers import Qwen3VLModel
 from vsr1 import cache
 from vsr1.config import InputError
 from vsr1.data import video_reader
-from vsr1.models import batching, inputs, loading
+from vsr1.models import batching, decoding, inputs, loading
 
 MAX_BATCH_BYTES = 512 * 2**20  # ours: a shard of the mini world, six films of 64 frames in 480p
 TAIL = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"  # of a query's prompt, behind its last word
-TAIL_TOKENS = 6
 
 
 class Engine:
@@ -29,6 +28,7 @@ class Engine:
         self.instruction, self.max_query_tokens = _sentence(profile.instruction), profile.max_query_tokens
         self.max_pixels, self.batch_tokens = profile.max_frame_pixels, profile.batch_tokens
         self.width = self.model.config.text_config.hidden_size
+        self.tail = self.tokenizer(TAIL, add_special_tokens=False)["input_ids"]
         self.num_truncated = 0  # query texts shortened to max_query_tokens so far
         self.splitter = batching.OOMSplitter("batch_tokens")
 
@@ -41,15 +41,15 @@ class Engine:
         ids = self._ids(inputs.chat(self.tokenizer, self.instruction, text.strip()))
         closing = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         end = len(ids) - 1 - ids[::-1].index(closing)
-        tail = self.tokenizer.decode(ids[end:])
-        if tail != TAIL or len(ids) - end != TAIL_TOKENS:
+        if ids[end:] != self.tail:
+            tail = self.tokenizer.decode(ids[end:])
             raise InputError(
                 f"{self.name}: unexpected end of the query template {tail!r}; this engine is not supported"
             )
         if len(ids) > self.max_query_tokens:
             self.num_truncated += 1
-            ids = ids[: self.max_query_tokens - TAIL_TOKENS] + ids[end:]
-            end = self.max_query_tokens - TAIL_TOKENS
+            end = self.max_query_tokens - len(self.tail)
+            ids = ids[:end] + self.tail
         return inputs.Prompt(ids), end
 
     def video_prompt(self, clip: video_reader.Clip) -> inputs.Prompt:
@@ -72,20 +72,24 @@ class Engine:
         states = self.model(**batch).last_hidden_state[:, -1]
         return torch.nn.functional.normalize(states.float(), dim=-1)
 
-    def text_batch(self, texts: list[str], soft: torch.Tensor | None = None) -> dict:
-        """Return a batch of queries; `soft` (B, N, D), if given, stands right after each query's last word."""
-        prompts = [self.query_prompt(text) for text in texts]
-        batch = inputs.collate([prompt for prompt, _ in prompts], self.model, self.tokenizer.pad_token_id)
-        if soft is None:
-            return batch
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        rows, count = soft.shape[:2]
-        words = self.model.get_input_embeddings()(ids)  # (B, L, D)
-        # Every row is padded on the left, so that its tail, and the place before it, are the same columns.
-        embeds = torch.cat([words[:, :-TAIL_TOKENS], soft.to(words), words[:, -TAIL_TOKENS:]], dim=1)
-        mask = torch.cat([mask[:, :-TAIL_TOKENS], mask.new_ones(rows, count), mask[:, -TAIL_TOKENS:]], dim=1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        return {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions.expand(3, -1, -1)}
+    def text_vecs(self, texts: list[str], soft: torch.Tensor | None = None) -> torch.Tensor:
+        """Return unit vectors (B, D) of queries, each with its own soft tokens (B, N, D) if given."""
+        if soft is not None:
+            return self.soft_vecs(self.read_queries(texts), soft)
+        prompts = [self.query_prompt(text)[0] for text in texts]
+        return self.pool(inputs.collate(prompts, self.model, self.tokenizer.pad_token_id))
+
+    def read_queries(self, texts: list[str]) -> decoding.Context:
+        """Read queries up to their last word, which soft tokens follow: what they say does not change what was read."""
+        prompts = [inputs.Prompt(prompt.ids[:end]) for prompt, end in map(self.query_prompt, texts)]
+        return decoding.prefill(self.model, prompts, self.tokenizer.pad_token_id)[0]
+
+    def soft_vecs(self, queries: decoding.Context, soft: torch.Tensor) -> torch.Tensor:
+        """Return unit vectors (B, D) of queries that were read, with soft tokens (B, N, D) after their last word."""
+        embedding = self.model.get_input_embeddings()
+        tail = embedding(torch.tensor(self.tail, device=soft.device)).expand(len(soft), -1, -1)
+        _, _, states = decoding.extend(self.model, queries, torch.cat([soft.to(tail), tail], dim=1))
+        return torch.nn.functional.normalize(states[:, -1].float(), dim=-1)
 
     @torch.no_grad()
     def embed_texts(
@@ -95,8 +99,8 @@ class Engine:
         lengths = [len(self.tokenizer(text)["input_ids"]) + 16 for text in texts]
         vecs = np.zeros((len(texts), self.width), np.float32)
         for rows in cache.progress(batching.batches(lengths, self.batch_tokens), what):
-            batch = self.text_batch([texts[row] for row in rows], None if soft is None else soft[rows])
-            vecs[rows] = self.pool(batch).cpu().numpy()
+            part = self.text_vecs([texts[row] for row in rows], None if soft is None else soft[rows])
+            vecs[rows] = part.cpu().numpy()
         return vecs
 
     def embed_clips(self, clips: Iterable[video_reader.Clip]) -> np.ndarray:
