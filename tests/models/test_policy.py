@@ -261,7 +261,8 @@ def test_merged_adapters_speak_alike_and_leave_the_weights_as_they_were():
         np.testing.assert_allclose(logps[: len(one.ids)], one.logps, atol=1e-4)
     assert [one.ids for one in bare] != [one.ids for one in apart]
     assert all((weight == before[name]).all() for name, weight in made.model.named_parameters())
-    assert [one.logps for one in sampled(made, prompts, 2)] == [one.logps for one in apart]
+    for one, other in zip(sampled(made, prompts, 2), apart, strict=True):  # guesses change the last bits
+        np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
 
 
 def test_fresh_heads_take_the_mean_of_the_used_rows_and_need_a_spare_one():

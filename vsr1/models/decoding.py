@@ -62,38 +62,45 @@ class KVCache:
     def __init__(self, layers):
         self.layers = list(layers)
 
+    def place(self, columns: torch.Tensor) -> int:
+        """Return how many columns there are with `columns` (B, L), which must be the next ones."""
+        return self.layers[0][0].shape[2] + columns.shape[1]
+
     def update(self, keys, values, layer, *_):
         old_keys, old_values = self.layers[layer]
         self.layers[layer] = (torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2))
         return self.layers[layer]
 
 
-class PreallocatedKVCache(KVCache):
-    """A cache that appends in place, to `STEP` columns allocated at a time: for rows that no other row branches off."""
+class InplaceKVCache(KVCache):
+    """A cache that writes in place, each row at its own `columns` (B, L): for rows that no other row branches off."""
 
-    STEP = 32
+    STEP = 32  # columns allocated at a time
 
     def __init__(self, layers):
         super().__init__(layers)
-        self.lengths, self.buffers = [keys.shape[2] for keys, _ in layers], list(layers)
+        self.buffers, self.columns, self.end = list(layers), None, layers[0][0].shape[2]
+
+    def place(self, columns: torch.Tensor) -> int:
+        """Let the next update write to `columns` (B, L); return how many columns the cache then has."""
+        width, end = self.buffers[0][0].shape[2], int(columns.max()) + 1
+        if end > width:
+            more = max(self.STEP, end - width)
+            self.buffers = [tuple(F.pad(part, (0, 0, 0, more)) for part in layer) for layer in self.buffers]
+        self.columns, self.end = columns, end
+        return end
 
     def update(self, keys, values, layer, *_):
-        length, end = self.lengths[layer], self.lengths[layer] + keys.shape[2]
-        if end > self.buffers[layer][0].shape[2]:
-            more = max(self.STEP, keys.shape[2])
-            self.buffers[layer] = tuple(
-                F.pad(part[:, :, :length], (0, 0, 0, more)) for part in self.buffers[layer]
-            )
+        rows = torch.arange(len(keys), device=keys.device)[:, None]
         for buffer, new in zip(self.buffers[layer], (keys, values), strict=True):
-            buffer[:, :, length:end] = new
-        self.lengths[layer] = end
-        self.layers[layer] = tuple(buffer[:, :, :end] for buffer in self.buffers[layer])
+            buffer[rows, :, self.columns] = new.transpose(1, 2).to(buffer)  # autocast may mix precisions
+        self.layers[layer] = tuple(buffer[:, :, : self.end] for buffer in self.buffers[layer])
         return self.layers[layer]
 
 
 def inplace_cache(context: Context) -> KVCache:
     """Return a cache for `extend` that grows in place; where gradients are on, one that grows in copies."""
-    return (KVCache if torch.is_grad_enabled() else PreallocatedKVCache)(context.kv_cache)
+    return (KVCache if torch.is_grad_enabled() else InplaceKVCache)(context.kv_cache)
 
 
 # --- Prefill
@@ -166,16 +173,34 @@ def extend(
 
     cache  that of the context, to be grown in place (`inplace_cache`); None: in a copy
     """
-    core, (rows, count) = _backbone(model).language_model, embeds.shape[:2]
     cache = cache or KVCache(context.kv_cache)
-    causal = context.attention_mask.new_ones(rows, count, count).tril()
-    mask = torch.cat([context.attention_mask[:, None].expand(-1, count, -1), causal], dim=2)[:, None]
-    positions = context.last_position[:, None] + torch.arange(1, count + 1, device=embeds.device)  # (B, L)
+    width, count = context.attention_mask.shape[1], embeds.shape[1]
+    columns = torch.arange(width, width + count, device=embeds.device).expand(len(embeds), -1)  # (B, L)
+    pre_norm, post_norm = _read(model, context, embeds, columns, cache)
+    return _grown(context, cache, width + count), pre_norm, post_norm
+
+
+def _read(model, context, embeds, columns, cache):
+    """Read embeddings (B, L, H) into `columns` (B, L) behind a context; each sees all columns up to its own.
+
+    Return the hidden states before and after the final norm.
+    """
+    core, prompt = _backbone(model).language_model, context.attention_mask
+    width = cache.place(columns)
+    seen = torch.arange(width, device=embeds.device) <= columns[..., None]  # (B, L, width)
+    mask = (seen & F.pad(prompt, (0, width - prompt.shape[1]), value=True)[:, None])[:, None]
+    positions = context.last_position[:, None] + columns + 1 - prompt.shape[1]  # (B, L)
     options = {"attention_mask": mask, "position_ids": positions.expand(3, -1, -1), "past_key_values": cache}
     with _final_norm_inputs(core) as pre_norm:
         post_norm = core(inputs_embeds=embeds, **options).last_hidden_state
-    attention_mask = torch.cat([context.attention_mask, causal[:, -1]], dim=1)
-    return Context(tuple(cache.layers), attention_mask, positions[:, -1]), pre_norm[0], post_norm
+    return pre_norm[0], post_norm
+
+
+def _grown(context, cache, width):
+    """Return the context with the columns that a cache holds more, all of them text."""
+    more = width - context.attention_mask.shape[1]
+    mask = F.pad(context.attention_mask, (0, more), value=True)
+    return Context(tuple(cache.layers), mask, context.last_position + more)
 
 
 @contextmanager
@@ -257,52 +282,118 @@ def log_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 def sample_token(logp: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
-    """Return tokens (B,) at uniform draws (B,) in the cumulated probabilities (B, vocabulary); None: the likeliest."""
+    """Return tokens (...) at uniform draws (...) in cumulated probabilities (..., vocabulary); None: the likeliest."""
     if draws is None:
         return logp.argmax(dim=-1)
     mass = logp.double().exp().cumsum(dim=-1)
-    tokens = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True)[:, 0]
+    tokens = torch.searchsorted(mass, draws[..., None] * mass[..., -1:], right=True)[..., 0]
     return tokens.clamp(max=logp.shape[-1] - 1)
+
+
+class Drafter:
+    """Guesses how a reply goes on: with what most recently followed the same last tokens in any reply.
+
+    A guess costs little to check (`decode`) and never changes a reply. Replies to like questions are much alike.
+    """
+
+    ORDERS = (8, 4, 2)  # ours: last tokens that have to be the same; the longest that were met before count
+    LENGTH = 8  # ours: tokens guessed at once
+    MOST = 1_000_000  # ours: entries, some hundred MB; then it begins anew
+
+    def __init__(self):
+        self.following = {}
+
+    def learn(self, ids: list[int], start: int) -> None:
+        """Remember what the tokens of a reply from `start` on followed."""
+        if len(self.following) > self.MOST:
+            self.following.clear()
+        padded, first = [None] * max(self.ORDERS) + ids, max(self.ORDERS)
+        for place in range(first + start, len(padded)):
+            for order in self.ORDERS:
+                self.following[tuple(padded[place - order : place])] = padded[place]
+
+    def guess(self, ids: list[int]) -> list[int]:
+        """Return at most `LENGTH` tokens that may come next."""
+        padded, guesses = [None] * max(self.ORDERS) + ids, []
+        for _ in range(self.LENGTH):
+            keys = (tuple(padded[-order:]) for order in self.ORDERS)
+            token = next((self.following[key] for key in keys if key in self.following), None)
+            if token is None:
+                break
+            guesses.append(token)
+            padded.append(token)
+        return guesses
 
 
 @torch.no_grad()
 def decode(
-    model, context: Context, last_hidden: torch.Tensor, params: SamplingParams, draws=None
+    model, context: Context, last_hidden: torch.Tensor, params: SamplingParams, draws=None, drafter=None
 ) -> list[Generation]:
     """Sample a reply for every row in step, from the hidden state (B, H) of its last token to the stop token.
 
-    draws  (B, max_new_tokens) float64, uniform in [0, 1), for sampling; each row has its own, so that no row depends
-           on the others; None: greedy
+    draws    (B, max_new_tokens) float64, uniform in [0, 1), for sampling; each row has its own, so that no row depends
+             on the others; None: greedy
+    drafter  guesses the next tokens; None: a new one
+
+    Each step reads a row's latest token and the guesses behind it, and samples a token after each of them. Samples
+    count up to the first that was guessed wrongly, so they are those of token after token (speculative decoding).
 
     When more than half of the rows have ended, the others continue alone: one endless reply costs a row, not a batch.
     """
-    rows = torch.arange(len(last_hidden), device=last_hidden.device)  # the reply of each row of the batch
-    ids = rows.new_full((len(rows), params.max_new_tokens), params.stop_token_id)
-    logps, contexts = torch.zeros(ids.shape, device=ids.device), {}
-    ended, cache = torch.zeros_like(rows, dtype=torch.bool), inplace_cache(context)
-    for step in range(params.max_new_tokens):
-        logp = log_probs(model.lm_head(last_hidden), params)  # (B, vocabulary)
-        token = sample_token(logp, None if draws is None else draws[rows, step])
-        token = token.masked_fill(ended, params.stop_token_id)
-        ids[rows, step], logps[rows, step] = token, logp.gather(1, token[:, None])[:, 0]
-        ended = ended | (token == params.stop_token_id)
-        if ended.all() or step + 1 == params.max_new_tokens:
-            break
-        if 2 * ended.sum() > len(rows):
-            contexts |= {reply: (context, row) for row, reply in enumerate(rows.tolist()) if ended[row]}
-            rows, token, context, ended = rows[~ended], token[~ended], context.rows(~ended), ended[~ended]
-            cache = inplace_cache(context)
-        context, _, hidden = extend(model, context, model.get_input_embeddings()(token)[:, None], cache)
-        last_hidden = hidden[:, -1]
-    contexts |= {reply: (context, row) for row, reply in enumerate(rows.tolist())}
-    return [_generation(ids[reply], logps[reply], params, *contexts[reply]) for reply in range(len(ids))]
+    drafter, device, start = drafter or Drafter(), last_hidden.device, context.attention_mask.shape[1]
+    ids, logps, contexts = [[] for _ in last_hidden], [[] for _ in last_hidden], {}
+    rows, guesses = list(range(len(last_hidden))), [[] for _ in last_hidden]  # the replies that are decoded
+    cache, hidden = inplace_cache(context), last_hidden[:, None]  # (B, L, H)
+    going = lambda reply: not ids[reply] or _goes_on(ids[reply], params)  # noqa: E731
+    while True:
+        logp = log_probs(model.lm_head(hidden), params)  # (B, L, vocabulary)
+        tokens = _sample_step(logp, draws, rows, ids)  # (B, L)
+        found = logp.gather(2, tokens[..., None])[..., 0].tolist()
+        for reply, sampled, values, guessed in zip(rows, tokens.tolist(), found, guesses, strict=True):
+            before = len(ids[reply])
+            for token, value, guess in zip(sampled, values, [*guessed, None], strict=False):
+                if not going(reply):
+                    break
+                ids[reply].append(token)
+                logps[reply].append(value)
+                if token != guess:
+                    break
+            drafter.learn(ids[reply], before)
+        open_rows = [row for row, reply in enumerate(rows) if going(reply)]
+        if 2 * len(open_rows) < len(rows):
+            grown = _grown(context, cache, cache.layers[0][0].shape[2])
+            contexts |= {reply: (grown, row) for row, reply in enumerate(rows) if not going(reply)}
+            if not open_rows:
+                break
+            rows = [rows[row] for row in open_rows]
+            kept = torch.tensor(open_rows, device=device)
+            cache = inplace_cache(grown.rows(kept))
+            context = Context((), context.attention_mask[kept], context.last_position[kept])
+        guesses = [drafter.guess(ids[reply]) if going(reply) else [] for reply in rows]
+        longest = max(map(len, guesses))
+        guesses = [guess + [params.stop_token_id] * (longest - len(guess)) for guess in guesses]
+        latest = torch.tensor([[ids[reply][-1], *guess] for reply, guess in zip(rows, guesses, strict=True)])
+        places = torch.tensor([[len(ids[reply])] for reply in rows]) + torch.arange(longest + 1)
+        columns = (start - 1 + places).to(device)
+        embeds = model.get_input_embeddings()(latest.to(device))
+        _, hidden = _read(model, context, embeds, columns, cache)
+    return [
+        Generation(reply, values, *contexts[number])
+        for number, (reply, values) in enumerate(zip(ids, logps, strict=True))
+    ]
 
 
-def _generation(ids, logps, params, context, row):
-    """Return one reply up to its stop token."""
-    ids, stop = ids.tolist(), params.stop_token_id
-    length = ids.index(stop) + 1 if stop in ids else params.max_new_tokens
-    return Generation(ids[:length], logps[:length].tolist(), context, row)
+def _goes_on(ids, params):
+    return ids[-1] != params.stop_token_id and len(ids) < params.max_new_tokens
+
+
+def _sample_step(logp, draws, rows, ids):
+    """Sample (B, L) tokens behind those that each reply has, each with the draw of its place."""
+    if draws is None:
+        return sample_token(logp, None)
+    places = torch.tensor([[len(ids[reply])] for reply in rows]) + torch.arange(logp.shape[1])
+    places = places.clamp(max=draws.shape[1] - 1)  # a guess behind the limit is never kept
+    return sample_token(logp, draws[torch.tensor(rows)[:, None].to(draws.device), places.to(draws.device)])
 
 
 def replay(model, context: Context, last_hidden: torch.Tensor, ids: torch.Tensor, params: SamplingParams):

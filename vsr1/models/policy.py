@@ -57,6 +57,7 @@ class Policy:
         self.max_frame_pixels, self.name = max_frame_pixels, tokenizer.name_or_path or "policy"
         self.adapters = None  # the LoraModel, while it is trained with adapters
         self.video_cache = weakref.WeakKeyDictionary()  # {clip: `inputs.Video`}, as long as the clip is kept
+        self.drafter = decoding.Drafter()  # of all replies of this policy
         self.query_embedder = None  # folder of the engine that came with the checkpoint, if one did
         self.stop_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.refine_token_id = None if heads is None else find_refine_token(tokenizer, model)
@@ -144,7 +145,7 @@ class Policy:
             draws = [rng.random((n, max_new_tokens)) for rng, n in zip(rngs, counts, strict=True)]
             draws = torch.from_numpy(np.concatenate(draws)).to(last_hidden.device)
         params = self.sampling_params(max_new_tokens, temperature, top_p)
-        generations = decoding.decode(self.model, context, last_hidden, params, draws)
+        generations = decoding.decode(self.model, context, last_hidden, params, draws, self.drafter)
         start = context.attention_mask.shape[1]
         return [self._completion(generation, start) for generation in generations]
 

@@ -29,7 +29,7 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from vsr1 import cache
 from vsr1.config import InputError
 from vsr1.data import clip_cache
-from vsr1.models import batching, checkpoints, embedding, engine, search_index
+from vsr1.models import batching, checkpoints, decoding, embedding, engine, search_index
 from vsr1.training import common, rewards, rollout, sft
 from vsr1.training.objective import Objective
 from vsr1.training.rollout import RolloutPrompt, RolloutStep, RolloutWorker
@@ -254,6 +254,7 @@ class GRPOTrainer:
         # It would say at every state that tied embeddings are kept once; they are tied again when it is loaded.
         logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
         self.accelerator.save_state(partial)
+        self.worker.policy.drafter = decoding.Drafter()  # as in a run that goes on from here, to the last bit
         self.accelerator.wait_for_everyone()  # each writes its random numbers
         if self.accelerator.is_main_process:
             cache.write_json(partial / "counts.json", self.counts)
