@@ -14,13 +14,16 @@ from vsr1 import config
 from vsr1.apps import notebooks, paper, pipeline
 from vsr1.config import DATASETS, ROOT, InputError
 
-LISTS = (
-    "--datasets",
-    "--dataset",
-    "--seeds",
-    "--iou",
-)  # options that take several words, which look like LISTED
-LISTED = re.compile(rf"({'|'.join(DATASETS)}|-?[\d.]+|[, ])+")
+NAMES, VALUES = (
+    re.compile(rf"({'|'.join(DATASETS)}|[, ])+"),
+    re.compile(r"(?!-\D).*"),
+)  # -1 is a value, --top no
+LISTS = {
+    "--datasets": NAMES,
+    "--dataset": NAMES,
+    "--seeds": VALUES,
+    "--iou": VALUES,
+}  # options of several words
 
 Profile = Annotated[str, Option("--profile", help="Name in vsr1/profiles/, or a path to a .yaml.")]
 Seed = Annotated[int | None, Option("--seed", min=0, help="Of the experiment; else the profile's own.")]
@@ -56,7 +59,7 @@ def _join_lists(argv):
     """Let one option take several words: `--datasets charades didemo` becomes `--datasets "charades didemo"`."""
     words = []
     for word in argv:
-        if len(words) > 1 and words[-2] in LISTS and LISTED.fullmatch(word):
+        if len(words) > 1 and words[-2] in LISTS and LISTS[words[-2]].fullmatch(word):
             words[-1] += f" {word}"
         else:
             words.append(word)

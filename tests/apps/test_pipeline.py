@@ -58,7 +58,9 @@ def command(folder, *rows):
     script = SCRIPT.format(tests=str(Path(__file__).parent), log=str(folder / "log"), rows=rows)
     (folder / "run.py").write_text(script)
     words = [sys.executable, folder / "run.py"]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # What starts the tests may ignore Ctrl-C, and its children would, too.
+    return subprocess.Popen(words, **options, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def test_a_step_waits_for_what_it_needs_and_the_longest_way_begins_first(tmp_path):

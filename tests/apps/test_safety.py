@@ -47,7 +47,7 @@ def called():
 
 def test_no_text_reaches_a_shell(called):
     started = [(where, name, given) for where, name, given in called if name.startswith("subprocess.")]
-    assert len(started) >= 3, "the search for calls finds nothing: this test shows nothing"
+    assert len(started) >= 2, "the search for calls finds nothing: this test shows nothing"
     for where, name, given in started:
         assert given.get("shell", "False") == "False" and "getoutput" not in name, where
     for where, name, _ in called:
