@@ -26,8 +26,12 @@ def test_steps_of_all_data_sets_and_of_older_names_are_one_row(tmp_path):
         command = {"seconds": 600, "processor": 900, "gb": 1.0, "gb_process": 1.0}
         return {"make paper": command, "steps": paper.step_minutes(tmp_path / name)}
 
-    old = clone("old", {"charades/ladder": 1.5, "didemo/ladder": 2.5, "variants/no-ret/didemo/grpo/vsr1": 3.0})
-    new = clone("new", {"charades/seed-42/soft_token_bound": 2.0, "didemo/seed-42/variants/no-ret/grpo/vsr1": 1.0})
+    old = clone(
+        "old", {"charades/ladder": 1.5, "didemo/ladder": 2.5, "variants/no-ret/didemo/grpo/vsr1": 3.0}
+    )
+    new = clone(
+        "new", {"charades/seed-42/soft_token_bound": 2.0, "didemo/seed-42/variants/no-ret/grpo/vsr1": 1.0}
+    )
     frame = paper.table(old, new)
     assert frame.ratio["soft_token_bound"] == 0.5 and frame.old["soft_token_bound"] == 4.0
     assert frame.ratio["no-ret/grpo/vsr1"] == 0.33 and frame.old["make paper, processor"] == 15.0

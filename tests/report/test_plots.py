@@ -1,3 +1,5 @@
+import json
+
 import matplotlib
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ from fake import record
 from PIL import Image
 
 from vsr1 import config
+from vsr1.config import ROOT
 from vsr1.evaluation.statistics import Estimate
 from vsr1.report import canvas, plots, results
 
@@ -114,7 +117,7 @@ def agent_run(run):
                 series[f"S2/{dataset}/{init}/{what}"] = [[n, 9.0 - n] for n in range(9)]
         for name in ("sft/loss", "ft/loss", "sft/info_nce"):
             series[f"E1/{dataset}/{name}"] = [[1, 4.0], [2, 2.0 + shift]]
-        for name in ("reward", "held", "verification", "grounding", "retrieval", "kl"):
+        for name in ("reward", "held", "verify", "time", "retrieve", "kl"):
             series[f"E2/{dataset}/vsr1/{name}"] = [[1, 0.5], [2, 1.0 + shift]]
         for start in ("", "-zero", "-zero-clipped"):
             series |= {
@@ -206,3 +209,10 @@ def test_curves_show_what_is_measured_and_the_last_panel_what_the_paper_shows(tm
     published = [results.published()[f"F4/mean/vsr1/d{d}"] for d in range(9)]
     assert paper == [[d, value] for d, value in enumerate(published)]
     assert len(figure.axes[1].lines[1].get_xydata()) == 0  # the paper has no such line
+
+
+def test_every_curve_of_a_training_run_is_one_that_the_notebooks_record():
+    recorded = json.loads((ROOT / "results" / "mini" / "series.json").read_text())
+    for table, panels in (("E1", plots.STAGE_1), ("E2", plots.STAGE_2)):
+        names = {f"{table}/charades/{name}" for curves in panels.values() for name in curves}
+        assert names <= recorded.keys() and all(recorded[name] for name in names)

@@ -381,8 +381,8 @@ STAGE_1 = {
 STAGE_2 = {
     "reward": {"vsr1/reward": ("sampled", BLUE, "-"), "vsr1/held": ("held out", BLACK, "o--")},
     "parts of it": {
-        "vsr1/verification": ("verdict (-1 to 1)", ORANGE, "-"),
-        **{"vsr1/grounding": ("overlap", RED, "--"), "vsr1/retrieval": ("search", SKY, ":")},
+        "vsr1/verify": ("verdict (-1 to 1)", ORANGE, "-"),
+        **{"vsr1/time": ("overlap", RED, "--"), "vsr1/retrieve": ("search", SKY, ":")},
     },
     "KL to stage 1": {"vsr1/kl": ("KL", GREY, "-")},
 }
@@ -397,6 +397,9 @@ def training_curves(
     for row, (label, curves) in zip(rows, panels.items(), strict=True):
         for axes, dataset in zip(row, datasets, strict=True):
             for name, (words, colour, line) in curves.items():
+                assert any(f"{table}/{place}/{name}" in series for place in datasets), (
+                    f"{table}: no curve {name}"
+                )
                 _series(axes, series.get(f"{table}/{dataset}/{name}"), line, color=colour, label=words)
         row[0].set_ylabel(label)
         row[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
