@@ -378,12 +378,13 @@ def _training_arguments(profile, policy, folder, batch, accumulate):
 def train(profile, dataset: str, name: str = "sft", on_log=None) -> Path:
     """Train stage 1 on one data set and return the folder of its checkpoint and log. Resumes after a kill.
 
-    name    "sft"; or "ft", the baseline of T1: no <REFINE>, no soft tokens, no InfoNCE, no text-only rows
+    name    "sft"; or "ft", the baseline of T1: no <REFINE>, no soft tokens, no InfoNCE
     on_log  is called after each step with the lines of the log so far, for curves that redraw
     """
     vectors = embedding.embed_corpus(profile, dataset, "train")
+    # FT reads the rows of stage 1 in their order, text-only ones included: what it lacks is the search, nothing else.
+    # Only the rows with video, for as many steps, would show it each video three times as often as stage 1 sees it.
     knobs = KNOBS + RETRIEVAL_KNOBS * (name == "sft")
-    profile = profile if name == "sft" else dataclasses.replace(profile, sft_text_only_rows=0)
     inputs = {
         "name": name,
         "vectors": cache.metadata(vectors).get("key"),
