@@ -42,9 +42,14 @@ class Scripted(policy.Policy):
         ids = [[*self.tokenizer(text)["input_ids"], self.stop_token_id] for text in texts]
         branches = self.replay(prompts, ids).refine_contexts
         return [
-            policy.Completion(row, [0.0] * len(row), True, text, branch)
+            policy.Completion(
+                row, [0.0] * len(row), True, text, branch, self._verdict(row, [[-3, -1]] * len(row))
+            )
             for row, text, branch in zip(ids, texts, branches, strict=True)
         ]
+
+    def reply_if_matched(self, prompts, completions, max_new_tokens):
+        return [MATCH.replace("4.0", "4000") for _ in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +197,17 @@ def test_a_soft_query_of_the_loop_is_the_one_made_by_hand_for_one_row(
                 assert turn.refine_cost.generated == n and turn.refine_cost.engine_calls == 1
                 assert turn.verify_cost.forward == len(prompt.ids) + turn.verify_cost.generated
     assert any(turn.reused for one in walked for turn in one.turns) == (blocks == 1)
+
+
+def test_a_rejected_right_video_is_asked_for_its_span_and_no_other_one(agent, run, queries):
+    for system, right in {"oracle-right": True, "oracle-wrong": False}.items():
+        for query, one in zip(queries, run(agent, system), strict=True):
+            (turn,) = one.turns
+            assert turn.verdict_margin == -2 and turn.span_ms is None
+            assert (turn.forced_span_ms is not None) == right
+            assert not right or turn.forced_span_ms == pytest.approx((1000, 1000 * query.duration), abs=99)
+    agent.script = lambda *_: MATCH
+    assert all(one.turns[0].forced_span_ms is None for one in run(agent, "oracle-right"))
 
 
 def test_walking_down_equals_the_stored_ranking_and_zs_its_first_video(world, agent, run, queries):

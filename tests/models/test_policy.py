@@ -74,12 +74,58 @@ def test_greedy_replies_equal_the_library_s_own_generation(made, prompts):
         assert reply.ids == ids[0, len(prompt.ids) :].tolist()
 
 
-def full_forward(made, prompt, ids):
-    """Log-probabilities of a reply from one forward over everything, without a cache."""
+def all_log_probs(made, prompt, ids):
+    """Log-probabilities (L, vocabulary) of a reply from one forward over everything, without a cache."""
     whole = dataclasses.replace(prompt, ids=prompt.ids + ids)
     logits = made.model(**inputs.collate([whole], made.model, made.tokenizer.pad_token_id)).logits[0]
-    logits = logits[len(prompt.ids) - 1 : -1].masked_fill(made.banned_tokens, -torch.inf)
-    return logits.log_softmax(-1)[torch.arange(len(ids)), ids]
+    return logits[len(prompt.ids) - 1 : -1].masked_fill(made.banned_tokens, -torch.inf).log_softmax(-1)
+
+
+def full_forward(made, prompt, ids):
+    return all_log_probs(made, prompt, ids)[torch.arange(len(ids)), ids]
+
+
+@torch.no_grad()
+def test_the_margin_of_a_verdict_is_that_of_a_full_forward_at_the_first_one_behind_the_reasoning(
+    made, prompts
+):
+    """Sampled from a few tokens alone, so that verdicts are met, with guesses in between."""
+    answer, *_, end = made.tokenizer("<answer> </think>")["input_ids"]
+    few = [answer, *made.verdict_tokens, end]
+    banned = torch.ones_like(made.banned_tokens).index_fill(0, torch.tensor(few), False)
+    spoken, found = changed(made, banned_tokens=banned), 0
+    for prompt, reply in zip(
+        [p for p in prompts for _ in range(6)], sampled(spoken, prompts, 6), strict=True
+    ):
+        rest = reply.text.rpartition("</think>")[2]
+        places = [place for place in range(1, len(reply.ids)) if reply.ids[place - 1] == answer]
+        places = [place for place in places if reply.ids[place] in spoken.verdict_tokens]
+        places = [place for place in places if end not in reply.ids[place:]]
+        assert (
+            (reply.verdict is None)
+            == (not places)
+            == ("<answer>matched" not in rest and "<answer>not" not in rest)
+        )
+        if places:
+            logp = all_log_probs(spoken, prompt, reply.ids)[places[0], list(spoken.verdict_tokens)]
+            assert reply.verdict.place == places[0]
+            assert reply.verdict.margin == pytest.approx(float(logp[0] - logp[1]), abs=1e-5)
+            found += 1
+    assert 3 < found < 18
+
+
+def test_the_span_after_a_forced_match_is_what_the_model_goes_on_with(made, prompts):
+    replies = [f"<think> {word} </think> <answer>not_matched</answer>" for word in ("no", "not at all")]
+    ids = [made.tokenizer(text)["input_ids"] for text in replies]
+    given = [
+        policy.Completion(one, [], True, "", None, made._verdict(one, [[0, 0]] * len(one))) for one in ids
+    ]
+    for prompt, text, forced in zip(
+        prompts, replies, made.reply_if_matched(prompts[:2], given, 6), strict=False
+    ):
+        kept = text.replace("not_matched</answer>", "matched")
+        longer = dataclasses.replace(prompt, ids=prompt.ids + made.tokenizer(kept)["input_ids"])
+        assert forced == kept + made.reply([longer], max_new_tokens=6)[0].text
 
 
 @torch.no_grad()

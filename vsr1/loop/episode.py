@@ -150,13 +150,20 @@ def _verified_turn(episode, t, video, verification):
     right, span = video == episode.query.video, None
     if problem is not None:
         episode.problem = f"{video}: {problem}"
-    elif reply.span is not None:
-        end = float("inf") if verification.video_seconds is None else verification.video_seconds
-        span = [min(max(time, 0.0), end) for time in reply.span]
+    else:
+        span = _clamp(reply.span, verification.video_seconds)
     iou = float(moments.span_iou(span, episode.query.span)) if right and span is not None else 0.0
     grounding = {"span_ms": None if span is None else moments.span_ms(span), "iou": iou}
-    found = _present_ranking(episode)
+    forced = _clamp(verification.forced_span, verification.video_seconds)
+    grounding |= {"forced_span_ms": None if forced is None else moments.span_ms(forced)}
+    found = _present_ranking(episode) | {"verdict_margin": verification.margin}
     return records.Turn(t, video, right, reply=reply, verify_cost=verification.cost, **found, **grounding)
+
+
+def _clamp(span, seconds):
+    """A span inside a video of so many seconds, if they are known; None without a span."""
+    end = float("inf") if seconds is None else seconds
+    return None if span is None else [min(max(time, 0.0), end) for time in span]
 
 
 def _stop_reason(verification, can_refine):

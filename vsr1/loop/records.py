@@ -46,6 +46,8 @@ class Verification:
     reply: replies.Reply | None  # None: `problem` says why
     video_seconds: float | None = None
     cost: Cost = Cost()
+    margin: float | None = None  # log P(matched) - log P(not_matched), nats; None: the reply has no verdict
+    forced_span: tuple[float, float] | None = None  # seconds, see `Turn.forced_span_ms`
     state: object = None  # what `refine` needs of it, such as its KV cache; never recorded
     problem: str | None = None
 
@@ -86,6 +88,8 @@ class Turn:
 
     The span is clamped to [0, length of the shown video] here and nowhere else, then rounded to whole milliseconds.
     The right span is not clamped. `reply.span` keeps the times as they were written.
+    `forced_span_ms` is what the reply names after `matched` in place of its verdict. It is decoded only where the
+    right video was rejected, for in a wrong one no span counts.
     `rank_by_depth[d]` is the rank with the first d latents of this turn; d = 0 is the query before them: `rank_in`.
     (Where C = 1 the latents replace those of the turn before, and "without latents" could also mean the original
     query. That number is the episode's `rank_orig`.)
@@ -113,6 +117,8 @@ class Turn:
     rank_by_depth: tuple[int, ...] = ()
     top1_by_depth: tuple[str, ...] = ()
     reused: bool = False  # an earlier turn of this episode, recorded again: nothing was computed
+    verdict_margin: float | None = None  # log P(matched) - log P(not_matched), nats; None: no verdict
+    forced_span_ms: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -107,18 +107,37 @@ class EpisodeRunner:
         prompts = [self.policy.prompt(self.prompt, pairs[row][0].text, clips[row]) for row in good]
         verifications = [Verification(None, problem=clip.problem) for clip in clips]
         completions, seconds = self._reply(prompts)
+        spans = self._forced_spans([pairs[row] for row in good], prompts, completions)
         if self.system.append_refine and prompts:
             completions = self._append_refine(prompts, completions)
-        for row, prompt, completion in zip(good, prompts, completions, strict=True):
+        for row, prompt, completion, span in zip(good, prompts, completions, spans, strict=True):
             # It holds the KV cache of its whole batch: only where soft tokens are decoded from it.
             context = completion.refine_context if self.system.refine == "sqr" else None
             verifications[row] = Verification(
                 self._read(completion),
                 clips[row].seconds,
                 _cost(prompt, completion, seconds),
-                (context, clips[row]),
+                margin=completion.verdict and completion.verdict.margin,
+                forced_span=span,
+                state=(context, clips[row]),
             )
         return verifications
+
+    def _forced_spans(self, pairs, prompts, completions):
+        """The span that each reply would name if it accepted; None unless it rejects the right video."""
+        spans = [None] * len(pairs)
+        rows = [
+            row
+            for row, ((query, video), one) in enumerate(zip(pairs, completions, strict=True))
+            if query.video == video and one.verdict and not self._read(one).matched
+        ]
+        if rows:
+            chosen = [prompts[row] for row in rows], [completions[row] for row in rows]
+            for row, text in zip(
+                rows, self.policy.reply_if_matched(*chosen, self.max_new_tokens), strict=True
+            ):
+                spans[row] = read_reply(text, ()).span
+        return spans
 
     def _reply(self, prompts):
         """(completions, seconds of each), decoded greedily as one batch."""

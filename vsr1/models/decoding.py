@@ -254,6 +254,9 @@ class SamplingParams:
     max_new_tokens: int
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0  # only the likeliest tokens that together hold this much of the mass are sampled
+    watched_tokens: tuple[
+        int, ...
+    ] = ()  # W tokens whose log-probabilities are recorded beside the sampled one's
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,7 @@ class Generation:
     logps: list[float]
     context: Context
     row: int
+    watched: list[list[float]]  # of each token: log-probabilities (W,) of `watched_tokens` in its place
 
 
 def log_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -341,7 +345,7 @@ def decode(
     When more than half of the rows have ended, the others continue alone: one endless reply costs a row, not a batch.
     """
     drafter, device, start = drafter or Drafter(), last_hidden.device, context.attention_mask.shape[1]
-    ids, logps, contexts = [[] for _ in last_hidden], [[] for _ in last_hidden], {}
+    ids, logps, watched, contexts = *([[] for _ in last_hidden] for _ in range(3)), {}
     rows, guesses = list(range(len(last_hidden))), [[] for _ in last_hidden]  # the replies that are decoded
     cache, hidden = inplace_cache(context), last_hidden[:, None]  # (B, L, H)
     going = lambda reply: not ids[reply] or _goes_on(ids[reply], params)  # noqa: E731
@@ -349,13 +353,16 @@ def decode(
         logp = log_probs(model.lm_head(hidden), params)  # (B, L, vocabulary)
         tokens = _sample_step(logp, draws, rows, ids)  # (B, L)
         found = logp.gather(2, tokens[..., None])[..., 0].tolist()
-        for reply, sampled, values, guessed in zip(rows, tokens.tolist(), found, guesses, strict=True):
+        beside = logp[..., list(params.watched_tokens)].tolist()  # (B, L, W)
+        sampled_now = zip(rows, tokens.tolist(), found, beside, guesses, strict=True)
+        for reply, sampled, values, others, guessed in sampled_now:
             before = len(ids[reply])
-            for token, value, guess in zip(sampled, values, [*guessed, None], strict=False):
+            for token, value, other, guess in zip(sampled, values, others, [*guessed, None], strict=False):
                 if not going(reply):
                     break
                 ids[reply].append(token)
                 logps[reply].append(value)
+                watched[reply].append(other)
                 if token != guess:
                     break
             drafter.learn(ids[reply], before)
@@ -378,8 +385,8 @@ def decode(
         embeds = model.get_input_embeddings()(latest.to(device))
         _, hidden = _read(model, context, embeds, columns, cache)
     return [
-        Generation(reply, values, *contexts[number])
-        for number, (reply, values) in enumerate(zip(ids, logps, strict=True))
+        Generation(reply, values, *contexts[number], others)
+        for number, (reply, values, others) in enumerate(zip(ids, logps, watched, strict=True))
     ]
 
 

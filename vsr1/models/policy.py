@@ -7,7 +7,8 @@ were trained with. `checkpoints` saves and loads it.
 import contextlib
 import copy
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from os.path import commonprefix
 
 import numpy as np
 import torch
@@ -17,6 +18,14 @@ from torch import nn
 from vsr1.config import InputError
 from vsr1.data import video_reader
 from vsr1.models import decoding, inputs, prompt_text, soft_heads
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Where a reply decides between matched and not_matched, and how clearly."""
+
+    place: int  # of the first token in which the two words differ, among the tokens of the reply
+    margin: float  # log P(matched) - log P(not_matched), by these two tokens; nats
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class Completion:
     ended: bool  # False: truncated at max_new_tokens
     text: str  # special tokens kept, <|im_end|> dropped
     refine_context: decoding.Context | None  # what was read before the last <REFINE>; None: there is none
+    verdict: Verdict | None = None  # None: it has none of the two words
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,13 @@ class Policy:
         self.stop_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.refine_token_id = None if heads is None else find_refine_token(tokenizer, model)
         self.banned_tokens = self._find_banned_tokens()
+        words = [self._encode(f"<answer>{word}") for word in ("matched", "not_matched")]
+        lead = commonprefix(words)
+        self.verdict_lead, self.matched_ids = tokenizer.decode(lead), words[0][len(lead) :]
+        self.verdict_tokens = tuple(word[len(lead)] for word in words)
+
+    def _encode(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _find_banned_tokens(self):
         """Return (vocabulary,) True for vision tokens, which need a picture, and for rows beyond the tokenizer."""
@@ -122,8 +139,7 @@ class Policy:
         return inputs.Prompt(self._ids(system, prompt_text.user_message(query, text)), video)
 
     def _ids(self, system, user):
-        text = inputs.chat(self.tokenizer, system, user)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._encode(inputs.chat(self.tokenizer, system, user))
 
     @torch.no_grad()
     def reply(
@@ -153,7 +169,28 @@ class Policy:
         ids, ended = generation.ids, generation.ids[-1] == self.stop_token_id
         text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
         refine_context = self._refine_context(generation.context, generation.row, ids, start)
-        return Completion(ids, generation.logps, ended, text, refine_context)
+        verdict = self._verdict(ids, generation.watched)
+        return Completion(ids, generation.logps, ended, text, refine_context, verdict)
+
+    def _verdict(self, ids, watched):
+        """Return the first verdict behind the reasoning of a reply; None without one."""
+        for place, token in enumerate(ids):
+            before = (
+                self.tokenizer.decode(ids[max(0, place - 8) : place]) if token in self.verdict_tokens else ""
+            )
+            if before.endswith(self.verdict_lead) and "</think>" not in self.tokenizer.decode(ids[place:]):
+                matched, not_matched = watched[place]
+                return Verdict(place, matched - not_matched)
+        return None
+
+    def reply_if_matched(
+        self, prompts: list[inputs.Prompt], completions: list[Completion], max_new_tokens: int
+    ) -> list[str]:
+        """Return the text of replies, all with a verdict, after `matched` in its place: the spans they would name."""
+        kept = [one.ids[: one.verdict.place] + self.matched_ids for one in completions]
+        prompts = [replace(prompt, ids=prompt.ids + ids) for prompt, ids in zip(prompts, kept, strict=True)]
+        ends = self.reply(prompts, max_new_tokens=max_new_tokens)
+        return [self.tokenizer.decode(ids) + end.text for ids, end in zip(kept, ends, strict=True)]
 
     def replay(
         self, prompts: list[inputs.Prompt], replies: list[list[int]], *, group=1, temperature=0.0
@@ -196,9 +233,8 @@ class Policy:
         self, max_new_tokens: int, temperature: float, top_p: float = 1.0
     ) -> decoding.SamplingParams:
         """Return how this policy's replies are sampled."""
-        return decoding.SamplingParams(
-            self.stop_token_id, self.banned_tokens, max_new_tokens, temperature, top_p
-        )
+        limits = self.stop_token_id, self.banned_tokens, max_new_tokens
+        return decoding.SamplingParams(*limits, temperature, top_p, self.verdict_tokens)
 
 
 def _counts(group, prompts):
