@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from vsr1.config import PACKAGE, InputError
+from vsr1.data import annotations
 from vsr1.data.annotations import (
     SPECIAL_TOKEN,
     CorpusWarning,
@@ -254,3 +255,32 @@ def test_texts_repeat_in_the_benchmark_so_they_cannot_be_keys():
         videos[query.text].add(query.video)
     assert len(queries) - len(videos) == 13
     assert sum(len(videos[query.text]) > 1 for query in queries) == 2
+
+
+# --- validation
+
+
+def queries_of(videos):
+    return [annotations.Query(n, "text", video, (0.0, 1.0), "", 1.0) for n, video in enumerate(videos)]
+
+
+def test_without_families_every_tenth_video_is_held_out():
+    queries = queries_of([f"v{n // 2:03}" for n in range(200)])
+    learn, held = annotations.split_validation(queries, 0.1)
+    assert {q.video for q in held} == {f"v{n:03}" for n in range(5, 100, 10)}
+    assert len(learn) + len(held) == len(queries) and len(held) == 20
+
+
+def test_no_family_is_on_both_sides_and_families_of_all_sizes_are_held_out():
+    families = {f"v{f}-{n}": f"family {f}" for f in range(100) for n in range(1 if f % 2 else 7)}
+    queries = queries_of([*families, "alone"])
+    learn, held = annotations.split_validation(queries, 0.1, families)
+    sides = [{families.get(q.video, q.video) for q in side} for side in (learn, held)]
+    assert not sides[0] & sides[1] and len(sides[1]) == 10
+    assert len(held) == 5 + 5 * 7  # as many small families as large ones
+
+
+def test_a_corpus_of_too_few_families_is_split_by_video():
+    families = {f"v{n}": "all of one" for n in range(20)}
+    learn, held = annotations.split_validation(queries_of(families), 0.1, families)
+    assert len(held) == 2 and len(learn) == 18

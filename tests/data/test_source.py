@@ -24,6 +24,11 @@ def test_a_module_that_does_not_exist_is_named(module):
         source.of(named(module))
 
 
+def test_a_source_that_knows_no_families_names_none():
+    assert source.families(config.load("paper"), "charades") == {}
+    assert not source.has_families(config.load("paper")) and source.has_families(config.load("mini"))
+
+
 def test_a_module_without_the_two_functions_is_named():
     with pytest.raises(InputError, match=r"vsr1\.data\.annotations has no prepare\(\)"):
         source.of(named("vsr1.data.annotations"))

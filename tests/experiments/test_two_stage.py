@@ -9,7 +9,7 @@ import torch
 from tiny import clip, random_engine
 
 from vsr1 import config
-from vsr1.data import annotations, video_reader
+from vsr1.data import annotations, source, video_reader
 from vsr1.evaluation import fig_scorer, metrics
 from vsr1.experiments import retrieval, training_curves, two_stage
 from vsr1.loop import moments
@@ -134,7 +134,8 @@ def test_the_head_learns_the_moments_it_is_shown():
 def test_nothing_is_learned_from_held_out_videos_and_the_cost_is_bounded(world, folder):
     profile, _ = world
     queries = annotations.read_fig(profile.data_dir("charades") / "corpus" / "train.jsonl")
-    learn, held = map(annotations.gallery_ids, annotations.split_validation(queries, profile.val_fraction))
+    sides = annotations.split_validation(queries, profile.val_fraction, source.families(profile, "charades"))
+    learn, held = map(annotations.gallery_ids, sides)
     used = set(two_stage.load_windows(folder, "train").rows)
     assert len(used & set(learn)) == 4 and len(used & set(held)) == 1 and len(used) == 5
     assert len(training_curves.read_log(folder)) == profile.two_stage.epochs

@@ -40,11 +40,15 @@ def test_exactly_one_video_of_the_gallery_fits_each_fine_query(dataset, split):
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_no_video_of_one_split_is_in_another(dataset):
-    names = [
-        {scene.video for scene in scenes_of(dataset, split, 640)} for split in ("train", "test", "foundation")
-    ]
-    assert not (names[0] & names[1] or names[0] & names[2] or names[1] & names[2])
+def test_no_scene_of_one_split_is_in_another(dataset):
+    """Neither its id nor its extras, which all of a family have: so no family is in two splits either."""
+    sizes, seen = config.load("mini").world, set()
+    for split in world.SPLITS:
+        scenes = scenes_of(dataset, split, getattr(sizes, f"{split}_videos"))
+        found = {scene.video for scene in scenes} | {str(scene.extras) for scene in scenes}
+        assert not found & seen
+        assert len({str(scene.extras) for scene in scenes}) == len({scene.family for scene in scenes})
+        seen |= found
 
 
 @pytest.mark.parametrize("dataset", DATASETS)

@@ -203,11 +203,23 @@ def gallery_ids(queries):
     return sorted({query.video for query in queries})
 
 
-def split_validation(queries, share):
-    """Return (queries to learn from, queries held out); every 1/share-th video is held out, with all its queries."""
-    videos = gallery_ids(queries)
-    count = round(share * len(videos))
-    held_out = {videos[(2 * i + 1) * len(videos) // (2 * count)] for i in range(count)}
+def split_validation(queries, share, families=None):
+    """Return (queries to learn from, queries held out); every 1/share-th family is held out, with all its queries.
+
+    Large and small families are held out alike. A corpus of fewer than half of 1/share families is split by video.
+
+    families  {video: family}, see `vsr1.data.source`; a video that is not in it is its own family
+    """
+    videos, families = gallery_ids(queries), families or {}
+    members = {}
+    for video in videos:
+        members.setdefault(families.get(video, video), []).append(video)
+    groups = sorted(members.values(), key=lambda group: (len(group), group))
+    if share * len(groups) < 0.5:
+        groups = [[video] for video in videos]
+    count = round(share * len(groups))
+    chosen = (groups[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count))
+    held_out = {video for group in chosen for video in group}
     return [q for q in queries if q.video not in held_out], [q for q in queries if q.video in held_out]
 
 

@@ -15,8 +15,15 @@ reply_writer(profile, dataset) -> None | (reply, caption)
     query        an `annotations.Query`
     shown_video  the id of any video of the corpus
 
+It may have a third:
+
+families(profile, dataset) -> {video: family}
+    Name the videos that are near-duplicates of each other: those of one family. A family lies in one split. Validation
+    holds out whole families, and intervals draw whole families. The corpus must be current. Without this function, and
+    for videos it leaves out, every video is a family of its own.
+
 The import is by name, so the code of the module is not in a caller's `cache.source_digest(__name__)`. A step that
-depends on replies adds `cache.source_digest(profile.data_source)` to its inputs.
+depends on replies or families adds `cache.source_digest(profile.data_source)` to its inputs.
 """
 
 import importlib
@@ -39,3 +46,13 @@ def of(profile):
             f"{profile.name}: data_source: {name} has no {lacking[0]}(); see vsr1/data/source.py"
         )
     return module
+
+
+def families(profile, dataset: str) -> dict[str, str]:
+    """Return {video: family} of a data set's videos; empty where the data source knows no families."""
+    return of(profile).families(profile, dataset) if has_families(profile) else {}
+
+
+def has_families(profile) -> bool:
+    """Return whether the data source names families; without them every video stands for itself."""
+    return hasattr(of(profile), "families")

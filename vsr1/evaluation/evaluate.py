@@ -60,6 +60,7 @@ def run_system(
         "run": vars(run),
         "system": list(vars(system).values()),
         "queries": [count, profile.val_fraction if split == "held" else None],
+        "families": cache.source_digest(profile.data_source) if split == "held" else None,
         "knobs": {knob: getattr(profile, knob) for knob in knobs},
         "code": cache.source_digest(run_batches.__name__),
     }

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vsr1 import cache
-from vsr1.data import annotations, clip_cache
+from vsr1.data import annotations, clip_cache, source
 from vsr1.loop import records, runner
 from vsr1.models import batching, loading, search_index
 
@@ -48,7 +48,8 @@ def read_queries(profile, record: records.Run, count: int | None) -> list[annota
     corpus = profile.data_dir(record.dataset) / "corpus"
     queries = annotations.read_fig(corpus / f"{SPLITS[record.split]}.jsonl")
     if record.split == "held":
-        queries = annotations.split_validation(queries, profile.val_fraction)[1]
+        families = source.families(profile, record.dataset)
+        queries = annotations.split_validation(queries, profile.val_fraction, families)[1]
     return annotations.evenly_spaced(queries, count)
 
 

@@ -280,7 +280,8 @@ def head_runs(profile: Profile) -> list[HeadRun]:
 
 def split_examples(profile, dataset, queries, vectors) -> list[list[SFTExample]]:
     """Return examples of train queries to learn from, and of validation queries, with the replies of stage 1."""
-    parts, negatives = annotations.split_validation(queries, profile.val_fraction), profile.grpo_negatives
+    families, negatives = source.families(profile, dataset), profile.grpo_negatives
+    parts = annotations.split_validation(queries, profile.val_fraction, families)
     writer = source.of(profile).reply_writer(profile, dataset)
     if writer is not None:
         options = {"most": len(queries), "negatives": negatives, "seed": profile.seed}

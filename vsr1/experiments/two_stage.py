@@ -19,7 +19,7 @@ from torch import nn
 
 from vsr1 import cache
 from vsr1.config import InputError, Profile
-from vsr1.data import annotations, video_reader
+from vsr1.data import annotations, source, video_reader
 from vsr1.data.annotations import Query, evenly_spaced
 from vsr1.evaluation import metrics
 from vsr1.evaluation.statistics import Estimate
@@ -249,6 +249,7 @@ def run(profile: Profile, dataset: str) -> Path:
         "vectors": [cache.metadata(folder)["key"] for folder in embedded],
         "knobs": [knobs.videos, knobs.epochs, knobs.lr, knobs.width, profile.val_fraction, profile.seed],
         "code": cache.source_digest(__name__),
+        "families": cache.source_digest(profile.data_source),
     }
     work = lambda folder: _run(profile, dataset, embedded, folder)  # noqa: E731
     return cache.build(profile.runs(dataset) / "twostage", inputs, work)
@@ -258,7 +259,8 @@ def _run(profile, dataset, embedded, folder):
     encoder, corpus = engine.load(profile), profile.data_dir(dataset) / "corpus"
     train_queries, test_queries = (annotations.read_fig(corpus / f"{s}.jsonl") for s in ("train", "test"))
     train_vectors, test_vectors = map(search_index.load_vectors, embedded)
-    sides = annotations.split_validation(train_queries, profile.val_fraction)  # (to learn from, validation)
+    families = source.families(profile, dataset)
+    sides = annotations.split_validation(train_queries, profile.val_fraction, families)  # (learn, validation)
     videos = _train_videos(profile, sides, train_vectors)
     embed_windows(profile, dataset, encoder, "train", videos, folder)
     embed_windows(profile, dataset, encoder, "test", test_vectors.video_ids, folder)

@@ -20,6 +20,12 @@ def reply_writer(profile, dataset: str):
     return writers(profile, world.read_scenes(profile.data_dir(dataset) / "corpus"))
 
 
+def families(profile, dataset: str) -> dict[str, str]:
+    """Return {video: family} of the rendered videos."""
+    scenes = world.read_scenes(profile.data_dir(dataset) / "corpus").values()
+    return {scene.video: f"{scene.split}-{scene.family}" for scene in scenes}
+
+
 def writers(profile, scenes: dict[str, world.Scene]):
     """Return (reply, caption) for queries about rendered scenes."""
 

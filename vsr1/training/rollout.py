@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from vsr1.config import InputError
-from vsr1.data import annotations
+from vsr1.data import annotations, source
 from vsr1.loop import records, replies, runner, sqr
 from vsr1.loop.records import ORIGINAL, Refinement, Verification
 from vsr1.models import inputs, search_index
@@ -89,9 +89,9 @@ def choose_prompts(
     Raises InputError where `grpo_exclude_sft_queries` asks for queries that stage 1 did not learn from and there are
     none.
     """
-    learn, validation = annotations.split_validation(
-        annotations.read_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl"), profile.val_fraction
-    )
+    queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl")
+    families = source.families(profile, dataset)
+    learn, validation = annotations.split_validation(queries, profile.val_fraction, families)
     if profile.grpo_exclude_sft_queries:
         file = stage_1 / "rows.jsonl"
         lines = file.read_text(encoding="utf-8").split("\n")

@@ -49,7 +49,8 @@ def load(profile, dataset: str, vectors: search_index.Vectors) -> list[SFTExampl
     Nothing comes from validation videos. `sft_text_only_rows` examples have words in place of their video.
     """
     queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl")
-    learn, validation = annotations.split_validation(queries, profile.val_fraction)
+    families = source.families(profile, dataset)
+    learn, validation = annotations.split_validation(queries, profile.val_fraction, families)
     writer = source.of(profile).reply_writer(profile, dataset)
     if writer is not None:
         return order_batches(profile, *_written(profile, learn, vectors, *writer))
