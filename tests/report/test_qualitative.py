@@ -52,7 +52,7 @@ def walked(queries, videos, system):
         for query, video in pairs:
             good = video == query.video and not (query.id == 5 and system == "hqr-blind")
             said = f"<answer>matched</answer> <start>{query.span[0]}</start> <end>{query.span[1] + 1}</end>"
-            text = f"<think> {HOSTILE} shirt red - blue no. </think> "
+            text = f"<think> {HOSTILE}. shirt red - blue no. </think> "
             text += said if good else "<answer>not_matched</answer>"
             looks.append(Verification(replies.read_reply(text, [len(system), query.id]), 60.0, Cost()))
         return looks
@@ -138,6 +138,29 @@ def test_what_a_hostile_caption_or_reply_says_is_shown_and_not_run(made, seen):
     text = (made / "index.html").read_text()
     assert Reading(text).stray == [] and text.count("<script") == 1
     assert seen["charades-1"]["text"].count(HOSTILE) > 3  # query, replies, rewrites
+
+
+def test_a_false_statement_is_struck_through_wherever_its_reply_is_shown(run, made):
+    scenes, told = world.read_scenes(run.data_dir("charades") / "corpus"), []
+    for search in qualitative.searches(run, "charades"):
+        for turn in (turn for one in search.values() for turn in one.turns):
+            episode = search["sqr"]
+            (asked,) = [
+                m for m in scenes[episode.gt_video].moments if m.start * 1000 == episode.gt_span_ms[0]
+            ]
+            shirt = scenes[turn.shown_id].moments[0].shirt  # the same all along
+            false = asked.shirt != "red" or shirt != "blue" or asked.shirt == shirt
+            reply = qualitative.marked_reply(run, "charades", episode, turn)
+            assert ("~~shirt red - blue no.~~" in reply) == false
+            assert (f"[{asked.shirt} is asked for" in reply) == (asked.shirt != "red")
+            assert (f"{shirt} is shown" in reply) == (shirt != "blue")
+            told.append(false)
+    assert any(told)
+    page = (made / "index.html").read_text()
+    cards = json.loads((made / "cards.json").read_text())["cards"]
+    replies = [r for card in cards for groups in card["turns"] for group in groups for r in group["replies"]]
+    shown = [reply for reply in replies if not reply["reused"] and not reply["same"]]
+    assert page.count("<del>shirt red") == sum(bool(errors) for one in shown for *_, errors in one["steps"])
 
 
 def test_every_card_has_every_turn_of_every_system(run, seen):

@@ -4,7 +4,8 @@ This stands where the paper has a 30B teacher model. Pretraining of the mini pol
 learn from it; nothing that is evaluated calls it.
 """
 
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -78,6 +79,43 @@ def word(name: str, moment: Moment) -> str:
     """Return one attribute in one word."""
     words = phrase(name, moment).split()
     return words[0] if name in ("action", "shirt", "trousers") else words[-1]
+
+
+# --- What a reply states, and whether it is true
+
+STATEMENT = re.compile(rf"({'|'.join(('does', *CHECKLIST[1:]))}) (\S+) - (\S+) (yes|no)\.")
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What a reply says of one attribute: the word asked for, the word shown, and whether they are the same."""
+
+    attribute: str
+    asked: str
+    shown: str
+    same: bool
+
+    def errors(self, query_moment: Moment, shown: Moment) -> list[str]:
+        """Name what is false of it, in words, for a query and the closest moment of the shown video.
+
+        >>> asked = Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night")
+        >>> read_statement("colour green - green yes.").errors(asked, replace(asked, colour="pink"))
+        ['pink is shown', 'not the same']
+        """
+        wanted, seen = (word(self.attribute, moment) for moment in (query_moment, shown))
+        same = getattr(query_moment, self.attribute) == getattr(shown, self.attribute)
+        found = [f"{wanted} is asked for"] * (self.asked != wanted) + [f"{seen} is shown"] * (
+            self.shown != seen
+        )
+        return found + ["the same" if same else "not the same"] * (self.same != same)
+
+
+def read_statement(step: str) -> Statement | None:
+    """Read one step of the reasoning of a reply; None where it is not one of `checklist`."""
+    if not (found := STATEMENT.fullmatch(step)):
+        return None
+    label, asked, shown, same = found.groups()
+    return Statement("action" if label == "does" else label, asked, shown, same == "yes")
 
 
 # --- Times

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import weakref
 from dataclasses import dataclass, replace
-from os.path import commonprefix
 
 import numpy as np
 import torch
@@ -73,9 +72,9 @@ class Policy:
         self.refine_token_id = None if heads is None else find_refine_token(tokenizer, model)
         self.banned_tokens = self._find_banned_tokens()
         words = [self._encode(f"<answer>{word}") for word in ("matched", "not_matched")]
-        lead = commonprefix(words)
-        self.verdict_lead, self.matched_ids = tokenizer.decode(lead), words[0][len(lead) :]
-        self.verdict_tokens = tuple(word[len(lead)] for word in words)
+        shared = next(n for n, (a, b) in enumerate(zip(*words, strict=False)) if a != b)
+        self.verdict_lead, self.matched_ids = tokenizer.decode(words[0][:shared]), words[0][shared:]
+        self.verdict_tokens = tuple(word[shared] for word in words)
 
     def _encode(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

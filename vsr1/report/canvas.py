@@ -47,10 +47,15 @@ class Canvas:
         return self.figure
 
     def words(self, x: float, y: float, width: float, pieces: list[tuple[str, dict]], size=8.5) -> float:
-        """Write pieces of (text, font properties and colour) as one wrapped paragraph; return the y below it."""
+        """Write pieces of (text, properties) as one wrapped paragraph; return the y below it.
+
+        Properties are those of fonts, color, and struck: with a line through it.
+        """
         left, line = x, size * 1.4 / 72
         for text, props in pieces:
-            font = FontProperties(size=size, **{key: value for key, value in props.items() if key != "color"})
+            ink = {"color": props.get("color", BLACK)}
+            kind = {key: value for key, value in props.items() if key not in ("color", "struck")}
+            font = FontProperties(size=size, **kind)
             for word in re.findall(r"\s+|\S{1,40}", text):
                 blank = word.isspace()
                 pixels, _, _ = self.pen.get_text_width_height_descent(" " if blank else word, font, False)
@@ -58,8 +63,9 @@ class Canvas:
                 if not blank and x < left and left + wide > x + width + 0.02:
                     left, y = x, y + line
                 if not blank:
-                    ink = {"fontproperties": font, "color": props.get("color", BLACK), "parse_math": False}
-                    self.axes.text(left, y + 0.72 * line, word, **ink)
+                    self.axes.text(left, y + 0.72 * line, word, fontproperties=font, parse_math=False, **ink)
+                if props.get("struck") and not (blank and left == x):
+                    self.axes.plot((left, left + wide), (y + 0.52 * line,) * 2, linewidth=0.8, **ink)
                 left += 0 if blank and left == x else wide
         return y + line
 

@@ -135,15 +135,38 @@ def pieces(text: str, phrases) -> list[tuple[str, bool]]:
     return [(part, n % 2 == 1) for n, part in enumerate(re.split(rf"(?i)\b({pattern})\b", text))]
 
 
-def reasoning(turn: Turn, most: int | None = None) -> list[tuple[str, bool]]:
-    """Split what was thought before the verdict into (step, whether it ends with "no": something is amiss).
+def reasoning(turn: Turn, asked: Moment | None = None, seen: Moment | None = None, most: int | None = None):
+    """Split what was thought before the verdict into (step, whether it ends with "no", what is false of it in words).
+
+    Nothing is called false without the rendered truth: `asked`, what the query describes, and `seen`, the moment of the
+    shown video that has most of it.
 
     most   letters that are kept
     """
     text = "" if turn.reply is None else turn.reply.text
     text = text.partition("</think>")[0].replace("<think>", "").strip()
     text = text if most is None or len(text) <= most else f"{text[:most].rpartition(' ')[0]} …"
-    return [(step, step.endswith(" no.")) for step in re.split(r"(?<=\.) ", text) if step]
+    steps = [step for step in re.split(r"(?<=\.) ", text) if step]
+    return [(step, step.endswith(" no."), _errors(step, asked, seen)) for step in steps]
+
+
+def _errors(step, asked, seen):
+    """Say what is false of one step, in words; nothing where it is true or cannot be compared."""
+    statement = teacher.read_statement(step) if asked and seen else None
+    return "; ".join(statement.errors(asked, seen)) if statement else ""
+
+
+def marked_reply(profile: Profile, dataset: str, episode: Episode, turn: Turn) -> str:
+    """Return a reply as plain text; where videos are rendered its false steps are ~~struck through~~ and corrected."""
+    scenes = world.read_scenes(profile.data_dir(dataset) / "corpus") if profile.world else {}
+    asked = asked_for(episode, scenes)
+    seen = closest(asked, turn.shown_id, scenes)
+    steps = [f"~~{step}~~ [{errors}]" if errors else step for step, _, errors in reasoning(turn, asked, seen)]
+    return (
+        f"<think> {' '.join(steps)} </think>{turn.reply.text.partition('</think>')[2]}"
+        if steps
+        else turn.reply.text
+    )
 
 
 def ranks(turn: Turn) -> str:
@@ -259,17 +282,18 @@ class Cards:
         replies, first = [], {}  # the first system that gave a reply
         for system, turn in turns.items():
             same = first.setdefault(turn.reply, system)
-            reply = _reply(turn, matters)
+            reply = _reply(turn, matters, asked, closest(asked, video, self.scenes))
             same = SYSTEMS[same][1] if same != system else None
             replies.append({"system": system, "name": SYSTEMS[system][1], "same": same} | reply)
         clip = self.clip(video, (span or (0,))[0], [(kind, span), *named])
         return {"title": title, "clip": clip, "replies": replies}
 
 
-def _reply(turn, matters) -> dict:
+def _reply(turn, matters, asked, seen) -> dict:
     """Return the reasoning and verdict of a reply, and what followed: a moment, soft tokens, or other words."""
     matched = None if turn.reply is None else turn.reply.matched
-    reply = {"reused": turn.reused, "steps": reasoning(turn), "ranks": ranks(turn), "matched": matched}
+    steps = reasoning(turn, asked, seen)
+    reply = {"reused": turn.reused, "steps": steps, "ranks": ranks(turn), "matched": matched}
     reply |= {"right": matched is not None and matched == turn.shown_is_gt, "moment": "", "tokens": None}
     reply |= {"depths": ", ".join(map(_rank, turn.rank_by_depth)), "rewrite": None}
     if turn.rank_out is None:

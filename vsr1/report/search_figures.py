@@ -30,7 +30,8 @@ PAPER = {  # read off its figures
     "F6": "the right video is on rank 28, 29, 7, 5, 2, 2, 1, 1, 1 with 0 to 8 tokens",
 }
 LEGEND = "Dashed red: the right video and moment; underlined: its frames. Orange: the moment that was named."
-RENDERED = "Bold blue: what the first wrong video lacks. Red in a reply: what it finds amiss."
+RENDERED = "Bold blue: what the first wrong video lacks. Red in a reply: what it finds amiss. Struck through: what the "
+RENDERED += "closest moment of the shown video does not bear out, with the truth in brackets."
 
 # --- Rules
 

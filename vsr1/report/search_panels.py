@@ -17,7 +17,7 @@ from vsr1.report.canvas import COLUMN, COLUMNS, GAP, MARGIN, Canvas, Strip
 from vsr1.report.plots import BLACK, BLUE, GREY, ORANGE, RED
 
 VIOLET = "#7b3294"  # of verdicts, as in the paper
-BOLD, ITALIC = {"weight": "bold"}, {"style": "italic"}
+BOLD, ITALIC, STRUCK = {"weight": "bold"}, {"style": "italic"}, {"struck": True}
 LONGEST = 330  # letters of a reply's reasoning that are shown
 
 
@@ -91,12 +91,18 @@ def _reply(canvas, x, y, source, episode, turn):
         again = f"Turn {turn.t} is turn {first} again, reply and next query; {qualitative.ranks(turn)}."
         y = canvas.words(left, y + 0.06, inner, [(again, ITALIC)])
     else:
-        steps = qualitative.reasoning(turn, LONGEST)
-        y = canvas.words(left, y + 0.06, inner, [(f"{s} ", {"color": RED} if no else {}) for s, no in steps])
+        steps = qualitative.reasoning(turn, *source.moments(episode, turn.shown_id), LONGEST)
+        y = canvas.words(left, y + 0.06, inner, [piece for step in steps for piece in _step(*step)])
         y = canvas.words(left, y + 0.02, inner, _verdict(turn))
         y = _next(canvas, left, y + 0.02, inner, source, episode, turn)
     canvas.box(x, top, COLUMN, y + 0.05)
     return y + 0.17
+
+
+def _step(step, amiss, errors):
+    """Return the pieces of one step: red where it ends with "no", struck through and corrected where it is false."""
+    ink = {"color": RED} if amiss else {}
+    return [(step, ink | STRUCK), (f" ({errors}) ", ITALIC)] if errors else [(f"{step} ", ink)]
 
 
 def _verdict(turn):
