@@ -125,6 +125,10 @@ def agent_run(run):
             }
         for system in ("free-plain", "held-plain", "held-zero-n8-r100", "held-scaled-n8-r100-hard"):
             numbers[f"L1/{dataset}/{system}/vr@1"] = results.Estimate(41.0 + shift, **spread)
+        series |= {f"V5/{dataset}/{system}/roc": [[0, 0], [10, 60], [100, 100]] for system in plots.STAGES}
+        names = ("V4/{}/vsr1/stated", "V4/{}/sft/shown_shirt", "V4/{}/vsr1/false_yes_object")
+        names += ("V5/{}/vsr1/accept_wrong", "V5/{}/vsr1/accept_right", "V5/{}/sft/accept_right")
+        numbers |= {name.format(dataset): results.Estimate(30.0, **spread) for name in names}
         for name in ("F4/{}/vsr1/d0", "F4/{}/vsr1/d8", "F5/{}/vsr1/vcmr@0.5_t1", "A2/{}/sqr/vr@1_small"):
             numbers[name.format(dataset)] = results.Estimate(30.0, **spread)
         results.record(run, dataset, "02_and_06", numbers, series)
@@ -167,6 +171,22 @@ def test_bars_show_floors_of_zero_and_leave_gaps_for_what_is_missing(agent_run):
     heights = [sorted(bar.get_height() for bar in axes.patches) for axes in (verdicts, spans)]
     assert heights[0] == [66.0, 66.0, 67.0, 67.0, 68.0, 68.0]  # no half with wrong videos
     assert heights[1] == [0.0] * 3 + [41.0] * 3  # no random span
+
+
+def test_a_stage_stands_on_its_panel_only_where_it_was_measured(agent_run):
+    numbers = results.collect(agent_run)
+    series = results.load_collected(agent_run)[1]
+    marks = [
+        line
+        for line in plots.verdict_curves(numbers, series, ["didemo"]).axes[0].lines
+        if line.get_marker() == "D"
+    ]
+    assert [(*mark.get_xdata(), *mark.get_ydata()) for mark in marks] == [(30.0, 30.0)]
+    said = [
+        [line.get_label() for line in axes.lines if line.get_marker() in "osD^"]
+        for axes in plots.trace_accuracy(numbers, series, ["didemo"]).axes
+    ]
+    assert said == [["stage 1"], ["both stages"]]
 
 
 def test_the_sweep_puts_rank_one_on_top(agent_run):

@@ -34,6 +34,7 @@ READ_BY = {
     "04_grpo_training": {
         "train vsr1": (("train sft",), 3.4),
         "evaluate vsr1": (("train vsr1",), 0.8),
+        "validate vsr1": (("train vsr1",), 0.4),
     },
     "05_evaluation": {"two-stage": (("embed engine",), 1.0)},
     "06_sqr_vs_hqr": {

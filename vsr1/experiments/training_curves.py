@@ -12,7 +12,7 @@ from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments import common
 from vsr1.loop.records import Episode
 from vsr1.models import search_index
-from vsr1.training import sft
+from vsr1.training import grpo, sft
 
 # Names of reward parts in numbers.json, which committed results have, by those in logs.
 RECORDED = {
@@ -73,9 +73,9 @@ VALIDATION = ("ver", "ver_turn1", "vcmr@0.5", "vr@1_orig", "vr@1", "vr@1_failed"
 
 
 def run_validation(profile: Profile, dataset: str, name: str) -> list[Episode]:
-    """Run the base model, "zs", or stage 1, "sft", on train queries that nothing was learned from."""
-    weights = str(sft.train(profile, dataset)) if name == "sft" else None
-    options = {"like": "sqr" if name == "sft" else "zs", "weights": weights}
+    """Run the base model "zs", stage 1 "sft" or both stages "vsr1" on train queries that nothing was learned from."""
+    stage = {"sft": sft, "vsr1": grpo}.get(name)
+    options = {"like": "sqr", "weights": str(stage.train(profile, dataset))} if stage else {"like": "zs"}
     count = profile.studies.sample_queries
     return common.run_episodes(profile, dataset, f"{name}-held", split="held", count=count, **options)
 

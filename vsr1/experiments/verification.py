@@ -1,4 +1,4 @@
-"""Measure verdicts and spans in oracle videos: verification and grounding without search (notebook 02)."""
+"""Measure verdicts: in oracle videos without search (notebook 02), their reasons and their margins (notebook 04)."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -9,11 +9,14 @@ import pandas as pd
 from vsr1.config import Profile
 from vsr1.data import annotations
 from vsr1.data.annotations import Query
-from vsr1.evaluation import metrics
+from vsr1.evaluation import metrics, statistics
 from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments import common
 from vsr1.loop.moments import span_iou
-from vsr1.loop.records import Episode
+from vsr1.loop.records import Episode, Turn
+from vsr1.mini import teacher, world
+from vsr1.mini.world import ATTRIBUTES
+from vsr1.report import qualitative
 
 VERDICTS = {True: "matched", False: "not_matched", None: "unreadable"}
 
@@ -136,3 +139,253 @@ def example_cases(oracle: OracleEpisodes) -> dict[str, Episode | None]:
         "right rejection": first(oracle.wrong, (False,)),
         "wrong verdict": min(filter(None, wrong), key=lambda episode: episode.desc_id, default=None),
     }
+
+
+# --- Is the reasoning true?
+
+
+def trace_numbers(profile: Profile, dataset: str, runs: dict[str, list[Episode]]) -> dict[str, Estimate]:
+    """Measure how much of what {system: episodes} say at the first look is true (V4).
+
+    All systems see the same video first. The truth is that of its rendered moment which has most of the query; of real
+    video nobody knows it, and all numbers are missing.
+
+    stated     attributes about which something was said at all
+    asked      words asked for, as the query has them
+    shown      words shown, as the video has them
+    yesno      "yes" and "no" that are true
+    false_yes  of attributes that differ, those said to match; false_no: of those that match, said to differ
+    """
+    numbers, scenes = {}, None
+    if profile.world:
+        scenes = world.read_scenes(profile.data_dir(dataset) / "corpus")
+    for system, episodes in runs.items():
+        if scenes is None:
+            values = {"shown": Estimate(None, 0, note="only rendered videos tell what they show")}
+        else:
+            values = _trace_shares(profile, episodes, statements(episodes, scenes))
+        numbers |= {f"V4/{dataset}/{system}/{name}": number for name, number in values.items()}
+    return numbers
+
+
+def statements(episodes: list[Episode], scenes: dict) -> pd.DataFrame:
+    """Return a row for each attribute of each first look: the query's place in `episodes`, what is said, what is true.
+
+    Columns: query, attribute, differs, stated; where it is stated whether asked, shown and yesno are true, and same.
+    """
+    rows = []
+    for number, episode in enumerate(episodes):
+        if not episode.turns or (turn := episode.turns[0]).reply is None:
+            continue
+        asked = qualitative.asked_for(episode, scenes)
+        seen = qualitative.closest(asked, turn.shown_id, scenes)
+        found = [teacher.read_statement(step) for step, *_ in qualitative.reasoning(turn)]
+        said = {one.attribute: one for one in found if one is not None}
+        for name in ATTRIBUTES:
+            differs = getattr(asked, name) != getattr(seen, name)
+            row = {"query": number, "attribute": name, "differs": differs, "stated": name in said}
+            if one := said.get(name):
+                row |= {"asked": one.asked == teacher.word(name, asked)}
+                row |= {"shown": one.shown == teacher.word(name, seen)}
+                row |= {"same": one.same, "yesno": one.same != differs}
+            rows.append(row)
+    return pd.DataFrame(rows, columns=[*"query attribute differs stated asked shown same yesno".split()])
+
+
+def _trace_shares(profile, episodes, rows):
+    """Return {metric: Estimate} of the rows of one system."""
+
+    def share(part, column, flip=False):
+        values = part[column].to_numpy(bool) ^ flip
+        return common.estimate(profile, [episodes[number] for number in part["query"]], values)
+
+    said = rows[rows.stated]
+    shares = {"stated": share(rows, "stated")}
+    shares |= {column: share(said, column) for column in ("asked", "shown", "yesno")}
+    shares |= {"false_yes": share(said[said.differs], "same")}
+    shares |= {"false_no": share(said[~said.differs.astype(bool)], "same", flip=True)}
+    for name in ATTRIBUTES:
+        part = said[said.attribute == name]
+        shares |= {f"shown_{name}": share(part, "shown")}
+        shares |= {f"false_yes_{name}": share(part[part.differs.astype(bool)], "same")}
+    return shares
+
+
+# --- How clearly is it decided, and what would another threshold give?
+
+
+def margins(turns: list[Turn]) -> np.ndarray:
+    """Return log P(matched) - log P(not_matched) of looks, (L,) nats; -inf without a verdict, which accepts nothing."""
+    known = [turn.verdict_margin for turn in turns]
+    return np.array([-np.inf if margin is None else margin for margin in known])
+
+
+def roc(margin: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return the share of wrong and of right videos (T, 2) accepted at each threshold, from none to all.
+
+    margin  (L,)    right  (L,) whether the right video is shown
+
+    >>> roc(np.array([2.0, 1.0, 1.0]), np.array([True, True, False])).tolist()
+    [[0.0, 0.0], [0.0, 0.5], [1.0, 1.0]]
+    """
+    levels = np.unique(margin)[::-1]
+    accepted = margin >= np.concatenate([[np.inf], levels])[:, None]  # (T, L)
+    return np.stack([accepted[:, ~right].mean(axis=1), accepted[:, right].mean(axis=1)], axis=1)
+
+
+def auc(margin: np.ndarray, right: np.ndarray) -> float:
+    """Return the chance that a right video has a higher margin than a wrong one, ties half: the area under `roc`."""
+    wrong, accepted = np.sort(margin[~right]), margin[right]
+    if not len(wrong) or not len(accepted):
+        return np.nan
+    below = np.searchsorted(wrong, accepted) + np.searchsorted(wrong, accepted, side="right")
+    return float(below.mean() / 2 / len(wrong))
+
+
+def youden(margin: np.ndarray, right: np.ndarray) -> float:
+    """Return Youden's J: the share of right videos that is accepted less that of wrong ones."""
+    if right.all() or not right.any():
+        return np.nan
+    return float((margin[right] >= 0).mean() - (margin[~right] >= 0).mean())
+
+
+def _judged(episodes):
+    """Return (margins, whether the video is right, right videos) of first looks."""
+    seen = [(e.turns[0], e.gt_video) for e in episodes if e.turns and e.turns[0].reply is not None]
+    turns = [turn for turn, _ in seen]
+    return (
+        margins(turns),
+        np.array([turn.shown_is_gt for turn in turns]),
+        np.array([video for _, video in seen]),
+    )
+
+
+def _resampled(profile, statistic, videos, unit="%"):
+    """Estimate `statistic(rows)`, in percent, over looks; its interval resamples right videos, as others do."""
+    if not len(videos):
+        return Estimate(None, 0, unit=unit)
+    _, cluster = np.unique(videos, return_inverse=True)
+    members = [np.flatnonzero(cluster == number) for number in range(cluster.max() + 1)]
+    rng = np.random.default_rng(profile.seed)
+    draws = rng.integers(len(members), size=(profile.bootstrap_samples, len(members)))
+    found = [statistic(np.concatenate([members[c] for c in draw])) for draw in draws]  # NaN: of one kind only
+    value = 100 * statistic(np.arange(len(videos)))
+    if np.isnan(value):
+        return Estimate(None, len(videos), unit=unit)
+    low, high = np.nanpercentile(100 * np.array(found), [2.5, 97.5])
+    return Estimate(value, len(videos), (float(low), float(high)), (profile.seed,), unit)
+
+
+def margin_numbers(
+    profile: Profile, dataset: str, runs: dict[str, list[Episode]], held: dict[str, list[Episode]]
+) -> dict[str, Estimate]:
+    """Measure how well margins tell right from wrong videos, and what forced and shifted answers give (V5).
+
+    runs  {system: test episodes}
+    held  {system: those of validation queries}, on which thresholds are chosen; without them they are missing
+
+    auc, j, accept_right, accept_wrong  at the first look, which all systems share
+    vcmr@0.5_forced     the last look answers, whatever its verdict
+    vcmr@0.5_threshold  each look with a margin from `theta` on answers; at most 0, since a walk ends where it matched
+    ver_threshold       the last look is right with `theta_ver` in place of 0
+    repaired, harmed    first searches that refinement puts right, or spoils
+    """
+    numbers = {}
+    for system, episodes in runs.items():
+        values = _first_look(profile, episodes)
+        score = lambda hits, of=episodes: common.estimate(profile, of, hits)  # noqa: E731
+        values |= {
+            "vcmr@0.5": score(metrics.vcmr_hits(episodes, 0.5)),
+            "ver": score(metrics.ver_hits(episodes)),
+        }
+        values |= {"vcmr@0.5_forced": score(answer_hits(episodes, 0, forced=True))}
+        if system in held:
+            theta, theta_ver = (choose_threshold(held[system], hits) for hits in (answer_hits, judged_hits))
+            values |= {"vcmr@0.5_threshold": score(answer_hits(episodes, theta))}
+            values |= {"ver_threshold": score(judged_hits(episodes, theta_ver))}
+            thetas = {"theta": theta, "theta_ver": theta_ver}
+            values |= {name: Estimate(at, len(held[system]), unit="nats") for name, at in thetas.items()}
+        if {turn.refine_kind for episode in episodes for turn in episode.turns} - {None, "walkdown"}:
+            before, after = (metrics.true_ranks(episodes, which) == 1 for which in ("orig", "final"))
+            values |= {"repaired": score(after & ~before), "harmed": score(before & ~after)}
+        numbers |= {f"V5/{dataset}/{system}/{name}": number for name, number in values.items()}
+    return numbers
+
+
+def _first_look(profile, episodes):
+    margin, right, videos = _judged(episodes)
+    accepted = margin >= 0
+    kinds = {"accept_right": right, "accept_wrong": ~right}
+    shares = {
+        name: statistics.estimate(accepted[rows], videos[rows], profile) for name, rows in kinds.items()
+    }
+    shares |= {"auc": _resampled(profile, lambda rows: auc(margin[rows], right[rows]), videos)}
+    return shares | {
+        "j": _resampled(profile, lambda rows: youden(margin[rows], right[rows]), videos, "points")
+    }
+
+
+def gained_numbers(
+    profile: Profile, dataset: str, before: list[Episode], after: list[Episode]
+) -> dict[str, Estimate]:
+    """Measure what stage 2 changes on the same queries (V5): the area under ROC, moments found and moments lost."""
+    assert [episode.desc_id for episode in before] == [episode.desc_id for episode in after]
+    (old, right, videos), (new, also_right, _) = _judged(before), _judged(after)
+    assert (right == also_right).all(), "first looks are those of one search"
+    ahead = lambda rows: auc(new[rows], right[rows]) - auc(old[rows], right[rows])  # noqa: E731
+    found = [metrics.vcmr_hits(episodes, 0.5) for episodes in (before, after)]
+    values = {"auc_ahead": _resampled(profile, ahead, videos, "points")}
+    values |= {"gained": common.estimate(profile, after, found[1] & ~found[0])}
+    values |= {"lost": common.estimate(profile, after, found[0] & ~found[1])}
+    return {f"V5/{dataset}/vsr1/{name}": number for name, number in values.items()}
+
+
+def answer_hits(episodes: list[Episode], threshold: float, forced=False) -> np.ndarray:
+    """Return whether the answer is right at IoU 0.5, (Q,), where the first look with margin >= threshold answers.
+
+    threshold  at most 0: what would follow a look that was accepted is not known
+    forced     where none does, the last look answers
+    """
+    assert threshold <= 0, threshold
+    return np.array([_is_hit(episode, threshold, forced) for episode in episodes], bool)
+
+
+def _is_hit(episode, threshold, forced):
+    answering = [turn for turn in episode.turns if margins([turn])[0] >= threshold]
+    answering += episode.turns[-1:] if forced else ()
+    if not answering or not answering[0].shown_is_gt or answering[0].reply is None:
+        return False
+    turn = answering[0]
+    span = turn.span_ms if turn.reply.matched else turn.forced_span_ms
+    return span is not None and bool(metrics.reaches(span_iou(span, episode.gt_span_ms), 0.5))
+
+
+def judged_hits(episodes: list[Episode], threshold: float) -> np.ndarray:
+    """Return whether the last look is judged rightly, (Q,), if a margin >= threshold accepts."""
+    return np.array(
+        [
+            bool(e.turns) and bool(margins(e.turns[-1:])[0] >= threshold) == e.turns[-1].shown_is_gt
+            for e in episodes
+        ],
+        bool,
+    )
+
+
+def choose_threshold(episodes: list[Episode], hits) -> float:
+    """Return the threshold with most hits on validation episodes; of equals the one nearest to 0.
+
+    hits  `answer_hits`, whose thresholds are at most 0, or `judged_hits`
+    """
+    levels = np.unique(margins([turn for episode in episodes for turn in episode.turns]))
+    levels = levels[np.isfinite(levels) & ((levels <= 0) | (hits is judged_hits))]
+    return float(max([0.0, *levels], key=lambda level: (hits(episodes, level).sum(), -abs(level))))
+
+
+def margin_series(dataset: str, runs: dict[str, list[Episode]]) -> dict[str, list]:
+    """Return the ROC of first looks of {system: episodes} (V5), percent."""
+    curves = {}
+    for system, episodes in runs.items():
+        margin, right, _ = _judged(episodes)
+        if right.any() and not right.all():
+            curves[f"V5/{dataset}/{system}/roc"] = (100 * roc(margin, right)).tolist()
+    return curves

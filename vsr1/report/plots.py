@@ -266,6 +266,54 @@ def overlaps(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure
     return _legend(figure, panels[0], 2)
 
 
+# --- Reasons and verdicts, by stage
+
+STAGES = {"zs": ("base model", GREY, "o"), "ft": ("FT", ORANGE, "^"), "sft": ("stage 1", SKY, "s")}
+STAGES |= {"vsr1": ("both stages", BLUE, "D")}
+ATTRIBUTES = ("shirt", "trousers", "action", "object", "colour", "place", "light")
+
+
+@style()
+def trace_accuracy(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
+    """Draw by attribute what replies say: true words for what is shown above, false "yes" below; a mark per stage."""
+    figure, panels = _facets(datasets, rows=2, height=5.2, sharex=True)
+    for row, (metric, label) in zip(
+        panels, {"shown": "shown word true, %", "false_yes": "false yes, %"}.items(), strict=True
+    ):
+        for axes, dataset in zip(row, datasets, strict=True):
+            for shift, (system, (words, colour, marker)) in enumerate(STAGES.items()):
+                found = {n: ("V4", dataset, system, f"{metric}_{name}") for n, name in enumerate(ATTRIBUTES)}
+                found = {n: results.row(numbers, *key) for n, key in found.items()}
+                for n, entry in found.items():
+                    if entry is not None:
+                        x = n + 0.18 * (shift - 1.5)
+                        axes.plot((x, x), (entry.low, entry.high), color=colour, linewidth=1)
+                        axes.plot(x, entry.value, marker, color=colour, markersize=4, label=words)
+            axes.set(ylim=(-3, 103))
+        row[0].set_ylabel(label)
+    for axes in panels[-1]:
+        axes.set_xticks(range(len(ATTRIBUTES)), ATTRIBUTES, rotation=45, ha="right")
+    return _legend(figure, panels[0][0], len(STAGES))
+
+
+@style()
+def verdict_curves(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
+    """Draw the ROC of first looks by stage, with a mark where the stage stands."""
+    figure, (panels,) = _facets(datasets, height=3.6)
+    for axes, dataset in zip(panels, datasets, strict=True):
+        axes.plot((0, 100), (0, 100), ":", color=GREY)
+        for system, (words, colour, marker) in STAGES.items():
+            _series(axes, series.get(f"V5/{dataset}/{system}/roc"), color=colour)
+            stands = [
+                results.row(numbers, "V5", dataset, system, f"accept_{kind}") for kind in ("wrong", "right")
+            ]
+            if all(entry is not None for entry in stands):
+                axes.plot(*[entry.value for entry in stands], marker, color=colour, label=words)
+        axes.set(xlabel="wrong videos accepted, %")
+    panels[0].set_ylabel("right videos accepted, %")
+    return _legend(figure, panels[0], len(STAGES))
+
+
 # --- Refinements
 
 REFINEMENTS = {"walkdown": "rank fallback (no refinement)", "sqr": "SQR, trained"}
@@ -491,6 +539,8 @@ FIGURES = {  # figure: (number or series without which a data set is left out, h
     "H2": ("H2/{}/zs/vr@k", retrieval_curves),
     "V1": ("V1/{}/zs/verdict", known_video),
     "V2": ("V2/{}/zs/iou", overlaps),
+    "V4": ("V4/{}/vsr1/stated", trace_accuracy),
+    "V5": ("V5/{}/vsr1/roc", verdict_curves),
     "E1": ("E1/{}/sft/info_nce", functools.partial(training_curves, "E1", STAGE_1)),
     "E2": ("E2/{}/vsr1/reward", functools.partial(training_curves, "E2", STAGE_2)),
     "S1": ("S1/{}/sqr-untrained/vr@1", refinements),
