@@ -132,7 +132,7 @@ def evaluate(
     dataset: Dataset,
     systems: Annotated[
         list[str],
-        Argument(help="sft, a variant of stage 2, one of runner.SYSTEMS, sft-released or vsr1-released."),
+        Argument(help="One of evaluate.RECIPES or runner.SYSTEMS, sft-released or vsr1-released."),
     ],
     profile: Profile = "mini",
     seed: Seed = None,

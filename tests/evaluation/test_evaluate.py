@@ -221,6 +221,45 @@ def test_walking_down_equals_the_stored_ranking_and_zs_its_first_video(world, ag
             assert sum(turn.refine_cost.engine_calls for turn in one.turns) == 0
 
 
+def test_feedback_takes_a_part_of_each_rejected_video_off_the_query(world, agent, run, queries, monkeypatch):
+    monkeypatch.setattr(evaluate.query_adapters, "choose_feedback", lambda *_: 0.4)
+    vectors = search_index.load_vectors(world.data_dir("charades") / "embed" / "engine" / "test")
+    for query, one in zip(queries, run(agent, "rocchio"), strict=True):
+        vec, rejected = vectors.query_vec(query.id).astype(float), []
+        for turn in one.turns:
+            scores = vectors.video_vecs @ vec
+            order = [vectors.video_ids[column] for column in np.argsort(-scores)]
+            assert turn.shown_id == next(video for video in order if video not in rejected)
+            assert turn.rank_in == order.index(query.video) + 1
+            rejected.append(turn.shown_id)
+            vec = vec - 0.4 * vectors.video_vecs[vectors.column(turn.shown_id)]
+            vec = vec / np.linalg.norm(vec)
+        assert len(rejected) == 3
+
+
+def test_a_reranker_looks_at_all_and_keeps_what_it_thought_of_each(agent, run):
+    agent.script = lambda *_: MATCH
+    for one in run(agent, "rerank"):
+        assert [turn.rank_out for turn in one.turns] == [one.rank_orig] * 3 and one.stop_reason == "budget"
+        assert all(turn.verdict_margin == -2 and not turn.reply.matched for turn in one.turns)
+        assert all(turn.span_ms is not None for turn in one.turns)
+
+
+def test_a_first_search_may_come_from_other_vectors_of_the_queries(
+    world, made, agent, run, queries, tmp_path, monkeypatch
+):
+    """Those of each query's right video: the first look finds it, whatever was typed."""
+    vectors = search_index.load_vectors(world.data_dir("charades") / "embed" / "engine" / "test")
+    right = vectors.video_vecs[vectors.columns([query.video for query in queries])]
+    np.savez(tmp_path / "test.npz", ids=[query.id for query in queries], vecs=right)
+    monkeypatch.setattr(evaluate.query_adapters, "adapt", lambda *_: tmp_path)
+    monkeypatch.setattr(evaluate.sft, "train", lambda profile, *_: profile.policy)
+    monkeypatch.setattr(runner, "load_pair", lambda *_: (made, agent))
+    found = read_episodes(evaluate.run_system(world, "charades", "adapter-vec-ft"))
+    assert [one.turns[0].shown_id for one in found] == [query.video for query in queries]
+    assert {turn.refine_kind for one in found for turn in one.turns} == {"walkdown"}
+
+
 @pytest.mark.parametrize("variant", ["blind", "seen", "reasoned"])
 @pytest.mark.parametrize("append", ["", "-append"])
 def test_a_query_in_other_words_is_the_engine_s_vector_of_those_words(

@@ -167,7 +167,7 @@ def train(profile, dataset: str, name: str) -> None:
 def evaluate(profile, dataset: str, name: str) -> None:
     """Run a system on the test queries, after all that it needs; one of released weights also prints its numbers.
 
-    name  "sft", "walkdown-ft", a variant of stage 2, one of `runner.SYSTEMS`, "sft-released" or "vsr1-released"
+    name  one of `evaluate.RECIPES` or `runner.SYSTEMS`, "sft-released" or "vsr1-released"
     """
     from vsr1.evaluation import evaluate as evaluation
 

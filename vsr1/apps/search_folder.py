@@ -28,7 +28,8 @@ from vsr1.loop import episode, records, runner
 from vsr1.loop.records import ORIGINAL, Episode, Ranking, Turn
 from vsr1.models import checkpoints, search_index
 
-SYSTEMS = [name for name in runner.SYSTEMS if not name.startswith("oracle") and name != "sqr-untrained"]
+CONTROLS = ("oracle-right", "oracle-wrong", "sqr-untrained", "rerank", "rocchio")
+SYSTEMS = [name for name in runner.SYSTEMS if name not in CONTROLS]
 CAVEAT = "The mini models know only the rendered world; what they say of any other video means nothing."
 
 

@@ -5,6 +5,7 @@ runs/<profile>/<dataset>/episodes/<system>.jsonl      read it with `records.read
 
 import functools
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +13,35 @@ from vsr1 import cache
 from vsr1.evaluation import run_batches
 from vsr1.loop import records, runner
 from vsr1.models import checkpoints, embedding, loading
-from vsr1.training import grpo, rollout, sft
+from vsr1.training import grpo, query_adapters, rollout, sft
 
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a system with weights of its own is made of."""
+
+    like: str  # what happens after a verdict: a name of `runner.SYSTEMS`
+    policy: str | None = None  # "sft", "ft" or a variant of stage 2; None: the profile's policy
+    first: str | None = None  # how its first ranking is made, one of `query_adapters.FIRST`; None: as typed
+    turns: int | None = None  # videos that it shows at most; None: the profile's
+
+
+RECIPES = {
+    "sft": Recipe("sqr", "sft"),
+    "walkdown-ft": Recipe("walkdown", "ft"),
+    **{name: Recipe("sqr", name) for name in rollout.VARIANTS},
+    # Baselines that do not iterate (docs/premise.md): the same policies, the first ranking made another way.
+    **{f"{name}-walkdown": Recipe("walkdown", name) for name in ("sft", "vsr1")},
+    **{
+        f"{first}-{name}": Recipe("walkdown", name, first)
+        for first in query_adapters.FIRST
+        for name in ("ft", "vsr1")
+    },
+    **{f"rocchio-{name}": Recipe("rocchio", name) for name in ("ft", "vsr1")},
+    **{f"rerank-10-{name}": Recipe("rerank", name, turns=10) for name in ("ft", "vsr1")},
+    # Beyond the paper: soft tokens before the first search, then the loop, which shows no video twice.
+    "vsr1-first": Recipe("sqr-skip", "vsr1", "vsr1"),
+}
 RELEASED = {"sft-released": 1, "vsr1-released": 2}  # the stage whose checkpoint the authors released
 KNOBS = (
     "video_fps",
@@ -38,25 +66,31 @@ def run_system(
 ) -> Path:
     """Return the file of episodes of one system on one split; run now if it is not current, resumed after a kill.
 
-    What it rests on is made current first: corpus, vectors, and the weights of a trained system.
+    What it rests on is made current first: corpus, vectors, the weights and the first ranking of a trained system.
 
-    like     name in SYSTEMS, where `name` is neither there nor a trained system
+    like     name in SYSTEMS, where `name` is neither there nor in RECIPES
     weights  folder or hub name of its policy; None: those of `trained_weights`, else the profile's policy
     count    how many queries, spread evenly over the split; None: all
     split    "held": the train queries that nothing is learned from, in the train gallery
     """
     vectors = embedding.embed_corpus(profile, dataset, run_batches.SPLITS[split])
+    recipe = Recipe(like or name)
     if weights is None and like is None:
+        recipe = RECIPES.get(name, recipe)
         like, weights = trained_weights(profile, dataset, name)
     system = runner.find_system(like or name)
+    if system.refine == "rocchio":
+        system = replace(system, feedback=query_adapters.choose_feedback(profile, dataset))
     weights = checkpoints.resolve_checkpoint(str(weights or profile.policy), profile)
-    turns = profile.max_turns if system.refine else 1
+    first = recipe.first and query_adapters.adapt(profile, dataset, recipe.first)
+    turns = (recipe.turns or profile.max_turns) if system.refine else 1
     rule = system.display_rule or profile.display_rule
     run = records.Run(dataset, split, name, turns, 1, profile.seed, rule)
     knobs = KNOBS + (HEAD_KNOBS if system.append_refine else ())
     inputs = {
         "vectors": cache.metadata(vectors).get("key"),  # of engine, videos and annotations
         "policy": loading.version(weights),
+        "first": first and cache.metadata(first).get("key"),
         "run": vars(run),
         "system": list(vars(system).values()),
         "queries": [count, profile.val_fraction if split == "held" else None],
@@ -67,7 +101,7 @@ def run_system(
     folder = profile.runs(dataset) / "episodes" / name
     if not (folder / run_batches.EPISODES).exists():  # somebody deleted a damaged file
         (folder / cache.RECORD).unlink(missing_ok=True)
-    work = functools.partial(run_batches.run, profile, run, system, weights, vectors, count)
+    work = functools.partial(run_batches.run, profile, run, system, weights, vectors, count, first)
     cache.build(folder, inputs, work, distributed=True)
     link = folder.with_name(f"{name}.jsonl")
     if cache.dist_state().is_main_process:
@@ -78,18 +112,16 @@ def run_system(
 def trained_weights(profile, dataset: str, name: str) -> tuple[str, str | None]:
     """Return (name in SYSTEMS, checkpoint) of a system; stages that are not current are trained now.
 
-    sft, walkdown-ft, the variants of stage 2, sft-released and vsr1-released have checkpoints of their own; any other
-    system has none: (name, None).
+    A system of RECIPES, sft-released and vsr1-released have checkpoints of their own; any other system has none:
+    (name, None).
     """
     if name in RELEASED:
         return "sqr", checkpoints.released_name(dataset, RELEASED[name])
-    if name == "walkdown-ft":
-        return "walkdown", str(sft.train(profile, dataset, "ft"))
-    if name == "sft":
-        return "sqr", str(sft.train(profile, dataset))
-    if name in rollout.VARIANTS:
-        return "sqr", str(grpo.train(profile, dataset, name))
-    return name, None
+    if name not in RECIPES:
+        return name, None
+    recipe = RECIPES[name]
+    stage = sft if recipe.policy in ("sft", "ft") else grpo
+    return recipe.like, str(stage.train(profile, dataset, recipe.policy))
 
 
 def _link(link, target):

@@ -12,7 +12,9 @@ EPISODES = "episodes.jsonl"
 SPLITS = {"test": "test", "held": "train"}  # the corpus that a split's queries search
 
 
-def run(profile, record: records.Run, system, weights: str, vectors: Path, count, folder: Path) -> None:
+def run(
+    profile, record: records.Run, system, weights: str, vectors: Path, count, first: Path | None, folder: Path
+) -> None:
     """Fill `folder` with episodes.jsonl and notes.json, `eval_batch` queries at a time.
 
     Each batch is a file until the end, so a killed run goes on behind the last whole batch. Each of several processes
@@ -21,14 +23,16 @@ def run(profile, record: records.Run, system, weights: str, vectors: Path, count
     record   what the episodes share; how many blocks are carried, and so whether turns are reused, the policy says
     vectors  folder of the vectors of the gallery and the queries
     count    how many queries, spread evenly; None: all
+    first    folder of other vectors of the queries, for the first search (`query_adapters.adapt`); None: as typed
     """
     ranks, queries = cache.dist_state(), read_queries(profile, record, count)
-    vectors = search_index.load_vectors(vectors)
+    vectors = search_index.load_vectors(vectors, first and first / f"{record.split}.npz")
     engine, policy = runner.load_pair(profile, system, weights)
     if policy.query_embedder:
         runner.warn_engine_mismatch(engine, vectors, queries)
     with clip_cache.open_clips(profile, record.dataset, vectors.video_ids) as clips:
-        functions = runner.EpisodeRunner(profile, system, engine, policy, vectors, clips)
+        knobs = replace(profile, max_turns=record.max_turns)
+        functions = runner.EpisodeRunner(knobs, system, engine, policy, vectors, clips)
         record = replace(record, carry_blocks=functions.carry, reuse=functions.carry == 1)
         batches = [queries[i : i + profile.eval_batch] for i in range(0, len(queries), profile.eval_batch)]
         parts = [folder / f"part-{number:05}.jsonl" for number in range(len(batches))]

@@ -20,7 +20,7 @@ VARIANTS = ("blind", "seen", "reasoned")  # of HQR
 
 
 class RetryRunner(runner.EpisodeRunner):
-    """The functions of the loop, where every reply is a rejection and every SQR reply asks for a search."""
+    """The functions of the loop, where every SQR reply asks for a search."""
 
     def _reply(self, prompts):
         """Reply as in the loop, with <REFINE> behind the replies that lack it."""
@@ -32,15 +32,6 @@ class RetryRunner(runner.EpisodeRunner):
             for i, completion in zip(without, appended, strict=True):
                 completions[i] = completion
         return completions, seconds
-
-    def ask(self, pairs):
-        """Ask as in the loop, and turn every verdict into a rejection."""
-        return [
-            verification
-            if verification.reply is None
-            else replace(verification, reply=replace(verification.reply, matched=False))
-            for verification in super().ask(pairs)
-        ]
 
 
 def run_retries(
@@ -74,7 +65,7 @@ def run_retries(
 
 def _refine_once(profile, dataset, run, weights, vectors):
     """Run the loop for one turn, `eval_batch` queries at a time, in halves where memory does not suffice."""
-    kind = runner.SYSTEMS[run.method]
+    kind = replace(runner.SYSTEMS[run.method], accepts=False)
     pair = runner.load_pair(profile, kind, weights)
     queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
     ranks = retrieval.first_search(queries, vectors).ranks

@@ -24,7 +24,7 @@ class System:
     """What a system does where systems differ."""
 
     refine: str | None = (
-        None  # walkdown, sqr, or an HQR variant: blind, seen, reasoned; None: it has one turn
+        None  # walkdown, rocchio, sqr, or an HQR variant: blind, seen, reasoned; None: it has one turn
     )
     mode: str = "replace"  # of HQR: the update instead of the query; append: after the query
     display_rule: str | None = None  # None: the profile's
@@ -34,12 +34,17 @@ class System:
     append_refine: bool = (
         False  # <REFINE> is appended to every reply: for heads of a model that never says it
     )
+    accepts: bool = True  # False: every verdict counts as a rejection, for a choice among all that was shown
+    feedback: float = 0.0  # of rocchio: how much of a rejected video's vector is taken off the query's
 
 
 SYSTEMS = {
     "zs": System(),
     "walkdown": System("walkdown", display_rule="skip_rejected"),
+    "rerank": System("walkdown", display_rule="skip_rejected", accepts=False),
+    "rocchio": System("rocchio", display_rule="skip_rejected", feedback=0.5),
     "sqr": System("sqr"),
+    "sqr-skip": System("sqr", display_rule="skip_rejected"),
     "sqr-untrained": System("sqr", append_refine=True),
     **{f"hqr-{variant}": System(variant) for variant in ("blind", "seen", "reasoned")},
     **{f"hqr-{variant}-append": System(variant, "append") for variant in ("blind", "seen", "reasoned")},
@@ -78,6 +83,7 @@ class EpisodeRunner:
             self.prompt, self.layout = prompt_text.SYSTEM_HQR, "hqr"
         self.rewrite_engine = hqr.with_query_limit(engine)
         functions = {None: None, "walkdown": episode.rank_fallback, "sqr": self.refine_soft}
+        functions |= {"rocchio": self.refine_by_feedback}
         self.refine = functions.get(system.refine, self.refine_hard)
 
     def run(self, queries, record: records.Run) -> list[records.Episode]:
@@ -119,9 +125,9 @@ class EpisodeRunner:
                 _cost(prompt, completion, seconds),
                 margin=completion.verdict and completion.verdict.margin,
                 forced_span=span,
-                state=(context, clips[row]),
+                state=(context, clips[row], pairs[row][1]),
             )
-        return verifications
+        return verifications if self.system.accepts else [_rejection(one) for one in verifications]
 
     def _forced_spans(self, pairs, prompts, completions):
         """The span that each reply would name if it accepted; None unless it rejects the right video."""
@@ -159,6 +165,16 @@ class EpisodeRunner:
             replace(old, ids=ids, text=f"{old.text} {prompt_text.REFINE}", refine_context=context)
             for old, (ids, context) in zip(completions, appended, strict=True)
         ]
+
+    def refine_by_feedback(self, rejected) -> list[Refinement]:
+        """Rocchio's feedback: take a part of the rejected video's vector off the query's; no model is asked."""
+        refinements = []
+        for query, verification, state in rejected:
+            vec = self.vectors.query_vec(query.id) if state is ORIGINAL else state.vec
+            video_vec = self.vectors.video_vecs[self.vectors.column(verification.state[2])]
+            moved = move_away(vec, video_vec, self.system.feedback)
+            refinements.append(Refinement("rocchio", QueryState((), moved), tokens=0, tokens_tagged=0))
+        return refinements
 
     @torch.no_grad()
     def refine_soft(self, rejected) -> list[Refinement]:
@@ -240,6 +256,18 @@ def rank_gallery(vectors, query_vecs: np.ndarray, right_videos: list[str], top_k
         else:
             rankings.append(Ranking(None, None, top, None, top1))
     return rankings
+
+
+def move_away(vecs: np.ndarray, rejected_vecs: np.ndarray, feedback: float) -> np.ndarray:
+    """Return unit vectors (..., D) of queries less `feedback` times those of the videos they were shown."""
+    moved = vecs - feedback * rejected_vecs
+    return moved / np.linalg.norm(moved, axis=-1, keepdims=True)
+
+
+def _rejection(verification):
+    """The same verification with `not_matched` as its verdict."""
+    reply = verification.reply
+    return verification if reply is None else replace(verification, reply=replace(reply, matched=False))
 
 
 def _cost(prompt, completion, seconds):

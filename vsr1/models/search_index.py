@@ -122,12 +122,20 @@ class Vectors:
         return {query_id: row for row, query_id in enumerate(self.query_ids)}
 
 
-def load_vectors(folder: Path) -> Vectors:
-    """Load the vectors that `embed_corpus` wrote; the video vectors of a large gallery are mapped, not read."""
+def load_vectors(folder: Path, first: Path | None = None) -> Vectors:
+    """Load the vectors that `embed_corpus` wrote; the video vectors of a large gallery are mapped, not read.
+
+    first  an .npz file of other queries and vectors for the same gallery: `ids` (Q,) and `vecs` (Q, D)
+    """
     ids = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
     mode = None if len(ids["videos"]) < LARGE else "r"
     video_vecs = np.load(folder / "video_vecs.npy", mmap_mode=mode)
-    vectors = Vectors(ids["videos"], video_vecs, ids["queries"], np.load(folder / "query_vecs.npy"))
+    if first is None:
+        query_ids, query_vecs = ids["queries"], np.load(folder / "query_vecs.npy")
+    else:
+        with np.load(first) as arrays:
+            query_ids, query_vecs = arrays["ids"].tolist(), arrays["vecs"]
+    vectors = Vectors(ids["videos"], video_vecs, query_ids, query_vecs)
     if (folder / "index.faiss").exists():
         vectors.index_file = folder / "index.faiss"
     return vectors

@@ -67,12 +67,13 @@ class Collator:
         system = prompt_text.SYSTEM_ZS if policy.heads is None else policy.settings.system
         shown = [row["shown"] for row in rows if row["caption"] is None]
         clips = dict(zip(shown, self.clips.get(shown), strict=True))
-        return [policy.prompt(system, row["query"], row["caption"] or clips[row["shown"]]) for row in rows]
+        videos = [clips[row["shown"]] if row["caption"] is None else row["caption"] or None for row in rows]
+        return [policy.prompt(system, row["query"], video) for row, video in zip(rows, videos, strict=True)]
 
     def _reply_ids(self, reply):
         policy = self.policy
         ending = "" if policy.heads is None else f" {prompt_text.REFINE}"
-        ids = policy.tokenizer(f"{reply}{ending}", add_special_tokens=False)["input_ids"]
+        ids = policy.tokenizer(f"{reply}{ending}".lstrip(), add_special_tokens=False)["input_ids"]
         assert policy.heads is None or ids[-1] == policy.refine_token_id
         return [*ids, policy.stop_token_id]
 
@@ -100,18 +101,73 @@ def partition_batch(profile, rows, num_processes: int):
     return batch, share // batch, rows
 
 
+# --- InfoNCE
+
+
+def uses_infonce(profile, row: dict) -> bool:
+    """Return whether soft tokens learn from a row: not from padding or copies, and only as `infonce_rows` says."""
+    wanted = profile.infonce_rows == "all" or row["shown"] != row["right"]
+    return row["reply"] is not None and row["contrast"] and wanted
+
+
+class GalleryContrast:
+    """InfoNCE of query vectors against the videos of a gallery: how stage 1 and adapters of queries learn to search.
+
+    Rows are dictionaries with the keys of `sft_data.SFTExample`.
+    """
+
+    def attach_gallery(self, profile, vectors: search_index.Vectors, device) -> None:
+        """Hand over the knobs of the loss, and the vectors of the train gallery."""
+        self.knobs, self.vectors = profile, vectors
+        self.gallery_vecs = torch.from_numpy(vectors.video_vecs).to(device)  # (V, D)
+
+    def infonce_losses(self, vecs, rows):
+        """Return InfoNCE (B,) of query vectors (B, D) against each row's negatives, or all of the gallery without any.
+
+        With an ambiguity filter, only negatives of the `ambiguity_mask` count; 0, without a gradient, where none is
+        left.
+        """
+        right = torch.from_numpy(self.vectors.columns([row["right"] for row in rows])).to(vecs.device)
+        knobs = self.knobs
+        if knobs.ambiguity_filter is None and knobs.sft_negatives is not None:
+            wrong_vecs = self.gallery_vecs[self._negative_columns(rows)]
+            return common.info_nce(vecs, self.gallery_vecs[right], wrong_vecs, knobs.infonce_temperature)
+        logits = vecs @ self.gallery_vecs.T / knobs.infonce_temperature  # (B, V)
+        if knobs.ambiguity_filter is not None:
+            logits = logits.masked_fill(~self.ambiguity_mask(rows, right), -torch.inf)
+        return F.cross_entropy(logits, right, reduction="none")
+
+    def ambiguity_mask(self, rows, right) -> torch.Tensor:
+        """Return (B, V), True at the right video's column (B,) and at negatives that are clearly less like the query.
+
+        Official (docs/method.md section 5): a video whose score for the original query is at least the right one's less
+        `ambiguity_filter` may be right as well. That spares every video that outranks the right one, so also the one
+        just rejected.
+        """
+        query_vecs = torch.from_numpy(self.vectors.vecs_of([row["desc_id"] for row in rows]))
+        scores = query_vecs.to(right.device) @ self.gallery_vecs.T
+        mask = scores < scores.gather(1, right[:, None]) - self.knobs.ambiguity_filter
+        if self.knobs.sft_negatives is not None:
+            wrong = self._negative_columns(rows).to(mask.device)
+            mask &= torch.zeros_like(mask).scatter(1, wrong, True)
+        return mask.scatter(1, right[:, None], True)
+
+    def _negative_columns(self, rows):
+        return torch.from_numpy(np.stack([self.vectors.columns(row["negatives"]) for row in rows]))
+
+
 # --- The trainer
 
 
-class Trainer(SFTTrainer):
+class Trainer(GalleryContrast, SFTTrainer):
     """TRL's trainer with InfoNCE beside its own loss."""
 
     def attach_retrieval(
         self, policy: Policy, engine: engines.Engine, vectors: search_index.Vectors, profile
     ) -> None:
         """Hand over what InfoNCE needs: policy, frozen engine and the vectors of the train gallery."""
-        self.policy, self.engine, self.knobs, self.vectors = policy, engine, profile, vectors
-        self.gallery_vecs = torch.from_numpy(vectors.video_vecs).to(policy.model.device)  # (V, D)
+        self.policy, self.engine = policy, engine
+        self.attach_gallery(profile, vectors, policy.model.device)
         self.infonce_sums = []  # since the last log, over rows: InfoNCE, probability over one half, rows
         self.num_label_columns = 0  # columns of a batch that have labels; 0: all
         self.model.register_forward_pre_hook(self.prefix_hook, with_kwargs=True)
@@ -153,7 +209,7 @@ class Trainer(SFTTrainer):
         depths = [*(depth for depth in self.knobs.infonce_prefixes if depth < n), n]
         vecs = sqr.prefix_queries(self.engine, self.policy.heads, texts, latents, depths=depths)
         losses = torch.stack([self.infonce_losses(part, self.rows) for part in vecs.unbind(dim=1)])
-        learned = torch.tensor([self.uses_infonce(row) for row in self.rows])
+        learned = torch.tensor([uses_infonce(self.knobs, row) for row in self.rows])
         self.infonce = outputs["loss"] = (losses.mean(dim=0) * learned.to(losses.device)).sum()
         self._count_infonce(losses[-1].detach().cpu()[learned], losses.device)
         return outputs
@@ -174,49 +230,10 @@ class Trainer(SFTTrainer):
         sums = [losses.sum().item(), (losses < np.log(2)).sum().item(), len(losses)]
         self.infonce_sums.append(torch.tensor(sums, device=device))
 
-    def uses_infonce(self, row) -> bool:
-        """Whether soft tokens learn from a row: not from padding or copies, and only as `infonce_rows` says."""
-        wanted = self.knobs.infonce_rows == "all" or row["shown"] != row["right"]
-        return row["reply"] is not None and row["contrast"] and wanted
-
     def rows_of_step(self):
         """Return how many rows the current step learns from, over all batches and processes: fewer in the last."""
         most = self.knobs.sft_batch * self.knobs.sft_accumulate
         return min(most, self.num_rows - self.state.global_step * most)
-
-    def infonce_losses(self, vecs, rows):
-        """Return InfoNCE (B,) of query vectors (B, D) against each row's negatives, or all of the gallery without any.
-
-        With an ambiguity filter, only negatives of the `ambiguity_mask` count; 0, without a gradient, where none is
-        left.
-        """
-        right = torch.from_numpy(self.vectors.columns([row["right"] for row in rows])).to(vecs.device)
-        knobs = self.knobs
-        if knobs.ambiguity_filter is None and knobs.sft_negatives is not None:
-            wrong_vecs = self.gallery_vecs[self._negative_columns(rows)]
-            return common.info_nce(vecs, self.gallery_vecs[right], wrong_vecs, knobs.infonce_temperature)
-        logits = vecs @ self.gallery_vecs.T / knobs.infonce_temperature  # (B, V)
-        if knobs.ambiguity_filter is not None:
-            logits = logits.masked_fill(~self.ambiguity_mask(rows, right), -torch.inf)
-        return F.cross_entropy(logits, right, reduction="none")
-
-    def ambiguity_mask(self, rows, right) -> torch.Tensor:
-        """Return (B, V), True at the right video's column (B,) and at negatives that are clearly less like the query.
-
-        Official (docs/method.md section 5): a video whose score for the original query is at least the right one's less
-        `ambiguity_filter` may be right as well. That spares every video that outranks the right one, so also the one
-        just rejected.
-        """
-        query_vecs = torch.from_numpy(self.vectors.vecs_of([row["desc_id"] for row in rows]))
-        scores = query_vecs.to(right.device) @ self.gallery_vecs.T
-        mask = scores < scores.gather(1, right[:, None]) - self.knobs.ambiguity_filter
-        if self.knobs.sft_negatives is not None:
-            wrong = self._negative_columns(rows).to(mask.device)
-            mask &= torch.zeros_like(mask).scatter(1, wrong, True)
-        return mask.scatter(1, right[:, None], True)
-
-    def _negative_columns(self, rows):
-        return torch.from_numpy(np.stack([self.vectors.columns(row["negatives"]) for row in rows]))
 
     def _save(self, output_dir=None, state_dict=None):
         """Save what learns, and no more. The library's own refuses the tied row of <REFINE>."""
@@ -378,13 +395,14 @@ def _training_arguments(profile, policy, folder, batch, accumulate):
 def train(profile, dataset: str, name: str = "sft", on_log=None) -> Path:
     """Train stage 1 on one data set and return the folder of its checkpoint and log. Resumes after a kill.
 
-    name    "sft"; or "ft", the baseline of T1: no <REFINE>, no soft tokens, no InfoNCE
+    name    "sft"; "ft", the baseline of T1: no <REFINE>, no soft tokens, no InfoNCE; or "adapter-soft", the one of
+            `query_adapters`: the same queries as often, <REFINE> right behind each, no video and no reply
     on_log  is called after each step with the lines of the log so far, for curves that redraw
     """
     vectors = embedding.embed_corpus(profile, dataset, "train")
     # FT reads the rows of stage 1 in their order, text-only ones included: what it lacks is the search, nothing else.
     # Only the rows with video, for as many steps, would show it each video three times as often as stage 1 sees it.
-    knobs = KNOBS + RETRIEVAL_KNOBS * (name == "sft")
+    knobs = KNOBS + RETRIEVAL_KNOBS * (name != "ft")
     inputs = {
         "name": name,
         "vectors": cache.metadata(vectors).get("key"),
@@ -400,11 +418,13 @@ def train(profile, dataset: str, name: str = "sft", on_log=None) -> Path:
 def _train(profile, dataset, name, vectors, on_log, folder):
     dist, vectors = cache.dist_state(), search_index.load_vectors(vectors)
     rows = sft_data.load(profile, dataset, vectors)
+    if name == "adapter-soft":
+        rows = draw_queries(profile, rows)
     if dist.is_main_process:
         lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
         cache.write_text(folder / "rows.jsonl", "".join(lines))
     engine = engines.load(profile)
-    policy = build_policy(profile, engine, heads=name == "sft")
+    policy = build_policy(profile, engine, heads=name != "ft")
     with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
         parts = policy, engine, vectors, rows, clips
         trainer = make_trainer(profile, *parts, folder, f"{name} {dataset}", on_log)
@@ -414,6 +434,15 @@ def _train(profile, dataset, name, vectors, on_log, folder):
     if dist.is_main_process:
         checkpoints.save(policy, folder)
         shutil.rmtree(folder / "steps")
+
+
+def draw_queries(profile, rows: list[sft_data.SFTExample]) -> list[sft_data.SFTExample]:
+    """Return rows of queries alone: as many as soft tokens learn from in stage 1, the first in its order.
+
+    They are of all queries, failed or not, because an adapter searches first. None shows a video or has a reply.
+    """
+    count = sum(uses_infonce(profile, vars(row)) for row in rows)
+    return [sft_data.query_alone(row) for row in rows[:count]]
 
 
 def build_policy(profile, engine: engines.Engine, heads=True) -> Policy:

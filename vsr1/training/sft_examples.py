@@ -20,7 +20,8 @@ class SFTExample:
     shown: str
     negatives: tuple[str, ...]  # the wrong videos that rank highest, the one shown first where it is wrong
     reply: str | None  # without <REFINE>; None: a padding row, which teaches nothing
-    caption: str | None = None  # words that stand for the frames; None: the policy sees the video
+    # Words that stand for the frames; None: the policy sees the video; "": it sees the query alone.
+    caption: str | None = None
     contrast: bool = True  # False: the language-model loss only, no InfoNCE
 
 
