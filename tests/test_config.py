@@ -30,6 +30,11 @@ def test_every_shipped_profile_loads_and_differs_from_the_others():
     assert len(digests) == len(list((config.PACKAGE / "profiles").glob("*.yaml"))) >= 3
 
 
+def test_the_noisy_profile_is_mini_with_another_engine():
+    noisy, mini = config.load("mini-noisy"), config.load("mini")
+    assert dataclasses.replace(noisy, name="mini", engine=mini.engine) == mini and noisy.engine != mini.engine
+
+
 @pytest.mark.parametrize("name", ["paper", "paper-24gb"])
 def test_a_gpu_machine_resizes_frames_in_several_threads(name):
     """One thread would bound the embedding of videos; which number it is changes no digest."""
@@ -97,7 +102,7 @@ def test_an_unknown_data_set_in_a_profile_is_refused(tmp_path):
 
 
 def test_an_unknown_profile_lists_those_that_exist():
-    with pytest.raises(config.InputError, match="no such profile; there are mini, paper, paper-24gb, smoke"):
+    with pytest.raises(config.InputError, match="no such profile; there are mini, mini-noisy, paper, paper-24gb, smoke"):
         config.load("maxi")
 
 

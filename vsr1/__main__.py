@@ -298,11 +298,14 @@ def foundation(
     ] = None,
     into: Annotated[Path | None, Option(help="Where the models go; else vsr1/mini/weights/.")] = None,
 ):
-    """Pretrain the mini models that ship with the package: 100 minutes on 2 cores; a second run goes on."""
+    """Pretrain the mini models that ship with the package, and measure the engines: 2 hours on 2 cores, resumed."""
+    from vsr1.experiments import attribute_probe
     from vsr1.mini import pretraining
 
     phases = pretraining.read_recipes(recipes or pretraining.RECIPES)
-    pretraining.pretrain(config.load(profile), phases, into or pretraining.WEIGHTS)
+    into = into or pretraining.WEIGHTS
+    pretraining.pretrain(config.load(profile), phases, into)
+    attribute_probe.measure_arena(config.load(profile), phases, into / attribute_probe.ARENA.name)
 
 
 if __name__ == "__main__":

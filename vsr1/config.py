@@ -52,6 +52,9 @@ class WorldConfig:
     train_videos: Count
     test_videos: Count
     foundation_videos: Count  # per data set; for `make foundation` only
+    queried_videos: Count | None = (
+        None  # test videos that queries ask for, the others are distractors; None: all
+    )
     size: Annotated[int, Field(ge=16, multiple_of=2)] = 128  # pixels, width and height of the MP4 files
     fps: Count = 8
     seed: CountOrZero = 2607  # of the world, not of the experiment: every seed searches the same corpora
@@ -62,6 +65,8 @@ class StudyConfig:
     """Amounts of the studies beside the paper's tables. All ours."""
 
     probe_steps: Count = 600  # training steps of the attribute probe
+    # Videos of the galleries that `make foundation` searches; the first hold what queries ask for.
+    arena_videos: tuple[Count, ...] = (160, 320, 640, 1000, 1600, 2400)
     sample_queries: Count = 96  # test queries, evenly spread, that refinements are compared on
 
 

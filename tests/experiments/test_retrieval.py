@@ -67,9 +67,10 @@ def test_families_decide_what_a_near_duplicate_is(first):
 def test_corpus_numbers_count_videos_once_and_queries_all():
     numbers = {
         name.split("/")[-1]: number.value
-        for name, number in retrieval.corpus_numbers("didemo", QUERIES * 2, 1).items()
+        for name, number in retrieval.corpus_numbers("didemo", QUERIES * 2, 1, 9).items()
     }
-    assert (numbers["queries"], numbers["videos"], numbers["skipped"]) == (8, 4, 1)
+    assert (numbers["queries"], numbers["videos"], numbers["skipped"]) == (8, 9, 1)
+    assert numbers["distractors"] == 5
     assert numbers["video_seconds"] == 33 / 4 and numbers["span_seconds"] == 17 / 4
 
 

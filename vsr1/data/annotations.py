@@ -44,6 +44,11 @@ CONTAINERS = ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .wmv .flv .3gp .ogv .mts
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|<REFINE>")
 
 
+GALLERY = (
+    "{}_gallery.txt"  # in the corpus: ids of all videos that are searched in a split; a corpus may lack it
+)
+
+
 class CorpusWarning(UserWarning):
     """Something was repaired or passed over; the message names the file and counts."""
 
@@ -198,9 +203,21 @@ def write_fig(path, queries):
 # --- Queries and videos of a split
 
 
-def gallery_ids(queries):
-    """Return the ids of the videos that are searched, sorted: those of the queries of one split, each once."""
-    return sorted({query.video for query in queries})
+def gallery_ids(queries, corpus=None, split=None):
+    """Return the ids of the videos that are searched, sorted, each once: those of the queries of one split.
+
+    corpus, split  where `write_gallery` may have listed videos that no query asks for
+    """
+    listed = Path(corpus or "", GALLERY.format(split))
+    more = read_text(listed).split("\n")[:-1] if corpus and listed.exists() else []
+    return sorted({query.video for query in queries}.union(more))
+
+
+def write_gallery(corpus: Path, split: str, videos: list[str]) -> None:
+    """List the videos that are searched in a split, one id a line: also those that no query asks for."""
+    (corpus / GALLERY.format(split)).write_text(
+        "".join(f"{video}\n" for video in sorted(videos)), encoding="utf-8"
+    )
 
 
 def split_validation(queries, share, families=None):

@@ -1,20 +1,26 @@
 """Measure what a better query could still gain on a mini corpus, before any refiner is trained.
 
 The attribute probe is a linear map from a query's attributes to a vector: a trained baseline that reads only the query.
+Oracle words are the best of `captions.wordings` by somebody who knows the answer: what rewriting in words could gain.
 Neutral tokens show whether anything may be inserted into a query at all.
 """
 
+import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from vsr1 import cache
-from vsr1.config import Profile
+from vsr1.config import PACKAGE, Profile
 from vsr1.data import annotations
-from vsr1.mini import source, world
+from vsr1.evaluation.statistics import Estimate
+from vsr1.mini import captions, source, world
 from vsr1.mini.attribute_heads import attribute_ids, probe_vecs
+from vsr1.mini.pretraining_tasks import PhaseConfig
 from vsr1.models import embedding, engine, search_index
 
 
@@ -24,6 +30,7 @@ def headroom(profile: Profile, dataset: str, which: str = "engine") -> dict[str,
     n, failed                  queries, and those whose first search fails
     plain_r1, probe_r1         R@1 of the original queries and of the probe
     walkdown, probe_failed     of the failed ones: right video on rank 2; R@1 of the probe
+    words_r1, words_failed     R@1 of oracle words, of all and of the failed ones
     neutral_{zeros,noise}_r1   R@1 with `neutral_tokens` vectors in the query that say nothing
     """
     folders = [embedding.embed_corpus(profile, dataset, split, which) for split in ("train", "test")]
@@ -38,8 +45,10 @@ def headroom(profile: Profile, dataset: str, which: str = "engine") -> dict[str,
         train, test = (
             _load_split(profile, dataset, *pair) for pair in zip(("train", "test"), folders, strict=True)
         )
+        search_engine = engine.load(profile, which)
         numbers = _probe_numbers(train_probe(profile, train, dataset), test)
-        numbers |= _neutral_numbers(profile, test, engine.load(profile, which))
+        numbers |= _word_numbers(test, search_engine)
+        numbers |= _neutral_numbers(profile, test, search_engine)
         cache.write_json(folder / "headroom.json", numbers)
 
     target = cache.build(profile.data_dir(dataset) / "embed" / which / "headroom", inputs, work)
@@ -86,6 +95,33 @@ def _probe_numbers(probe, test):
     return numbers | {"probe_failed": _percent(probed[failed] == 1)}
 
 
+def _word_numbers(test, search_engine):
+    """Measure R@1 of the best wording of each query, chosen by the rank that it gives the right video."""
+    vectors, queries, moments = test
+    right = vectors.columns([query.video for query in queries])
+    plain = search_index.ranks(vectors.scores(vectors.vecs_of([query.id for query in queries])), right)
+    best = np.minimum(plain, oracle_ranks(_wording_vecs(search_engine, moments), vectors.video_vecs, right))
+    return {"words_r1": _percent(best == 1), "words_failed": _percent(best[plain > 1] == 1)}
+
+
+def _wording_vecs(search_engine, moments):
+    """Embed every wording of each moment, (Q, W, D)."""
+    texts = [captions.wordings(moment) for moment in moments]
+    vecs = search_engine.embed_texts([text for wordings in texts for text in wordings])
+    return vecs.reshape(len(texts), -1, vecs.shape[1])
+
+
+def oracle_ranks(vecs: np.ndarray, gallery: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return the best rank (Q,) that any of several vectors of a query gives the right video.
+
+    vecs     (Q, W, D)
+    gallery  (V, D)
+    right    (Q,) rows of the gallery
+    """
+    count = vecs.shape[1]
+    return np.min([search_index.ranks(vecs[:, n] @ gallery.T, right) for n in range(count)], axis=0)
+
+
 def _neutral_numbers(profile, test, search_engine):
     """Measure R@1 with tokens in each query that say nothing: all zero, or noise half as long as a word."""
     vectors, queries, _ = test
@@ -98,3 +134,101 @@ def _neutral_numbers(profile, test, search_engine):
         ranks = search_index.ranks(vectors.scores(search_engine.embed_texts(texts, soft)), right)
         numbers[f"neutral_{kind}_r1"] = _percent(ranks == 1)
     return numbers
+
+
+# --- The arena: first searches in galleries of several sizes, by text sides that heard wrong colours more or less often
+
+ARENA = PACKAGE / "mini" / "weights" / "arena.json"
+
+
+def measure_arena(profile: Profile, recipes: dict[str, PhaseConfig], into: Path = ARENA) -> None:
+    """Measure first searches, and the room of better words and of the probe, for each text side and size of gallery.
+
+    Writes a list of rows to `into`, unless it is current: data set, phase, share of wrong colours, videos, queries, and
+    percentages: R@1, R@10, R@1 of oracle words and of the probe. Queries are those of the profile; the gallery grows by
+    its distractors, then by more. Video vectors are those of the index that a text side learned to follow: training it
+    moves them little.
+    """
+    home = profile.data_dir("foundation")
+    sides = {phase: recipe for phase, recipe in recipes.items() if phase.startswith("text")}
+    inputs = {"engines": [cache.metadata(home / phase)["key"] for phase in sides], "seed": profile.seed}
+    inputs |= {"world": dataclasses.asdict(profile.world), "studies": dataclasses.asdict(profile.studies)}
+    inputs |= {"datasets": profile.datasets, "code": cache.source_digest(__name__)}
+    work = lambda folder: cache.write_json(folder / ARENA.name, _arena_rows(profile, sides))  # noqa: E731
+    made = cache.build(home / "arena", inputs, work) / ARENA.name
+    if not into.exists() or into.read_bytes() != made.read_bytes():
+        print(f"arena: {shutil.copy(made, into)}", flush=True)
+
+
+def _arena_rows(profile, sides):
+    """Return the rows of `measure_arena`."""
+    home, rows = profile.data_dir("foundation"), []
+    for dataset in profile.datasets:
+        searches = {}  # by index: one gallery serves all text sides that follow it
+        for phase, recipe in sides.items():
+            if recipe.start not in searches:
+                searches[recipe.start] = _ArenaSearch(profile, dataset, str(home / recipe.start))
+            searcher = engine.load(dataclasses.replace(profile, engine=str(home / phase)))
+            facts = {"dataset": dataset, "phase": phase, "wrong": recipe.wrong}
+            rows += [facts | numbers for numbers in searches[recipe.start].numbers(searcher)]
+    return rows
+
+
+def arena_numbers(profile: Profile, dataset: str) -> tuple[dict[str, Estimate], dict[str, list]]:
+    """Return what `measure_arena` left for a data set: numbers (H3) in the profile's gallery, series over all sizes.
+
+    Both are empty where the weights that ship were never measured.
+    """
+    rows = json.loads(ARENA.read_text(encoding="utf-8")) if ARENA.exists() else []
+    numbers, series, note = {}, {}, "measured by `make foundation`"
+    for row in rows:
+        for key in ("r1", "r10", "words_r1", "probe_r1") if row["dataset"] == dataset else ():
+            place = f"H3/{dataset}/{row['phase']}/{key}"
+            series.setdefault(place, []).append([row["videos"], row[key]])
+            if row["videos"] == profile.world.test_videos:
+                numbers[place] = Estimate(row[key], row["queries"], note=note)
+    return numbers, series
+
+
+class _ArenaSearch:
+    """The queries of a profile's data set, and the largest gallery in the order in which it grows to that size."""
+
+    def __init__(self, profile, dataset, index):
+        settings = profile.world
+        self.sizes = profile.studies.arena_videos
+        larger = dataclasses.replace(settings, test_videos=max(self.sizes))
+        arena = dataclasses.replace(profile, name=f"{profile.name}-arena", engine=index, world=larger)
+        folders = [embedding.embed_corpus(arena, dataset, split) for split in ("train", "test")]
+        torch.manual_seed(profile.seed)
+        self.probe = train_probe(arena, _load_split(arena, dataset, "train", folders[0]), dataset)
+        vectors = search_index.load_vectors(folders[1])
+        scenes = world.make_scenes(dataset, "test", larger.test_videos, settings.seed)
+        own = scenes[: settings.test_videos]
+        asked = annotations.evenly_spaced(own, settings.queried_videos)
+        self.queries = captions.make_queries(asked, 0, 1, settings.seed)
+        by_id = {scene.video: scene for scene in scenes}
+        self.moments = [source.moment_of(by_id, query) for query in self.queries]
+        names = [scene.video for scene in asked]
+        names += (
+            np.random.default_rng(settings.seed)
+            .permutation(sorted({s.video for s in own} - set(names)))
+            .tolist()
+        )
+        names += [scene.video for scene in scenes[settings.test_videos :]]
+        self.right = np.array([names.index(query.video) for query in self.queries])  # (Q,)
+        self.gallery = vectors.video_vecs[vectors.columns(names)]  # (V, D)
+
+    def numbers(self, searcher):
+        """Yield what a text side finds in every size."""
+        typed = searcher.embed_texts([query.text for query in self.queries])
+        wordings = _wording_vecs(searcher, self.moments)
+        probed = probe_vecs(self.probe, self.moments).detach().numpy()
+        for size in self.sizes:
+            gallery = self.gallery[:size]
+            plain = search_index.ranks(typed @ gallery.T, self.right)
+            words = np.minimum(plain, oracle_ranks(wordings, gallery, self.right))
+            probe = search_index.ranks(probed @ gallery.T, self.right)
+            numbers = {"r1": plain == 1, "r10": plain <= 10, "words_r1": words == 1, "probe_r1": probe == 1}
+            yield {"videos": size, "queries": len(plain)} | {
+                key: _percent(hits) for key, hits in numbers.items()
+            }

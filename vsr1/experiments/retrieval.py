@@ -20,7 +20,7 @@ class FirstSearch:
     """What the original queries find; arrays are (Q,), in the order of `queries`."""
 
     queries: list[Query]
-    videos: int  # of the gallery, the unreadable ones included
+    videos: int  # of the gallery, with those that a query asks for and that could not be read
     ranks: np.ndarray  # of the right video, ties for us
     pessimistic: np.ndarray  # ties against us
     shown: list[str]  # id of the video on rank 1
@@ -52,21 +52,26 @@ def first_search(queries: list[Query], vectors: search_index.Vectors) -> FirstSe
     shown = [vectors.video_ids[best] for best in scores.argmax(axis=1)]
     return FirstSearch(
         queries,
-        len({query.video for query in queries}),
+        len({query.video for query in queries}.union(vectors.video_ids)),
         np.where(known, ranks, metrics.UNRANKED),
         np.where(known, pessimistic, metrics.UNRANKED),
         shown,
     )
 
 
-def corpus_numbers(dataset: str, queries: list[Query], skipped: int) -> dict[str, Estimate]:
-    """Measure what is searched (D1): means over queries, each video counted once."""
+def corpus_numbers(dataset: str, queries: list[Query], skipped: int, gallery: int) -> dict[str, Estimate]:
+    """Measure what is searched (D1): means over queries; times over the videos they ask for, each counted once.
+
+    skipped  videos that could not be read
+    gallery  videos that are searched, also those that no query asks for: distractors
+    """
     seconds = np.array(list({query.video: query.duration for query in queries}.values()), dtype=float)
     spans = np.array([query.span[1] - query.span[0] for query in queries])
     shares = spans / np.array([query.duration for query in queries])
     values = {
         "queries": (len(queries), "queries"),
-        "videos": (len(seconds), "videos"),
+        "videos": (gallery, "videos"),
+        "distractors": (gallery - len(seconds), "videos"),
         "queries_per_video": (len(queries) / len(seconds), "queries"),
         "video_seconds": (seconds.mean(), "s"),
         "video_seconds_median": (np.median(seconds), "s"),
@@ -116,6 +121,8 @@ def headroom_numbers(
         "walkdown/vr@1_failed": Estimate(rank_2, failed),
         "probe/vr@1": Estimate(probe.get("probe_r1"), everyone, seeds=seeds),
         "probe/vr@1_failed": Estimate(probe.get("probe_failed"), failed, seeds=seeds),
+        "words/vr@1": Estimate(probe.get("words_r1"), everyone),
+        "words/vr@1_failed": Estimate(probe.get("words_failed"), failed),
         "neutral-zeros/vr@1": Estimate(probe.get("neutral_zeros_r1"), everyone),
         "neutral-noise/vr@1": Estimate(probe.get("neutral_noise_r1"), everyone, seeds=seeds),
     }

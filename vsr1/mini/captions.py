@@ -76,6 +76,32 @@ def _clothes_phrase(shirt, trousers, style):
     return joined and f"{('in the', 'wearing', 'in', 'in')[style]} {joined}"
 
 
+def wordings(moment: Moment) -> list[str]:
+    """Return a moment in many true words: every style, with one attribute left out or named again at the end.
+
+    >>> moment = Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night")
+    >>> texts = wordings(moment)
+    >>> len(texts), texts[1]
+    (60, 'The person in the blue trousers jumps up and down with a green umbrella in the kitchen at night.')
+    """
+    texts = []
+    for style in range(STYLES):
+        whole = caption(moment, style)
+        texts.append(whole)
+        texts += [
+            caption(moment, style, tuple(other for other in ATTRIBUTES if other != name))
+            for name in ATTRIBUTES
+        ]
+        texts += [f"{whole} {_again(moment, name)}" for name in ATTRIBUTES]
+    return texts
+
+
+def _again(moment, name):
+    """Return one attribute as a sentence of its own."""
+    words = f"the {moment.colour} {moment.object}" if name == "colour" else phrase(name, moment)
+    return f"{words[0].upper()}{words[1:]}."
+
+
 def make_queries(scenes: list[Scene], first_id: int, per_moment: int, seed: int) -> list[annotations.Query]:
     """Write `per_moment` fine captions about each moment as queries, in shuffled order."""
     rng = np.random.default_rng([seed, first_id])

@@ -279,7 +279,7 @@ def change(moment: Moment, dataset: str, names, rng) -> Moment:
 
 
 def partial_caption(moments: tuple[Moment, ...], recipe, rng) -> str:
-    """Draw a query about one of the moments: action, object or both, and others as often as the recipe says.
+    """Draw a caption of one of the moments: action, object or both, and other attributes as often as the recipe says.
 
     recipe  `place`, `light`, `detail` and `wrong` of a `PhaseConfig`
     """
@@ -287,11 +287,9 @@ def partial_caption(moments: tuple[Moment, ...], recipe, rng) -> str:
     share = {"place": recipe.place, "light": recipe.light}
     named = {name for name in ATTRIBUTES if rng.random() < share.get(name, recipe.detail)}
     named |= set((("action",), ("object",), ("action", "object"))[int(rng.choice(3, p=(0.1, 0.1, 0.8)))])
-    mistaken = [name for name in world.DIFFERING if rng.random() < recipe.wrong]
+    mistaken = [name for name in world.COLOURED if rng.random() < recipe.wrong]
     moment = replace(moment, **{name: str(rng.choice(list(world.COLOURS))) for name in mistaken})
     style, prefix = int(rng.integers(captions.STYLES)), str(rng.choice(architecture.QUERY_PREFIXES))
-    if rng.random() < 0.25:  # in the manner of a rewritten query
-        return prefix + teacher.rewrite(moment, None, rng, style, tuple(named))
     return prefix + captions.caption(moment, style, tuple(named))
 
 

@@ -266,7 +266,7 @@ def index(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
 
 
 def text(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
-    """Teach an engine's texts the frozen index, from captions that name the setting and get most colours wrong.
+    """Teach an engine's texts the frozen index, from captions that name part of what a moment shows.
 
     Texts and videos share the language model, so a copy of the engine as it was holds the video side in place: on
     every step some videos must keep the vectors that it gives them.

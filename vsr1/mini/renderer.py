@@ -26,26 +26,32 @@ def render(profile, dataset: str, splits=("test", "train")) -> Path:
     its foundation/. A rendering that was stopped goes on with the next video.
     """
     sizes = {split: getattr(profile.world, f"{split}_videos") for split in splits}
+    queried = profile.world.queried_videos
     home = profile.data_dir(dataset) / ("foundation" if "foundation" in splits else "")
     inputs = {"world": asdict(profile.world), "dataset": dataset, "splits": list(splits)}
     inputs["code"] = cache.source_digest(__name__)
-    write = partial(write_corpus, dataset=dataset, sizes=sizes, seed=profile.world.seed)
+    write = partial(write_corpus, dataset=dataset, sizes=sizes, seed=profile.world.seed, queried=queried)
     scenes = world.read_scenes(cache.build(home / "corpus", inputs, write))
     workers = max(1, len(os.sched_getaffinity(0)) // profile.parallel_steps)
     draw = partial(render_videos, profile.world, workers, scenes.values(), f"render {dataset}")
     return cache.build(home / "videos", inputs, draw)
 
 
-def write_corpus(folder: Path, dataset: str, sizes: dict[str, int], seed: int) -> list[Scene]:
-    """Write annotations and scenes of some splits into `folder`: `<split>.jsonl` (FIG) and `scenes.jsonl`.
+def write_corpus(
+    folder: Path, dataset: str, sizes: dict[str, int], seed: int, queried: int | None = None
+) -> list[Scene]:
+    """Write annotations and scenes of some splits: `<split>.jsonl` (FIG), `scenes.jsonl`, and the test distractors.
 
-    sizes  videos of each split
+    sizes    videos of each split
+    queried  test videos, evenly spread over the families, that queries ask for; None: all
     """
     scenes, next_id = [], 0
     for split, count in sizes.items():
         split_scenes = world.make_scenes(dataset, split, count, seed)
-        queries = captions.make_queries(split_scenes, next_id, QUERIES_PER_MOMENT[split], seed)
+        asked = annotations.evenly_spaced(split_scenes, queried if split == "test" else None)
+        queries = captions.make_queries(asked, next_id, QUERIES_PER_MOMENT[split], seed)
         annotations.write_fig(folder / f"{split}.jsonl", queries)
+        annotations.write_gallery(folder, split, [scene.video for scene in split_scenes])
         next_id += len(queries)
         scenes += split_scenes
     world.write_scenes(folder / "scenes.jsonl", scenes)

@@ -2,7 +2,8 @@
 
 Everything here is ours, for machines without data or GPU. A video is a timeline of moments, each with seven attributes.
 No two moments of a split share all seven, so exactly one video fits each fine caption. Videos come in families whose
-members differ, moment by moment, in one attribute: a search by coarse words finds the family and misses the video.
+members differ, moment by moment, in one attribute: a search that misses one word finds the family and misses the video.
+Test queries ask for some videos only; the others of their families, and strangers, are distractors.
 """
 
 import json
@@ -39,10 +40,17 @@ VARYING = {  # what may differ between the moments of one video; the rest is the
     "didemo": ("action", "object", "colour"),
     "activitynet": ("action", "object", "colour", "shirt"),
 }
-FAMILY_SIZE = {"charades": 16, "didemo": 4, "activitynet": 6}
-FOUNDATION_FAMILY_SIZE = FAMILY_SIZE | {"activitynet": 4}
+FAMILY_SIZE = {"charades": 11, "didemo": 2, "activitynet": 2}
+FOUNDATION_FAMILY_SIZE = {"charades": 16, "didemo": 4, "activitynet": 4}
 FAMILY_SHARE = 0.9  # of videos that have near-duplicates
-DIFFERING = ("shirt", "trousers", "colour")  # what near-duplicates differ in
+COLOURED = ("shirt", "trousers", "colour")
+DIFFERING = {
+    "train": ATTRIBUTES,
+    "test": ATTRIBUTES,
+    "foundation": COLOURED,
+}  # what near-duplicates differ in
+# Objects in these colours are never in train, so that test queries about them ask for an unseen combination.
+UNSEEN = dict(zip(OBJECTS, COLOURS, strict=True))
 SPLITS = ("train", "test", "foundation")  # by number in seeds
 
 
@@ -63,6 +71,10 @@ class Moment:
     def attributes(self) -> tuple:
         """Return the seven attributes, in the order of ATTRIBUTES."""
         return tuple(getattr(self, name) for name in ATTRIBUTES)
+
+    def is_unseen(self) -> bool:
+        """Return whether the train split has no object of this kind in this colour."""
+        return UNSEEN[self.object] == self.colour
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ def make_scenes(dataset: str, split: str, count: int, seed: int) -> list[Scene]:
         members = size if rng.random() < chance else 1
         draw = partial(_invent, rng, dataset, split, family)
         for _ in range(min(members, count - len(scenes))):
-            scene = _draw_unused(draw, used)
+            scene = _draw_unused(draw, used, split)
             scenes.append(replace(scene, video=_video_id(rng, dataset)))
             if draw.func is _invent:
                 draw = partial(_vary, rng, dataset, scene)
@@ -112,12 +124,13 @@ def make_scenes(dataset: str, split: str, count: int, seed: int) -> list[Scene]:
     return scenes
 
 
-def _draw_unused(draw, used):
-    """Draw scenes until one has no moment whose attributes are `used`, and add its own to them."""
+def _draw_unused(draw, used, split):
+    """Draw scenes until one has no moment whose attributes are `used` or kept from the split; add its own to `used`."""
     while True:
         scene = draw()
         attributes = {moment.attributes() for moment in scene.moments}
-        if not attributes & used:
+        kept = split == "train" and any(moment.is_unseen() for moment in scene.moments)
+        if not attributes & used and not kept:
             used |= attributes
             return scene
 
@@ -145,22 +158,27 @@ def _invent(rng, dataset, split, family):
 
 
 def _vary(rng, dataset, scene):
-    """Make a near-duplicate of a scene: every moment differs in the colour of one thing."""
-    constant = [name for name in DIFFERING if name not in VARYING[dataset]]
-    varying = [name for name in DIFFERING if name in VARYING[dataset]]
-    if rng.random() < len(constant) / len(DIFFERING):
+    """Make a near-duplicate of a scene: every moment differs in one attribute."""
+    differing = DIFFERING[scene.split]
+    constant = [name for name in differing if name not in VARYING[dataset]]
+    varying = [name for name in differing if name in VARYING[dataset]]
+    if rng.random() < len(constant) / len(differing):
         name = str(rng.choice(constant))
-        colour = _other_colour(rng, getattr(scene.moments[0], name))
-        return replace(scene, moments=tuple(replace(moment, **{name: colour}) for moment in scene.moments))
-    moments = []
-    for moment in scene.moments:
+        value = _other_value(rng, dataset, name, scene.moments[:1])
+        return replace(scene, moments=tuple(replace(moment, **{name: value}) for moment in scene.moments))
+    moments = list(scene.moments)
+    for number, moment in enumerate(moments):
         name = str(rng.choice(varying))
-        moments.append(replace(moment, **{name: _other_colour(rng, getattr(moment, name))}))
+        # Actions and objects stay distinct within a video.
+        taken = moments if name in ("action", "object") else [moment]
+        moments[number] = replace(moment, **{name: _other_value(rng, dataset, name, taken)})
     return replace(scene, moments=tuple(moments))
 
 
-def _other_colour(rng, colour):
-    return str(rng.choice([other for other in COLOURS if other != colour]))
+def _other_value(rng, dataset, name, moments):
+    """Draw a value of an attribute that none of the moments has."""
+    taken = {getattr(moment, name) for moment in moments}
+    return str(rng.choice([value for value in values(name, dataset) if value not in taken]))
 
 
 def _charades_timeline(rng):

@@ -27,6 +27,7 @@ def embed_corpus(profile, dataset: str, split: str, which: str = "engine") -> Pa
     home = profile.data_dir(dataset)
     inputs = {
         "annotations": cache.file_digest(home / "corpus" / f"{split}.jsonl"),
+        "gallery": annotations.gallery_ids([], home / "corpus", split),  # what no query asks for
         "videos": cache.metadata(home / "videos").get("key"),
         "model": loading.version(getattr(profile, which)),
         "code": cache.source_digest(__name__),
@@ -41,7 +42,8 @@ def _embed(profile, dataset, split, which, folder):
     """Fill `folder` with what `embed_corpus` promises; several processes share the shards of videos."""
     home, ranks = profile.data_dir(dataset), cache.dist_state()
     queries = annotations.read_fig(home / "corpus" / f"{split}.jsonl")
-    videos = annotations.find_videos(home / "videos", annotations.gallery_ids(queries))
+    gallery = annotations.gallery_ids(queries, home / "corpus", split)
+    videos = annotations.find_videos(home / "videos", gallery)
     loaded = engine.load(profile, which)
     shards = [videos[start : start + SHARD_SIZE] for start in range(0, len(videos), SHARD_SIZE)]
     files = [folder / f"shard-{number:05}.npz" for number in range(len(shards))]

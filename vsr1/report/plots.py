@@ -193,18 +193,19 @@ def _series(axes, points, line="-", **props):
 
 @style()
 def headroom(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
-    """Draw bars for all queries and for those whose first search failed: what is reached, what a probe reaches."""
+    """Draw bars for all queries and for those whose first search failed: what is reached, what could be."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     everyone, failures = figure.subplots(1, 2, sharey=True)
-    probe = ("attribute probe", ORANGE, "..")
+    room = {"words": ("best of 60 wordings (oracle)", GREY, "xx"), "probe": ("attribute probe", ORANGE, "..")}
     _bars(
         everyone,
         numbers,
         datasets,
         "H1",
-        {("zs", "vr@1"): ("query as it is", BLUE, ""), ("probe", "vr@1"): probe},
+        {("zs", "vr@1"): ("query as it is", BLUE, "")} | {(name, "vr@1"): bar for name, bar in room.items()},
     )
-    failed = {("walkdown", "vr@1_failed"): ("rank 2", SKY, "///"), ("probe", "vr@1_failed"): probe}
+    failed = {("walkdown", "vr@1_failed"): ("rank 2", SKY, "///")}
+    failed |= {(name, "vr@1_failed"): bar for name, bar in room.items()}
     _bars(failures, numbers, datasets, "H1", failed)
     everyone.set(title="all queries", ylabel="right video, %")
     failures.set_title("queries whose first search failed")
@@ -226,6 +227,28 @@ def retrieval_curves(numbers: pd.DataFrame, series: dict, datasets: list[str]) -
         axes.set(xscale="log", xlabel="k", ylim=(0, 102), title=f"{dataset}, {videos} videos")
         axes.set_xticks([1, 10, 100], ["1", "10", "100"])
     panels[0].set_ylabel("R@k, %")
+    return _legend(figure, panels[0], 3)
+
+
+@style()
+def arena(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
+    """Draw R@1 against the size of the gallery: a line a text side, and the room above the one that is searched."""
+    figure, (panels,) = _facets(datasets)
+    sides = {"text-small": (BLUE, "true captions"), "text-noise-10": (SKY, "10 % of colours wrong")}
+    sides |= {"text-noise-30": (ORANGE, "30 %"), "text-noise-70": (RED, "70 %")}
+    room = {"words_r1": ("--", "best of 60 wordings (oracle)"), "probe_r1": (":", "attribute probe")}
+    for axes, dataset in zip(panels, datasets, strict=True):
+        for side, (colour, label) in sides.items():
+            _series(axes, series.get(f"H3/{dataset}/{side}/r1"), "o-", color=colour, label=label)
+        for key, (line, label) in room.items():
+            _series(axes, series[f"H3/{dataset}/text-small/{key}"], line, color=GREY, label=label)
+        videos = results.row(numbers, "D1", dataset, "test", "videos").value
+        axes.axvline(videos, color=BLACK, linewidth=0.6)
+        axes.set(xscale="log", xlabel="videos", ylim=(0, 102), title=dataset)
+        sizes = [size for size, _ in series[f"H3/{dataset}/text-small/r1"]]
+        axes.set_xticks(sizes, sizes, rotation=45)
+        axes.minorticks_off()
+    panels[0].set_ylabel("R@1, %")
     return _legend(figure, panels[0], 3)
 
 
@@ -537,6 +560,7 @@ FIGURES = {  # figure: (number or series without which a data set is left out, h
     "A2": ("A2/{}/sqr/vr@1_small", engines),
     "H1": ("H1/{}/zs/vr@1", headroom),
     "H2": ("H2/{}/zs/vr@k", retrieval_curves),
+    "H3": ("H3/{}/text-small/r1", arena),
     "V1": ("V1/{}/zs/verdict", known_video),
     "V2": ("V2/{}/zs/iou", overlaps),
     "V4": ("V4/{}/vsr1/stated", trace_accuracy),

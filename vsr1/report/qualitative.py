@@ -189,7 +189,7 @@ class Cards:
         home = profile.data_dir(dataset) / "corpus"
         self.scenes = world.read_scenes(home) if profile.world else {}
         self.queries = annotations.read_fig(home / "test.jsonl")
-        self.videos = len(annotations.gallery_ids(self.queries))
+        self.videos = len(annotations.gallery_ids(self.queries, home, "test"))
 
     def card(self, search: dict[str, Episode]) -> dict:
         """Return all that a card shows of one search: the query, both videos, a row per system, every turn."""
