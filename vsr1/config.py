@@ -186,6 +186,12 @@ class Profile:
     grpo_exclude_sft_queries: bool = False
     # An advantage is over the rewards' spread in its group (official), or in all of the step: TRL's scale_rewards.
     scale_rewards: Literal["group", "batch"] = "group"
+    # "gdpo": each component of the reward is divided by its own spread in the group before they are added up
+    # (arXiv 2601.05242), and the sum by its spread in the step.
+    grpo_advantages: Literal["grpo", "gdpo"] = "grpo"
+    shuffle_advantages: bool = (
+        False  # ours, a control: each turn gets the advantage of another one of its group
+    )
     grpo_lr: PositiveOrZero = 5e-7  # official, of the language model
     grpo_head_lr: PositiveOrZero = 5e-5  # official for stage 1, of the heads; frozen heads have none
     grpo_schedule: Literal["constant", "linear"] = "constant"  # official; "linear" falls to zero

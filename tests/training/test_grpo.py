@@ -165,12 +165,49 @@ def test_a_step_learns_from_the_comparison_that_the_profile_names(profile, searc
     assert (line["groups"], line["singletons"]) == (sum(size > 1 for size in sizes), sizes.count(1))
 
 
+def test_components_add_up_and_gdpo_compares_each_by_itself(profile, search, vectors, starts):
+    """One rollout, three ways of comparing: as logged, by plain loops over the same rows."""
+    profile, learned = dataclasses.replace(profile, grpo_group=8), {}
+    for name, change in {
+        "grpo": {},
+        "gdpo": {"grpo_advantages": "gdpo"},
+        "shuffled": {"shuffle_advantages": True},
+    }.items():
+        trainer = begin(dataclasses.replace(profile, **change), search, vectors)
+        line, learned[name] = trainer.train_step(1, starts[3:])
+        assert sum(line["shares"].values()) == pytest.approx(1)
+    weights, by_group = trainer.worker.weights, {}
+    for at, row in enumerate(learned["grpo"]):
+        by_group.setdefault((row["group"], row["t"], row["shown"]), []).append(at)
+        assert (row["components"] is None) == (row["advantage"] is None)
+        if row["components"]:
+            assert sum(row["components"].values()) == pytest.approx(row["advantage"], abs=1e-6)
+    sums = [row["components"] and sum(row["components"].values()) for row in learned["gdpo"]]
+    spread = np.std([value for value in sums if value is not None], ddof=1)
+    for rows in (rows for rows in by_group.values() if len(rows) > 1):
+        for name, weight in dataclasses.asdict(weights).items():
+            values = np.array([learned["gdpo"][at]["parts"][name] for at in rows])
+            alone = weight * (values - values.mean()) / (values.std(ddof=1) + 1e-4)
+            assert [learned["gdpo"][at]["components"][name] for at in rows] == pytest.approx(alone)
+        assert [learned["gdpo"][at]["advantage"] for at in rows] == pytest.approx(
+            [sums[at] / (spread + 1e-4) for at in rows]
+        )
+        told = [[learned[name][at]["advantage"] for at in rows] for name in ("grpo", "shuffled")]
+        assert sorted(told[0]) == pytest.approx(sorted(told[1]))
+    apart = [
+        (a["advantage"], b["advantage"]) for a, b in zip(learned["grpo"], learned["shuffled"], strict=True)
+    ]
+    assert any(a is not None and abs(a - b) > 1e-3 for a, b in apart)
+
+
 def test_what_changes_the_outcome_is_in_the_key_of_the_step(monkeypatch, tmp_path, profile):
     key = lambda made: cache.fingerprint(grpo.train(made, "charades", stage_1=tmp_path))  # noqa: E731
     monkeypatch.setattr(cache, "build", lambda target, inputs, work, distributed: inputs)
     for change in (
         {"retrieval_reward": "delta"},
         {"scale_rewards": "batch"},
+        {"grpo_advantages": "gdpo"},
+        {"shuffle_advantages": True},
         {"disabled_rewards": ("retrieval",)},
         {"grpo_exclude_sft_queries": True},
     ):

@@ -28,7 +28,7 @@ PARTS = ("vcmr@0.5", "vr@1", "ver")  # columns of T2
 class Variant:
     """The main run with something changed in one stage of training; published.yaml has the words."""
 
-    knobs: dict = field(default_factory=dict)
+    knobs: dict = field(default_factory=dict)  # their values, or functions of the profile that return them
     recipe: str = "vsr1"  # of stage 2; "sft": stage 1 alone is trained again, and is compared with stage 1
 
     @property
@@ -47,6 +47,10 @@ LONGER = {  # B1
     "no-right": Variant({"disabled_rewards": ("verification", "grounding")}),
     "no-form": Variant({"disabled_rewards": ("format", "refine_token")}),
     "delta": Variant({"retrieval_reward": "delta"}),
+    "gdpo": Variant({"grpo_advantages": "gdpo"}),
+    # Controls: a policy that moves as far for no reason, and stage 1 on queries that else only stage 2 learns from.
+    "shuffled": Variant({"shuffle_advantages": True}),
+    "sft-more": Variant({"sft_rows": lambda profile: 2 * profile.sft_rows}, "sft"),
     "single": Variant(recipe="vsr1-single"),
     "m1": Variant(recipe="m1"),
     "m3": Variant(recipe="m3"),
@@ -60,7 +64,8 @@ LONGER = {  # B1
 def run_variant(profile: Profile, dataset: str, name: str) -> list[Episode]:
     """Train a variant unless it is current, and return its test episodes."""
     variant = (REWARDS | LONGER)[name]
-    changed = profile.with_overrides(name, **variant.knobs)
+    knobs = {key: value(profile) if callable(value) else value for key, value in variant.knobs.items()}
+    changed = profile.with_overrides(name, **knobs)
     if variant.recipe == "sft":
         weights = sft.train(changed, dataset)
     else:

@@ -37,7 +37,15 @@ from vsr1.training.rollout import RolloutPrompt, RolloutStep, RolloutWorker
 # Knobs that the checkpoint and its logs depend on.
 KNOBS = ("grpo_group", "grpo_prompts_per_step", "grpo_steps", "grpo_exclude_sft_queries")
 KNOBS += ("grpo_lr", "grpo_head_lr", "grpo_schedule", "grpo_beta", "grpo_clip", "grpo_infonce_weight")
-KNOBS += ("grpo_negatives", "scale_rewards", "lora_rank", "val_fraction", "num_val_prompts")
+KNOBS += (
+    "grpo_advantages",
+    "shuffle_advantages",
+    "grpo_negatives",
+    "scale_rewards",
+    "lora_rank",
+    "val_fraction",
+    "num_val_prompts",
+)
 KNOBS += ("rollout_temperature", "max_new_tokens", "retrieval_reward", "disabled_rewards", "latent_noise_std")
 KNOBS += ("infonce_temperature", "sft_negatives", *common.VISION_KNOBS)
 
@@ -91,7 +99,7 @@ class GRPOTrainer:
         """Do one rollout and one step of the optimizer; return (the line of the log, all rollout steps in short)."""
         started = time.perf_counter()
         steps = self.rollout(prompts, self.knobs.grpo_group, [self.knobs.seed, 7, number])
-        reward_std = self._add_advantages(steps)
+        reward_std = self._add_advantages(steps, number)
         sums, norm = self._update([step for step in steps if step.advantage is not None])
         rows = gather_object([summary_row(step) for step in steps])
         statistics = summarise(rows)
@@ -101,16 +109,23 @@ class GRPOTrainer:
         line |= {key: self.counts[key] for key in ("skipped", "no_memory")}
         return line | {"seconds": time.perf_counter() - started} | statistics, rows
 
-    def _add_advantages(self, steps):
+    def _add_advantages(self, steps, number):
         """Fill in the advantages, and return the standard deviation of all rewards; None without two of them."""
         step_rewards = [step.reward for step in steps]
-        everywhere = gather_object(step_rewards)
-        reward_std = float(np.std(everywhere, ddof=1)) if len(everywhere) > 1 else None
+        reward_std = _std_everywhere(step_rewards)
         scale = reward_std if self.knobs.scale_rewards == "batch" else None
-        groups = [(step.query.group, step.t, step.shown) for step in steps]
+        groups, decoupled = [_compared(step) for step in steps], self.knobs.grpo_advantages == "gdpo"
         values = rewards.advantages(step_rewards, groups, scale)
-        for step, advantage in zip(steps, values, strict=True):
-            step.advantage = advantage
+        options = self.worker.weights, groups, scale, decoupled
+        components = rewards.component_advantages([step.reward_parts for step in steps], *options)
+        if decoupled:
+            values = [parts and sum(parts.values()) for parts in components]
+            spread = _std_everywhere([value for value in values if value is not None]) or 0.0
+            values = [value if value is None else value / (spread + rewards.EPS) for value in values]
+        if self.knobs.shuffle_advantages:
+            values = _shuffled(values, groups, [self.knobs.seed, 10, number])
+        for step, advantage, parts in zip(steps, values, components, strict=True):
+            step.advantage, step.components = advantage, parts
         return reward_std
 
     def _update(self, steps):
@@ -319,6 +334,29 @@ def draw(prompts: list[RolloutPrompt], number: int, count: int, seed: int) -> li
     return [prompts[orders[at // len(prompts)][at % len(prompts)]] for at in places]
 
 
+def _std_everywhere(values):
+    """The standard deviation of the values of all processes; None without two of them."""
+    everywhere = gather_object(values)
+    return float(np.std(everywhere, ddof=1)) if len(everywhere) > 1 else None
+
+
+def _compared(step):
+    """What the steps have in common whose rewards are compared."""
+    return step.query.group, step.t, step.shown
+
+
+def _shuffled(values, groups, seed):
+    """Deal out the values of each group anew among its members; the order of groups and processes does not matter."""
+    values, members = list(values), {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    for (group, t, _), rows in sorted(members.items()):
+        order = np.random.default_rng([*seed, group, t]).permutation(len(rows))
+        for row, value in zip(rows, [values[rows[at]] for at in order], strict=True):
+            values[row] = value
+    return values
+
+
 # --- The log
 
 
@@ -336,6 +374,7 @@ def summary_row(step: RolloutStep) -> dict:
         "reward": step.reward,
         "parts": step.reward_parts,
         "advantage": step.advantage,
+        "components": step.components,
         "p_positive": step.p_positive,
         "p_positive_before": step.p_positive_before,
     }
@@ -350,6 +389,7 @@ def summarise(rows: list[dict]) -> dict:
     groups           of more than one row
     zero_std_groups  of them, those in which all earn the same: no signal; frac_zero_std: their share
     singletons       rows that no other row can be compared with
+    shares           which share of the variance of advantages each component of the reward carries
     """
     by_prompt, by_turn = {}, {}
     for row in rows:
@@ -361,6 +401,7 @@ def summarise(rows: list[dict]) -> dict:
     counts |= {"groups": len(stds), "zero_std_groups": zero_std}
     counts |= {"reward_std": float(np.mean(stds)) if stds else None}
     counts |= {"frac_zero_std": zero_std / len(stds) if stds else None}
+    counts |= {"shares": rewards.variance_shares([row.get("components") for row in rows])}
     turns = [{"rows": len(turn)} | _means(turn) for _, turn in sorted(by_turn.items())]
     return counts | _means(rows) | {"turns": turns}
 

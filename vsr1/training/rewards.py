@@ -7,6 +7,8 @@ import numpy as np
 
 from vsr1.loop import records
 
+EPS = 1e-4  # beside a standard deviation, as in TRL
+
 
 @dataclass(frozen=True)
 class RewardWeights:
@@ -58,9 +60,10 @@ def reward_parts(episode: records.Episode, retrievals: list, retrieval_reward="e
     return parts
 
 
-def advantages(rewards, groups, reward_std: float | None = None) -> list[float | None]:
+def advantages(rewards, groups, reward_std: float | None = None, over=None) -> list[float | None]:
     """Return (reward - mean) / (std + 1e-4) within each group; None in a group of one, which nothing is compared with.
 
+    over        values whose standard deviation divides; None: the rewards themselves
     reward_std  the same for all groups; None: the standard deviation of each. Dividing by its own gives a group that
                 differs only by retrieval noise the same weight as one with right and wrong verdicts.
 
@@ -68,11 +71,60 @@ def advantages(rewards, groups, reward_std: float | None = None) -> list[float |
     [-0.71, 0.71, None, None]
     """
     count, values = Counter(groups), []
+    over = rewards if over is None else over
     for reward, group in zip(rewards, groups, strict=True):
         if count[group] == 1:
             values.append(None)
             continue
-        group_rewards = np.array([r for r, g in zip(rewards, groups, strict=True) if g == group])
-        std = group_rewards.std(ddof=1) if reward_std is None else reward_std
-        values.append(float((reward - group_rewards.mean()) / (std + 1e-4)))
+        own = [row for row, other in enumerate(groups) if other == group]
+        group_rewards = np.array([rewards[row] for row in own])
+        std = np.array([over[row] for row in own]).std(ddof=1) if reward_std is None else reward_std
+        values.append(float((reward - group_rewards.mean()) / (std + EPS)))
     return values
+
+
+def component_advantages(
+    parts: list[dict], weights: RewardWeights, groups, reward_std: float | None = None, decoupled=False
+) -> list[dict | None]:
+    """Return {component: what it adds to the advantage} of each reward; None in a group of one.
+
+    parts      {component: value} of each, before weighting
+    decoupled  False: they add up to `advantages` of the weighted sums. True: each component is compared by itself, over
+               its own standard deviation in the group, then weighted (GDPO), so that one that varies little counts as
+               much as one that varies a lot.
+
+    >>> parts = [{"verification": 1.0, "retrieval": 0.1}, {"verification": -1.0, "retrieval": 0.2}]
+    >>> weights = RewardWeights(1.0, 0, 0, 0, 1.0)
+    >>> for decoupled in (False, True):
+    ...     first = component_advantages(parts, weights, "aa", decoupled=decoupled)[0]
+    ...     print({name: round(value, 2) for name, value in first.items()})
+    {'verification': 0.74, 'retrieval': -0.04}
+    {'verification': 0.71, 'retrieval': -0.71}
+    """
+    names = list(parts[0]) if parts else []
+    weight = {name: getattr(weights, name) for name in names}
+    totals = [sum(weight[name] * part[name] for name in names) for part in parts]
+    columns = {}
+    for name in names:
+        values = [part[name] for part in parts]
+        if decoupled:
+            found = advantages(values, groups)
+        else:
+            found = advantages(values, groups, reward_std, totals)
+        columns[name] = [value if value is None else weight[name] * value for value in found]
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return [None if None in row.values() else row for row in rows]
+
+
+def variance_shares(components: list[dict | None]) -> dict[str, float]:
+    """Return which share of the variance of advantages each component carries; they add up to 1. {} without any.
+
+    A share is the covariance with the sum over the variance of the sum: below 0 where a component works against it.
+    """
+    rows = [row for row in components if row is not None]
+    values = np.array([list(row.values()) for row in rows]).reshape(len(rows), -1)  # (S, components)
+    total = values.sum(axis=1)
+    if len(rows) < 2 or total.var() < 1e-12:
+        return {}
+    shares = ((values - values.mean(axis=0)) * (total - total.mean())[:, None]).mean(axis=0) / total.var()
+    return dict(zip(rows[0], shares.tolist(), strict=True))

@@ -130,6 +130,7 @@ class RolloutStep:
     reward_parts: dict = field(default_factory=dict)
     reward: float = 0.0
     advantage: float | None = None  # None: nothing to compare with
+    components: dict | None = None  # of the advantage, by component of the reward, before any shuffling
 
 
 class RolloutWorker(runner.EpisodeRunner):
