@@ -98,6 +98,17 @@ def varied_group(folder: Path) -> tuple[int, list[dict]]:
     return (varied or groups)[-1]
 
 
+def share_numbers(dataset: str, name: str, log: list[dict]) -> dict[str, Estimate]:
+    """Measure which share of the variance of advantages each component of the reward carries, mean over steps (E2)."""
+    steps = [line["shares"] for line in log if line["shares"]]
+    return {
+        f"E2/{dataset}/{name}/share_{RECORDED[key]}": Estimate(
+            100 * float(np.mean([shares[key] for shares in steps])), len(steps), unit="%"
+        )
+        for key in (steps[0] if steps else ())
+    }
+
+
 REWARDS = ("reward", *RECORDED, "right_shown", "length")
 
 
