@@ -247,6 +247,20 @@ def search(
 
 
 @app.command()
+def inspect(
+    video: Annotated[Path, Argument(help="One video file.")],
+    profile: Profile = "mini",
+    png: Annotated[Path | None, Option(metavar="FILE", help="Write the frames as one picture.")] = None,
+    npz: Annotated[Path | None, Option(metavar="FILE", help="Write frames and timestamps.")] = None,
+    as_json: Annotated[bool, Option("--json", help="One JSON object on stdout.")] = False,
+):
+    """Show how a video is read, by which decoder and why, and the frames that the models see."""
+    from vsr1.apps import inspect_video
+
+    return inspect_video.main(config.load(profile), video, png, npz, as_json)
+
+
+@app.command()
 def demo(profile: Profile = "mini"):
     """Search a few rendered films with the policy that ships with the package, turn by turn."""
     from vsr1.apps import demo as films

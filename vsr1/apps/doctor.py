@@ -100,20 +100,23 @@ def torch_and_faiss(profile) -> list[Check]:
 
 
 def decoding() -> Check:
-    """PyAV writes eight H.264 frames and decord reads them back: the whole way of a mini video."""
+    """PyAV writes eight H.264 frames, and both decoders read them back: the whole way of a mini video."""
     try:
         import decord
 
+        from vsr1.data import decoder
         from vsr1.data.video_writer import write_video
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "clip.mp4"
             write_video(path, [np.full((64, 64, 3), shade, np.uint8) for shade in range(0, 256, 32)], 8)
-            assert len(decord.VideoReader(str(path), num_threads=1)) == 8, "not the frames that were written"
+            frames = decoder.decode(str(path), np.arange(8) / 8, 1.0, 64, None)[0]
+            found = len(frames), len(decord.VideoReader(str(path), num_threads=1))
+            assert found == (8, 8), "not the frames that were written"
     except Exception as error:  # whatever a broken codec library raises is the finding
         found = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
         return Check("video", "missing", found, REINSTALL)
-    return Check("video", "ok", "PyAV writes H.264, decord reads it")
+    return Check("video", "ok", "PyAV writes and reads H.264, decord reads it too")
 
 
 def _amount(what, amount, needed, remedy):

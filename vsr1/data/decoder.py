@@ -1,28 +1,46 @@
 """Decode one video file after the other in a process of its own: `python -P decoder.py FD`.
 
-`video_reader.Reader` starts this script and kills it when it hangs: decord's hangs hold the GIL, and only a kill ends
+`video_reader.Reader` starts this script and kills it when it hangs: hangs in C code hold the GIL, and only a kill ends
 them. It is neither a fork nor multiprocessing, so it never loads torch and works from notebooks and unguarded scripts.
 decord and av are imported inside functions, because the parent, which imports `sample_times`, must not load them.
+
+A file's packets are listed first, without decoding. They say when each frame is on screen and where a decoder may
+start. PyAV then decodes in order and leaves out what nobody asked for where the list proves that this is safe. Frames
+are taken by their own timestamps, so a list that was wrong is noticed, and all frames are decoded to get a true one.
+decord is the second decoder: it reads what PyAV hangs or crashes on, if the list proves that it finds right frames.
 """
 
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections import deque
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from itertools import chain
 from multiprocessing.connection import Connection
 
 import numpy as np
 
-TIME_EPS = 1e-3  # s; decord's stamps are float32, an hour in they are 0.2 ms coarse
+TIME_EPS = 1e-3  # s; timestamps of containers are as coarse
 # Share of the claimed length that must be there; sound may outlast the pictures by a little.
 MIN_COMPLETENESS = 0.95
-# Containers where decord's frames agreed with PyAV's. Elsewhere PyAV reads, in order: decord finds no
-# timestamps in AVI and MPEG-PS and seeks to wrong frames there, and in ASF (.wmv) it was 48 frames off.
-SEEKABLE_FORMATS = {"mov", "mp4", "matroska", "webm", "mpegts"}
+# Ours: packets that a jump must save, or decoding on is faster.
+MIN_JUMP = 48
+CLOCK_JUMP = 10.0  # s; a broadcast's clock that leaps ahead by more starts a new part, as in ffmpeg
+TS_DISCONT = 0x200  # of formats: clocks may leap, as in broadcasts
+COVERS = 0x400 | 0x800  # dispositions of a cover picture, and of thumbnails
+# Transfer characteristics of HDR pictures: PQ and HLG.
+HDR = {16: "PQ", 18: "HLG"}
 
 
 class Unreadable(Exception):
     """A reason why this file gives no frames."""
+
+
+class Mispredicted(Exception):
+    """The decoded frames are not those that the packets announced."""
 
 
 def sample_times(seconds, fps=1.0, max_frames=64):
@@ -42,136 +60,456 @@ def sample_times(seconds, fps=1.0, max_frames=64):
     return np.append(times, times[-1]) if len(times) % 2 else times
 
 
-def decode(path, times, fps, max_frames, size):
+def decode(path, times, fps, max_frames, size, second=False):
     """Decode the frames on screen at `times` (seconds after the first frame; None: its `sample_times`).
 
-    Returns frames (T, H, W, 3) uint8, their own timestamps (T,) and the seconds of the whole video.
-    Raises Unreadable, or an error of the two libraries.
+    size    (width, height) of the upright picture to scale to; None: as stored, in display proportions
+    second  True: by decord where the file proves that it is right, else by PyAV without jumps
+
+    Returns frames (T, H, W, 3) uint8, their own timestamps (T,), the seconds of the whole video, and facts about the
+    file and its reading, {name: text or number}. Raises Unreadable, or an error of the two libraries.
     """
-    import decord
+    with _open(path) as (box, stream):
+        facts, claimed = _describe(box, stream), _claimed_seconds(box, stream)
+        claimed_frames, track = stream.frames, _list_packets(box, stream)
 
-    formats, claimed_frames, claimed_seconds = _container_info(path)
-    width, height = size or (-1, -1)
-    # One thread: on short clips three times as fast as decord's own choice.
-    video = decord.VideoReader(path, width=width, height=height, num_threads=1)
-    starts, ends, stamped = _frame_times(video, formats)
-    _check_complete(len(video), ends[-1], claimed_frames, claimed_seconds)
-    if claimed_seconds and claimed_seconds > starts[-1]:  # the last frame may be shorter than usual
-        ends[-1] = min(ends[-1], claimed_seconds)
-    index = _frame_indices(sample_times(ends[-1], fps, max_frames) if times is None else times, starts, ends)
-    if formats & SEEKABLE_FORMATS and len(starts) == len(video):
-        frames = video.get_batch(index).asnumpy()
-    else:  # decord does not skip hidden frames: on such a clip it was 11 frames late
-        frames, shown_at = _decode_in_order(path, index, size)
-        if stamped and (np.abs(shown_at - starts[index]) >= ends[index] - starts[index]).any():
-            raise Unreadable("the two readers disagree on when a frame is shown")
+    def choose(track):
+        ends = _checked_ends(path, track, claimed, claimed_frames)
+        looks = sample_times(ends[-1], fps, max_frames) if times is None else times
+        return _frame_indices(path, track, looks, ends), float(ends[-1])
+
+    try:
+        if np.isnan(track.names[0]):
+            raise Mispredicted
+        index, seconds = choose(track)
+        frames = None
+        if second and track.closed and facts["pixels"] == "yuv420p" and facts["pixel_shape"] == "1:1":
+            frames = _decode_by_decord(path, index, size, track.starts)
+            decoder, why = "decord", "PyAV failed; closed groups and one clock in both prove decord right"
+        if frames is None:
+            jumps = () if second else track.jumps
+            frames = _decode(path, track.names[index], track.names[0], jumps, size, facts)
+            decoder, why = (
+                "PyAV",
+                f"in order, but for {facts['jumps']} jumps to keyframes proven by the packets",
+            )
+    except Mispredicted:
+        track = _list_frames(path, track)
+        index, seconds = choose(track)
+        frames = _decode(path, index, None, (), size, facts)
+        decoder, why = "PyAV", "all frames in order: the packets do not tell when they are shown"
     assert len(frames) == len(index) and frames.dtype == np.uint8, (frames.shape, frames.dtype)
-    return frames, starts[index], float(ends[-1])
+    facts |= {"decoder": decoder, "why": why, "clock": track.clock, "frames": len(track.starts)}
+    return frames, track.starts[index], seconds, facts
 
 
-def _container_info(path):
-    """Return what the container claims: its formats, number of frames (0: unknown) and seconds (None: unknown)."""
+# --- What the file says
+
+
+@contextmanager
+def _open(path):
+    """Open a file and choose its film: (container, stream)."""
     import av
 
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         raise Unreadable("the file is empty")
     with av.open(path, metadata_errors="ignore") as box:
-        stream = box.streams.best("video")
-        if stream is None:
-            raise Unreadable("no video stream in the file")
-        seconds = (stream.duration or 0) * stream.time_base
-        if not seconds and box.duration:  # Matroska: of the whole file, counted from zero
-            seconds = box.duration / 1e6 - (stream.start_time or 0) * stream.time_base
-        return set(box.format.name.split(",")), stream.frames, float(seconds) or None
+        films = [stream for stream in box.streams.video if not int(stream.disposition) & COVERS]
+        if not films:
+            cover = ", only a cover picture" if box.streams.video else ""
+            raise Unreadable(f"no video stream in the file{cover}")
+        best = box.streams.best("video")
+        stream = next((stream for stream in films if stream == best), films[0])
+        if stream.codec_context is None:
+            raise Unreadable("no decoder here for the codec of its pictures")
+        stream.thread_count = 1  # other files are decoded beside it
+        yield box, stream
 
 
-def _frame_times(video, formats):
-    """Return when each frame appears and ends at the earliest, (F,) seconds after the first; whether by stamps."""
-    starts, ends = video.get_frame_timestamp(np.arange(len(video))).astype(np.float64).T
-    stamped = bool((np.abs(starts) < 1e9).all())  # decord's "none" is about 1e15 seconds off
-    if not stamped and not formats & SEEKABLE_FORMATS:  # only there are frames taken as equally long
-        starts = ends = np.arange(len(video)) / video.get_avg_fps()
-    elif not stamped or (np.diff(starts) < 0).any() or starts[-1] < 0:
-        raise Unreadable("the timestamps are incomplete or do not increase")
-    # A clip cut without recoding begins with frames that are only there to decode the others (an edit list).
-    shown = starts > -TIME_EPS
-    starts, ends = starts[shown], ends[shown]
-    period = np.median(np.diff(starts)) if len(starts) > 1 else 1 / video.get_avg_fps()
-    return starts - starts[0], np.maximum(ends, starts + period) - starts[0], stamped
+def _describe(box, stream):
+    """Return facts about a file and the stream that is read, {name: text or number}."""
+    shape = stream.sample_aspect_ratio or 1
+    video = [other for other in box.streams.video if not int(other.disposition) & COVERS]
+    facts = {
+        "container": box.format.name,
+        "codec": stream.codec_context.codec.canonical_name,
+        "pixels": stream.codec_context.pix_fmt,
+        "stored_size": f"{stream.codec_context.width}x{stream.codec_context.height}",
+        "pixel_shape": f"{shape.numerator}:{shape.denominator}",
+        "turned": "no",
+        "jumps": 0,
+        "notes": [],
+    }
+    if len(video) > 1:
+        facts["notes"].append(f"{len(video)} video tracks; track {stream.index} is read")
+    if "a" in (facts["pixels"] or "").replace("gray", ""):
+        facts["notes"].append("transparency is left out")
+    return facts
 
 
-def _check_complete(frames, seconds, claimed_frames, claimed_seconds):
-    """Refuse a file that holds less than it claims."""
-    if claimed_frames and frames < MIN_COMPLETENESS * claimed_frames:
-        raise Unreadable(f"cut short: {frames} of {claimed_frames} frames are in the file")
-    if claimed_seconds and seconds < MIN_COMPLETENESS * claimed_seconds:
-        raise Unreadable(f"cut short: {seconds:.1f} of {claimed_seconds:.1f} s are in the file")
+def _claimed_seconds(box, stream):
+    """Return how long the container says that the stream lasts, 0 if it does not say."""
+    seconds = (stream.duration or 0) * stream.time_base
+    if not seconds and box.duration:  # Matroska: of the whole file, counted from zero
+        seconds = box.duration / 1e6 - (stream.start_time or 0) * stream.time_base
+    return float(seconds)
 
 
-def _frame_indices(times, starts, ends):
+@dataclass(frozen=True)
+class Track:
+    """The frames of a film in the order in which they are shown."""
+
+    starts: np.ndarray  # (F,) seconds after the first frame at which they appear
+    durations: np.ndarray  # (F,) seconds, as the file says; 0: it does not
+    names: np.ndarray  # (F,) by which decoded frames are known: timestamps in ticks, or numbers
+    jumps: np.ndarray = ()  # (K, 3) keyframes to start from: number of the packet, timestamp, where to seek
+    clock: str = "of the file"  # where the starts come from
+    damaged: np.ndarray = ()  # numbers of frames that damaged data may have spoilt
+    lost: np.ndarray = ()  # numbers of frames after which others are lost
+    closed: bool = False  # True: a plain clock, and no frame needs one from beyond a keyframe
+
+
+def _list_packets(box, stream):
+    """Return the Track that the packets of a stream announce."""
+    import av
+
+    tick, rows, keys = float(stream.time_base), [], []
+    is_keyframe = _keyframe_test(stream.codec_context)
+    with suppress(av.error.InvalidDataError, av.error.EOFError):  # the rest is missing: its length tells
+        for packet in box.demux(stream):
+            if packet.size:
+                rows.append((packet.pts, packet.dts, packet.duration, packet.is_discard))
+                keys.append(packet.is_keyframe and is_keyframe(packet))
+    if not rows:
+        raise Unreadable("not one picture in the file")
+    pts, dts, durations, hidden = np.array(rows, dtype=float).T  # in ticks; NaN: none
+    rate = float(stream.average_rate or stream.guessed_rate or 25)
+    if np.isnan(pts).any():
+        known = not np.isnan(dts).any() and (np.diff(dts) > 0).all()
+        starts = (dts - dts[0]) * tick if known else np.arange(len(dts)) / rate
+        # NaN: no decoded frame has such a name, so the frames themselves are listed.
+        return Track(
+            starts, durations * 0, np.full(len(starts), np.nan), clock="of decoding" if known else "counted"
+        )
+    leap = CLOCK_JUMP / tick if box.format.flags & TS_DISCONT else np.inf
+    steps = np.diff(dts)
+    parts = np.append(0, np.cumsum((steps < 0) | (steps > leap)))  # NaN is neither
+    order = np.lexsort((pts, parts))
+    order = order[hidden[order] == 0]
+    if not len(order):
+        raise Unreadable("not one picture is shown: its edit list leaves out all of them")
+    starts, clock = _join(pts[order] * tick, parts[order], 1 / rate)
+    if parts[-1]:  # two frames may have one timestamp
+        return Track(starts, durations[order] * tick, np.full(len(order), np.nan), clock=clock)
+    before, after = np.maximum.accumulate(pts), np.minimum.accumulate(pts[::-1])[::-1]
+    keys = np.flatnonzero(keys)
+    proven = keys[(keys == 0) | (before[keys - 1] < pts[keys])]
+    plain = len(np.unique(pts)) == len(pts) and not hidden.any()
+    closed = plain and len(proven) and proven[0] == 0 and len(proven) == len(keys)
+    closed = closed and (pts[keys] == after[keys]).all()
+    places = np.where(np.isnan(dts), pts, dts)[proven]
+    jumps = np.stack([proven, pts[proven], places], axis=1) if plain else ()
+    return Track(starts, durations[order] * tick, pts[order], jumps, clock, closed=bool(closed))
+
+
+def _keyframe_test(codec):
+    """Return a function that says whether nothing shown after a packet needs what was decoded before it.
+
+    Containers call more than that a keyframe in H.264 and HEVC: there the kind of the picture decides.
+    """
+    if codec.name not in ("h264", "hevc"):
+        return lambda packet: True
+    setup, hevc = codec.extradata or b"", codec.name == "hevc"
+    framed = setup[:1] == b"\1"  # lengths before the units, and no start codes between them
+    length = (setup[21 if hevc else 4] & 3) + 1 if framed else 0
+
+    def kinds(data):
+        at = 0
+        while framed and at + length < len(data):
+            yield data[at + length]
+            at += length + int.from_bytes(data[at : at + length])
+        for piece in () if framed else data.split(b"\0\0\1")[1:]:
+            yield from piece[:1]
+
+    def test(packet):
+        units = [unit >> 1 & 63 if hevc else unit & 31 for unit in kinds(bytes(packet))]
+        picture = next((unit for unit in units if (unit < 32 if hevc else 1 <= unit <= 5)), None)
+        return picture is not None and (16 <= picture <= 23 if hevc else picture == 5)
+
+    return test
+
+
+def _join(times, parts, period):
+    """Return seconds after the first frame where each part goes on when the one before it ends, and a word on it."""
+    starts, shift, breaks = times - times[0], 0.0, []
+    for part in np.unique(parts)[1:]:
+        first = np.searchsorted(parts, part)
+        shift = starts[first - 1] + period - (times[first] - times[0])
+        starts[first:] = times[first:] - times[0] + shift
+        breaks.append(f"{starts[first]:.1f}")
+    return starts, f"of the file; it starts again at {', '.join(breaks)} s" if breaks else "of the file"
+
+
+def _list_frames(path, announced):
+    """Return the Track of the frames that PyAV decodes, all of them, in order."""
+    with _open(path) as (box, stream):
+        tick, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 25)
+        leap = CLOCK_JUMP / tick if box.format.flags & TS_DISCONT else np.inf
+        rows = [(frame.pts, frame.duration, torn) for frame, torn in _frames(Packets(box, stream))]
+    if not rows:
+        raise Unreadable("not one picture could be decoded: damaged data")
+    pts, durations, torn = np.array(rows, dtype=float).T
+    steps = np.diff(pts)
+    breaks = (steps < 0) | (steps > leap)
+    # A clock that stands still or runs back again and again tells nothing.
+    if np.isnan(pts).any() or breaks.sum() > max(3, len(pts) / 50):
+        same = len(pts) == len(announced.starts) and announced.clock != "of the file"
+        starts = announced.starts if same else np.arange(len(pts)) / rate
+        clock, durations = announced.clock if same else "counted, by the average frame rate", durations * 0
+    else:
+        starts, clock = _join(pts * tick, np.append(0, np.cumsum(breaks)), 1 / rate)
+    durations, numbers = np.nan_to_num(durations) * tick, np.arange(len(pts))
+    return Track(starts, durations, numbers, (), clock, numbers[torn == 1], numbers[:-1][torn[1:] > 0])
+
+
+def _checked_ends(path, track, claimed, claimed_frames):
+    """Return when each frame ends at the earliest, (F,) seconds; Unreadable where less is there than is claimed."""
+    starts = track.starts
+    period = np.median(np.diff(starts)) if len(starts) > 1 else max(track.durations[0], TIME_EPS)
+    ends = starts + np.maximum(track.durations, period)
+    if ends[-1] < MIN_COMPLETENESS * claimed and _survey(path)[0] < MIN_COMPLETENESS * claimed:
+        if len(starts) < MIN_COMPLETENESS * claimed_frames:
+            raise Unreadable(f"cut short: {len(starts)} of {claimed_frames} frames are in the file")
+        raise Unreadable(f"cut short: {ends[-1]:.1f} of {claimed:.1f} s are in the file")
+    if starts[-1] < claimed:  # the last frame may be shorter than usual
+        ends[-1] = min(ends[-1], claimed)
+    return ends
+
+
+def _frame_indices(path, track, times, ends):
     """Return the index of the frame on screen at each time, (T,); Unreadable where pictures are missing.
 
-    A frame may stay as long as its own stamp says and then four usual periods or a second: more is loss.
+    A frame may stay as long as its own stamp says and then four usual periods or a second. It may stay longer where
+    nothing was lost: a recorder of a screen writes a picture when something moves.
     """
-    index = np.searchsorted(starts, times + TIME_EPS, side="right") - 1
-    period = np.median(ends - starts)
+    index = np.searchsorted(track.starts, times + TIME_EPS, side="right") - 1
+    period = np.median(ends - track.starts)
     beyond, late = times - ends[-1], times - ends[index]
     if beyond.max() > max(period, TIME_EPS):
         raise Unreadable(f"asked for second {times.max():.2f}, the pictures end at {ends[-1]:.2f}")
-    if late.max() > max(1, 4 * period):
+    torn = np.isin(index, track.damaged) | (np.isin(index, track.lost) & (late > TIME_EPS))
+    if torn.any():
+        raise Unreadable(f"damaged data around second {times[torn.argmax()]:.1f}")
+    if late.max() > max(1, 4 * period) and _survey(path)[1]:
         raise Unreadable(f"pictures are missing around second {times[late.argmax()]:.1f}")
     return index
 
 
-def _decode_in_order(path, index, size):
-    """Decode frames by index with PyAV from the start; return them, (T, H, W, 3), and their own seconds (T,)."""
+def _survey(path):
+    """Return when the last of all streams ends (seconds after the film's start), and whether bytes belong to none."""
     import av
 
-    wanted, frames, shown_at = set(index.tolist()), {}, []
-    shape = dict(zip(("width", "height"), size, strict=True)) if size else {}
-    with av.open(path, metadata_errors="ignore") as box:
-        for number, frame in enumerate(box.decode(box.streams.best("video"))):
-            shown_at.append(frame.time or 0.0)
-            if number in wanted:
-                frames[number] = frame.to_ndarray(format="rgb24", **shape)
-            if len(frames) == len(wanted):
-                return np.stack([frames[i] for i in index.tolist()]), np.array(shown_at)[index] - shown_at[0]
-    raise Unreadable(f"{len(wanted) - len(frames)} of {len(wanted)} frames did not decode")
+    last, places = 0.0, []
+    with _open(path) as (box, stream), suppress(av.error.InvalidDataError, av.error.EOFError):
+        start = float((stream.start_time or 0) * stream.time_base)
+        for packet in box.demux():
+            if packet.size and packet.pts is not None:
+                last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base) - start)
+            if packet.size and packet.pos is not None and packet.pos >= 0:
+                places.append((packet.pos, packet.size))
+    places = np.array(sorted(places)).reshape(-1, 2)
+    between = places[1:, 0] - places[:-1].sum(axis=1)
+    # Ours: headers between two packets take less, and so does a sound frame or two.
+    return last, bool(len(between) and between.max() > max(4096, 4 * np.median(places[:, 1])))
 
 
-def decode_or_explain(path, *how):
-    """Return (frames, timestamps, seconds, None), or (None, None, None, the problem in words); raise nothing."""
+# --- The pictures
+
+
+class Packets:
+    """The packets of a stream in decoding order; it can go on at a keyframe further on."""
+
+    def __init__(self, box, stream):
+        self.box, self.stream, self.number, self.ahead = box, stream, 0, box.demux(stream)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        packet = next(self.ahead)
+        self.number += packet.size > 0
+        return packet
+
+    def jump(self, number, pts, place):
+        """Go on at the packet with this timestamp. Raises Mispredicted if seeking does not lead there."""
+        self.box.seek(int(place), stream=self.stream)
+        for packet in self.box.demux(self.stream):
+            if packet.pts is None or packet.pts >= pts:
+                break
+        if packet.pts != pts:
+            raise Mispredicted
+        self.number, self.ahead = int(number), chain([packet], self.box.demux(self.stream))
+
+
+def _frames(packets):
+    """Yield (frame, damage) in the order in which frames are shown.
+
+    damage  1: data since the last keyframe was damaged, so the frame may be; 2: only frames before it are lost
+    """
+    import av
+
+    torn, seen = 0, False
+    for packet in packets:
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError:
+            # A recording may begin in the middle: nothing can be seen before its first keyframe.
+            torn = int(seen)
+            continue
+        for frame in frames:
+            torn = 1 if frame.is_corrupt else 2 * torn if frame.key_frame else torn
+            yield frame, torn
+            seen, torn = True, torn % 2
+
+
+def _decode(path, wanted, first, jumps, size, facts):
+    """Decode the frames with the names `wanted` (T,); return them upright, (T, H, W, 3).
+
+    first  the timestamp of the first frame; None: names are numbers, else timestamps
+    Raises Mispredicted where a frame does not come, and adds what it sees to `facts`.
+    """
+    frames, todo, last = {}, deque(np.unique(wanted).tolist()), -np.inf
+    with _open(path) as (box, stream):
+        packets, painter = Packets(box, stream), Painter(size, facts)
+        for number, (frame, torn) in enumerate(_frames(packets)):
+            name = number if first is None else frame.pts
+            if name is None or (number == 0 and first not in (None, name)) or name > todo[0] or name <= last:
+                raise Mispredicted
+            last = name
+            if name == todo[0]:
+                if torn == 1 and first is not None:
+                    raise Mispredicted
+                frames[todo.popleft()] = painter.paint(frame)
+                if not todo:
+                    return np.stack([frames[name] for name in wanted.tolist()])
+            if len(jumps) and (number == 0 or name in frames):
+                near = jumps[np.searchsorted(jumps[:, 1], todo[0], side="right") - 1]
+                if packets.number + MIN_JUMP < near[0] and near[1] <= todo[0]:
+                    packets.jump(*near)
+                    facts["jumps"] += 1
+    if first is not None:
+        raise Mispredicted
+    raise Unreadable(f"{len(todo)} of {len(frames) + len(todo)} frames did not decode a second time")
+
+
+class Painter:
+    """Turns decoded frames into upright RGB pictures of one size, in display proportions."""
+
+    def __init__(self, size, facts):
+        from av.video.reformatter import VideoReformatter
+
+        # One converter of one thread for all frames: a new one for each costs more than the conversion.
+        self.size, self.facts, self.converter = size, facts, VideoReformatter()
+
+    def paint(self, frame):
+        """Return the picture of a frame, (H, W, 3) uint8."""
+        swapped, flips = self._orientation(frame)
+        if self.size is None:
+            stretch = float(Fraction(self.facts["pixel_shape"].replace(":", "/")))
+            width, height = round(frame.width * max(1, stretch)), round(frame.height * max(1, 1 / stretch))
+            self.size = (height, width) if swapped else (width, height)
+        width, height = reversed(self.size) if swapped else self.size
+        hdr = HDR.get(frame.color_trc)
+        kind = "rgb48le" if hdr else "rgb24"
+        picture = self.converter.reformat(
+            frame, width, height, kind, interpolation="BICUBIC", threads=1
+        ).to_ndarray()
+        self._note(frame.interlaced_frame, "interlaced; the lines of both fields are shown together")
+        if hdr:
+            self._note(True, f"HDR ({hdr}), mapped to standard range")
+            picture = _standard_range(picture, hdr)
+        return (picture.swapaxes(0, 1) if swapped else picture)[flips]
+
+    def _orientation(self, frame):
+        """Return whether rows and columns change places, and then the slices that mirror them."""
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is None:
+            return False, (slice(None), slice(None))
+        a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].tolist()
+        swapped = abs(b) > abs(a)
+        across, down = (c, b) if swapped else (a, d)
+        mirrored = ", and mirrored" * (a * d - b * c < 0)
+        self.facts["turned"] = f"by {frame.rotation % 360} degrees counterclockwise{mirrored}"
+        return swapped, (slice(None, None, -1 if down < 0 else 1), slice(None, None, -1 if across < 0 else 1))
+
+    def _note(self, holds, note):
+        if holds and note not in self.facts["notes"]:
+            self.facts["notes"].append(note)
+
+
+@cache
+def _light(hdr):
+    """Return the light of each 16 bit value, (65536,); 1 is what a white page gives, 203 cd/m2 (ITU-R BT.2408)."""
+    value = np.linspace(0, 1, 65536)
+    if hdr == "PQ":  # SMPTE ST 2084
+        root = value ** (1 / 78.84375)
+        light = 10000 * (np.maximum(root - 0.8359375, 0) / (18.8515625 - 18.6875 * root)) ** (
+            1 / 0.1593017578125
+        )
+    else:  # ITU-R BT.2100, HLG on a screen of 1000 cd/m2, its system gamma of 1.2 for each colour alone
+        scene = np.where(
+            value <= 0.5, value**2 / 3, (np.exp((value - 0.55991073) / 0.17883277) + 0.28466892) / 12
+        )
+        light = 1000 * scene**1.2
+    return (light / 203).astype(np.float32)
+
+
+BT2020_TO_BT709 = np.array(
+    [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
+)
+
+
+def _standard_range(picture, hdr):
+    """Map an HDR picture (H, W, 3) uint16 of BT.2020 to uint8 of BT.709; light above 0.75 is compressed."""
+    light = np.maximum(_light(hdr)[picture] @ BT2020_TO_BT709.T, 0)
+    light = np.where(light > 0.75, 1 - 0.25 * np.exp((0.75 - light) / 0.25), light)
+    return np.round(255 * light ** (1 / 2.2)).astype(np.uint8)
+
+
+def _decode_by_decord(path, index, size, starts):
+    """Decode frames by number with decord, (T, H, W, 3); None if it sees other frames, or them at other times."""
     import av
     import decord
 
+    decord.logging.set_level(decord.logging.QUIET)
+    video = decord.VideoReader(path, num_threads=1)
+    seen = video.get_frame_timestamp(np.arange(len(video)))[:, 0].astype(float)
+    if len(seen) != len(starts) or np.abs(seen - seen[0] - starts).max() > TIME_EPS:
+        return None
+    frames = video.get_batch(index).asnumpy()
+    if size is None:
+        return frames
+    pictures = [av.VideoFrame.from_ndarray(frame, "rgb24").reformat(*size) for frame in frames]
+    return np.stack([picture.to_ndarray() for picture in pictures])
+
+
+# --- Answers
+
+
+def decode_or_explain(path, *how):
+    """Return (frames, timestamps, seconds, None, facts), or (None, None, None, a problem, {}); raise nothing."""
+    import av
+
     try:
-        try:
-            return *decode(path, *how), None
-        except (decord.DECORDError, RuntimeError):  # decord's own messages are C++ source lines
-            raise Unreadable(_damage(path)) from None
+        frames, starts, seconds, facts = decode(path, *how)
+        return frames, starts, seconds, None, facts
     except Unreadable as reason:
         problem = str(reason)
-    except UnicodeEncodeError:  # by decord
-        problem = "its name is not UTF-8; rename it"
     except av.error.FFmpegError as error:
         problem = f"no readable video: {error.strerror}"
     except Exception as error:  # whatever else the two libraries raise on a strange file ends no corpus
         problem = f"the decoder failed: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    return None, None, None, problem
-
-
-def _damage(path):
-    """Say what is wrong with a file that decord gave up on: its index may list more frames than there are."""
-    import av
-
-    packets = 0
-    with av.open(path, metadata_errors="ignore") as box, suppress(av.error.FFmpegError):
-        stream = box.streams.best("video")
-        for packet in box.demux(stream):
-            packets += packet.size > 0
-    if packets < stream.frames:
-        return f"cut short: {packets} of {stream.frames} frames are in the file"
-    return "the decoder gave up on damaged data"
+    return None, None, None, problem, {}
 
 
 def serve(pipe):
@@ -179,11 +517,9 @@ def serve(pipe):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     try:
         import av
-        import decord
     except (ImportError, OSError) as error:
         return pipe.send(str(error))
     av.logging.set_level(av.logging.PANIC)
-    decord.logging.set_level(decord.logging.QUIET)
     pipe.send(None)
     while True:
         try:

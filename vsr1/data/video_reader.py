@@ -37,6 +37,9 @@ class Clip:
     timestamps: np.ndarray | None  # (T,) seconds after the first frame at which the frames appear
     seconds: float | None  # end of the last frame of the video; None: unknown
     problem: str | None  # None: fine
+    facts: dict = field(
+        default_factory=dict
+    )  # {name: text or number} about file and reading; see `inspect_video`
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +56,7 @@ class Reader:
 
     fps: float = 1.0
     max_frames: int = 64
-    size: tuple[int, int] | None = None  # (width, height) to scale to; None: as stored
+    size: tuple[int, int] | None = None  # (width, height) to scale to, upright; None: as shown
     timeout: float = TIMEOUT  # seconds for one video; a second attempt gets RETRY times as many
     skip_slow: bool = False  # True: a second timeout is a problem of the clip; False: it raises DecodeTimeout
     _child: subprocess.Popen | None = field(default=None, init=False, repr=False)
@@ -62,14 +65,21 @@ class Reader:
     def read(self, path, times=None) -> Clip:
         """Read the frames on screen at `times` (seconds after the first frame), or at its `sample_times`.
 
-        Raises DecodeTimeout where a second, longer attempt ends without an answer too.
+        A second attempt takes longer and goes another way (`decoder.decode`). Raises DecodeTimeout where neither ends.
         """
         times = None if times is None else np.asarray(times, dtype=float)
         assert times is None or (times.ndim == 1 and len(times) and times.min() >= 0), times
-        for timeout in (self.timeout, RETRY * self.timeout):
-            clip = self._attempt(path, times, timeout)
-            if clip is not None:
-                return clip
+        failures = []
+        for timeout, second in ((self.timeout, False), (RETRY * self.timeout, True)):
+            answer = self._attempt(path, times, timeout, second)
+            if isinstance(answer, Clip):
+                return answer
+            failures.append(answer)
+        if any(failures):  # words of a crash
+            slow = f"gave no answer within {timeout:g} s"
+            return Clip(
+                None, None, None, f"the decoder {failures[0] or slow}, the second one {failures[1] or slow}"
+            )
         problem = f"not decoded within {self.timeout:g} s, nor within {timeout:g} s at a second attempt"
         if self.skip_slow:
             return Clip(None, None, None, problem)
@@ -78,20 +88,19 @@ class Reader:
             "raise decode_timeout in the profile. If it is always this file, move it away"
         )
 
-    def _attempt(self, path, times, timeout):
-        """Ask the child for a Clip; None, and no child, after `timeout` seconds without an answer."""
+    def _attempt(self, path, times, timeout, second):
+        """Ask the child for a Clip; how it died, or None after `timeout` seconds without an answer, and no child."""
         if self._child is None or self._child.poll() is not None:
             self._start()
         clip = None
         try:
-            self._pipe.send((os.fspath(path), times, self.fps, self.max_frames, self.size, timeout))
+            self._pipe.send((os.fspath(path), times, self.fps, self.max_frames, self.size, second, timeout))
             if self._pipe.poll(timeout):
                 clip = self._receive()
             return clip
         except (EOFError, ConnectionError):
             status = self._child.wait()
-            reason = f"died of signal {-status}" if status < 0 else f"ended with status {status}"
-            return Clip(None, None, None, f"the decoder {reason}")
+            return f"died of signal {-status}" if status < 0 else f"ended with status {status}"
         finally:
             if clip is None:  # after Ctrl-C too: a late answer must not pass for the next video's
                 self.close()
@@ -114,7 +123,7 @@ class Reader:
         failure = self._pipe.recv() if self._pipe.poll(120) else "the decoder did not start in 120 s"
         if failure:
             self.close()
-            raise ImportError(f"decoding needs decord and av ({failure}): pip install -r requirements.txt")
+            raise ImportError(f"decoding needs av ({failure}): pip install -r requirements.txt")
 
     def close(self):
         """Stop the child. The next read starts a new one."""
