@@ -124,7 +124,10 @@ class Profile:
     decode_timeout: Positive = 30.0  # seconds for one video; a second attempt gets four times as many
 
     # The loop.
-    max_turns: Count = 3  # T; ours: the project page says gains saturate at 3, the official script runs 2
+    max_turns: Count = 3  # T of a run; it holds all shorter ones
+    headline_turns: Count = (
+        2  # T of the numbers: "T = 2" by a reading of the full text, and in the official script
+    )
     # "top1": the paper. "skip_rejected", ours: no rejected video again.
     display_rule: Literal["top1", "skip_rejected"] = "top1"
     eval_batch: Count = 64  # ours: queries of one batch; their KV caches are held, and a kill costs as many

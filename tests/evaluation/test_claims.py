@@ -59,11 +59,13 @@ def test_differences_are_what_a_loop_over_queries_counts(run):
         numbers["R3/charades/sqr-hqr-seen/points"].value,
         numbers["R3/charades/sqr-hqr-seen/points"].n,
     ) == (100, 1)
-    ranks = [o.turns[0].rank_by_depth for o in mine if o.turns[0].rank_by_depth]
+    ranks = [o.turns[0].rank_by_depth or (o.turns[0].rank_in,) * 5 for o in mine]  # of all queries
     for name, depth, before in (("latents", -1, 0), ("latents-half", 2, 0), ("latents-rest", -1, 2)):
         points = [100 * ((r[depth] == 1) - (r[before] == 1)) for r in ranks]
         number = numbers[f"R3/charades/{name}/points"]
-        assert (number.value, number.n) == (sum(points) / 2, 2)
+        assert (number.value, number.n) == (sum(points) / 4, 4)
+    harmed, repaired = (numbers[f"R3/charades/{name}/points"] for name in ("harmed", "repaired"))
+    assert (repaired.value, repaired.n, harmed.value, harmed.n) == (50, 2, 0, 2)
     second = [
         metrics.vcmr_hits(metrics.within([o], 2), 0.5)[0] * 1
         - metrics.vcmr_hits(metrics.within([o], 1), 0.5)[0]
@@ -72,17 +74,51 @@ def test_differences_are_what_a_loop_over_queries_counts(run):
     assert numbers["R3/charades/turn-2/points"].value == pytest.approx(100 * sum(second) / 4)
 
 
-def test_what_was_not_run_is_not_measured_and_never_zero(run):
+def test_a_claim_whose_system_is_missing_names_it_and_is_never_zero(run):
     numbers = verdicts.record(run, "charades")
-    assert not [name for name in numbers if "/vsr1-zs" in name or "/grpo" in name]
-    told = {one.name: one for one in verdicts.judge(results.collect(run), ["charades"])}
-    assert (
-        told["vsr1-zs"].verdict == told["tokens"].verdict == "not measured" and told["vsr1-zs"].value == "—"
-    )
-    assert "**not measured**" in verdicts.as_markdown([told["vsr1-zs"]])
+    assert numbers["R3/charades/vsr1-zs/points"].value is None
+    judged = verdicts.judge(results.collect(run), ["charades"])
+    told = {one.name: one for one in judged}
+    assert told["vsr1-zs"].verdict == "MISSING: no episodes of zs" and told["vsr1-zs"].value == "—"
+    assert told["grpo-vcmr"].verdict == "MISSING: no episodes of sft"
+    assert told["tokens"].verdict == "MISSING: not measured"
+    assert told["no-ret-vcmr"].verdict == "made on didemo only"
+    assert told["refiner-8b"].verdict == "cannot be tested here, because there is no second policy"
+    text = verdicts.as_markdown(judged)
+    assert "charades MISSING: no episodes of zs; the paper +6.2" in text
     with pytest.raises(InputError, match="no data set has episodes"):
         claims.datasets_with_episodes(results.dataclasses.replace(run, name="another"))
     assert claims.datasets_with_episodes(run) == ["charades"]
+
+
+def test_the_papers_differences_are_those_of_its_tables():
+    published = results.published()
+    tables = {
+        "vsr1-ft": ("ft", "vcmr@0.5"),
+        "vsr1-zs": ("zs", "vcmr@0.5"),
+        "vsr1-walkdown": ("ft", "vcmr@0.5"),
+    }
+    tables |= {"ver-ft": ("ft", "ver"), "ver-zs": ("zs", "ver"), "ver-walkdown": ("ft", "ver")}
+    tables |= {"refined": ("zs", "vr@1"), "earlier": ("squidnet", "vcmr@0.5")}
+    second = {"grpo-vcmr": ("sft", "vcmr@0.5"), "grpo-ver": ("sft", "ver"), "grpo-vr": ("sft", "vr@1")}
+    for reward in ("no-ret", "no-verif"):
+        second |= {f"{reward}-vcmr": (reward, "vcmr@0.5"), f"{reward}-ver": (reward, "ver")}
+    for table, rows in {"T1": tables, "T2": second}.items():
+        for name, (baseline, metric) in rows.items():
+            for dataset, points in claims.CLAIMS[name].paper.items():
+                ours, other = (published[f"{table}/{dataset}/{row}/{metric}"] for row in ("vsr1", baseline))
+                assert ours - other == pytest.approx(points), name
+    curve = [published[f"F4/mean/vsr1/d{depth}"] for depth in range(9)]
+    assert claims.CLAIMS["latents"].paper["mean"] == pytest.approx(curve[8] - curve[0])
+    assert claims.CLAIMS["latents-half"].paper["mean"] == pytest.approx(curve[4] - curve[0])
+    assert claims.CLAIMS["latents-rest"].paper["mean"] == pytest.approx(curve[8] - curve[4])
+
+
+def test_every_claim_says_what_it_must():
+    for name, claim in claims.CLAIMS.items():
+        assert claim.group != "construction" or claim.why, name
+        assert claim.systems or claim.why, name
+        assert claim.group != "control" or not claim.paper, name
 
 
 def test_a_damaged_line_of_episodes_stops_the_claims_by_name(run):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -60,12 +61,15 @@ def percents(episodes, *names):
 
 
 def test_the_numbers_of_four_episodes_are_those_made_by_hand(four):
+    with_depths = episode(5, "e", [turn(1, "x", "e", 9, False, out=(2, "y"), rank_by_depth=(9, 8, 3, 5, 2))])
     # 3 s of 6 s is exactly one half
     assert percents(four, "vcmr@0.3", "vcmr@0.5", "vcmr@0.7") == [50, 50, 25]
     assert metrics.true_ranks(four, "orig").tolist() == [1, 14, 1, metrics.UNRANKED]
-    assert metrics.true_ranks(four, "shown").tolist() == [1, 1, 3, metrics.UNRANKED]
+    assert metrics.right_last(four).tolist() == [True, True, False, False]
+    half = metrics.ranks_at_depth([*four, with_depths], lambda n: n // 2)
+    assert half.tolist() == [1, 14, 1, metrics.UNRANKED, 3]  # the first search where no depth was recorded
     assert metrics.true_ranks(four, "final").tolist() == [1, 1, 1, metrics.UNRANKED]
-    assert percents(four, "vr@1", "vr@1_shown", "vr@1_orig", "vr@5_shown") == [75, 50, 50, 75]
+    assert percents(four, "vr@1", "right_last", "vr@1_orig") == [75, 50, 50]
     assert percents(four, "vr@1_failed") == [50]  # of the second and the fourth
     assert percents(four, "ver", "ver_turn1") == [75, 50]
     assert [one.desc_id for one in metrics.failed(four)] == [2, 4]
@@ -74,12 +78,15 @@ def test_the_numbers_of_four_episodes_are_those_made_by_hand(four):
 
 def test_budgets_are_read_by_carrying_the_last_turn_forward(four):
     by_budget = {budget: metrics.within(four, budget) for budget in (1, 2, 3)}
-    names = ("vcmr@0.5", "vr@1", "vr@1_shown", "ver")
+    names = ("vcmr@0.5", "vr@1", "right_last", "ver")
     assert {budget: percents(cut, *names) for budget, cut in by_budget.items()} == {
         1: [25, 50, 50, 50],
         2: [50, 50, 50, 50],
         3: [50, 75, 50, 75],
     }
+    profile = types.SimpleNamespace(headline_turns=2)
+    assert metrics.headline(profile, four) == by_budget[2]
+    assert metrics.headline(profile, by_budget[1]) == by_budget[1] and metrics.headline(profile, []) == []
     assert by_budget[1][1].stop_reason == "budget" and by_budget[2][1].stop_reason == "matched"
     with pytest.raises(AssertionError):
         metrics.within(four, 4)
@@ -183,7 +190,7 @@ def test_hits_equal_a_reader_who_walks_the_records():
         final = None if last is None else last.rank_in if last.rank_out is None else last.rank_out
         for k in metrics.VR_KS:
             assert found[f"vr@{k}"][row] == (final is not None and final <= k)
-            assert found[f"vr@{k}_shown"][row] == (last is not None and last.rank_in <= k)
+        assert found["right_last"][row] == (last is not None and last.shown_id == one.gt_video)
         assert found["ver"][row] == (
             last is not None and last.reply.matched is (last.shown_id == one.gt_video)
         )

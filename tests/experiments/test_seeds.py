@@ -35,10 +35,10 @@ def run(tmp_path, monkeypatch):
                 name: hits(rng) for name in ("skip", "twostage", "within-1", "within-2", "within-3")
             }
             system_hits |= {name: hits(rng, IDS[::3]) for name in claims.VARIANTS}
-            refined = IDS[seed:]  # not the same in every seed
-            system_hits |= {f"latents-{part}": hits(rng, refined) for part in ("0", "half", "all")}
+            shared = IDS[seed:]  # not the same in every seed
+            system_hits |= {f"latents-{part}": hits(rng, shared) for part in ("0", "half", "all")}
             content = {"seed": seed, "profile": run.digest(), "commit": "c", "hits": system_hits}
-            content["videos"] = {key: f"v{key // 2}" for key in IDS}
+            content["families"] = {key: f"f{key // 2}" for key in IDS}
             (folder / f"{dataset}-{seed}.json").write_text(json.dumps(content))
     return run
 
@@ -61,7 +61,7 @@ def by_loop(run, dataset, claim):
             ):
                 continue
             place = hits_a["ids"].index(key)
-            if claim.failed_only and hits_a["vr@1_orig"][place] == "1":
+            if claim.first != "any" and (hits_a["vr@1_orig"][place] == "1") != (claim.first == "right"):
                 continue
             gained.append(
                 int(hits_a[claim.metric][place]) - int(hits_b[claim.baseline_metric or claim.metric][at])
@@ -70,7 +70,10 @@ def by_loop(run, dataset, claim):
     return points, len(gained)
 
 
-@pytest.mark.parametrize("name", claims.CLAIMS)
+TESTED = [name for name, claim in claims.CLAIMS.items() if claim.systems and not claim.datasets]
+
+
+@pytest.mark.parametrize("name", TESTED)
 def test_a_claim_is_the_mean_over_seeds_of_what_queries_gain(run, name):
     recorded = numbers(run)
     for dataset in run.datasets:

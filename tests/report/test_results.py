@@ -104,7 +104,7 @@ def test_a_missing_number_stays_missing_in_every_product(published):
     numbers = published.numbers
     entry = numbers.loc["T1/charades/zs/ver"]
     assert entry.value is None and entry.measured is False and entry.paper == 30.0
-    assert tables.cell(entry) == "— (30.0)"
+    assert (tables.cell(entry), tables.paper_cell(entry)) == ("—", "30.0")
     rows = list(csv.DictReader(open(published.folder / "tables" / "T1.csv")))
     row = next(r for r in rows if (r["dataset"], r["system"], r["metric"]) == ("charades", "zs", "ver"))
     assert row["value"] == "" and row["measured"] == "False"
@@ -176,7 +176,7 @@ def test_numbers_of_other_knobs_are_left_out_and_named(run, capsys):
 
 def test_published_values_are_the_table_of_the_paper():
     cells = results.published()
-    assert sum(name.startswith("T1/") for name in cells) == 3 * (6 + 6 + 8 + 8 + 8)
+    assert sum(name.startswith("T1/") for name in cells) == 3 * (6 + 6 + 8 + 8 + 8 + 8)
     assert [cells[f"T1/{d}/zs/vr@1"] for d in ("charades", "didemo", "activitynet")] == [21.6, 54.8, 55.1]
     assert "T1/charades/conquer/vcmr@0.3" not in cells  # a dash is no zero
 
@@ -185,9 +185,13 @@ def test_markdown_latex_and_html_show_the_cells_that_numbers_json_holds(publishe
     numbers = published.numbers
     text = {kind: (published.folder / "tables" / f"T1.{kind}").read_text() for kind in ("md", "tex")}
     shown = html.unescape(re.sub("<[^>]+>", " ", published.text))
-    for dataset, system, label, cells in tables.rows(numbers, "T1"):
+    halves = dict(
+        zip((tables.MEASURED, tables.PAPER), text["md"].split("published, real video"), strict=True)
+    )
+    rows = [(of, row) for of in halves for row in tables.rows(numbers, "T1", of)]
+    for of, (dataset, system, label, cells) in rows:
         cells = [text for _, text in cells]
-        row = next(r for r in text["md"].splitlines() if r.startswith(f"| {dataset} |") and label in r)
+        row = next(r for r in halves[of].splitlines() if r.startswith(f"| {dataset} |") and label in r)
         assert [part.strip() for part in row.split("|")[3:-1]] == cells, (dataset, system)
         assert " & ".join(map(templates.tex, cells)) in text["tex"]
         assert all(part in shown for cell in cells for part in cell.split(" "))
@@ -200,9 +204,9 @@ def test_markdown_latex_and_html_show_the_cells_that_numbers_json_holds(publishe
 
 def test_a_later_system_becomes_a_row_without_code(published):
     table = (published.folder / "tables" / "T1.md").read_text()
-    assert (
-        "**VideoSearch-R1** | — (16.5)" in table and "30.0 (24.6)" in table and "| charades | new |" in table
-    )
+    measured, paper = table.split("published, real video")
+    assert "| **VideoSearch-R1** | — | — | — | — | 30.0 |" in measured and "| charades | new |" in measured
+    assert "| charades | **VideoSearch-R1** | 16.5 |" in paper and "| charades | new |" not in paper
 
 
 def test_a_second_publication_writes_the_same_bytes(run):
@@ -424,11 +428,14 @@ def test_the_readme_follows_its_numbers_and_names_a_lost_marker(run):
     assert tables.cell(results.load(run).loc[key]) in told
     numbers = json.loads(path.read_text())
     numbers[key]["value"] = 12.34
-    numbers["R1/didemo/refined/lowest"]["value"] = -1.0
+    numbers["R1/didemo/refined/points"] |= {"value": -3.0, "ci": [-5.0, -1.0]}
+    numbers["R1/didemo/refined/lowest"]["value"] = -4.0
     path.write_text(json.dumps(numbers))
     changed = readme.fill(text, run)
-    assert "12.3±" in changed and "-1.0 to" in changed
-    assert changed.count("**holds**") == told.count("**holds**") - 1
+    assert "12.3±" in changed and "-3.0 (-5.0 to -1.0), seeds -4.0 to" in changed
+    assert changed.count(" agrees") == told.count(" agrees") - 1
+    measured, paper = changed.split("The paper's values, of real video")
+    assert "13.4 / 24.6 / —" in paper and "13.4 / 24.6" not in measured
     with pytest.raises(InputError, match="expected one <!-- results -->"):
         readme.fill(text.replace("<!-- /results -->", ""), run)
 

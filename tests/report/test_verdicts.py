@@ -13,19 +13,60 @@ def judge(numbers):
     return verdicts.judge(frame, ["charades"])
 
 
-def test_every_seed_must_agree_before_a_claim_holds_over_seeds():
-    numbers = {"R1/charades/refined/points": Estimate(4.0, ci=(1.0, 7.0))}
-    first = judge(numbers | {"R1/charades/refined/lowest": Estimate(-0.1)})[0]
-    assert (first.verdict, first.verdict_seeds) == (
-        "not measured",
-        "not shown",
-    ) and "lowest -0.1" in first.seeds
-    assert judge(numbers | {"R1/charades/refined/lowest": Estimate(0.1)})[0].verdict_seeds == "holds"
+def difference(value, low, high, p=0.001, table="R3", name="refined"):
+    """Numbers of one claim."""
+    numbers = {"points": Estimate(value, 100, (low, high)), "p": Estimate(p), "detectable": Estimate(2.5)}
+    return {f"{table}/charades/{name}/{key}": number for key, number in numbers.items()}
 
 
-def test_soft_tokens_are_held_against_the_shortest_rewrite():
+def of(name, numbers):
+    return next(one for one in judge(numbers) if one.name == name)
+
+
+def test_the_verdict_over_seeds_stands_before_that_of_this_run():
+    seeds = difference(4.0, -1.0, 9.0, 0.2, "R1") | {"R1/charades/refined/lowest": Estimate(-0.1)}
+    seeds["R1/charades/refined/highest"] = Estimate(8.0)
+    told = of("refined", difference(4.0, 1.0, 7.0) | seeds)
+    assert (told.paper, told.verdict, told.verdict_seeds, told.detectable) == (
+        "+3.0",
+        "agrees",
+        "inconclusive",
+        "2.5",
+    )
+    assert verdicts.cell(told) == "+4.0 (-1.0 to +9.0), seeds -0.1 to +8.0 inconclusive"
+
+
+def test_a_claim_that_does_not_survive_the_correction_says_so_beside_the_plain_verdict():
+    numbers = difference(4.0, 0.1, 8.0, 0.04) | difference(9.0, 5.0, 13.0, 1e-6, name="vsr1-ft")
+    told = of("refined", numbers)
+    assert (told.verdict, told.corrected) == ("agrees", "agrees")  # the larger of two
+    for name in ("vsr1-zs", "ver-zs"):
+        numbers |= difference(1.0, -1.0, 3.0, 0.3, name=name)
+    told = of("refined", numbers)
+    assert (told.verdict, told.corrected) == ("agrees", "inconclusive")
+    assert verdicts.cell(told).endswith("agrees (Holm: inconclusive)")
+    assert of("vsr1-ft", numbers).corrected == "agrees"
+
+
+def test_a_loss_where_the_paper_gains_disagrees_and_by_construction_nothing_is_judged():
+    numbers = difference(-12.0, -15.0, -9.0, name="ver-ft") | difference(40.0, 30.0, 50.0, name="repaired")
+    assert of("ver-ft", numbers).verdict == "disagrees"
+    assert of("repaired", numbers).verdict == of("repaired", numbers).corrected == "by construction"
+    equal = difference(0.2, 0.1, 0.4, name="turn-3")
+    assert of("turn-3", equal).verdict == "agrees"  # nearly equal, although the interval lies above 0
+
+
+def test_soft_tokens_are_set_beside_the_shortest_rewrite_and_count_nowhere():
     values = {"sqr": 8.0, "hqr-blind": 26.0, "hqr-seen": 9.0, "hqr-reasoned": 27.0}
     numbers = {f"S1/charades/{name}/tokens": Estimate(value) for name, value in values.items()}
     last = judge(numbers)[-1]
-    assert (last.value, last.verdict) == ("8.0 against 9.0 or more", "holds")
-    assert judge(numbers | {"S1/charades/hqr-seen/tokens": Estimate(7.0)})[-1].verdict == "does not hold"
+    assert (last.name, last.value, last.verdict) == ("tokens", "8.0 against 9.0 or more", "by construction")
+
+
+def test_claims_are_grouped_and_no_total_is_given():
+    sheet = verdicts.sheet(judge(difference(4.0, 1.0, 7.0)))
+    assert list(sheet) == list(verdicts.GROUPS.values())
+    assert sheet[verdicts.GROUPS["paper"]]["VR R@1, refined over first search"] == [
+        "+3.0",
+        "+4.0 (+1.0 to +7.0) agrees",
+    ]

@@ -165,6 +165,11 @@ def _truncate(episode, budget):
     return replace(episode, run=run)
 
 
+def headline(profile, episodes):
+    """Return the episodes `within` the number of turns that headline numbers count; shorter runs stay as they are."""
+    return within(episodes, min(profile.headline_turns, episodes[0].run.max_turns)) if episodes else []
+
+
 def failed(episodes):
     """Return the episodes whose first search did not have the right video on rank 1."""
     return [episode for episode in episodes if episode.rank_orig != 1]
@@ -179,10 +184,9 @@ def true_ranks(episodes, which="final"):
     """Return the rank of the right video, (Q,), ties for us; UNRANKED where it has no vector.
 
     final  after the last executed refinement: the official convention of T turns and up to T + 1 searches
-    shown  in the ranking whose best video was shown last
     orig   of the original query
     """
-    assert which in ("final", "shown", "orig"), which
+    assert which in ("final", "orig"), which
     return np.array([_true_rank(episode, which) for episode in episodes], np.int64)
 
 
@@ -192,6 +196,20 @@ def _true_rank(episode, which):
         return UNRANKED
     turn = episode.turns[0 if which == "orig" else -1]
     return turn.rank_out if which == "final" and turn.rank_out is not None else turn.rank_in
+
+
+def ranks_at_depth(episodes, depth):
+    """Return the rank of the right video after turn 1 with the first soft tokens of its refinement, (Q,).
+
+    Without a refinement it is that of the first search. So no tokens give the original query for all.
+
+    depth(n)  how many of the n soft tokens
+    """
+    found = true_ranks(episodes, "orig")
+    for row, episode in enumerate(episodes):
+        if episode.turns and (by_depth := episode.turns[0].rank_by_depth):
+            found[row] = by_depth[depth(len(by_depth) - 1)]
+    return found
 
 
 def vr_hits(episodes, k, which="final"):
@@ -229,6 +247,11 @@ def ver_hits(episodes, turn=-1):
     return np.array([judged is right for judged, right in zip(verdicts, shown, strict=True)], bool)
 
 
+def right_last(episodes):
+    """Return whether the video shown last is the right one, (Q,), whatever was said about it."""
+    return np.array([bool(episode.turns) and episode.turns[-1].shown_is_gt for episode in episodes], bool)
+
+
 def costs(episodes):
     """Return the mean costs of a run; None where nothing was spent on. A reused turn refines, at no cost.
 
@@ -263,6 +286,7 @@ def hits(episodes, ks=VR_KS):
     """
     found = {f"vcmr@{m}": vcmr_hits(episodes, m) for m in THRESHOLDS}
     found |= {"ver": ver_hits(episodes), "ver_turn1": ver_hits(episodes, 0)}
-    for which, suffix in {"final": "", "shown": "_shown", "orig": "_orig"}.items():
+    found["right_last"] = right_last(episodes)
+    for which, suffix in {"final": "", "orig": "_orig"}.items():
         found |= {f"vr@{k}{suffix}": vr_hits(episodes, k, which) for k in ks}
     return found | {"vr@1_failed": vr_hits(failed(episodes), 1)}

@@ -18,9 +18,13 @@ from vsr1.report.results import digits
 MOMENTS = (*(f"vcmr@{m}" for m in metrics.THRESHOLDS), "ver")
 
 
-def run_episodes(profile: Profile, dataset: str, system: str, **options) -> list[Episode]:
-    """Run a system unless its episodes are current, and return them; options as of `evaluate.run_system`."""
-    return records.read_episodes(evaluate.run_system(profile, dataset, system, **options))
+def run_episodes(profile: Profile, dataset: str, system: str, whole=False, **options) -> list[Episode]:
+    """Run a system unless its episodes are current, and return them; options as of `evaluate.run_system`.
+
+    whole  all turns that were run, not only those that headline numbers count
+    """
+    episodes = records.read_episodes(evaluate.run_system(profile, dataset, system, **options))
+    return episodes if whole else metrics.headline(profile, episodes)
 
 
 def run_sample(profile: Profile, dataset: str, system: str) -> list[Episode]:
@@ -39,8 +43,15 @@ def select(episodes: list[Episode], ids) -> list[Episode]:
 
 
 def estimate(profile: Profile, episodes: list[Episode], values, unit: str = "%") -> Estimate:
-    """Estimate the percentage of `values` (Q,), one an episode, clustered by right video; missing without episodes."""
-    return statistics.estimate(values, [episode.gt_video for episode in episodes], profile, unit)
+    """Estimate the percentage of `values` (Q,), one an episode, clustered by family; missing without episodes."""
+    return statistics.estimate(values, clusters(profile, episodes), profile, unit)
+
+
+def clusters(profile: Profile, episodes: list[Episode]) -> list[str]:
+    """Return the family of the right video of each episode."""
+    if not episodes:
+        return []
+    return statistics.clusters(profile, episodes[0].run.dataset, [episode.gt_video for episode in episodes])
 
 
 def estimate_metrics(
@@ -57,7 +68,7 @@ def estimate_metrics(
 
 def test_row(profile: Profile, dataset: str, system: str, episodes: list[Episode]) -> dict[str, Estimate]:
     """Estimate the row of one system in T1: moments, verdicts, and its last rankings."""
-    names = (*MOMENTS, *(f"vr@{k}" for k in profile.vr_ks))
+    names = (*MOMENTS, *(f"vr@{k}" for k in profile.vr_ks), "right_last")
     return estimate_metrics(profile, f"T1/{dataset}/{system}", episodes, names)
 
 
@@ -88,9 +99,9 @@ def table(numbers: dict[str, Estimate]) -> pd.DataFrame:
     return pd.DataFrame(rows).T.fillna("")
 
 
-def difference(profile: Profile, a, b, videos) -> dict[str, str]:
+def difference(profile: Profile, a, b, families) -> dict[str, str]:
     """Say how far hits `a` (Q,) are ahead of `b` on the same queries: points, interval, and whether that is better."""
-    ahead = statistics.difference(a, b, videos, profile)
+    ahead = statistics.difference(a, b, families, profile)
     if ahead.value is None:
         return {"points": "—", "95 % interval": "—", "better": "not shown"}
     low, high = ahead.ci
@@ -108,7 +119,7 @@ def compare(profile: Profile, pairs: dict[str, tuple[list[Episode], list[Episode
         assert [episode.desc_id for episode in system] == [episode.desc_id for episode in baseline]
         a = metrics.hits(system, profile.vr_ks)[metric.removesuffix("_orig")]
         b = metrics.hits(baseline, profile.vr_ks)[metric]
-        rows[words] = difference(profile, a, b, [episode.gt_video for episode in system])
+        rows[words] = difference(profile, a, b, clusters(profile, system))
     return pd.DataFrame(rows).T
 
 

@@ -72,7 +72,7 @@ def refined_query(turn: records.Turn) -> str:
 
 # --- All queries of the sample
 
-SHARES = ("vr@1_orig", "vr@1", "vr@1_failed", "vr@1_shown", "vcmr@0.5", "ver")
+SHARES = ("vr@1_orig", "vr@1", "vr@1_failed", "right_last", "vcmr@0.5", "ver")
 COSTS = {"tokens": "tokens", "seconds": "s", "generated": "tokens", "engine_calls": "calls", "turns": "looks"}
 
 

@@ -37,9 +37,10 @@ class FirstSearch:
         """Count the queries whose right video shares its score with another."""
         return int((self.ranks != self.pessimistic).sum())
 
-    def estimate(self, profile: Profile, values: np.ndarray) -> Estimate:
-        """Estimate the percentage of `values` (Q,) of the queries, clustered by right video."""
-        return statistics.estimate(values, [query.video for query in self.queries], profile)
+    def estimate(self, profile: Profile, dataset: str, values: np.ndarray) -> Estimate:
+        """Estimate the percentage of `values` (Q,) of the queries, clustered by family."""
+        families = statistics.clusters(profile, dataset, [query.video for query in self.queries])
+        return statistics.estimate(values, families, profile)
 
 
 def first_search(queries: list[Query], vectors: search_index.Vectors) -> FirstSearch:
@@ -92,14 +93,14 @@ def retrieval_numbers(profile: Profile, dataset: str, first: FirstSearch) -> dic
     """Measure R@k of the first search and of chance (T1), and the floor: the whole top-1 video as the moment."""
     numbers = {}
     for k in profile.vr_ks:
-        numbers[f"T1/{dataset}/zs/vr@{k}"] = first.estimate(profile, first.hits(k))
+        numbers[f"T1/{dataset}/zs/vr@{k}"] = first.estimate(profile, dataset, first.hits(k))
         chance = metrics.chance_recall(first.videos, k)
         numbers[f"T1/{dataset}/random/vr@{k}"] = Estimate(chance, len(first.queries))
     whole = [(0, query.duration) for query in first.queries]
     ious, right = span_iou(whole, [query.span for query in first.queries]), first.shows_right()
     for threshold in metrics.THRESHOLDS:
         hits = right & metrics.reaches(ious, threshold)
-        numbers[f"T1/{dataset}/wholevideo/vcmr@{threshold}"] = first.estimate(profile, hits)
+        numbers[f"T1/{dataset}/wholevideo/vcmr@{threshold}"] = first.estimate(profile, dataset, hits)
     return numbers
 
 
@@ -114,7 +115,7 @@ def headroom_numbers(
     everyone, failed, seeds = len(first.queries), int((~first.hits()).sum()), (profile.seed,)
     rank_2 = metrics.percent(first.ranks[~first.hits()] == 2) if failed else None
     values = {
-        "zs/vr@1": first.estimate(profile, first.hits()),
+        "zs/vr@1": first.estimate(profile, dataset, first.hits()),
         "zs/vr@1_pessimistic": Estimate(metrics.recall_at(first.pessimistic, 1), everyone, seeds=seeds),
         "zs/ties": Estimate(first.ties(), everyone, unit="queries"),
         "zs/wrong_from_family": Estimate(family_share(first, families), failed),

@@ -24,12 +24,14 @@ from vsr1.report import provenance, results
 def run(profile: Profile, dataset: str, seed: int) -> Path:
     """Train and run all systems with one seed unless that is current, and write its file of hits."""
     seeded = replace(profile, seed=seed)
-    runs = {name: common.run_episodes(seeded, dataset, name) for name in ("sft", "vsr1")}
+    runs = {name: common.run_episodes(seeded, dataset, name, whole=True) for name in ("sft", "vsr1")}
     runs["walkdown"] = common.run_episodes(seeded, dataset, "walkdown-ft")
     runs["skip"] = ablations.no_repeat(seeded, dataset)
     runs["zs-walkdown"] = common.run_episodes(profile, dataset, "walkdown")  # greedy: the same for all seeds
     runs |= {name: common.run_sample(profile, dataset, name) for name in VARIANTS}
-    hits = {"seed": seed, "profile": profile.digest(), "commit": provenance.commit()} | claims.tally(runs)
+    hits = {"seed": seed, "profile": profile.digest(), "commit": provenance.commit()} | claims.tally(
+        profile, dataset, runs
+    )
     hits["hits"]["twostage"] = _two_stage_hits(seeded, dataset)
     path = profile.results() / "seeds" / f"{dataset}-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +79,7 @@ def read_runs(profile: Profile) -> dict[str, list[dict]]:
     for path in sorted((profile.results() / "seeds").glob("*-*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         if run["profile"] == profile.digest():
-            run["videos"] = {int(key): video for key, video in run["videos"].items()}  # json has text keys
+            run["families"] = {int(key): name for key, name in run["families"].items()}  # json has text keys
             runs.setdefault(path.stem.rpartition("-")[0], []).append(run)
         else:
             print(f"left out: {path} was run with other knobs; make it again with `make seeds`")
@@ -92,9 +94,8 @@ def mean_numbers(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, 
         for metric in (name for name in KEPT if name in runs[0]["hits"][system] and name != "vr@1_orig"):
             by_query = [claims.by_query(run["hits"][system], metric) for run in runs]
             values = np.array([[hits[key] for key in ids] for hits in by_query])
-            numbers[f"R2/{dataset}/{system}/{metric}"] = claims.mean_over_runs(
-                profile, values, ids, runs, note=_note(runs)
-            )
+            mean, _ = claims.mean_over_runs(profile, values, ids, runs, note=_note(runs))
+            numbers[f"R2/{dataset}/{system}/{metric}"] = mean
     return numbers
 
 
@@ -102,7 +103,7 @@ def mean_of_datasets(profile: Profile, numbers: dict[str, Estimate]) -> dict[str
     """Average R1 over the data sets, each counting the same, where all have the same seeds; no interval."""
     means = {}
     for name in CLAIMS:
-        rows = [numbers[f"R1/{dataset}/{name}/points"] for dataset in profile.datasets]
+        rows = [numbers.get(f"R1/{dataset}/{name}/points", Estimate(None)) for dataset in profile.datasets]
         if len({row.seeds for row in rows}) == 1 and all(row.n for row in rows):
             value, count = float(np.mean([row.value for row in rows])), sum(row.n for row in rows)
             means[f"R1/mean/{name}/points"] = replace(rows[0], value=value, n=count, ci=None)

@@ -394,12 +394,13 @@ def numbers(profile: Profile, dataset: str, systems: dict[str, dict]) -> dict[st
     measured, plain = {}, metrics.percent(np.array(systems["free-plain"]["ranks"]) == 1)
     failed = np.array(systems["held-plain"]["ranks"]) > 1
     for name, system in systems.items():
-        ranks, videos = np.array(system["ranks"]), np.array(system["videos"])
+        ranks = np.array(system["ranks"])
+        families = np.array(statistics.clusters(profile, dataset, system["videos"]))
         groups = {"vr@1": np.ones(len(ranks), bool)}
         if name.startswith("held"):
             groups |= {"vr@1_failed": failed, "vr@1_kept": ~failed}
         for metric, rows in groups.items():
-            measured[f"{name}/{metric}"] = statistics.estimate(ranks[rows] == 1, videos[rows], profile)
+            measured[f"{name}/{metric}"] = statistics.estimate(ranks[rows] == 1, families[rows], profile)
         if name.startswith("free") and "curve" in system:
             steps = steps_to(system["curve"], plain, 0.9)
             measured[f"{name}/steps90"] = Estimate(steps, len(ranks), unit="steps")

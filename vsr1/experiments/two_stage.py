@@ -318,7 +318,7 @@ def hits(profile: Profile, first: retrieval.FirstSearch, spans: np.ndarray) -> d
     ious = span_iou(spans, [query.span for query in first.queries])
     reached = {m: metrics.reaches(ious, m) for m in metrics.THRESHOLDS}
     values = {f"vcmr@{m}": first.shows_right() & enough for m, enough in reached.items()}
-    values |= {f"vr@{k}": first.hits(k) for k in profile.vr_ks}
+    values |= {f"vr@{k}": first.hits(k) for k in profile.vr_ks} | {"right_last": first.shows_right()}
     return values | {f"grounding@{m}": enough for m, enough in reached.items()} | {"miou": ious}
 
 
@@ -327,8 +327,8 @@ def numbers(
 ) -> dict[str, Estimate]:
     """Measure the row `twostage` of T1, and of V1 what concerns oracle videos."""
     return {
-        f"{'T1' if metric.startswith('v') else 'V1'}/{dataset}/twostage/{metric}": first.estimate(
-            profile, values
+        f"{'V1' if metric.startswith(('grounding', 'miou')) else 'T1'}/{dataset}/twostage/{metric}": first.estimate(
+            profile, dataset, values
         )
         for metric, values in hits(profile, first, spans).items()
     }

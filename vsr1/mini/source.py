@@ -3,6 +3,8 @@
 The contract is that of `vsr1.data.source`.
 """
 
+import functools
+
 import numpy as np
 
 from vsr1.data import annotations, decoder
@@ -22,8 +24,14 @@ def reply_writer(profile, dataset: str):
 
 def families(profile, dataset: str) -> dict[str, str]:
     """Return {video: family} of the rendered videos."""
-    scenes = world.read_scenes(profile.data_dir(dataset) / "corpus").values()
-    return {scene.video: f"{scene.split}-{scene.family}" for scene in scenes}
+    corpus = profile.data_dir(dataset) / "corpus"
+    return _families(corpus, (corpus / "scenes.jsonl").stat().st_mtime_ns)
+
+
+@functools.cache
+def _families(corpus, _):
+    """Return the families of a corpus; read once, for every interval asks for them."""
+    return {s.video: f"{s.split}-{s.family}" for s in world.read_scenes(corpus).values()}
 
 
 def writers(profile, scenes: dict[str, world.Scene]):

@@ -90,7 +90,7 @@ def items(profile: Profile, numbers: pd.DataFrame) -> list[Item]:
     pictures, about, layouts = _pictures(profile), results.items(), results.layouts()
     ids = [*about, *sorted((layouts.keys() | pictures.keys()) - about.keys())]
     parts = {name: numbers[numbers.table == name] for name in ids}
-    shown = {name: name in layouts and bool(tables.rows(parts[name], name)) for name in ids}
+    shown = {name: name in layouts and bool(tables.blocks(profile, parts[name], name)) for name in ids}
     return [Item(name, about.get(name, {}), parts[name], shown[name], pictures.get(name, [])) for name in ids]
 
 
@@ -154,10 +154,6 @@ def report(profile: Profile) -> Path:
     """Write results/<profile>/report.html: every table and figure, the paper's values beside, and what was run."""
     folder, numbers, origin = profile.results(), results.load(profile), results.read(profile, "provenance")
     shown = items(profile, numbers)
-    claims = {}
-    for verdict in verdicts.judge(numbers, profile.datasets):
-        cell = f"{verdict.verdict} / {verdict.verdict_seeds}".replace("not measured", "—")
-        claims.setdefault(verdict.claim, []).append(cell)  # a cell a data set
     text = templates.render(
         "report.html",
         title=f"VideoSearch-R1, reproduced on the profile {profile.name}",
@@ -165,7 +161,8 @@ def report(profile: Profile) -> Path:
         profile=profile,
         numbers=numbers,
         items=shown,
-        claims=claims,
+        claims=verdicts.sheet(verdicts.judge(numbers, profile.datasets)),
+        rule=verdicts.rule(profile),
         facts=_facts(origin),
         stages=origin["stages"],
         gone=len(missing(profile, numbers)),

@@ -87,9 +87,9 @@ def publish_drawings(profile: Profile) -> list[Path]:
     """
     folder, written = profile.results() / "figures", []
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = f"N = {profile.n_soft} soft tokens, T = {profile.max_turns} turns. Profile {profile.name}."
+    sizes = f"N = {profile.n_soft} soft tokens, T = {profile.headline_turns} turns. Profile {profile.name}."
     for drawing in sorted(DRAWINGS.glob("*.svg")):
-        caption = results.items()[drawing.stem]["caption"].format(turns=profile.max_turns)
+        caption = results.items()[drawing.stem]["caption"].format(turns=profile.headline_turns)
         written.append(Path(shutil.copyfile(drawing, folder / drawing.name)))
         with Image.open(drawing.with_suffix(".png")) as picture:
             written.append(save_png(picture, folder / f"{drawing.stem}.png", f"{caption} {sizes}"))
@@ -401,17 +401,19 @@ def prefix_sweep(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Fi
 @style()
 def soft_tokens(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw R@1 against the number of soft tokens, the paper's curve in a panel of its own."""
-    figure, panels, places = _with_paper(datasets)
+    figure, panels, places = _with_paper(datasets, sharey=False)  # the paper's steps would vanish on our axis
     of_run = numbers[(numbers.table == "F4") & (numbers.system == "vsr1")]
     last = max(int(metric.removeprefix("d")) for metric in of_run.metric)
     metrics = {depth: f"d{depth}" for depth in range(last + 1)}
     for axes, place in zip(panels, places, strict=True):
-        props = {"marker": "o", "color": BLUE, "label": "queries that refined at turn 1"}
+        props = {"marker": "o", "color": BLUE, "label": "all queries"}
         _curve(axes, numbers, "F4", place, "vsr1", metrics, **props)
-        props = {"marker": "s", "color": RED, "label": "those whose first search failed", "linestyle": "--"}
+        props = {"marker": "s", "color": RED, "label": "first search failed, refined", "linestyle": "--"}
         _curve(axes, numbers, "F4", place, "vsr1-failed", metrics, **props)
         axes.axvspan(last - 0.5, last + 0.5, color=GREY, alpha=0.15, linewidth=0)
-        axes.set(xlabel="soft tokens in the query", xticks=list(metrics), ylim=(0, 102))
+        axes.set(xlabel="soft tokens in the query", xticks=list(metrics))
+    for axes in panels[:-1]:
+        axes.set_ylim(0, 102)
     panels[0].set_ylabel(RANK_1)
     return _legend(figure, panels[0], 2)
 
@@ -435,10 +437,10 @@ def turn_counts(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Fig
     return _legend(figure, panels[0], 3)
 
 
-def _with_paper(datasets):
+def _with_paper(datasets, **options):
     """Return facets with a last one for the paper's figure, whose place in numbers.json is "mean"."""
     places = [*datasets, "mean"]
-    figure, (panels,) = _facets(places, titles=[*datasets, "paper (real video)"])
+    figure, (panels,) = _facets(places, titles=[*datasets, "paper (real video)"], **options)
     return figure, panels, places
 
 

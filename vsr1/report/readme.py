@@ -5,9 +5,11 @@ import re
 from vsr1 import config
 from vsr1.config import InputError, Profile
 from vsr1.report import html_report, results, tables, templates, verdicts
+from vsr1.report.tables import MEASURED, PAPER
 
 SYSTEMS = {"zs": "ZS", "ft": "FT", "walkdown": "FT, rank fallback"}
 SYSTEMS |= {"sft": "stage 1 only", "vsr1": "VideoSearch-R1"}
+METRICS = ("vcmr@0.5", "vr@1", "right_last")
 
 
 def write(profile: Profile) -> None:
@@ -26,40 +28,39 @@ def fill(text: str, profile: Profile) -> str:
 
 
 def _generated(profile, numbers):
-    """Render the main results, the claims over several seeds, and what is missing."""
+    """Render the main results, the paper's beside them, the claims by group, and what is missing."""
     seeds = sorted({seed for seeds in numbers[numbers.table == "R2"].seeds for seed in seeds})
-    systems = {
-        label: [_main_numbers(numbers, dataset, system) for dataset in profile.datasets]
-        for system, label in SYSTEMS.items()
+    cells = {MEASURED: _measured, PAPER: _published}
+    blocks = {
+        kind: {
+            label: [write(numbers, dataset, system) for dataset in profile.datasets]
+            for system, label in SYSTEMS.items()
+        }
+        for kind, write in cells.items()
     }
-    claims = {}
-    for verdict in verdicts.judge(numbers, profile.datasets):
-        claims.setdefault(verdict.claim, []).append(_claim(numbers, verdict))
-    claims = {claim: cells for claim, cells in claims.items() if set(cells) != {"—"}}
+    claims = verdicts.sheet(verdicts.judge(numbers, profile.datasets))
     missing = [line.split(":")[0].split(" ")[0] for line in html_report.missing(profile, numbers)]
-    values = {"systems": systems, "claims": claims, "seeds": seeds, "missing": missing}
+    values = {
+        "blocks": blocks,
+        "claims": claims,
+        "rule": verdicts.rule(profile),
+        "seeds": seeds,
+        "missing": missing,
+    }
     return templates.render("readme.txt", profile=profile, **values)
 
 
-def _main_numbers(numbers, dataset, system):
-    """Return VCMR and VR of a system, over seeds where it is trained, else of this run; and the paper's."""
-    values, paper = [], []
-    for metric in ("vcmr@0.5", "vr@1"):
+def _measured(numbers, dataset, system):
+    """Return the METRICS of a system, over seeds where it is trained, else of this run."""
+    values = []
+    for metric in METRICS:
         run, seeds = (results.row(numbers, table, dataset, system, metric) for table in ("T1", "R2"))
         entry = run if seeds is None else seeds
-        values.append(tables.cell(None if entry is None else entry.to_dict() | {"paper": None}))
-        paper.append(results.published().get(f"T1/{dataset}/{system}/{metric}"))
-    return " / ".join(values) + ("" if None in paper else f" ({paper[0]} / {paper[1]})")
+        values.append(tables.cell(None if entry is None else entry.to_dict()))
+    return " / ".join(values)
 
 
-def _claim(numbers, verdict):
-    """Return a claim over seeds with its verdict; of tokens, which have no seeds, that of this run."""
-    value, word = verdict.value, verdict.verdict
-    if verdict.name != "tokens":
-        keys = [(verdict.dataset, verdict.name, metric) for metric in ("points", "lowest", "highest")]
-        mean, lowest, highest = (results.row(numbers, "R1", *key) for key in keys)
-        if mean is None:
-            return "—"
-        value = f"{mean.value:+.1f} ({lowest.value:+.1f} to {highest.value:+.1f})"
-        word = verdict.verdict_seeds
-    return f"{value} **{word}**" if word == "holds" else f"{value} {word}"
+def _published(numbers, dataset, system):
+    """Return the paper's METRICS of a system."""
+    published = results.published()
+    return " / ".join(results.digits(published.get(f"T1/{dataset}/{system}/{metric}")) for metric in METRICS)

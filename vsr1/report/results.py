@@ -17,6 +17,7 @@ import yaml
 from vsr1 import cache
 from vsr1.config import DATASETS, ROOT, InputError, Profile
 from vsr1.data import annotations
+from vsr1.evaluation import claims
 from vsr1.evaluation.statistics import Estimate
 from vsr1.loop import records
 
@@ -65,8 +66,19 @@ def plain(value):
 
 @functools.cache
 def layouts() -> dict:
-    """Read results/expected/published.yaml: per table its rows, columns, published values and their source."""
-    return _read_yaml(EXPECTED / "published.yaml")
+    """Read results/expected/published.yaml: per table its rows, columns, published values and their source.
+
+    Rows and published values of R3 and R1 are the claims of `vsr1.evaluation.claims`.
+    """
+    read = _read_yaml(EXPECTED / "published.yaml")
+    made = {name: claim for name, claim in claims.CLAIMS.items() if claim.systems}
+    for table in ("R3", "R1"):
+        read[table]["systems"] = {name: claim.words for name, claim in made.items()}
+    blank = [None] * (len(read["R3"]["metrics"]) - 1)
+    for name, claim in made.items():
+        for dataset, points in claim.paper.items():
+            read["R3"]["published"].setdefault(dataset, {})[name] = [points, *blank]
+    return read
 
 
 @functools.cache
@@ -238,7 +250,8 @@ def _entry(profile, name, number, expected):
     if system in layout.get("quoted", ()):
         return entry | {"value": paper, "note": "copied from the paper"}
     if profile.world is None:  # real videos: the published value is the judge
-        if paper is not None and layout["source"] in JUDGED:
+        judged = layout.get("source") in JUDGED and system not in layout.get("beside", ())
+        if paper is not None and judged:
             low, high = entry["ci"] or (0, 0)
             near = max(layout["near"], (high - low) / 2)
             entry |= {"verdict": verdict(entry["value"], paper, near), "expected": [paper, near]}

@@ -8,56 +8,79 @@ from pathlib import Path
 import pandas as pd
 
 from vsr1.config import Profile
+from vsr1.data import source
 from vsr1.report import results, templates
 
 MARKS = "†‡§¶"  # of footnotes, in the order of published.yaml
 CAVEAT = (
     "Rendered corpora and mini models: these numbers show the mechanism and guard the code. They are no "
-    "evidence about the paper's numbers, which stand in parentheses and speak of real video and Qwen3-VL-2B."
+    "evidence about the paper's numbers, which stand in rows of their own and speak of real video and Qwen3-VL-2B."
 )
+MEASURED, PAPER = "measured", "paper"  # the two kinds of rows
 CSV = {"dataset": "dataset", "system": "system", "metric": "metric", "low": "ci_low", "high": "ci_high"}
 CSV |= {name: name for name in ("value", "n", "paper", "measured", "verdict", "unit", "note")}
 
 
 def cell(entry, mark: str = "") -> str:
-    """Format a row of `results.frame`: measured ± half its interval, the published value in parentheses.
+    """Format a row of `results.frame`: measured ± half its interval.
 
-    >>> cell({"value": 24.4, "low": 21.4, "high": 27.4, "measured": True, "paper": 21.6, "unit": "%"})
-    '24.4±3.0 (21.6)'
-    >>> cell({"value": -0.066, "low": None, "measured": True, "paper": None, "unit": "points"}, "†")
+    >>> cell({"value": 24.4, "low": 21.4, "high": 27.4, "measured": True, "unit": "%"})
+    '24.4±3.0'
+    >>> cell({"value": -0.066, "low": None, "measured": True, "unit": "points"}, "†")
     '-0.1†'
-    >>> cell({"value": None, "low": None, "measured": False, "paper": 12.2, "unit": "%"})
-    '— (12.2)'
+    >>> cell({"value": 2.8, "low": None, "measured": False, "unit": "%"})
+    '—'
     """
-    if entry is None or (entry["value"] is None and entry["paper"] is None):
+    if entry is None or not entry["measured"]:
         return "—"
-    digits = "{:+.1f}".format if entry["unit"] == "points" else results.digits  # a difference has a sign
     spread = "" if entry["low"] is None else f"±{results.digits((entry['high'] - entry['low']) / 2)}"
-    paper = "" if entry["paper"] is None else f"({results.digits(entry['paper'])})"
-    value = digits(entry["value"]) + spread if entry["measured"] else "—" if entry["value"] is None else ""
-    return " ".join(part for part in (value, paper) if part) + mark
+    return _digits(entry, "value") + spread + mark
 
 
-def rows(numbers: pd.DataFrame, table: str) -> list:
-    """Return (dataset, system, label, [(row of numbers or None, cell) per metric]) of each row that shows anything."""
-    layout = results.layouts()[table]
+def paper_cell(entry, mark: str = "") -> str:
+    """Format the published value of a row of `results.frame`.
+
+    >>> paper_cell({"paper": 21.6, "unit": "%"}), paper_cell({"paper": 3.0, "unit": "points"}), paper_cell(None)
+    ('21.6', '+3.0', '—')
+    """
+    return "—" if entry is None or entry["paper"] is None else _digits(entry, "paper") + mark
+
+
+def _digits(entry, key):
+    """A difference has a sign."""
+    return f"{entry[key]:+.1f}" if entry["unit"] == "points" else results.digits(entry[key])
+
+
+def rows(numbers: pd.DataFrame, table: str, of: str = MEASURED) -> list:
+    """Return (dataset, system, label, [(row of numbers or None, cell) per metric]) of each row that shows anything.
+
+    of   MEASURED or PAPER: what was measured and what is published never share a row
+    """
+    layout, write = results.layouts()[table], {MEASURED: cell, PAPER: paper_cell}[of]
     marks, found = dict(zip(layout.get("footnotes", {}), MARKS, strict=False)), []
     for (dataset, system), part in _of(numbers, table).groupby(["dataset", "system"], sort=False):
         entries = dict(zip(part.metric, part.to_dict("records"), strict=True))
         shown = [
             (entries.get(m), marks.get(f"{table}/{dataset}/{system}/{m}", "")) for m in layout["metrics"]
         ]
-        cells = [(entry, cell(entry, mark)) for entry, mark in shown]
+        cells = [(entry, write(entry, mark)) for entry, mark in shown]
         if any(text != "—" for _, text in cells):
             found.append((dataset, system, layout["systems"].get(system, system), cells))
     return found
 
 
-def grid(numbers: pd.DataFrame, table: str, dataset: str) -> pd.DataFrame:
+def blocks(profile: Profile, numbers: pd.DataFrame, table: str) -> dict[str, list]:
+    """Return {heading: `rows`} of a table: what was measured, then what is published, where there is any of it."""
+    found = {f"measured, profile {profile.name}": rows(numbers, table)}
+    found["published, real video and Qwen3-VL-2B"] = rows(numbers, table, PAPER)
+    return {heading: listed for heading, listed in found.items() if listed}
+
+
+def grid(numbers: pd.DataFrame, table: str, dataset: str, of: str = MEASURED) -> pd.DataFrame:
     """Return the cells of one data set in a table, with labels of systems as rows and of metrics as columns."""
     shown = {
         label: [text for _, text in cells]
-        for name, _, label, cells in rows(numbers, table)
+        for name, _, label, cells in rows(numbers, table, of)
         if name == dataset
     }
     return pd.DataFrame(shown, results.layouts()[table]["metrics"].values()).T
@@ -80,7 +103,8 @@ def basis(profile: Profile, numbers: pd.DataFrame, table: str) -> str:
     sizes = "; ".join(filter(None, sizes)) or "nothing measured yet"
     seeds = sorted({seed for seeds in part.seeds for seed in seeds})
     notes = set(part.note) - {""}
-    legend = "± is half the 95 % interval; in parentheses the published value; — is missing."
+    drawn = "by family" if source.has_families(profile) else "by video, for the data source knows no families"
+    legend = f"± is half the 95 % interval, clustered {drawn}; — is missing."
     sentences = [f"Profile {profile.name}: {sizes}."]
     sentences += [f"Seeds {', '.join(map(str, seeds))}."] if seeds else []
     sentences += [f"All of it {notes.pop()}."] if len(notes) == 1 and layout.get("committed") else []
@@ -112,11 +136,11 @@ def publish(profile: Profile) -> list[Path]:
     numbers, folder, written = results.load(profile), profile.results() / "tables", []
     folder.mkdir(parents=True, exist_ok=True)
     for table, layout in results.layouts().items():
-        if shown := rows(numbers, table):
+        if shown := blocks(profile, numbers, table):
             values = {"heads": list(layout["metrics"].values()), "highlight": layout.get("highlight", ())}
             values |= {"caption": caption(profile, numbers, table), "notes": footnotes(numbers, table)}
             texts = {
-                kind: templates.render(f"table.{kind}", table=table, rows=shown, **values)
+                kind: templates.render(f"table.{kind}", table=table, blocks=shown, **values)
                 for kind in ("md", "tex")
             }
             for kind, text in {"csv": _csv(profile, numbers, table), **texts}.items():

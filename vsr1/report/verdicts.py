@@ -1,14 +1,27 @@
-"""Judge the paper's claims from numbers.json alone."""
+"""Judge the claims from numbers.json alone: the paper's, our controls, and what holds by construction."""
 
 from dataclasses import dataclass
 
 import pandas as pd
 
 from vsr1.config import Profile
-from vsr1.evaluation import claims
+from vsr1.data import source
+from vsr1.evaluation import claims, statistics
+from vsr1.evaluation.claims import CLAIMS, Claim
 from vsr1.evaluation.statistics import Estimate
 from vsr1.report import results
 from vsr1.report.results import digits
+
+GROUPS = {
+    "paper": "What the paper claims",
+    "control": "Controls of ours, which the paper does not have",
+    "construction": "Holds by construction, so it counts for nothing",
+}
+WORDS = {  # of a claim of the paper, of a control: interval on the claimed side, on the other, neither
+    "paper": ("agrees", "disagrees", "inconclusive"),
+    "control": ("ahead", "behind", "inconclusive"),
+}
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -16,12 +29,18 @@ class Verdict:
     """A claim on one data set, in words."""
 
     name: str
+    group: str  # of GROUPS
     claim: str
     dataset: str
+    paper: str  # the paper's value
     value: str  # of this run
     verdict: str
+    corrected: str  # with Holm's correction for all claims of the run
+    detectable: str  # the smallest difference that this run could have shown, points
     seeds: str  # over several seeds, if they were run
     verdict_seeds: str
+    corrected_seeds: str
+    why: str
 
 
 def record(profile: Profile, dataset: str) -> dict[str, Estimate]:
@@ -32,45 +51,94 @@ def record(profile: Profile, dataset: str) -> dict[str, Estimate]:
 
 
 def judge(numbers: pd.DataFrame, datasets) -> list[Verdict]:
-    """Judge every claim on every data set, from a `results.frame`."""
-    judged = [_judge(numbers, name, dataset) for name in claims.CLAIMS for dataset in datasets]
-    return judged + [_judge_tokens(numbers, dataset) for dataset in datasets]
+    """Judge every claim on every data set, from a `results.frame`, in the order of the list."""
+    corrected = {table: _corrected(numbers, table, datasets) for table in ("R3", "R1")}
+    return [
+        _judge(numbers, name, claim, dataset, corrected)
+        for name, claim in CLAIMS.items()
+        for dataset in datasets
+    ]
 
 
-def _judge(numbers, name, dataset):
-    """Judge one claim on one data set."""
-    run = results.row(numbers, "R3", dataset, name, "points")
-    mean, lowest = (results.row(numbers, "R1", dataset, name, metric) for metric in ("points", "lowest"))
-    seeds = "—" if mean is None else f"{points(mean)}, lowest {lowest['value']:+.1f}"
-    words = results.layouts()["R3"]["systems"][name]
-    return Verdict(name, words, dataset, points(run), holds(run), seeds, holds(mean, lowest))
+def _corrected(numbers, table, datasets):
+    """{(data set, claim): p by Holm} of all claims of a table that could have failed."""
+    found = {}
+    for name, claim in CLAIMS.items():
+        for dataset in datasets if claim.group != "construction" and claim.sign else ():
+            entry = results.row(numbers, table, dataset, name, "p")
+            if entry is not None:
+                found[dataset, name] = entry["value"]
+    return statistics.holm(found)
 
 
-def _judge_tokens(numbers, dataset):
-    """Compare soft tokens with the fewest tokens of a rewrite; a count, so without an interval."""
+def _judge(numbers, name, claim, dataset, corrected):
+    paper = claim.paper.get(dataset, claim.paper.get("mean"))
+    paper = "—" if paper is None else f"{paper:+.1f}"
+    if name == "tokens":
+        value, word = _tokens(numbers, dataset)
+        return Verdict(
+            name, claim.group, claim.words, dataset, paper, value, word, "", "", "—", "", "", claim.why
+        )
+    sides = {}
+    for table in ("R3", "R1"):
+        entry = results.row(numbers, table, dataset, name, "points")
+        lowest, highest = (results.row(numbers, table, dataset, name, key) for key in ("lowest", "highest"))
+        word = _missing(numbers, table, name, claim, dataset) if entry is None else holds(claim, entry)
+        p = corrected[table].get((dataset, name))
+        sides[table] = points(entry), word, word if p is None or p < LEVEL else _of(claim, 2)
+        if lowest is not None:
+            sides[table] = (
+                f"{points(entry)}, seeds {lowest['value']:+.1f} to {highest['value']:+.1f}",
+                *sides[table][1:],
+            )
+    smallest = results.row(numbers, "R3", dataset, name, "detectable")
+    smallest = "—" if smallest is None else digits(smallest["value"])
+    run, seeds = sides["R3"], sides["R1"]
+    return Verdict(name, claim.group, claim.words, dataset, paper, *run, smallest, *seeds, claim.why)
+
+
+def _missing(numbers, table, name, claim, dataset):
+    """Say why a claim has no number: it is not made here, cannot be tested, or lacks a system, by name."""
+    if not claim.systems:
+        return f"cannot be tested here, because {claim.why}"
+    if claim.datasets and dataset not in claim.datasets:
+        return f"made on {', '.join(claim.datasets)} only"
+    key = f"{table}/{dataset}/{name}/points"
+    return (key in numbers.index and numbers.at[key, "note"]) or "MISSING: not measured"
+
+
+def _tokens(numbers, dataset):
+    """Compare soft tokens with the fewest tokens of a rewrite: counts, without an interval."""
     entries = [results.row(numbers, "S1", dataset, name, "tokens") for name in ("sqr", *claims.VARIANTS)]
-    place = "tokens", "tokens a refinement, SQR under HQR", dataset
     if any(entry is None for entry in entries):
-        return Verdict(*place, "—", "not measured", "—", "not measured")
+        return "—", "MISSING: not measured"
     soft, *hard = (entry["value"] for entry in entries)
-    value = f"{digits(soft)} against {digits(min(hard))} or more"
-    return Verdict(*place, value, "holds" if soft < min(hard) else "does not hold", "—", "not measured")
+    return f"{digits(soft)} against {digits(min(hard))} or more", "by construction"
 
 
-def holds(entry, lowest=None) -> str:
-    """Judge a difference: its interval without 0 decides, and every seed's sign where there are several.
+def holds(claim: Claim, entry) -> str:
+    """Say on which side of a claim the 95 % interval of a difference lies.
 
-    >>> def difference(value, low, high): return {"value": value, "low": low, "high": high}
-    >>> holds(difference(4.0, 1.0, 7.0)), holds(difference(4.0, -1.0, 9.0)), holds(None)
-    ('holds', 'not shown', 'not measured')
-    >>> holds(difference(4.0, 1.0, 7.0), difference(-0.5, None, None)), holds(difference(-4.0, -7.0, -1.0))
-    ('not shown', 'does not hold')
+    Of a claim that two systems are nearly equal, the interval must lie within `claims.NEARLY` points of 0.
+
+    >>> def difference(low, high): return {"low": low, "high": high}
+    >>> ahead, equal = Claim("paper", "", "a", "b"), Claim("paper", "", "a", "b", sign=0)
+    >>> [holds(ahead, difference(*ends)) for ends in ((1, 7), (-1, 9), (-7, -1))]
+    ['agrees', 'inconclusive', 'disagrees']
+    >>> [holds(equal, difference(*ends)) for ends in ((-1, 1), (-1, 9), (3, 7))]
+    ['agrees', 'inconclusive', 'disagrees']
     """
-    if entry is None:
-        return "not measured"
-    if entry["low"] > 0 and (lowest is None or lowest["value"] > 0):
-        return "holds"
-    return "does not hold" if entry["high"] < 0 else "not shown"
+    low, high, near = entry["low"], entry["high"], claims.NEARLY
+    if claim.sign == 0:
+        inside, outside = -near <= low and high <= near, low > near or high < -near
+        return _of(claim, 0 if inside else 1 if outside else 2)
+    if claim.sign < 0:
+        low, high = -high, -low
+    return _of(claim, 0 if low > 0 else 1 if high < 0 else 2)
+
+
+def _of(claim, place):
+    return WORDS[claim.group][place] if claim.group in WORDS else "by construction"
 
 
 def points(entry) -> str:
@@ -82,13 +150,66 @@ def points(entry) -> str:
     return "—" if entry is None else "{value:+.1f} ({low:+.1f} to {high:+.1f})".format(**entry)
 
 
+def by_group(verdicts: list[Verdict]) -> dict[str, dict[str, list[Verdict]]]:
+    """Return {heading of a group: {claim: its verdict on each data set}}."""
+    grouped = {heading: {} for heading in GROUPS.values()}
+    for verdict in verdicts:
+        grouped[GROUPS[verdict.group]].setdefault(verdict.claim, []).append(verdict)
+    return grouped
+
+
+def best_known(verdict: Verdict) -> tuple[str, str, str]:
+    """Return (value, verdict, verdict corrected) over seeds where they were run, else of this run."""
+    if verdict.seeds != "—":
+        return verdict.seeds, verdict.verdict_seeds, verdict.corrected_seeds
+    return verdict.value, verdict.verdict, verdict.corrected
+
+
+def cell(verdict: Verdict) -> str:
+    """Write a claim on one data set in a cell: ours, its verdict, and the corrected one where it is another."""
+    value, word, corrected = best_known(verdict)
+    words = word + (f" (Holm: {corrected})" if corrected not in ("", word) else "")
+    return words if value == "—" else f"{value} {words}"
+
+
+def reservation(rows: list[Verdict]) -> str:
+    """Return what stands in parentheses behind a claim, unless its cells say it."""
+    why = rows[0].why
+    return f" ({why})" if why and why not in rows[0].verdict else ""
+
+
+def sheet(verdicts: list[Verdict]) -> dict[str, dict[str, list[str]]]:
+    """Return {heading of a group: {claim: [the paper's values, a `cell` for each data set]}}."""
+    found = {}
+    for heading, listed in by_group(verdicts).items():
+        for claim, rows in listed.items():
+            values = [row.paper for row in rows]
+            paper = values[0] if len(set(values)) == 1 else " / ".join(values)
+            found.setdefault(heading, {})[claim + reservation(rows)] = [paper, *map(cell, rows)]
+    return found
+
+
+def rule(profile: Profile) -> str:
+    """Say how a claim is judged."""
+    drawn = "families of near-duplicates" if source.has_families(profile) else "videos"
+    return (
+        "A claim of the paper agrees where the 95 % interval of the difference, paired over the same queries and "
+        f"clustered by {drawn}, lies on its side of 0, disagrees where it lies on the other, and is inconclusive "
+        f"else. Two systems are nearly equal where it lies within {claims.NEARLY:g} points of 0. Over several seeds "
+        "the interval draws seeds as well as queries. (Holm: ...) is the verdict with all claims of a table corrected "
+        "for their number, where it is another one."
+    )
+
+
 def as_markdown(verdicts: list[Verdict]) -> str:
-    """List each claim in markdown, with the verdict of every data set below it."""
+    """List each claim in markdown by group, with ours, the paper's value and the verdict of every data set below it."""
     lines = []
-    for name in dict.fromkeys(verdict.name for verdict in verdicts):
-        rows = [verdict for verdict in verdicts if verdict.name == name]
-        lines.append(f"* {rows[0].claim}")
-        for row in rows:
-            seeds = "" if row.seeds == "—" else f"; over seeds {row.seeds} **{row.verdict_seeds}**"
-            lines.append(f"    * {row.dataset} {row.value} **{row.verdict}**{seeds}")
-    return "\n".join(lines)
+    for heading, listed in by_group(verdicts).items():
+        lines += ["", f"**{heading}**", ""]
+        for claim, rows in listed.items():
+            lines.append(f"* {claim}" + reservation(rows))
+            for row in rows:
+                beside = "" if row.paper == "—" else f"; the paper {row.paper}"
+                smallest = "" if row.detectable in ("", "—") else f"; detectable {row.detectable}"
+                lines.append(f"    * {row.dataset} {cell(row)}{beside}{smallest}")
+    return "\n".join(lines).strip()
