@@ -3,7 +3,6 @@
 import numpy as np
 
 from vsr1 import config
-from vsr1.data import source
 from vsr1.report import results
 from vsr1.report.results import Estimate
 
@@ -13,9 +12,6 @@ def profile(tmp_path, monkeypatch, name="mini"):
     monkeypatch.setattr(config, "ROOT", tmp_path)
     results.layouts(), results.items(), results.published()  # read and kept before their folder is changed
     monkeypatch.setattr(results, "EXPECTED", tmp_path / "expected")
-    monkeypatch.setattr(
-        source, "families", lambda profile, dataset: {}
-    )  # there is no corpus to read them from
     return config.load(name)
 
 

@@ -261,7 +261,7 @@ def _judged(episodes):
 
 
 def _resampled(profile, statistic, videos, unit="%"):
-    """Estimate `statistic(rows)`, in percent, over looks; its interval resamples right videos, as others do."""
+    """Estimate `statistic(rows)`, in percent, over looks; its interval resamples families, as others do."""
     if not len(videos):
         return Estimate(None, 0, unit=unit)
     _, cluster = np.unique(videos, return_inverse=True)
@@ -314,6 +314,7 @@ def margin_numbers(
 
 def _first_look(profile, episodes):
     margin, right, videos = _judged(episodes)
+    videos = np.array(statistics.clusters(profile, episodes[0].run.dataset, videos))
     accepted = margin >= 0
     kinds = {"accept_right": right, "accept_wrong": ~right}
     shares = {
@@ -332,6 +333,7 @@ def gained_numbers(
     assert [episode.desc_id for episode in before] == [episode.desc_id for episode in after]
     (old, right, videos), (new, also_right, _) = _judged(before), _judged(after)
     assert (right == also_right).all(), "first looks are those of one search"
+    videos = np.array(statistics.clusters(profile, after[0].run.dataset, videos))
     ahead = lambda rows: auc(new[rows], right[rows]) - auc(old[rows], right[rows])  # noqa: E731
     found = [metrics.vcmr_hits(episodes, 0.5) for episodes in (before, after)]
     values = {"auc_ahead": _resampled(profile, ahead, videos, "points")}
