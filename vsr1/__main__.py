@@ -228,7 +228,19 @@ def lab(port: Annotated[int, Option(help="On this machine only.")] = 8888):
 @app.command()
 def search(
     videos: Annotated[Path, Option(metavar="DIR", help="Searched with all folders below it.")],
-    query: Annotated[str, Option(help="What to look for, in words.")],
+    query: Annotated[
+        str | None, Option(help="What to look for, in words; without it you are asked, again and again.")
+    ] = None,
+    queries: Annotated[
+        Path | None, Option(metavar="FILE", help="Queries, one a line; - reads a pipe.")
+    ] = None,
+    top: Annotated[int, Option(min=1, help="Moments that are listed.")] = 5,
+    verdicts: Annotated[
+        int | None, Option(min=0, help="The agent looks at so many of the best too; 0: the engine alone.")
+    ] = None,
+    export: Annotated[
+        Path | None, Option(metavar="DIR", help="Cut each accepted moment into a file there.")
+    ] = None,
     profile: Profile = "mini",
     dataset: Annotated[str | None, Option(help="Take the policy trained on this data set.")] = None,
     weights: Annotated[str | None, Option(help="Of a policy: a folder, or a name on the hub.")] = None,
@@ -237,13 +249,20 @@ def search(
     index: Annotated[
         Path | None, Option(metavar="DIR", help="Of index and pages; else indexes/PROFILE.")
     ] = None,
-    as_json: Annotated[bool, Option("--json", help="One JSON object on stdout, all else on stderr.")] = False,
+    retry: Annotated[bool, Option("--retry", help="Try again what could not be read before.")] = False,
+    as_json: Annotated[
+        bool, Option("--json", help="One JSON object a query on stdout, all else on stderr.")
+    ] = False,
 ):
-    """Search a folder of your own videos: status 0 if a video was accepted, 1 if none was."""
+    """Search a folder of your own videos: status 0 if a moment was accepted, 1 if none was."""
     from vsr1.apps import search_folder
 
-    options = {"dataset": dataset, "weights": weights, "system": system, "turns": turns, "index": index}
-    return search_folder.search_and_print(_load("search", profile), videos, query, as_json, options)
+    if query is not None and queries:
+        raise InputError("--query and --queries: name one of them")
+    how = {"k": top, "verdicts": verdicts, "turns": turns, "export": export}
+    options = {"dataset": dataset, "weights": weights, "system": system, "index": index, "retry": retry}
+    loaded = _load("search", profile)
+    return search_folder.search_and_print(loaded, videos, query, queries, as_json, how, options)
 
 
 @app.command()

@@ -162,8 +162,8 @@ def test_a_video_is_embedded_once(world, films, made, tmp_path, monkeypatch):
         index = folder_index.refresh(world, lambda: made, mine, path)
         assert sum(seen) == index.embedded
         for name, file in index.files.items():
-            vec = embed([video_reader.Reader().read(mine / name)])[0]
-            np.testing.assert_allclose(file.vec, vec, atol=1e-5)
+            vecs = embed([video_reader.Reader().read(mine / name)])
+            np.testing.assert_allclose(file.vecs, vecs, atol=1e-5)
         return index.embedded, list(index.files)
 
     for place, film in zip(("a.mp4", "b.MP4", "below/c.mp4"), films, strict=False):
@@ -264,7 +264,7 @@ def test_a_broken_index_and_a_full_disk_are_one_line(world, folder, made, tmp_pa
         with pytest.raises(InputError, match=r"a broken index .*delete it and search again$"):
             folder_index.refresh(world, lambda: pytest.fail("loaded for nothing"), folder, path)
     pickled = np.array([{}], dtype=object)
-    np.savez(path, key=pickled, files=pickled, vecs=pickled)
+    np.savez(path, facts=pickled, vecs=pickled)
     with pytest.raises(InputError, match="a broken index"):
         folder_index.refresh(world, lambda: made, folder, path)
     path.unlink()
@@ -334,14 +334,15 @@ def test_hostile_names_and_queries_are_shown_as_text(odd):
 def test_every_text_on_the_page_is_escaped(odd):
     told = hostile({**odd[0], "unreadable": {HOSTILE: HOSTILE}, "caveat": "x", "problem": "x"})
     told["looks"][0]["next"] = dict.fromkeys(("kind", "words", "best"), HOSTILE) | {"soft_tokens": None}
-    problem = video_reader.Clip(None, None, None, HOSTILE)
-    text = search_page.html_page(told, {HOSTILE: problem}, b"", HOSTILE)
+    clips = {search_page.key(look): video_reader.Clip(None, None, None, HOSTILE) for look in told["looks"]}
+    text = search_page.html_page(told, clips, b"", HOSTILE)
     assert "<script" not in text and "<img" not in text and text.count(escape(HOSTILE)) > 10
 
 
 def test_a_film_shows_the_seconds_that_it_names(films, tmp_path):
     clip = video_reader.Reader().read(films[0])
-    tape, words = search_page.film(films[0], clip, (6.0, 9.0))
+    filmer = video_reader.Reader()
+    tape, words = search_page.film(filmer, films[0], clip, search_page.with_margin((6.0, 9.0), clip.seconds))
     assert words == "The film runs from 00:04.0 to 00:11.0, without sound."
     (tmp_path / "part.mp4").write_bytes(tape)
     part = video_reader.Reader().read(tmp_path / "part.mp4", np.arange(7.0))
@@ -350,11 +351,7 @@ def test_a_film_shows_the_seconds_that_it_names(films, tmp_path):
     errors = np.abs(part.frames[:, None].astype(int) - whole.frames[None]).mean(axis=(2, 3, 4))  # (7, 20)
     over = errors - errors.min(axis=1, keepdims=True)  # how much worse than the second that fits best
     assert np.diag(over, 4).max() < 0.5 and np.diag(over, 5).max() > 1  # a second off would be noticed
-    whole_tape, words = search_page.film(films[0], clip, None)
-    assert (
-        words == f"The film runs from 00:00.0 to {search_page.clock(clip.seconds)}, without sound."
-        and whole_tape
-    )
+    assert search_page.with_margin((1.0, clip.seconds - 1), clip.seconds) == (0.0, clip.seconds)
 
 
 @pytest.fixture(scope="module")
@@ -398,7 +395,7 @@ def test_the_command_prints_one_object_and_nothing_else(folder, tmp_path):
     assert set(kinds.values()) == {str} and told["system"] == "walkdown"
     assert told["videos"] == told["embedded"] == len(list(folder.iterdir())) and told["unreadable"] == {}
     assert 1 <= len(told["looks"]) <= 2 and told["looks"][0]["rank"] == 1
-    assert set(told["looks"][0]) == set("video rank accepted reasoning reply moment next".split())
+    assert set(told["looks"][0]) == set("video window rank accepted reasoning reply moment next".split())
     assert done.stderr.splitlines()[0] == told["caveat"] == search_folder.CAVEAT, "said before anything else"
 
 

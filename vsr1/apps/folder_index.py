@@ -1,8 +1,10 @@
 """Index a folder of videos: embed each content once, and keep the vectors up to date.
 
 A file of the same name, size and time is taken as unchanged; any other is compared by content with what is known.
+A video that is longer than the frames of one look is embedded in windows that overlap.
 """
 
+import codecs
 import json
 import os
 import time
@@ -11,18 +13,37 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from vsr1 import cache
 from vsr1.config import InputError, Profile
-from vsr1.data import annotations, video_reader
+from vsr1.data import annotations, decoder, video_reader
 from vsr1.models import engine, loading
 
 # A file without an extension is no video here.
 EXTENSIONS = tuple(extension for extension in annotations.CONTAINERS if len(extension) > 1)
+SOURCE_CODE = ".ts", ".mts", ".mod"  # of TypeScript and Go too
 DECODE_TIMEOUT = 120.0  # ours: seconds for one video, which may be an hour long
-SAVE_SECONDS = 30.0  # ours: seconds of work that a kill may cost
+SAVE_SECONDS = 30.0  # ours: seconds of work that a kill may cost, beside the long video that is worked on
+WINDOW, STEP = (
+    1 / 2,
+    3 / 4,
+)  # ours: of a window, in frames that fit one look; from window to window, in windows
+
+
+class Window(NamedTuple):
+    """A part of a video that is compared with queries and shown to the agent; a short video is one."""
+
+    video: str
+    span: tuple[float, float]  # seconds of the file
+    whole: bool = True
+
+    @property
+    def id(self) -> str:
+        """The name of the file, with the seconds where it is a part: `film.mp4#t=24,56`."""
+        return self.video if self.whole else f"{self.video}#t={self.span[0]:g},{self.span[1]:g}"
 
 
 @dataclass(frozen=True)
@@ -32,7 +53,19 @@ class IndexedFile:
     size: int  # bytes
     changed: int  # ns, as the file system says
     digest: str  # of the content
-    vec: np.ndarray = field(compare=False)  # (D,) length one; the content decides it
+    seconds: float
+    spans: tuple[tuple[float, float], ...]  # of its windows; one is the whole video
+    problem: str | None  # of the windows that could not be read
+    vecs: np.ndarray = field(compare=False)  # (windows, D) length one; the content decides them
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A video that could not be read, as it was then."""
+
+    size: int
+    changed: int
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -41,12 +74,23 @@ class FolderIndex:
 
     files: dict[str, IndexedFile]  # by name, relative to the folder
     unreadable: dict[str, str]  # name: why
+    repeated: frozenset[str]  # names of `unreadable` that were not tried again, for they have not changed
     embedded: int  # videos that were embedded just now
+    rebuilt: str | None  # what changed, so that all of them were embedded anew
     seconds: float  # that this took, without loading the engine
 
     def vecs(self) -> np.ndarray:
-        """Return the vectors (V, D), in the order of the names."""
-        return np.stack([file.vec for file in self.files.values()])
+        """Return the vectors of all windows (W, D), in the order of `windows`."""
+        return np.concatenate([file.vecs for file in self.files.values()])
+
+    def windows(self) -> dict[str, Window]:
+        """Return {id: window} of all videos; those of a video follow each other in time."""
+        parts = [
+            Window(name, span, span == (0.0, file.seconds))
+            for name, file in self.files.items()
+            for span in file.spans
+        ]
+        return {part.id: part for part in parts}
 
 
 def find_videos(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
@@ -61,12 +105,26 @@ def find_videos(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
         folders[:] = [name for name in folders if name[0] != "."]
         paths = [Path(place, name) for name in names if name[0] != "." and name.lower().endswith(EXTENSIONS)]
         # A pipe would be waited for. A link that leads nowhere is one of the files that cannot be read.
-        found |= {os.path.relpath(p, folder): p for p in paths if p.is_file() or p.is_symlink()}
+        paths = [path for path in paths if path.is_symlink() or path.is_file()]
+        found |= {os.path.relpath(path, folder): path for path in paths if not _is_source_code(path)}
     unlisted = {os.path.relpath(error.filename, folder): error.strerror for error in closed}
     if not found:
         why = "".join(f"; {plain(name)}: {problem}" for name, problem in unlisted.items())
         raise InputError(f"{folder}: no video in it or below; looked for {' '.join(EXTENSIONS)}{why}")
     return dict(sorted(found.items())), unlisted
+
+
+def _is_source_code(path):
+    """Whether a file that could be a program is text: no video stream begins with 512 bytes of it."""
+    if not path.name.lower().endswith(SOURCE_CODE) or not path.is_file():
+        return False
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # a sign may be cut at its end
+    except (OSError, UnicodeDecodeError):
+        return False
+    return bool(head) and b"\0" not in head
 
 
 def plain(text: str) -> str:
@@ -78,98 +136,203 @@ def plain(text: str) -> str:
     return "".join(sign if sign.isprintable() else "�" for sign in text)
 
 
+def check_finite(vecs: np.ndarray, engine_name: str, what: str) -> np.ndarray:
+    """Return vectors; InputError where a number is not finite, since no comparison with it means anything."""
+    if not np.isfinite(vecs).all():
+        raise InputError(
+            f"{engine_name}: its vector of {plain(what)} holds numbers that are not finite; are the weights damaged, "
+            "or too large for the profile's dtype?"
+        )
+    return vecs
+
+
+# --- Windows
+
+
 def reader(profile: Profile) -> video_reader.Reader:
     """Return a reader for files of any length; one that takes too long twice is a problem of that file alone."""
     return video_reader.Reader(profile.video_fps, profile.max_frames, timeout=DECODE_TIMEOUT, skip_slow=True)
 
 
+def spans_of(seconds: float, profile: Profile) -> tuple[tuple[float, float], ...]:
+    """Return the windows of a video from its first second to its last; the last one may be longer by a look.
+
+    What fits the frames of one look at `video_fps` is one window.
+    """
+    if seconds * profile.video_fps <= profile.max_frames:
+        return ((0.0, seconds),)
+    length = WINDOW * profile.max_frames / profile.video_fps
+    count = 1 + int(np.ceil((seconds - length) / (STEP * length)))
+    starts = np.linspace(0, seconds - length, count) * profile.video_fps
+    starts = (np.floor(starts) / profile.video_fps).tolist()  # whole looks: neighbours see the same frames
+    return (*((start, start + length) for start in starts[:-1]), (starts[-1], seconds))
+
+
+def read_times(window: Window, profile: Profile) -> np.ndarray | None:
+    """Return the seconds of the file at which a window is looked at; None: as a reader does by itself."""
+    if window.whole:
+        return None
+    start, end = window.span
+    return start + decoder.sample_times(end - start, profile.video_fps, profile.max_frames)
+
+
+def as_video(clip: video_reader.Clip, window: Window) -> video_reader.Clip:
+    """Return the frames of a window as a video that begins where it begins."""
+    if window.whole or clip.problem is not None:
+        return clip
+    start, end = window.span
+    return video_reader.Clip(clip.frames, np.maximum(clip.timestamps - start, 0), end - start, None)
+
+
 # --- The index file
 
 
-def read_index(path: Path) -> tuple[str, dict[str, IndexedFile]]:
-    """Read (key, {name: file}) of an index; ("", {}) where there is none. Raises InputError for a broken file."""
+def read_index(path: Path) -> tuple[dict, dict[str, IndexedFile], dict[str, Unread]]:
+    """Read (what it was made by, {name: file}, {name: unreadable file}) of an index; empty where there is none.
+
+    Raises InputError for a broken file.
+    """
     if not path.exists():
-        return "", {}
+        return {}, {}, {}
     try:
         with np.load(path) as arrays:  # numpy reads no pickles by default
-            facts = json.loads(str(arrays["files"]))
-            rows = zip(facts.items(), arrays["vecs"], strict=True)
-            return str(arrays["key"]), {name: IndexedFile(*row, vec) for (name, row), vec in rows}
+            if "key" in arrays:  # before videos had windows
+                return {"format": 1}, {}, {}
+            facts, vecs, files = json.loads(str(arrays["facts"])), arrays["vecs"], {}
+        if not np.isfinite(vecs).all() or len(vecs) != sum(len(row[4]) for row in facts["files"].values()):
+            raise ValueError("vectors are missing or not finite")
+        for name, (*row, spans, problem) in facts["files"].items():
+            files[name] = IndexedFile(*row, tuple(map(tuple, spans)), problem, vecs[: len(spans)])
+            vecs = vecs[len(spans) :]
+        return facts["made_by"], files, {name: Unread(*row) for name, row in facts["unread"].items()}
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: a broken index ({error}); delete it and search again") from error
 
 
-def write_index(path: Path, key: str, files: dict[str, IndexedFile]) -> None:
+def write_index(path: Path, made_by: dict, files: dict[str, IndexedFile], unread: dict[str, Unread]) -> None:
     """Write an index as one file."""
-    facts = {name: [file.size, file.changed, file.digest] for name, file in files.items()}
-    vecs = np.stack([file.vec for file in files.values()])
+    rows = {n: [f.size, f.changed, f.digest, f.seconds, f.spans, f.problem] for n, f in files.items()}
+    facts = {"made_by": made_by, "files": rows}
+    facts["unread"] = {name: [file.size, file.changed, file.problem] for name, file in unread.items()}
+    vecs = np.concatenate([file.vecs for file in files.values()]) if files else np.zeros((0, 0), np.float32)
     with cache.replacing(path) as file:
-        np.savez(file, key=key, files=json.dumps(facts), vecs=vecs)
+        np.savez(file, facts=json.dumps(facts), vecs=vecs)
 
 
 # --- Bringing it up to date
 
 
-def refresh(profile: Profile, load: Callable[[], engine.Engine], folder: Path, path: Path) -> FolderIndex:
+def refresh(
+    profile: Profile, load: Callable[[], engine.Engine], folder: Path, path: Path, retry=False
+) -> FolderIndex:
     """Bring the index in `path` up to date: one content is embedded once, under whatever names it lies there.
 
     An index of another engine, or of other settings, is built anew: vectors of two engines cannot be compared.
 
-    load  returns the engine; it is called once folder and index have been checked
+    load   returns the engine; it is called once folder and index have been checked
+    retry  try again what could not be read before, though it has not changed
     """
-    (found, unreadable), (old_key, old) = find_videos(folder), read_index(path)
+    (found, unreadable), before = find_videos(folder), read_index(path)
     encoder, started = load(), time.monotonic()
-    key = index_key(profile, encoder)
-    old = old if old_key == key else {}
-    files, new = _compare(found, old, unreadable)
-    paths = [found[same[0][0]] for same in new.values()]
-    clips = video_reader.read_videos(paths, reader(profile), profile.decode_workers)
-    embedded, saved = 0, time.monotonic()
-    for same, clip in zip(new.values(), cache.progress(clips, "embed videos", len(new)), strict=True):
-        if clip.problem is not None:
-            unreadable |= {name: clip.problem for name, _ in same}
+    facts = made_by(profile, encoder)
+    differing = [name for name in facts if facts[name] != before[0].get(name)] if before[0] else []
+    old, unread = ({}, {}) if differing else before[1:]
+    files, new, unread = _compare(found, old, {} if retry else unread, unreadable)
+    repeated, saved = frozenset(unread), time.monotonic()
+    unreadable |= {name: file.problem for name, file in unread.items()}
+    embedded = 0
+    for same, result in zip(new.values(), _embed(profile, encoder, found, new), strict=True):
+        if isinstance(result, str):
+            unread |= {name: Unread(*row[:2], result) for name, row in same}
+            unreadable |= {name: result for name, _ in same}
             continue
-        # One by one: reading takes longer, and frames as large as files have them fill the memory.
-        (vec,) = encoder.embed_clips([clip])
-        files |= {name: IndexedFile(*facts, vec) for name, facts in same}
+        files |= {name: IndexedFile(*row, *result) for name, row in same}
         embedded += 1
         if time.monotonic() - saved > SAVE_SECONDS:
-            write_index(path, key, files)
+            write_index(path, facts, files, unread)
             saved = time.monotonic()
+    files = dict(sorted(files.items()))
+    if (facts, files, unread) != before:
+        write_index(path, facts, files, unread)
+    unreadable |= {name: file.problem for name, file in files.items() if file.problem}
     if not files:
         name, why = next(iter(unreadable.items()))
         raise InputError(f"{folder}: not one of {len(found)} videos could be read; {plain(name)}: {why}")
-    files = dict(sorted(files.items()))
-    if files != old:
-        write_index(path, key, files)
-    return FolderIndex(files, dict(sorted(unreadable.items())), embedded, time.monotonic() - started)
+    rebuilt = None
+    if differing:
+        rebuilt = "format" if "format" in differing else ", ".join(differing)
+    seconds = time.monotonic() - started
+    return FolderIndex(files, dict(sorted(unreadable.items())), repeated, embedded, rebuilt, seconds)
 
 
-def index_key(profile: Profile, encoder: engine.Engine) -> str:
-    """Hash what decides a video's vector: the engine that embeds it, its instruction, the frames, and the code."""
-    frames = [profile.video_fps, profile.max_frames, encoder.max_pixels, profile.dtype]
-    version = [encoder.name, loading.version(encoder.name)]
-    return cache.fingerprint([version, encoder.instruction, frames, cache.source_digest(__name__)])
+def made_by(profile: Profile, encoder: engine.Engine) -> dict:
+    """Return what decides a video's vectors: the engine that embeds it, its instruction, the frames, and the code."""
+    facts = {"format": 2, "engine": encoder.name, "weights of the engine": loading.version(encoder.name)}
+    facts |= {"instruction": encoder.instruction, "precision": profile.dtype}
+    facts["frames"] = [profile.video_fps, profile.max_frames, encoder.max_pixels]
+    return facts | {"code": cache.source_digest(__name__)}
 
 
-def _compare(found, old, unreadable):
-    """Return ({name: IndexedFile} of what is known, {digest: [(name, its size, time and digest)]} of what is new).
+def _compare(found, old, unread, unreadable):
+    """Return ({name: IndexedFile} of what is known, {digest: [(name, its size, time and digest)]} of what is new, and
+    {name: Unread} of what is still as it was when it could not be read).
 
-    What could not be read is tried again each time: its permissions may have changed, or a copy may be complete now.
+    What cannot be opened is tried again each time: its permissions may have changed.
     """
-    known, files, new = {file.digest: file.vec for file in old.values()}, {}, {}
+    known, files, new, still = {file.digest: file for file in old.values()}, {}, {}, {}
     for name, path in found.items():
         try:
             facts = path.stat().st_size, path.stat().st_mtime_ns
-            if name in old and (old[name].size, old[name].changed) == facts:
-                files[name] = old[name]
+            for before, same in ((old, files), (unread, still)):
+                if name in before and (before[name].size, before[name].changed) == facts:
+                    same[name] = before[name]
+            if name in files or name in still:
                 continue
             digest = cache.file_digest(path)
         except OSError as error:
             unreadable[name] = error.strerror
             continue
         if digest in known:
-            files[name] = IndexedFile(*facts, digest, known[digest])
+            same = known[digest]
+            files[name] = IndexedFile(*facts, digest, same.seconds, same.spans, same.problem, same.vecs)
         else:
             new.setdefault(digest, []).append((name, (*facts, digest)))
-    return files, new
+    return files, new, still
+
+
+def _embed(profile, encoder, found, new):
+    """Yield (seconds, spans, problem of some windows, vectors) of each new content, or why it cannot be read."""
+    names = [same[0][0] for same in new.values()]
+    clips = video_reader.read_videos([found[name] for name in names], reader(profile), profile.decode_workers)
+    for name, clip in zip(names, cache.progress(clips, "embed videos", len(names)), strict=True):
+        if clip.problem is not None:
+            yield clip.problem
+            continue
+        spans = spans_of(clip.seconds, profile)
+        if len(spans) > 1:
+            yield _embed_windows(profile, encoder, found[name], name, clip.seconds, spans)
+        else:
+            yield clip.seconds, spans, None, _vec(encoder, clip, name)
+
+
+def _embed_windows(profile, encoder, path, name, seconds, spans):
+    """Embed a long video, window by window; one that cannot be read costs itself alone."""
+    windows, good, vecs, problems = [Window(name, span, False) for span in spans], [], [], []
+    requests = [(path, read_times(window, profile)) for window in windows]
+    clips = video_reader.read_videos(requests, reader(profile), 1)
+    for window, clip in zip(windows, cache.progress(clips, f"embed {plain(name)}", len(spans)), strict=True):
+        if clip.problem is None:
+            good.append(window.span)
+            vecs.append(_vec(encoder, as_video(clip, window), window.id))
+        else:
+            problems.append(
+                f"second {window.span[0]:.0f} to {window.span[1]:.0f} is left out: {clip.problem}"
+            )
+    if not good:
+        return problems[0]
+    return seconds, tuple(good), "; ".join(problems) or None, np.concatenate(vecs)
+
+
+def _vec(encoder, clip, what):
+    # One by one: reading takes longer, and frames as large as files have them fill the memory.
+    return check_finite(encoder.embed_clips([clip]), encoder.name, what)

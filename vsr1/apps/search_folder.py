@@ -1,16 +1,19 @@
-"""Search a folder of one's own videos by the loop that is evaluated.
+"""Search a folder of one's own videos by the loop that is evaluated. What a person sees of it: docs/search.md.
 
 Nobody knows the right video here. So every `Ranking` says rank 0, which no ranking has, and no number of `metrics` is
-made of these episodes. A rejected video is not shown again (`episode.select_video`: skip_rejected).
+made of these episodes. A rejected video is not shown again (`episode.select_video`: skip_rejected). What is ranked and
+shown is a window (`folder_index.Window`), which of a short video is all of it.
 
-indexes/<profile>/<hash of the folder's path>/    index.npz, and a page for each query in pages/
+indexes/<profile>/<hash of the folder's real path>/    index.npz, and a page for each query in pages/
 """
 
 import functools
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,18 +22,24 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from vsr1 import cache, config
 from vsr1.apps import folder_index, search_page
-from vsr1.apps.folder_index import FolderIndex, plain
+from vsr1.apps.folder_index import Window, plain
 from vsr1.apps.search_page import short_path
 from vsr1.config import InputError, Profile
 from vsr1.data import annotations, clip_cache, video_reader
 from vsr1.data.annotations import Query
 from vsr1.loop import episode, records, runner
-from vsr1.loop.records import ORIGINAL, Episode, Ranking, Turn
+from vsr1.loop.records import ORIGINAL, Ranking, Turn
 from vsr1.models import checkpoints, search_index
 
 CONTROLS = ("oracle-right", "oracle-wrong", "sqr-untrained", "rerank", "rocchio")
 SYSTEMS = [name for name in runner.SYSTEMS if name not in CONTROLS]
 CAVEAT = "The mini models know only the rendered world; what they say of any other video means nothing."
+TOP = 5  # ours: moments that are listed
+FOLLOWED = 8  # ours: windows at most into which a moment is followed
+VERDICTS = {True: "accepted", False: "rejected", None: "no readable verdict"}
+
+
+# --- What searches
 
 
 def pick(profile, dataset=None, weights=None, system=None) -> tuple[str, str]:
@@ -38,6 +47,10 @@ def pick(profile, dataset=None, weights=None, system=None) -> tuple[str, str]:
 
     Without a trained policy it is the base policy, down the first ranking (walkdown).
     """
+    if dataset:
+        config.check_dataset(dataset, "--dataset")
+    if system not in (None, *SYSTEMS, "sqr-untrained"):
+        raise InputError(f"--system {system}: no such system; there are {', '.join(SYSTEMS)}")
     homes = [profile.runs(name) / "grpo" / "vsr1" for name in ([dataset] if dataset else profile.datasets)]
     trained = [str(home) for home in homes if cache.metadata(home)]
     if dataset and not weights and not trained:
@@ -65,48 +78,7 @@ def _policy_folder(folder):
     return folder
 
 
-def search(
-    profile: Profile,
-    folder,
-    query: str,
-    *,
-    dataset: str | None = None,
-    weights: str | None = None,
-    system: str | None = None,
-    index=None,
-    say: Callable[[str], None] = print,
-) -> dict:
-    """Search the videos of `folder` for one query, write a page, and return what `--json` prints.
-
-    index  folder of the index and the pages; None: indexes/<profile>/<folder>, which `make clean` leaves
-    say    gets, line by line, what a reader should know before the search
-    """
-    if profile.world:
-        say(CAVEAT)
-    folder, parsed = Path(folder).absolute(), _parse_query(query)
-    folder_index.find_videos(folder)
-    weights, system = pick(profile, dataset, weights, system)
-    say(f"weights: {short_path(weights)}; system: {system}")
-    home = Path(index or config.ROOT / "indexes" / profile.name / cache.fingerprint(str(folder))).absolute()
-    load = functools.cache(lambda: runner.load_pair(profile, runner.SYSTEMS[system], weights))
-    (home / "pages").mkdir(parents=True, exist_ok=True)
-    with cache.locked(home / "index.npz"):  # a second search waits until the index is up to date
-        videos = folder_index.refresh(profile, lambda: load()[0], folder, home / "index.npz")
-    _say_index(say, videos, home)
-    started = time.monotonic()
-    result = _search(profile, load(), folder, videos, parsed, system)
-    clips, seconds = result.pop("clips"), {"index": round(videos.seconds, 2)}
-    page = home / "pages" / f"{cache.fingerprint([parsed.text, system, weights, profile.max_turns])}.html"
-    facts = {"query": parsed.text, "folder": str(folder), "index": str(home), "page": str(page)}
-    facts |= {"profile": profile.name, "caveat": CAVEAT if profile.world else None}
-    facts |= {"weights": weights, "system": system, "videos": len(videos.files), "embedded": videos.embedded}
-    result = facts | {"unreadable": videos.unreadable} | result
-    result["seconds"] = seconds | {"search": round(time.monotonic() - started, 2)}
-    _write_page(page, folder, result, clips)
-    return result
-
-
-def _parse_query(text):
+def parse_query(text: str) -> Query:
     """Return a query about an unknown video. Raises InputError for an empty one and for special tokens."""
     text = " ".join(text.split())
     if not any(sign.isprintable() and not sign.isspace() for sign in text):
@@ -116,91 +88,402 @@ def _parse_query(text):
     return Query(0, text, "", (0.0, 0.0), text, None)
 
 
-def _say_index(say, videos, home):
-    counts = f"{len(videos.files)} videos, {videos.embedded} embedded now, {videos.seconds:.1f} s"
-    say(f"index: {counts}; {short_path(home)}")
-    for name, problem in videos.unreadable.items():
-        say(f"cannot be read: {plain(name)}: {problem}")
+def open_folder(folder, profile="mini", **options) -> "Folder":
+    """Return a `Folder`; `profile` is a name, a path to a .yaml, or a `Profile`, `options` are those of `Folder`."""
+    loaded = profile if isinstance(profile, Profile) else config.load(profile)
+    return Folder(loaded, folder, **{"say": lambda _: None} | options)
 
 
-def _write_page(page, folder, result, clips):
-    film = search_page.film(folder / result["video"], clips[result["video"]], result["moment"])
-    html = search_page.html_page(result, clips, *film)
-    cache.write_text(page, html)
+class Folder:
+    """The videos of a folder, their index, and the models that search them, loaded once."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        folder,
+        *,
+        dataset: str | None = None,
+        weights: str | None = None,
+        system: str | None = None,
+        index=None,
+        retry: bool = False,
+        say: Callable[[str], None] = print,
+    ):
+        """Bring the index up to date.
+
+        dataset, weights, system   see `pick`
+        index   folder of the index and the pages; None: indexes/<profile>/<folder>, which `make clean` leaves
+        retry   try again what could not be read before, though it has not changed
+        say     gets, line by line, what a reader should know before the search
+        """
+        if profile.world:
+            say(CAVEAT)
+        self.profile, self.folder = profile, Path(folder).expanduser().resolve()
+        folder_index.find_videos(self.folder)
+        self.weights, self.system = pick(profile, dataset, weights, system)
+        say(f"weights: {short_path(self.weights)}; system: {self.system}")
+        default = config.ROOT / "indexes" / profile.name / cache.fingerprint(str(self.folder))
+        self.home = Path(index or default).expanduser().absolute()
+        load = functools.cache(lambda: runner.load_pair(profile, runner.SYSTEMS[self.system], self.weights))
+        (self.home / "pages").mkdir(parents=True, exist_ok=True)
+        path = self.home / "index.npz"
+        with cache.locked(path):  # a second search waits until the index is up to date
+            self.index = folder_index.refresh(profile, lambda: load()[0], self.folder, path, retry)
+        self._say_index(say)
+        (self.engine, self.policy), self.windows = load(), self.index.windows()
+        self.names, self.vecs, self.ended = list(self.windows), self.index.vecs(), ExitStack()
+        read = video_reader.reader_pool(folder_index.reader(profile), profile.decode_workers)
+        self.read = self.ended.enter_context(read)
+        self.filmer = self.ended.enter_context(replace(folder_index.reader(profile)))
+        self.clips = clip_cache.ClipCache(self.folder, (), self._read_window)
+        self.clips.paths = self.windows
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        """End the processes that decode. They end by themselves with this one."""
+        self.ended.close()
+
+    def _say_index(self, say):
+        index = self.index
+        if index.rebuilt:
+            say(f"index: all videos were embedded again, for this has changed: {index.rebuilt}")
+        counts = f"{len(index.files)} videos, {index.embedded} embedded now, {index.seconds:.1f} s"
+        say(f"index: {counts}; {short_path(self.home)}")
+        for name, problem in index.unreadable.items():
+            again = ", as before" * (name in index.repeated)
+            say(f"cannot be read{again}: {plain(name)}: {problem}")
+        if index.repeated:
+            say("what has not changed since is not tried again; --retry does")
+
+    def _read_window(self, window):
+        """Return the Future of the frames of a window."""
+        times = folder_index.read_times(window, self.profile)
+        return _Then(
+            self.read(self.folder / window.video, times), lambda clip: folder_index.as_video(clip, window)
+        )
+
+    # --- One query
+
+    def search(self, text: str, k: int = TOP, verdicts: int | None = None, turns: int | None = None) -> dict:
+        """Search for one query and return what `--json` prints, with the `k` best moments in `hits`.
+
+        verdicts  look at so many of the best windows too; None: at those that the loop comes to; 0: not even there
+        turns     at most so many; None: the profile's max_turns
+        """
+        query, started = parse_query(text), time.monotonic()
+        walk = _Walk(self, query)
+        result = walk.run(turns or self.profile.max_turns) if verdicts != 0 else walk.rank_alone()
+        order, scores = walk.last_ranking()
+        walk.look([name for name in _apart(order, self.windows, verdicts or 0) if name not in walk.looks])
+        walk.follow()
+        hits = _hits(order, scores, walk.looks, self.windows)
+        if hits and hits[0]["verdict"] == "accepted":
+            result |= {"accepted": True} | {key: hits[0][key] for key in ("video", "window", "moment")}
+        facts = {"query": query.text, "folder": str(self.folder), "index": str(self.home), "page": None}
+        facts |= {"profile": self.profile.name, "caveat": CAVEAT if self.profile.world else None}
+        facts |= {"weights": self.weights, "system": self.system, "videos": len(self.index.files)}
+        facts |= {"windows": len(self.names), "embedded": self.index.embedded}
+        facts |= {"unreadable": self.index.unreadable}
+        result = facts | result | {"looks": list(walk.looks.values())}
+        times = {"index": round(self.index.seconds, 2), "search": round(time.monotonic() - started, 2)}
+        return result | {"hits": hits[:k], "exported": [], "seconds": times}
+
+    def write_page(self, result: dict) -> Path:
+        """Write a page about a result of `search` and note it there: the moment first, then each look."""
+        about = [result["query"], self.system, self.weights, len(result["looks"])]
+        page = self.home / "pages" / f"{cache.fingerprint(about)}.html"
+        result["page"] = str(page)
+        clips = {search_page.key(entry): self._clip(entry) for entry in result["looks"]}
+        span, seconds = result["moment"], self.index.files[result["video"]].seconds
+        span = tuple(result["window"]) if span is None else search_page.with_margin(span, seconds)
+        film = search_page.film(self.filmer, self.folder / result["video"], self._clip(result), span)
+        cache.write_text(page, search_page.html_page(result, clips, *film))
+        return page
+
+    def export(self, result: dict, target) -> list[Path]:
+        """Cut each accepted moment of a result into a file in `target`, and note them there.
+
+        Raises InputError for a place among the videos, which the next search would search, and where a file cannot
+        be read.
+        """
+        target = Path(target).expanduser().absolute()
+        if target.resolve().is_relative_to(self.folder):
+            raise InputError(
+                f"{target}: lies among the videos, the next search would find it; choose another place"
+            )
+        target.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for hit in result["hits"]:
+            if hit["verdict"] == "accepted":
+                digest, span = self.index.files[hit["video"]].digest[:8], hit["moment"] or hit["window"]
+                name = "_".join(
+                    [plain(Path(hit["video"]).stem)[:80], *(f"{time:.1f}" for time in span), digest]
+                )
+                paths.append(target / f"{name}.mp4")
+                search_page.cut(self.filmer, self.folder / hit["video"], self._clip(hit), span, paths[-1])
+        result["exported"] = list(map(str, paths))
+        return paths
+
+    def _clip(self, entry):
+        return self.clips.get([self._window(entry).id])[0]
+
+    def _window(self, entry):
+        """Return the window that a look, a hit or a result is about."""
+        part = Window(entry["video"], tuple(entry["window"]), whole=False)
+        return self.windows.get(part.id) or self.windows[part.video]
 
 
-def _search(profile, pair, folder, videos: FolderIndex, query: Query, system) -> dict:
-    """Run the loop; return its `outcome`, and {name: Clip} of the videos that it came across as `clips`."""
-    engine, policy = pair
-    names, kind = list(videos.files), runner.SYSTEMS[system]
-    vectors = search_index.Vectors(names, videos.vecs(), [query.id], engine.embed_texts([query.text]))
+class _Then:
+    """The Future of something made of another Future's result."""
 
-    def rank(pairs):
-        """Rank the whole gallery by each query's vector; no video is known to be the right one."""
-        vecs = [vectors.query_vec(query.id) if state is ORIGINAL else state.vec for query, state in pairs]
-        scores, columns = vectors.search(np.stack(vecs), len(names))  # (B, V)
-        tops = [tuple(names[column] for column in order) for order in columns]
+    def __init__(self, future, change):
+        self.future, self.change = future, change
+
+    def result(self):
+        return self.change(self.future.result())
+
+
+class _Walk:
+    """One query on its way: the loop, and looks beside it."""
+
+    def __init__(self, folder: Folder, query: Query):
+        self.folder, self.query, self.looks = folder, query, {}  # {id of a window: its look}
+        engine = folder.engine
+        vecs = folder_index.check_finite(engine.embed_texts([query.text]), engine.name, "the query")
+        self.vectors = search_index.Vectors(folder.names, folder.vecs, [query.id], vecs)
+        kind = runner.SYSTEMS[folder.system]
+        self.functions = runner.EpisodeRunner(
+            folder.profile, kind, engine, folder.policy, self.vectors, folder.clips
+        )
+        self.first = self.rank([(query, ORIGINAL)])[0].top
+
+    def rank(self, pairs):
+        """Rank all windows by each query's vector; no video is known to be the right one."""
+        vecs = [self.vectors.query_vec(q.id) if state is ORIGINAL else state.vec for q, state in pairs]
+        vecs = folder_index.check_finite(np.stack(vecs), self.folder.weights, "the refined query")
+        scores, columns = self.vectors.search(vecs, len(self.folder.names))  # (B, W)
+        self.last = (
+            columns[-1].tolist(),
+            scores[-1].tolist(),
+        )  # the last state is the one that is walked on with
+        tops = [tuple(self.folder.names[column] for column in order) for order in columns]
         return [Ranking(0, 0, top, None, float(best[0])) for top, best in zip(tops, scores, strict=True)]
 
-    with video_reader.reader_pool(folder_index.reader(profile), profile.decode_workers) as read:
-        clips = clip_cache.ClipCache(folder, (), read)
-        clips.paths = {name: folder / name for name in names}
-        functions = runner.EpisodeRunner(profile, kind, engine, policy, vectors, clips)
-        turns = profile.max_turns if kind.refine else 1
-        # A greedy policy says the same of the same video: nobody waits for that. What it is worth stands in R1.
-        run = records.Run(
-            "yours", "all", system, turns, functions.carry, profile.seed, "skip_rejected", False
+    def last_ranking(self):
+        """Return (ids of all windows, best first, {id: cosine}) by the query as it stands at the end."""
+        columns, scores = self.last
+        order = [self.folder.names[column] for column in columns]
+        return order, dict(zip(order, scores, strict=True))
+
+    def rank_alone(self):
+        """Return the outcome of a search that nobody looks at."""
+        window = self.folder.windows[self.first[0]]
+        found = {"accepted": False, "video": window.video, "window": list(window.span), "moment": None}
+        return found | {"stop": "engine alone", "problem": None}
+
+    def run(self, turns):
+        """Run the loop and return its outcome: where no verdict accepts, the window that the last search put first."""
+        run = self._record(turns if self.functions.system.refine else 1)
+        (found,) = episode.run_episodes(
+            [self.query], self.rank, self.functions.ask, self.functions.refine, run
         )
-        (found,) = episode.run_episodes([query], rank, functions.ask, functions.refine, run)
-        seen = {name for turn in found.turns for name in (turn.shown_id, turn.top1_out) if name}
-        (first,) = rank([(query, ORIGINAL)])
-        return outcome(found, first.top) | {"clips": {name: clips.get([name])[0] for name in seen}}
+        for turn in found.turns:
+            self._note(turn, found.problem)
+        accepted, last = found.stop_reason == "matched", found.turns[-1]
+        name = last.shown_id if accepted or last.top1_out is None else last.top1_out
+        window = self.folder.windows[name]
+        result = {"accepted": accepted, "video": window.video, "window": list(window.span)}
+        result["moment"] = self.looks[name]["moment"] if name in self.looks else None
+        return result | {"stop": found.stop_reason, "problem": found.problem}
+
+    def _record(self, turns):
+        # A greedy policy says the same of the same video: nobody waits for that. What it is worth stands in R1.
+        profile, carry = self.folder.profile, self.functions.carry
+        return records.Run(
+            "yours", "all", self.folder.system, turns, carry, profile.seed, "skip_rejected", False
+        )
+
+    def look(self, names):
+        """Let the agent judge windows, each by itself, as in one turn of the loop."""
+        size = self.folder.profile.eval_batch
+        for part in (names[start : start + size] for start in range(0, len(names), size)):
+            shown = lambda _, part=part: [Ranking(0, 0, (name,), None, 0.0) for name in part]  # noqa: E731
+            queries = [self.query] * len(part)
+            found = episode.run_episodes(queries, shown, self.functions.ask, None, self._record(1))
+            for one in found:
+                self._note(one.turns[0], one.problem)
+
+    def follow(self):
+        """Follow each accepted moment that reaches an edge of its window into the next one."""
+        left = FOLLOWED
+        while names := [name for name in self._next_windows() if name not in self.looks][:left]:
+            self.look(names)
+            left -= len(names)
+
+    def _next_windows(self):
+        names, windows = self.folder.names, self.folder.windows
+        look_seconds = 1 / self.folder.profile.video_fps
+        for number, name in enumerate(names):
+            look = self.looks.get(name, {})
+            if look.get("accepted") and look["moment"]:
+                start, end = windows[name].span
+                before, after = (
+                    look["moment"][0] < start + look_seconds,
+                    look["moment"][1] > end - look_seconds,
+                )
+                for other in names[number - 1 : number] * before + names[number + 1 : number + 2] * after:
+                    if windows[other].video == windows[name].video:
+                        yield other
+
+    def _note(self, turn: Turn, problem):
+        """Keep one turn in words and numbers; its rank is that of the window for the original query.
+
+        problem  why there is no reply, if there is none
+        """
+        window = self.folder.windows[turn.shown_id]
+        text = "" if turn.reply is None else turn.reply.text
+        refinement = None
+        if turn.top1_out is not None:
+            soft_tokens = turn.refine_tokens if turn.refine_kind == "sqr" else None
+            refinement = {"kind": turn.refine_kind, "soft_tokens": soft_tokens, "words": turn.update_text}
+            refinement["best"] = turn.top1_out
+        begin = window.span[0]
+        look = {
+            "video": window.video,
+            "window": list(window.span),
+            "rank": 1 + self.first.index(turn.shown_id),
+            "accepted": turn.reply and turn.reply.matched,  # None: no readable verdict
+            "reasoning": text.rpartition("</think>")[0].replace("<think>", "").strip()
+            if text
+            else problem or "",
+            "reply": text,
+            "moment": None if turn.span_ms is None else [begin + time / 1000 for time in turn.span_ms],
+            "next": refinement,
+        }
+        self.looks[turn.shown_id] = look
 
 
-def outcome(found: Episode, ranking: tuple[str, ...]) -> dict:
-    """Return what an episode came to; `ranking` is that of the original query.
+# --- The best moments
 
-    accepted  False: `video` is the one that the last search put first, and no verdict says that it is right
-    moment    seconds; None: none was named
+
+def _meet(a, b):
+    return a[0] < b[1] and b[0] < a[1]
+
+
+def _apart(order, windows, count) -> list[str]:
+    """Return the first `count` windows of a ranking that overlap no better one."""
+    kept = []
+    for name in order:
+        if len(kept) == count:
+            break
+        one = windows[name]
+        if not any(
+            one.video == windows[other].video and _meet(one.span, windows[other].span) for other in kept
+        ):
+            kept.append(name)
+    return kept
+
+
+def _hits(order, scores, looks, windows) -> list[dict]:
+    """Return all moments, best first: those that were accepted, then the others, by score.
+
+    Accepted moments of one video that meet become one. Another window is left out where it meets a better one, but
+    for a rejected one.
     """
-    looks = [_turn_entry(turn, 1 + ranking.index(turn.shown_id)) for turn in found.turns]
-    accepted, last = found.stop_reason == "matched", found.turns[-1]
-    video = last.shown_id if accepted or last.top1_out is None else last.top1_out
-    moment = next((look["moment"] for look in reversed(looks) if look["video"] == video), None)
-    result = {"accepted": accepted, "video": video, "moment": moment, "stop": found.stop_reason}
-    return result | {"problem": found.problem, "looks": looks}
+    hits = []
+    for name in order:
+        window, look = windows[name], looks.get(name)
+        verdict = VERDICTS[look["accepted"]] if look else "not looked at"
+        moment = look["moment"] if verdict == "accepted" else None
+        hit = {"video": window.video, "window": list(window.span), "moment": moment}
+        hits.append(hit | {"score": round(scores[name], 4), "verdict": verdict})
+    kept = {window.video: [] for window in windows.values()}
+    for hit in sorted(hits, key=lambda hit: hit["verdict"] != "accepted"):  # stable
+        span = hit["moment"] or hit["window"]
+        near = [one for one in kept[hit["video"]] if _meet(one["moment"] or one["window"], span)]
+        near = [one for one in near if one["verdict"] == hit["verdict"] or one["verdict"] != "rejected"]
+        if not near:
+            kept[hit["video"]].append(hit)
+        elif hit["moment"] and near[0]["moment"]:
+            spans = near[0]["moment"], span
+            near[0]["moment"] = [min(start for start, _ in spans), max(end for _, end in spans)]
+    best_first = lambda hit: (hit["verdict"] != "accepted", -hit["score"])  # noqa: E731
+    return sorted(itertools.chain.from_iterable(kept.values()), key=best_first)
 
 
-def _turn_entry(turn: Turn, rank: int) -> dict:
-    """Return one turn in words and numbers; `rank` is that of its video for the original query."""
-    text = "" if turn.reply is None else turn.reply.text
-    soft_tokens = turn.refine_tokens if turn.refine_kind == "sqr" else None
-    refinement = {"kind": turn.refine_kind, "soft_tokens": soft_tokens, "words": turn.update_text}
-    return {
-        "video": turn.shown_id,
-        "rank": rank,
-        "accepted": turn.reply and turn.reply.matched,  # None: no readable verdict
-        "reasoning": text.rpartition("</think>")[0].replace("<think>", "").strip(),
-        "reply": text,
-        "moment": None if turn.span_ms is None else [time / 1000 for time in turn.span_ms],
-        "next": None if turn.top1_out is None else refinement | {"best": turn.top1_out},
-    }
+# --- The command
 
 
-def search_and_print(profile, videos, query: str, as_json: bool, options: dict) -> int:
-    """Search a folder and print what came of it; the status is 0 if a video was accepted, else 1.
+def search(profile: Profile, folder, query: str, **options) -> dict:
+    """Search a folder for one query, write its page, and return what `--json` prints; `options` as in `Folder`."""
+    parse_query(query)
+    with Folder(profile, folder, **options) as videos:
+        result = videos.search(query)
+        videos.write_page(result)
+        return result
 
-    as_json  one JSON object on stdout, all else on stderr
-    options  dataset, weights, system and index as in `search`, and turns: at most so many; None means unset
+
+def read_queries(path: Path) -> Iterator[str]:
+    """Yield the queries of a file, one a line; `-` is the standard input. InputError names the line of a bad one."""
+    lines = sys.stdin if str(path) == "-" else annotations.read_text(path).split("\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                parse_query(line)
+            except InputError as error:
+                raise InputError(f"{path}, line {number}: {error}") from None
+            yield line
+
+
+def _ask_queries(file):
+    """Yield what a person types, until an empty line."""
+    while True:
+        print("query (empty: end): ", end="", file=file, flush=True)
+        line = sys.stdin.readline()
+        if not line.strip():
+            return
+        try:
+            parse_query(line)
+        except InputError as error:
+            print(error, file=file)
+        else:
+            yield line
+
+
+def search_and_print(
+    profile: Profile, folder, query: str | None, queries: Path | None, as_json: bool, how: dict, options: dict
+) -> int:
+    """Search a folder and print what came of it; the status is 0 if a moment was accepted, else 1.
+
+    query    what to look for; without it, each line of `queries`; without both, what a person types
+    as_json  one JSON object a query on stdout, all else on stderr
+    how      k, verdicts, turns of `Folder.search`, and export: a folder for the accepted moments
+    options  of `Folder`
     """
-    if options["dataset"]:
-        config.check_dataset(options["dataset"], "--dataset")
-    if options["system"] not in (None, *SYSTEMS):
-        raise InputError(f"--system {options['system']}: no such system; there are {', '.join(SYSTEMS)}")
-    if turns := options.pop("turns"):
-        profile = replace(profile, max_turns=turns)
-    say = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
-    result = search(profile, videos, query, say=say, **options)
-    for line in [json.dumps(result)] if as_json else search_page.lines(result):
-        print(line)
-    return 0 if result["accepted"] else 1
+    out, target = sys.stderr if as_json else sys.stdout, how.pop("export")
+    say = functools.partial(print, file=out, flush=True)
+    texts: Iterable[str] = (
+        [query] if query is not None else read_queries(queries) if queries else _ask_queries(out)
+    )
+    if query is not None:
+        parse_query(query)
+    elif queries and str(queries) != "-":
+        texts = list(texts)  # a bad line is said before anything is loaded
+    elif not queries and not sys.stdin.isatty():
+        raise InputError("no query; name one with --query, or a file of them with --queries (- for a pipe)")
+    found = False
+    with Folder(profile, folder, say=say, **options) as videos:
+        for text in texts:
+            result = videos.search(text, **how)
+            videos.write_page(result)
+            if target:
+                videos.export(result, target)
+            for line in [json.dumps(result)] if as_json else search_page.lines(result):
+                print(line, flush=True)
+            found |= result["accepted"]
+    return 0 if found else 1

@@ -1,20 +1,23 @@
-"""Show what a search of one's own videos found: lines for a terminal, and a page with a film."""
+"""Show what a search of one's own videos found: lines for a terminal, a page with a film, moments as files."""
 
 import base64
 import io
 import os
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from vsr1.apps.folder_index import DECODE_TIMEOUT, plain
-from vsr1.config import ROOT
+from vsr1.apps.folder_index import plain
+from vsr1.config import ROOT, InputError
 from vsr1.data import previews, video_reader
+from vsr1.data.video_writer import write_video
 from vsr1.report import templates
 
 # Of the film; all ours: seconds on both sides of the moment, then at most so many fps, frames, pixels high.
 MARGIN, FPS, FRAMES, PIXELS, CRF = 2.0, 12, 240, 360, 28
+CUT_FPS, CUT_CRF, CUT_BYTES = 25, 20, 256 * 2**20  # ours, of a moment as a file; frames held at once
 
 
 def clock(seconds: float) -> str:
@@ -32,17 +35,28 @@ def short_path(path) -> str:
     return str(path).removeprefix(f"{ROOT}{os.sep}")
 
 
+def key(entry: dict) -> tuple:
+    """Return what tells the window of a look, a hit or a result from any other."""
+    return entry["video"], *entry["window"]
+
+
 # --- Sentences
+
+
+def when(entry: dict) -> str:
+    """Say at which seconds something is, or in which seconds of a long video it was looked for."""
+    if entry["moment"] is not None:
+        return " to ".join(map(clock, entry["moment"]))
+    return f"no moment named in {clock(entry['window'][0])} to {clock(entry['window'][1])}"
 
 
 def end(result: dict) -> str:
     """Say how a search ended, in one sentence."""
-    at = "no moment named" if result["moment"] is None else " to ".join(map(clock, result["moment"]))
+    at = when(result)
     if result["accepted"]:
         return f"Found: {plain(result['video'])}, {at}"
     why = f" ({result['problem']})" if result["problem"] else ""
-    shown = [look["video"] for look in result["looks"]]
-    verdict = "not accepted" if result["video"] in shown else "not looked at"
+    verdict = "not accepted" if key(result) in map(key, result["looks"]) else "not looked at"
     return plain(
         f"No video was accepted{why}; best candidate, unverified ({verdict}): {result['video']}, {at}"
     )
@@ -65,31 +79,57 @@ def lines(result: dict) -> Iterator[str]:
     """Yield the turns of a search for a terminal."""
     yield f"query: {plain(result['query'])}"
     for number, look in enumerate(result["looks"], 1):
-        rank = f"rank {look['rank']} of {result['videos']} for the query as typed"
-        yield f"look {number}: {plain(look['video'])}, {rank}"
+        rank = f"rank {look['rank']} of {result['windows']} for the query as typed"
+        yield f"look {number}: {plain(look['video'])}, {clock(look['window'][0])} to {clock(look['window'][1])}, {rank}"
         yield from (f"    {line}" for line in turn_texts(look))
     yield end(result)
+    for number, hit in enumerate(result["hits"], 1):
+        yield f"{number:>3}  {hit['score']:.3f}  {hit['verdict']:<13}  {plain(hit['video'])}, {when(hit)}"
+    yield from (f"cut: {short_path(path)}" for path in result["exported"])
     yield f"page: {short_path(result['page'])}"
 
 
 # --- The page
 
 
-def film(path: Path, clip: video_reader.Clip, moment) -> tuple[bytes, str]:
-    """Return (MP4, H.264, which seconds it shows) of a moment with MARGIN on both sides, or of a whole video.
+def with_margin(moment, seconds: float) -> tuple[float, float]:
+    """Return a moment with MARGIN on both sides, within a video of so many seconds."""
+    return max(0.0, moment[0] - MARGIN), min(seconds, moment[1] + MARGIN)
 
-    Of a video that cannot be read there are no bytes, and the reason.
+
+def film(reader: video_reader.Reader, path: Path, clip: video_reader.Clip, span) -> tuple[bytes, str]:
+    """Return (MP4, H.264, which seconds it shows) of a part of a video; no bytes, and why, where it cannot be read.
+
+    clip  frames of the video, as it stores them
     """
-    if clip.problem is not None:
-        return b"", clip.problem
-    first, last = (0.0, clip.seconds) if moment is None else (moment[0] - MARGIN, moment[1] + MARGIN)
-    first, last = max(0.0, first), min(clip.seconds, last)
-    buffer = io.BytesIO()
-    with video_reader.Reader(timeout=DECODE_TIMEOUT, skip_slow=True) as reader:
-        problem = previews.film(reader, path, clip, buffer, (first, last), (FPS, FRAMES, PIXELS, CRF))
+    buffer, problem = io.BytesIO(), clip.problem
+    if problem is None:
+        problem = previews.film(reader, path, clip, buffer, span, (FPS, FRAMES, PIXELS, CRF))
     if problem is not None:
         return b"", problem
-    return buffer.getvalue(), f"The film runs from {clock(first)} to {clock(last)}, without sound."
+    return buffer.getvalue(), f"The film runs from {clock(span[0])} to {clock(span[1])}, without sound."
+
+
+def cut(reader: video_reader.Reader, path: Path, clip: video_reader.Clip, span, target: Path) -> None:
+    """Write the seconds `span` of a video as a file of its own, in full size and without sound.
+
+    Raises InputError where the video cannot be read.
+    """
+    times = np.arange(span[0], max(span[1], span[0] + 1 / CUT_FPS) - 1e-3, 1 / CUT_FPS)
+
+    def frames():
+        height, width = clip.frames.shape[1:3]
+        reader.size = max(2, width // 2 * 2), max(2, height // 2 * 2)  # H.264 has no odd sides
+        count = max(1, CUT_BYTES // (3 * height * width))
+        for first in range(0, len(times), count):
+            part = reader.read(path, times[first : first + count])
+            if part.problem is not None:
+                raise InputError(f"{path}: {part.problem}; this moment is not cut")
+            yield from part.frames
+
+    if clip.problem is not None:
+        raise InputError(f"{path}: {clip.problem}; this moment is not cut")
+    write_video(target, frames(), Fraction(CUT_FPS), CUT_CRF, "veryfast")
 
 
 def html_page(result: dict, clips: dict[str, video_reader.Clip], mp4: bytes, about: str) -> str:
@@ -101,21 +141,23 @@ def html_page(result: dict, clips: dict[str, video_reader.Clip], mp4: bytes, abo
     facts |= {f"cannot be read: {name}": problem for name, problem in result["unreadable"].items()}
     values = {
         "told": result,
-        "looks": [(look, *turn_texts(look), clips[look["video"]]) for look in result["looks"]],
+        "looks": [(look, *turn_texts(look), clips[key(look)]) for look in result["looks"]],
         "film": _base64(mp4),
         "about": about,
         "facts": facts,
         "end": end(result),
     }
-    return templates.render("search.html", **values, plain=plain, strip=strip)
+    return templates.render("search.html", **values, plain=plain, strip=strip, when=when)
 
 
-def strip(clip: video_reader.Clip, moment) -> dict:
-    """Return a whole video as a time axis: its picture, the times below it, the band of a moment named in it."""
+def strip(clip: video_reader.Clip, look: dict) -> dict:
+    """Return what the agent looked at as a time axis: its picture, the times below it, the band of its moment."""
     picture, times = previews.strip(clip)
     picture.save(buffer := io.BytesIO(), "webp", quality=60)
-    band = previews.band(1000 * np.array(moment), clip.seconds) if moment else None
-    return {"picture": _base64(buffer.getvalue()), "times": list(map(clock, times)), "band": band}
+    start, moment = look["window"][0], look["moment"]
+    band = previews.band(1000 * (np.array(moment) - start), clip.seconds) if moment else None
+    times = [clock(start + time) for time in times]
+    return {"picture": _base64(buffer.getvalue()), "times": times, "band": band}
 
 
 def _base64(content):

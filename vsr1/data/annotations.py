@@ -39,7 +39,10 @@ FILES = {
     "activitynet": ("activitynet_fig_train.jsonl", "activitynet_fig_val_2.jsonl"),
 }
 # A lone dot is real: 119 DiDeMo test rows name `x.`; a file may have lost even the dot.
-CONTAINERS = ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .wmv .flv .3gp .ogv .mts .ts .vob .mod . ".split(" ")
+CONTAINERS = (
+    ".mp4 .m4v .mov .qt .mkv .webm .avi .mpg .mpeg .mpe .m2v .wmv .asf .flv .f4v .3gp .3g2 .ogv .ogm .mts .m2ts .m2t "
+    ".ts .vob .mod .mxf .divx .dv .rm .rmvb .nut . "
+).split(" ")
 # What the tokenizer reads as one of the models' own tokens: a turn, a frame, the request to search again.
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|<REFINE>")
 

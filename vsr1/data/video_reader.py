@@ -148,13 +148,15 @@ def reader_for(profile) -> Reader:
 def read_videos(paths, like: Reader | None = None, workers=1) -> Iterator[Clip]:
     """Yield one Clip per path, in order, read with the settings of `like`; `workers` children decode ahead.
 
+    A pair of a path and times asks for the frames on screen then.
+
     Beyond the clip in the caller's hands at most `workers + 2` are decoded or being decoded, and only as many as take
     WAITING_BYTES if all are as large as the largest so far; always one.
     """
     with reader_pool(like, workers) as read:
         waiting, ahead, largest = deque(), 1, 0
         for path in paths:
-            waiting.append(read(path))
+            waiting.append(read(*path) if isinstance(path, tuple) else read(path))
             while len(waiting) > ahead:
                 clip = waiting.popleft().result()
                 largest = max(largest, clip.nbytes, 1)
@@ -166,18 +168,21 @@ def read_videos(paths, like: Reader | None = None, workers=1) -> Iterator[Clip]:
 
 @contextmanager
 def reader_pool(like: Reader | None = None, workers=1):
-    """Give a function from a path to the Future of its Clip; `workers` children decode until the block ends."""
+    """Give a function from a path, and times if wanted, to the Future of its Clip.
+
+    `workers` children decode until the block ends.
+    """
     with ExitStack() as stack:
         idle = SimpleQueue()
         for _ in range(workers):
             idle.put(stack.enter_context(replace(like or Reader())))
 
-        def read(path):
+        def read(path, times):
             reader = idle.get()
             try:
-                return reader.read(path)
+                return reader.read(path, times)
             finally:
                 idle.put(reader)
 
         pool = stack.enter_context(ThreadPoolExecutor(workers))
-        yield lambda path: pool.submit(read, path)
+        yield lambda path, times=None: pool.submit(read, path, times)
