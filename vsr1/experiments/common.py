@@ -86,6 +86,21 @@ def turn_budgets(profile: Profile, table: str, dataset: str, runs: dict) -> dict
     return numbers
 
 
+def combination_numbers(profile: Profile, dataset: str, runs: dict, unseen: set) -> dict[str, Estimate]:
+    """Measure {system: episodes} on queries whose combination of values train never shows, and on the others (U1).
+
+    unseen  ids of the former
+    """
+    numbers = {}
+    for system, episodes in runs.items():
+        for name, wanted in {"unseen": True, "seen": False}.items():
+            part = [episode for episode in episodes if (episode.desc_id in unseen) == wanted]
+            hits = metrics.hits(part)
+            for metric in ("vr@1_orig", "vr@1", "right_last", "ver", "vcmr@0.5"):
+                numbers[f"U1/{dataset}/{system}/{metric}_{name}"] = estimate(profile, part, hits[metric])
+    return numbers
+
+
 # --- Tables for readers
 
 

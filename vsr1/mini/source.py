@@ -34,6 +34,14 @@ def _families(corpus, _):
     return {s.video: f"{s.split}-{s.family}" for s in world.read_scenes(corpus).values()}
 
 
+def unseen_queries(profile, dataset: str) -> set[int]:
+    """Return the ids of test queries about an object in a colour that the train split never shows it in."""
+    corpus = profile.data_dir(dataset) / "corpus"
+    scenes = world.read_scenes(corpus)
+    queries = annotations.read_fig(corpus / "test.jsonl")
+    return {query.id for query in queries if moment_of(scenes, query).is_unseen()}
+
+
 def writers(profile, scenes: dict[str, world.Scene]):
     """Return (reply, caption) for queries about rendered scenes."""
 

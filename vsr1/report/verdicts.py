@@ -83,9 +83,12 @@ def _judge(numbers, name, claim, dataset, corrected):
     for table in ("R3", "R1"):
         entry = results.row(numbers, table, dataset, name, "points")
         lowest, highest = (results.row(numbers, table, dataset, name, key) for key in ("lowest", "highest"))
-        word = _missing(numbers, table, name, claim, dataset) if entry is None else holds(claim, entry)
+        word = (
+            _missing(numbers, table, name, claim, dataset) if entry is None else holds(claim, entry, dataset)
+        )
         p = corrected[table].get((dataset, name))
-        sides[table] = points(entry), word, word if p is None or p < LEVEL else _of(claim, 2)
+        by_sign = p is not None and (entry["low"] > 0 or entry["high"] < 0)
+        sides[table] = points(entry), word, _of(claim, 2) if by_sign and p >= LEVEL else word
         if lowest is not None:
             sides[table] = (
                 f"{points(entry)}, seeds {lowest['value']:+.1f} to {highest['value']:+.1f}",
@@ -116,10 +119,11 @@ def _tokens(numbers, dataset):
     return f"{digits(soft)} against {digits(min(hard))} or more", "by construction"
 
 
-def holds(claim: Claim, entry) -> str:
+def holds(claim: Claim, entry, dataset="mean") -> str:
     """Say on which side of a claim the 95 % interval of a difference lies.
 
-    Of a claim that two systems are nearly equal, the interval must lie within `claims.NEARLY` points of 0.
+    Of a claim that two systems are nearly equal, the interval must lie within `claims.NEARLY` points of 0. A claim of
+    an advantage larger than that disagrees where the interval lies there.
 
     >>> def difference(low, high): return {"low": low, "high": high}
     >>> ahead, equal = Claim("paper", "", "a", "b"), Claim("paper", "", "a", "b", sign=0)
@@ -127,6 +131,8 @@ def holds(claim: Claim, entry) -> str:
     ['agrees', 'inconclusive', 'disagrees']
     >>> [holds(equal, difference(*ends)) for ends in ((-1, 1), (-1, 9), (3, 7))]
     ['agrees', 'inconclusive', 'disagrees']
+    >>> holds(Claim("paper", "", "a", "b", paper={"mean": 12.9}), difference(-0.5, 1.1))
+    'disagrees'
     """
     low, high, near = entry["low"], entry["high"], claims.NEARLY
     if claim.sign == 0:
@@ -134,7 +140,9 @@ def holds(claim: Claim, entry) -> str:
         return _of(claim, 0 if inside else 1 if outside else 2)
     if claim.sign < 0:
         low, high = -high, -low
-    return _of(claim, 0 if low > 0 else 1 if high < 0 else 2)
+    large = abs(claim.paper.get(dataset, claim.paper.get("mean", 0))) > near
+    nothing = large and -near <= low <= 0 and high <= near
+    return _of(claim, 0 if low > 0 else 1 if high < 0 or nothing else 2)
 
 
 def _of(claim, place):
@@ -195,7 +203,8 @@ def rule(profile: Profile) -> str:
     return (
         "A claim of the paper agrees where the 95 % interval of the difference, paired over the same queries and "
         f"clustered by {drawn}, lies on its side of 0, disagrees where it lies on the other, and is inconclusive "
-        f"else. Two systems are nearly equal where it lies within {claims.NEARLY:g} points of 0. Over several seeds "
+        f"else. Two systems are nearly equal where it lies within {claims.NEARLY:g} points of 0; where the paper has "
+        "more and the interval lies there, around 0, its claim disagrees. Over several seeds "
         "the interval draws seeds as well as queries. (Holm: ...) is the verdict with all claims of a table corrected "
         "for their number, where it is another one."
     )
