@@ -152,11 +152,9 @@ def test_what_could_not_be_read_is_repeated_and_read_again_when_it_changes(tmp_p
     film(tmp_path / "videos" / "a.mp4", 4)
     bad, read = tmp_path / "videos" / "bad.mp4", []
     bad.write_bytes(b"no film")
-    attempt = video_reader.Reader._attempt
+    plain = video_reader.Reader.read
     monkeypatch.setattr(
-        video_reader.Reader,
-        "_attempt",
-        lambda self, path, *rest: read.append(1) or attempt(self, path, *rest),
+        video_reader.Reader, "read", lambda self, *given: read.append(1) or plain(self, *given)
     )
 
     def again(**options):
@@ -180,14 +178,15 @@ def test_what_could_not_be_read_is_repeated_and_read_again_when_it_changes(tmp_p
 
 def test_a_part_that_cannot_be_read_costs_itself_alone(tmp_path, monkeypatch):
     film(tmp_path / "videos" / "a.mp4", 200, (20, 24))
-    attempt = video_reader.Reader._attempt
+    plain = video_reader.Reader.read
 
-    def damaged(self, path, times, timeout):
+    def damaged(self, path, times=None):
         lost = times is not None and times.max() > 170
-        problem = video_reader.Clip(None, None, None, "pictures are missing")
-        return problem if lost else attempt(self, path, times, timeout)
+        return (
+            video_reader.Clip(None, None, None, "pictures are missing") if lost else plain(self, path, times)
+        )
 
-    monkeypatch.setattr(video_reader.Reader, "_attempt", damaged)
+    monkeypatch.setattr(video_reader.Reader, "read", damaged)
     for _ in range(2):
         with vsr1.open(tmp_path / "videos") as videos:
             assert videos.search("red")["moment"] == [20.0, 24.0]

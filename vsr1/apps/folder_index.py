@@ -11,7 +11,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,7 +181,7 @@ def as_video(clip: video_reader.Clip, window: Window) -> video_reader.Clip:
     if window.whole or clip.problem is not None:
         return clip
     start, end = window.span
-    return video_reader.Clip(clip.frames, np.maximum(clip.timestamps - start, 0), end - start, None)
+    return replace(clip, timestamps=np.maximum(clip.timestamps - start, 0), seconds=end - start)
 
 
 # --- The index file
