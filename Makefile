@@ -46,6 +46,10 @@ ablations: setup  ## longer studies beyond the paper (hours); committed in resul
 	@$(VSR1) ablations $(ALL)
 	@$(VSR1) report $(ALL)
 
+premise: setup  ## all baselines that do not iterate (an hour); committed in results/PROFILE/premise, shown in the report
+	@$(VSR1) premise $(ALL)
+	@$(VSR1) report $(ALL)
+
 doctor: setup  ## what this machine can reproduce, and what is missing
 	@$(VSR1) doctor $(ONE)
 
@@ -76,4 +80,4 @@ ifeq ($(PY),.venv/bin/python)
 	@./setup.sh "$(PYTHON)"
 endif
 
-.PHONY: demo paper test lab seeds ablations doctor check readme bench foundation clean help setup
+.PHONY: demo paper test lab seeds ablations premise doctor check readme bench foundation clean help setup

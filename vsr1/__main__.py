@@ -184,6 +184,12 @@ def ablations(profile: Profile = "mini", seed: Seed = None, datasets: Datasets =
 
 
 @app.command()
+def premise(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None, jobs: Jobs = None):
+    """Run all baselines that do not iterate, for tables P1 and P2."""
+    return _per_dataset("premise", pipeline.premise, profile, seed, datasets, jobs)
+
+
+@app.command()
 def report(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None):
     """Write numbers, tables, figures and report.html, and print where."""
     from vsr1.report import html_report, results

@@ -125,6 +125,7 @@ def agent_run(run):
             }
         for system in ("free-plain", "held-plain", "held-zero-n8-r100", "held-scaled-n8-r100-hard"):
             numbers[f"L1/{dataset}/{system}/vr@1"] = results.Estimate(41.0 + shift, **spread)
+        numbers[f"P2/{dataset}/sqr/vr@1"] = results.Estimate(63.0, **spread)
         series |= {f"V5/{dataset}/{system}/roc": [[0, 0], [10, 60], [100, 100]] for system in plots.STAGES}
         names = ("V4/{}/vsr1/stated", "V4/{}/sft/shown_shirt", "V4/{}/vsr1/false_yes_object")
         names += ("V5/{}/vsr1/accept_wrong", "V5/{}/vsr1/accept_right", "V5/{}/sft/accept_right")

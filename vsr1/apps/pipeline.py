@@ -206,6 +206,14 @@ def ablations(profile, dataset: str) -> None:
         print(f"ablations {name} {dataset}: done", flush=True)
 
 
+def premise(profile, dataset: str) -> None:
+    """Run the baselines that `make paper` leaves out; each writes its results when it ends."""
+    from vsr1.experiments import premise as studies
+
+    for name in studies.run(profile, dataset):
+        print(f"premise {name} {dataset}: done", flush=True)
+
+
 # --- Processes
 
 

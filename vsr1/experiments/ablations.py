@@ -161,14 +161,14 @@ def run(profile: Profile, dataset: str) -> Iterator[str]:
         yield name
 
 
-def record(profile: Profile, dataset: str, numbers: dict[str, Estimate]) -> None:
-    """Add numbers to results/<profile>/ablations/<dataset>.json; what was measured with other knobs goes."""
+def record(profile: Profile, dataset: str, numbers: dict[str, Estimate], part: str = "ablations") -> None:
+    """Add numbers to results/<profile>/<part>/<dataset>.json; what was measured with other knobs goes."""
     note = f"committed; run at {provenance.commit()[:7]}"
     new = {name: results.plain(asdict(replace(number, note=note))) for name, number in numbers.items()}
-    with cache.updated_json(profile.results() / "ablations" / f"{dataset}.json") as part:
-        old = part.get("numbers", {}) if part.get("profile") == profile.digest() else {}
-        part.clear()
-        part |= {"profile": profile.digest(), "numbers": old | new, "series": {}}
+    with cache.updated_json(profile.results() / part / f"{dataset}.json") as content:
+        old = content.get("numbers", {}) if content.get("profile") == profile.digest() else {}
+        content.clear()
+        content |= {"profile": profile.digest(), "numbers": old | new, "series": {}}
 
 
 def variant_numbers(profile: Profile, name: str) -> dict[str, Estimate]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from vsr1.mini import captions
 from vsr1.mini.captions import phrase
-from vsr1.mini.world import ATTRIBUTES, Moment
+from vsr1.mini.world import ATTRIBUTES, COLOURS, Moment
 from vsr1.models.prompt_text import seconds_text
 
 WEIGHT = {"action": 2, "object": 2}  # of an attribute when a video's closest moment is sought; else 1
@@ -73,6 +73,19 @@ def checklist(query_moment: Moment, shown: Moment) -> str:
         same = "yes" if getattr(query_moment, name) == getattr(shown, name) else "no"
         lines.append(f"{label} {word(name, query_moment)} - {word(name, shown)} {same}.")
     return " ".join(lines)
+
+
+def corrupt_asked(reply: str, rng) -> str:
+    """Return a reply whose checklist asks for other colours, each drawn anew; what it says of the video stays.
+
+    >>> corrupt_asked("colour green - black no. shirt red - red yes.", np.random.default_rng(0)).count("green")
+    0
+    """
+
+    def other(match):
+        return f"{match[1]} {rng.choice([colour for colour in COLOURS if colour != match[2]])} -"
+
+    return re.sub(r"\b(colour|shirt|trousers) (\w+) -", other, reply)
 
 
 def word(name: str, moment: Moment) -> str:

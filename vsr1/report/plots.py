@@ -354,6 +354,24 @@ def refinements(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Fig
     return _legend(figure, panels[0], 2)
 
 
+SEEN = {"sqr": ("rejected video", BLUE, ""), "sqr-other-video": ("random wrong video", SKY, "")}
+SEEN |= {"sqr-right-video": ("right video", SKY, "///"), "sqr-no-video": ("no video", GREY, "")}
+SEEN |= {"sqr-no-reply": ("no reply", GREY, "///"), "sqr-query-alone": ("neither", GREY, "..")}
+SEEN |= {"sqr-other-reply": ("another query's reply", ORANGE, "")}
+SEEN |= {"sqr-asked-corrupted": ("other colours asked for", ORANGE, "///")}
+
+
+@style()
+def interventions(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
+    """Draw bars of R@1 after one refinement, by what the policy has before it."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots()
+    _bars(axes, numbers, datasets, "P2", {(system, "vr@1"): props for system, props in SEEN.items()})
+    axes.set_ylabel(RANK_1)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4)
+    return figure
+
+
 @style()
 def engines(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw R@1 after one refinement of failed queries: a row per method, a mark per engine."""
@@ -571,5 +589,6 @@ FIGURES = {  # figure: (number or series without which a data set is left out, h
     "E2": ("E2/{}/vsr1/reward", functools.partial(training_curves, "E2", STAGE_2)),
     "S1": ("S1/{}/sqr-untrained/vr@1", refinements),
     "L1": ("L1/{}/free-plain/vr@1", soft_token_bound),
+    "P2": ("P2/{}/sqr/vr@1", interventions),
     "S2": ("S2/{}/trained/rank", prefix_sweep),
 }

@@ -157,7 +157,7 @@ def _merge(profile):
     for path in _parts(profile):
         part = _read(path)
         if part["profile"] != profile.digest():
-            remedy = "run its notebook, `make seeds` or `make ablations` again"
+            remedy = "run its notebook, `make seeds`, `make ablations` or `make premise` again"
             print(f"left out: {path} was measured with other knobs; {remedy}")
             continue
         twice = measured.keys() & part["numbers"].keys()
@@ -214,11 +214,12 @@ def _measured(numbers):
 
 
 def _parts(profile):
-    """Yield the files of numbers: those of notebooks, then the committed ones of seeds and ablations."""
+    """Yield the files of numbers: those of notebooks, then the committed ones of seeds, ablations and premise."""
     for dataset in profile.datasets:
         yield from sorted((profile.runs(dataset) / "numbers").glob("*.json"))
     yield from profile.results().glob("seeds/numbers.json")
-    yield from sorted(profile.results().glob("ablations/*.json"))
+    for study in ("ablations", "premise"):
+        yield from sorted(profile.results().glob(f"{study}/*.json"))
 
 
 def means(profile: Profile, measured: dict, names) -> dict:

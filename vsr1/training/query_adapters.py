@@ -38,14 +38,8 @@ RECIPES = {
     "adapter-static": ((3e-3, 1), (3e-2, 1)),
     "engine-tuned": ((0.25, 1), (1.0, 1)),
 }
-FEEDBACK = (
-    0.1,
-    0.2,
-    0.3,
-    0.5,
-    0.7,
-    1.0,
-)  # ours: parts of the rejected video's vector that `rocchio` chooses from
+# Ours: parts of the rejected video's vector that `rocchio` chooses from.
+FEEDBACK = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 KNOBS = sft.KNOBS + sft.RETRIEVAL_KNOBS + ("max_query_tokens", "instruction")
 
 
@@ -65,12 +59,11 @@ def adapt(profile, dataset: str, name: str) -> Path:
         "knobs": {knob: getattr(profile, knob) for knob in KNOBS},
         "code": cache.source_digest(__name__),
         "data": sft_data.digest(profile, dataset),  # of replies, which choose the rows, and of families
-        "weights": None,
     }
-    if name in SOFT:
-        inputs["weights"] = loading.version(str(_policy(profile, dataset, name)))
-    work = functools.partial(_adapt, profile, dataset, name, folders)
-    return cache.build(profile.runs(dataset) / "first" / name, inputs, work)
+    weights = str(_policy(profile, dataset, name)) if name in SOFT else None
+    inputs["weights"] = weights and loading.version(weights)
+    work = functools.partial(_adapt, profile, dataset, name, weights, folders)
+    return cache.build(profile.runs(dataset) / "first" / name, inputs, work, distributed=True)
 
 
 def _policy(profile, dataset, name):
@@ -97,15 +90,19 @@ def split_queries(profile, dataset: str) -> dict:
     return {"test": annotations.read_fig(corpus / "test.jsonl"), "held": held}
 
 
-def _adapt(profile, dataset, name, folders, folder):
-    torch.manual_seed(profile.seed)
+def _adapt(profile, dataset, name, weights, folders, folder):
     queries, (train, test) = split_queries(profile, dataset), map(search_index.load_vectors, folders)
+    rows = [] if name in SOFT else sft.draw_queries(profile, sft_data.load(profile, dataset, train))
+    if (
+        not cache.dist_state().is_main_process
+    ):  # a teacher may have written replies with the others; one process learns
+        return
+    torch.manual_seed(profile.seed)
     engine, notes = engines.load(profile), {"typed": _typed_r1(train, queries["held"])}
     if name in SOFT:
-        _, agent = runner.load_pair(profile, runner.SYSTEMS["sqr"], str(_policy(profile, dataset, name)))
+        _, agent = runner.load_pair(profile, runner.SYSTEMS["sqr"], weights)
         embed = functools.partial(soft_vecs, engine, agent, size=profile.eval_batch)
     else:
-        rows = sft.draw_queries(profile, sft_data.load(profile, dataset, train))
         adapter, notes["recipes"] = _fit_best(profile, name, engine, train, rows, queries["held"])
         embed = functools.partial(adapted_vecs, adapter, train, size=profile.eval_batch)
     vecs = {"held": embed(queries["held"])}

@@ -1,0 +1,349 @@
+"""Test the premise: is it the look at the wrong video and the loop, or would a trained query adapter do the same?
+
+P1 compares systems that do not iterate with the loop, at equal numbers of videos looked at. P2 changes what the policy
+has before it at the moment of refinement. What was predicted before the run stands in `PREDICTIONS`.
+
+results/<profile>/premise/<dataset>.json     what `make premise` measured beyond `make paper`, committed
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+
+from vsr1 import cache
+from vsr1.config import Profile
+from vsr1.data import annotations, clip_cache
+from vsr1.evaluation import evaluate, metrics
+from vsr1.evaluation.statistics import Estimate
+from vsr1.experiments import ablations, common, retrieval, retry
+from vsr1.loop import records, runner, sqr
+from vsr1.loop.moments import span_iou
+from vsr1.loop.records import Episode, Turn
+from vsr1.mini import teacher
+from vsr1.models import embedding, loading, search_index
+from vsr1.training import grpo, query_adapters
+
+# What `make paper` measures; `make premise` measures the rest.
+FIRST = ("adapter-vec", "adapter-soft", "vsr1")
+SYSTEMS = ("vsr1-walkdown", "adapter-soft-vsr1", "vsr1-first")
+LOOP = ("walkdown-ft", "sft", "vsr1")  # what notebooks before have run
+MORE_FIRST = tuple(name for name in query_adapters.FIRST if name not in FIRST)
+MORE_SYSTEMS = tuple(
+    name
+    for name, recipe in evaluate.RECIPES.items()
+    if name not in SYSTEMS and (recipe.first or recipe.like in ("walkdown", "rocchio")) and name not in LOOP
+)
+RERANKED = ("rerank-10-ft", "rerank-10-vsr1")
+
+
+# --- P1: first searches, and the same number of videos looked at
+
+
+def first_numbers(profile: Profile, dataset: str, names: tuple[str, ...]) -> dict[str, Estimate]:
+    """Measure the first search of all test queries as typed and by adapters (P1).
+
+    first@1, first@10  R@1 and R@10
+    repaired, kept     R@1 of the queries whose first search as typed fails, and of those where it is right
+    """
+    queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
+    numbers, typed = {}, None
+    for name in ("typed", *names):
+        chosen = None if name == "typed" else name
+        first = retrieval.first_search(queries, query_adapters.read_first(profile, dataset, chosen, "test"))
+        typed = first.hits() if typed is None else typed
+        groups = {"first@1": (np.ones_like(typed), 1), "first@10": (np.ones_like(typed), 10)}
+        if chosen:
+            groups |= {"repaired": (~typed, 1), "kept": (typed, 1)}
+        for metric, (rows, k) in groups.items():
+            part = [
+                _as_episode(profile, dataset, query) for query, row in zip(queries, rows, strict=True) if row
+            ]
+            numbers[f"P1/{dataset}/{row_name(name)}/{metric}"] = common.estimate(
+                profile, part, first.hits(k)[rows]
+            )
+    return numbers
+
+
+def row_name(first: str) -> str:
+    """Return the row of a first search: the soft tokens of a policy are not its whole loop, whose name they have."""
+    return f"{first}-tokens" if first in evaluate.RECIPES else first
+
+
+def _as_episode(profile, dataset, query):
+    """An episode that nothing was run for: estimates cluster by its video."""
+    run = records.Run(dataset, "test", "first", 1, 1, profile.seed)
+    return Episode(run, query.id, query.text, query.video, (0, 0), None, (), "budget")
+
+
+def look_numbers(profile: Profile, dataset: str, names: tuple[str, ...]) -> dict[str, Estimate]:
+    """Measure VCMR at IoU 0.5 by the number of videos that a system may look at, and R@1 at the end (P1).
+
+    forced  VCMR where the last look answers, whatever its verdict. VCMR does not charge for a wrong answer, so no
+            threshold that validation could choose gives more.
+    """
+    numbers = {}
+    for name in names:
+        episodes, place = common.run_episodes(profile, dataset, name), f"P1/{dataset}/{name}"
+        for looks in range(1, episodes[0].run.max_turns + 1):
+            hits = metrics.vcmr_hits(metrics.within(episodes, looks), 0.5)
+            numbers[f"{place}/vcmr@0.5_t{looks}"] = common.estimate(profile, episodes, hits)
+        forced = [
+            answers_right(episode.turns[-1] if episode.turns else None, episode) for episode in episodes
+        ]
+        numbers[f"{place}/forced"] = common.estimate(profile, episodes, forced)
+        numbers[f"{place}/vr@1"] = common.estimate(profile, episodes, metrics.vr_hits(episodes, 1))
+    return numbers
+
+
+def rerank_numbers(profile: Profile, dataset: str) -> dict[str, Estimate]:
+    """Measure VCMR where the clearest verdict among the first k videos answers: k = T and 10 (P1).
+
+    Whatever the verdict is, the span is the one that the reply names for `matched`.
+    """
+    numbers = {}
+    for name in RERANKED:
+        episodes = common.run_episodes(profile, dataset, name)
+        for k in (profile.max_turns, 10):
+            hits = [answers_right(best_look(episode.turns[:k]), episode) for episode in episodes]
+            number = common.estimate(profile, episodes, hits)
+            numbers[f"P1/{dataset}/{name.replace('-10-', f'-{k}-')}/vcmr@0.5_t{profile.max_turns}"] = number
+    return numbers
+
+
+def best_look(turns: tuple[Turn, ...]) -> Turn | None:
+    """Return the turn with the largest margin of `matched` over `not_matched`; of equals the first."""
+    judged = [turn for turn in turns if turn.verdict_margin is not None]
+    return max(judged, key=lambda turn: turn.verdict_margin, default=None)
+
+
+def answers_right(turn: Turn | None, episode: Episode, threshold: float = 0.5) -> bool:
+    """Return whether a turn that answers names the right moment: by its own span, else by the forced one."""
+    if turn is None or not turn.shown_is_gt:
+        return False
+    span = turn.span_ms or turn.forced_span_ms
+    return span is not None and bool(metrics.reaches(span_iou(span, episode.gt_span_ms), threshold))
+
+
+# --- P2: interventions at the moment of refinement
+
+INTERVENTIONS = {
+    "sqr": "the video that was rejected",
+    "sqr-other-video": "a random wrong video",
+    "sqr-right-video": "the right video",
+    "sqr-no-video": "no video",
+    "sqr-no-reply": "no reply",
+    "sqr-query-alone": "no video and no reply",
+    "sqr-other-reply": "the reply to another query",
+    "sqr-asked-corrupted": "its reply with other colours asked for",  # needs rendered truth
+}
+
+
+def intervene(profile: Profile, dataset: str) -> dict:
+    """Refine failed queries of the sample once for each of INTERVENTIONS, unless that is current.
+
+    Return {"ids", "videos": of the queries, "ranks": {intervention: of the right video}}. Queries whose first video
+    cannot be read are left out.
+    """
+    weights, folder = str(grpo.train(profile, dataset)), embedding.embed_corpus(profile, dataset, "test")
+    inputs = {
+        "vectors": cache.metadata(folder).get("key"),
+        "policy": loading.version(weights),
+        "knobs": [getattr(profile, knob) for knob in (*evaluate.KNOBS, "seed")]
+        + [profile.studies.sample_queries],
+        "rendered": profile.world is not None,
+        "code": cache.source_digest(__name__),
+    }
+    work = functools.partial(_intervene, profile, dataset, weights, folder)
+    target = cache.build(profile.runs(dataset) / "interventions", inputs, work)
+    return json.loads((target / "ranks.json").read_text(encoding="utf-8"))
+
+
+@torch.no_grad()
+def _intervene(profile, dataset, weights, vectors_folder, folder):
+    vectors = search_index.load_vectors(vectors_folder)
+    system = replace(runner.SYSTEMS["sqr"], accepts=False)
+    engine, policy = runner.load_pair(profile, system, weights)
+    queries = retry.failed_sample(profile, dataset, vectors)
+    with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
+        functions = runner.EpisodeRunner(profile, system, engine, policy, vectors, clips)
+        first = functions.search([(query, runner.ORIGINAL) for query in queries])
+        shown = [ranking.top[0] for ranking in first]
+        replies = []
+        for at in range(0, len(queries), profile.eval_batch):
+            pairs = list(zip(queries, shown, strict=True))[at : at + profile.eval_batch]
+            replies += [verification.reply for verification in functions.ask(pairs)]
+        read = [row for row, reply in enumerate(replies) if reply is not None]
+        queries, shown = ([items[row] for row in read] for items in (queries, shown))
+        ids = [[token for token in replies[row].ids if token != policy.refine_token_id] for row in read]
+        ranks = {}
+        for name in INTERVENTIONS:
+            if name != "sqr-asked-corrupted" or profile.world is not None:
+                seen = _changed(name, profile, policy, queries, shown, ids, vectors)
+                ranks[name] = _refined_ranks(profile, functions, queries, *seen)
+    result = {"ids": [query.id for query in queries], "videos": [query.video for query in queries]}
+    cache.write_json(folder / "ranks.json", result | {"ranks": ranks})
+
+
+def _changed(name, profile, policy, queries, shown, ids, vectors):
+    """([id of the video or None], [ids of the reply]) that stand before <REFINE> in an intervention."""
+    videos, replies = list(shown), list(ids)
+    rngs = [np.random.default_rng([profile.seed, 26, query.id]) for query in queries]
+    if name == "sqr-other-video":
+        known = [
+            [video for video in vectors.video_ids if video not in (query.video, seen)]
+            for query, seen in zip(queries, shown, strict=True)
+        ]
+        videos = [str(rng.choice(others)) for rng, others in zip(rngs, known, strict=True)]
+    elif name == "sqr-right-video":
+        videos = [query.video for query in queries]
+    elif name in ("sqr-no-video", "sqr-query-alone"):
+        videos = [None] * len(queries)
+    if name in ("sqr-no-reply", "sqr-query-alone"):
+        replies = [[] for _ in queries]
+    elif name == "sqr-other-reply":
+        replies = ids[1:] + ids[:1]
+    elif name == "sqr-asked-corrupted":
+        texts = [
+            policy.tokenizer.decode([token for token in row if token != policy.stop_token_id]) for row in ids
+        ]
+        texts = [teacher.corrupt_asked(text, rng) for text, rng in zip(texts, rngs, strict=True)]
+        replies = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return videos, replies
+
+
+def _refined_ranks(profile, functions, queries, videos, replies):
+    """Ranks of the right videos after the soft tokens behind these videos and replies."""
+    policy, ranks = functions.policy, []
+    for at in range(0, len(queries), profile.eval_batch):
+        rows = range(at, min(at + profile.eval_batch, len(queries)))
+        wanted = sorted({videos[row] for row in rows} - {None})
+        clips = dict(zip(wanted, functions.clips.get(wanted), strict=True)) | {None: None}
+        texts = [queries[row].text for row in rows]
+        prompts = [
+            policy.prompt(functions.prompt, text, clips[videos[row]])
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        contexts = [context for _, context in policy.append_refine(prompts, [replies[row] for row in rows])]
+        latents = sqr.soft_tokens(policy, contexts, policy.settings.n_soft)
+        vecs = sqr.soft_query(functions.engine, policy.heads, texts, latents).cpu().numpy()
+        right = [queries[row].video for row in rows]
+        ranks += [ranking.rank for ranking in runner.rank_gallery(functions.vectors, vecs, right, 1)]
+    return ranks
+
+
+def intervention_numbers(profile: Profile, dataset: str, found: dict) -> dict[str, Estimate]:
+    """Measure R@1 after one refinement of failed queries by intervention (P2); one that was not run is missing."""
+    queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
+    by_id = {query.id: query for query in queries}
+    episodes, numbers = [_as_episode(profile, dataset, by_id[key]) for key in found["ids"]], {}
+    for name in INTERVENTIONS:
+        number = Estimate(None, 0, note="needs rendered truth")
+        if name in found["ranks"]:
+            number = common.estimate(profile, episodes, [rank == 1 for rank in found["ranks"][name]])
+        numbers[f"P2/{dataset}/{name}/vr@1"] = number
+    return numbers
+
+
+# --- What was predicted, and what came out
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`a` less `b` lies from `low` to `high`, in points; written on 2026-11-29, before the run."""
+
+    words: str
+    a: tuple[str, str, str]  # table, system, metric
+    b: tuple[str, str, str] | None
+    low: float
+    high: float
+
+
+PREDICTIONS = {
+    "X1 tokens": Prediction(
+        "soft tokens without a loop find at least what the loop finds in the end, within 3 points",
+        ("P1", "adapter-soft", "first@1"),
+        ("P1", "vsr1", "vr@1"),
+        -3,
+        100,
+    ),
+    "X1 one look": Prediction(
+        "they are ahead of the loop in VCMR at one look",
+        ("P1", "adapter-soft-vsr1", "vcmr@0.5_t1"),
+        ("P1", "vsr1", "vcmr@0.5_t1"),
+        0,
+        100,
+    ),
+    "X1 map": Prediction(
+        "a linear map finds 40 to 65 % at the first search", ("P1", "adapter-vec", "first@1"), None, 40, 65
+    ),
+    "X2 policy": Prediction(
+        "the policy of both stages, walking down, is ahead of FT walking down",
+        ("P1", "vsr1-walkdown", "vcmr@0.5_t3"),
+        ("P1", "walkdown-ft", "vcmr@0.5_t3"),
+        0,
+        100,
+    ),
+    **{
+        f"X3 {name}": Prediction(
+            f"with {INTERVENTIONS[name]} R@1 stays within 3 points",
+            ("P2", name, "vr@1"),
+            ("P2", "sqr", "vr@1"),
+            -3,
+            3,
+        )
+        for name in ("sqr-other-video", "sqr-right-video", "sqr-no-reply", "sqr-query-alone")
+    },
+    **{
+        f"X3 {name}": Prediction(
+            f"with {INTERVENTIONS[name]} R@1 falls below 5 %", ("P2", name, "vr@1"), None, 0, 5
+        )
+        for name in ("sqr-other-reply", "sqr-asked-corrupted")
+    },
+    "beyond": Prediction(
+        "soft tokens before the first search, then the loop, beat the paper's loop at equal looks",
+        ("P1", "vsr1-first", "vcmr@0.5_t3"),
+        ("P1", "vsr1", "vcmr@0.5_t3"),
+        0,
+        100,
+    ),
+}
+
+
+def outcomes(dataset: str, numbers: dict[str, Estimate]) -> pd.DataFrame:
+    """Arrange what was predicted and what {name: Estimate} say; a number that is not there is MISSING."""
+    rows = {}
+    for key, prediction in PREDICTIONS.items():
+        places = filter(None, (prediction.a, prediction.b))
+        found = [numbers.get(f"{table}/{dataset}/{system}/{metric}") for table, system, metric in places]
+        rows[key] = {"predicted": prediction.words} | _outcome(prediction, found)
+    return pd.DataFrame(rows).T
+
+
+def _outcome(prediction, found):
+    if any(number is None or number.value is None for number in found):
+        return {"measured": "MISSING", "came out": "—"}
+    value = found[0].value - (found[1].value if prediction.b else 0)
+    came = "yes" if prediction.low <= value <= prediction.high else "no"
+    return {"measured": f"{value:+.1f} points" if prediction.b else f"{value:.1f} %", "came out": came}
+
+
+# --- `make premise`
+
+
+def run(profile: Profile, dataset: str) -> Iterator[str]:
+    """Run all that `make paper` leaves out, one after the other; yield the name of each when it is recorded."""
+    for name in MORE_FIRST:
+        numbers = first_numbers(profile, dataset, (name,))
+        kept = {key: number for key, number in numbers.items() if f"/{row_name(name)}/" in key}
+        ablations.record(profile, dataset, kept, "premise")
+        yield name
+    for name in MORE_SYSTEMS:
+        ablations.record(profile, dataset, look_numbers(profile, dataset, (name,)), "premise")
+        yield name
+    ablations.record(profile, dataset, rerank_numbers(profile, dataset), "premise")
+    yield "rerank"
