@@ -9,7 +9,7 @@ results/<profile>/premise/<dataset>.json     what `make premise` measured beyond
 import functools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ from vsr1.training import grpo, query_adapters
 
 # What `make paper` measures; `make premise` measures the rest.
 FIRST = ("adapter-vec", "adapter-soft", "vsr1")
-SYSTEMS = ("vsr1-walkdown", "adapter-soft-vsr1", "vsr1-first")
+SYSTEMS = ("adapter-soft-vsr1", "vsr1-first")
 LOOP = ("walkdown-ft", "sft", "vsr1")  # what notebooks before have run
 MORE_FIRST = tuple(name for name in query_adapters.FIRST if name not in FIRST)
 MORE_SYSTEMS = tuple(
@@ -146,40 +146,37 @@ INTERVENTIONS = {
 def intervene(profile: Profile, dataset: str) -> dict:
     """Refine failed queries of the sample once for each of INTERVENTIONS, unless that is current.
 
-    Return {"ids", "videos": of the queries, "ranks": {intervention: of the right video}}. Queries whose first video
-    cannot be read are left out.
+    Return {"ids", "videos": of the queries, "ranks": {intervention: of the right video}}. Rejected videos and replies
+    are those of the retry study (A2). Queries whose first video cannot be read are left out.
     """
     weights, folder = str(grpo.train(profile, dataset)), embedding.embed_corpus(profile, dataset, "test")
+    episodes = retry.run_retries(profile, dataset, "sqr", weights)
     inputs = {
         "vectors": cache.metadata(folder).get("key"),
         "policy": loading.version(weights),
         "knobs": [getattr(profile, knob) for knob in (*evaluate.KNOBS, "seed")]
         + [profile.studies.sample_queries],
+        "replies": [[one.desc_id, list(one.turns[0].reply.ids)] for one in episodes if one.problem is None],
         "rendered": profile.world is not None,
         "code": cache.source_digest(__name__),
     }
-    work = functools.partial(_intervene, profile, dataset, weights, folder)
+    work = functools.partial(_intervene, profile, dataset, weights, folder, episodes)
     target = cache.build(profile.runs(dataset) / "interventions", inputs, work)
     return json.loads((target / "ranks.json").read_text(encoding="utf-8"))
 
 
 @torch.no_grad()
-def _intervene(profile, dataset, weights, vectors_folder, folder):
+def _intervene(profile, dataset, weights, vectors_folder, episodes, folder):
     vectors = search_index.load_vectors(vectors_folder)
-    system = replace(runner.SYSTEMS["sqr"], accepts=False)
-    engine, policy = runner.load_pair(profile, system, weights)
-    queries = retry.failed_sample(profile, dataset, vectors)
+    engine, policy = runner.load_pair(profile, runner.SYSTEMS["sqr"], weights)
+    rejected = {episode.desc_id: episode.turns[0] for episode in episodes if episode.problem is None}
+    corpus = profile.data_dir(dataset) / "corpus" / "test.jsonl"
+    queries = [query for query in annotations.read_fig(corpus) if query.id in rejected]
+    turns = [rejected[query.id] for query in queries]
+    shown = [turn.shown_id for turn in turns]
+    ids = [[token for token in turn.reply.ids if token != policy.refine_token_id] for turn in turns]
     with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
-        functions = runner.EpisodeRunner(profile, system, engine, policy, vectors, clips)
-        first = functions.search([(query, runner.ORIGINAL) for query in queries])
-        shown = [ranking.top[0] for ranking in first]
-        replies = []
-        for at in range(0, len(queries), profile.eval_batch):
-            pairs = list(zip(queries, shown, strict=True))[at : at + profile.eval_batch]
-            replies += [verification.reply for verification in functions.ask(pairs)]
-        read = [row for row, reply in enumerate(replies) if reply is not None]
-        queries, shown = ([items[row] for row in read] for items in (queries, shown))
-        ids = [[token for token in replies[row].ids if token != policy.refine_token_id] for row in read]
+        functions = runner.EpisodeRunner(profile, runner.SYSTEMS["sqr"], engine, policy, vectors, clips)
         ranks = {}
         for name in INTERVENTIONS:
             if name != "sqr-asked-corrupted" or profile.world is not None:
@@ -333,6 +330,15 @@ def _outcome(prediction, found):
 
 
 # --- `make premise`
+
+
+def committed(profile: Profile, dataset: str) -> dict[str, Estimate]:
+    """Return the numbers that `make premise` left for these knobs; none before it was run."""
+    path = profile.results() / "premise" / f"{dataset}.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if content.get("profile") != profile.digest():
+        return {}
+    return {name: Estimate(**number) for name, number in content["numbers"].items()}
 
 
 def run(profile: Profile, dataset: str) -> Iterator[str]:

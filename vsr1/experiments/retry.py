@@ -63,19 +63,14 @@ def run_retries(
     return records.read_episodes(target / "episodes.jsonl")
 
 
-def failed_sample(profile: Profile, dataset: str, vectors: search_index.Vectors) -> list[annotations.Query]:
-    """Return at most `studies.sample_queries` test queries whose first search failed, evenly spread over the file."""
-    queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
-    ranks = retrieval.first_search(queries, vectors).ranks
-    failed = [query for query, rank in zip(queries, ranks, strict=True) if 1 < rank < metrics.UNRANKED]
-    return annotations.evenly_spaced(failed, profile.studies.sample_queries)
-
-
 def _refine_once(profile, dataset, run, weights, vectors):
     """Run the loop for one turn, `eval_batch` queries at a time, in halves where memory does not suffice."""
     kind = replace(runner.SYSTEMS[run.method], accepts=False)
     pair = runner.load_pair(profile, kind, weights)
-    queries = failed_sample(profile, dataset, vectors)
+    queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
+    ranks = retrieval.first_search(queries, vectors).ranks
+    failed = [query for query, rank in zip(queries, ranks, strict=True) if 1 < rank < metrics.UNRANKED]
+    queries = annotations.evenly_spaced(failed, profile.studies.sample_queries)
     splitter, episodes = batching.OOMSplitter("eval_batch"), []
     with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
         functions = RetryRunner(profile, kind, *pair, vectors, clips)
