@@ -338,8 +338,7 @@ def foundation(
     into: Annotated[Path | None, Option(help="Where the models go; else vsr1/mini/weights/.")] = None,
 ):
     """Pretrain the mini models that ship with the package, and measure the engines: 2 hours on 2 cores, resumed."""
-    from vsr1.mini import attribute_probe
-    from vsr1.mini import pretraining
+    from vsr1.mini import attribute_probe, pretraining
 
     phases = pretraining.read_recipes(recipes or pretraining.RECIPES)
     into = into or pretraining.WEIGHTS
