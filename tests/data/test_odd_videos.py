@@ -369,6 +369,11 @@ def test_a_hole_of_one_packet_is_named_where_it_is_seen_and_does_not_spoil_the_r
         content[position : position + size] = bytes([255]) * size
         (tmp_path / "hole.mp4").write_bytes(content)
         assert reader.read(tmp_path / "hole.mp4", [0, 25.7]).problem == "damaged data around second 25.7"
+        content[position : packets[-1][0] + packets[-1][1]] = bytes(
+            packets[-1][0] + packets[-1][1] - position
+        )
+        (tmp_path / "tail.mp4").write_bytes(content)
+        assert reader.read(tmp_path / "tail.mp4").problem.startswith("damaged data from second 25."), codec
         fine = reader.read(tmp_path / "hole.mp4", [0, 10, 30, 45])
         assert numbers_in(fine.frames).tolist() == [0, 80, 240, 360]
 

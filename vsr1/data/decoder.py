@@ -255,7 +255,8 @@ def _list_frames(path, announced):
     with _open(path) as (box, stream):
         tick, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 25)
         leap = CLOCK_JUMP / tick if box.format.flags & TS_DISCONT else np.inf
-        rows = [(frame.pts, frame.duration, torn) for frame, torn in _frames(Packets(box, stream))]
+        packets = Packets(box, stream)
+        rows = [(frame.pts, frame.duration, torn) for frame, torn in _frames(packets)]
     if not rows:
         raise Unreadable("not one picture could be decoded: damaged data")
     pts, durations, torn = np.array(rows, dtype=float).T
@@ -268,6 +269,8 @@ def _list_frames(path, announced):
         clock, durations = announced.clock if same else "counted, by the average frame rate", durations * 0
     else:
         starts, clock = _join(pts * tick, np.append(0, np.cumsum(breaks)), 1 / rate)
+    if packets.failures and starts[-1] < MIN_COMPLETENESS * announced.starts[-1]:
+        raise Unreadable(f"damaged data from second {starts[-1]:.1f} on")
     durations, numbers = np.nan_to_num(durations) * tick, np.arange(len(pts))
     return Track(starts, durations, numbers, (), clock, numbers[torn == 1], numbers[:-1][torn[1:] > 0])
 
@@ -331,6 +334,7 @@ class Packets:
 
     def __init__(self, box, stream):
         self.box, self.stream, self.number, self.ahead = box, stream, 0, box.demux(stream)
+        self.failures = 0  # packets that did not decode since the last one that gave a frame
 
     def __iter__(self):
         return self
@@ -365,7 +369,9 @@ def _frames(packets):
         except av.error.FFmpegError:
             # A recording may begin in the middle: nothing can be seen before its first keyframe.
             torn = int(seen)
+            packets.failures += torn
             continue
+        packets.failures *= not (frames and packet.size)  # an empty packet gives what was decoded before
         for frame in frames:
             torn = 1 if frame.is_corrupt else 2 * torn if frame.key_frame else torn
             yield frame, torn
