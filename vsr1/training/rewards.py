@@ -122,9 +122,11 @@ def variance_shares(components: list[dict | None]) -> dict[str, float]:
     A share is the covariance with the sum over the variance of the sum: below 0 where a component works against it.
     """
     rows = [row for row in components if row is not None]
-    values = np.array([list(row.values()) for row in rows]).reshape(len(rows), -1)  # (S, components)
+    if len(rows) < 2:
+        return {}
+    values = np.array([list(row.values()) for row in rows])  # (S, components)
     total = values.sum(axis=1)
-    if len(rows) < 2 or total.var() < 1e-12:
+    if total.var() < 1e-12:
         return {}
     shares = ((values - values.mean(axis=0)) * (total - total.mean())[:, None]).mean(axis=0) / total.var()
     return dict(zip(rows[0], shares.tolist(), strict=True))
