@@ -88,7 +88,8 @@ def look_numbers(profile: Profile, dataset: str, names: tuple[str, ...]) -> dict
     """
     numbers = {}
     for name in names:
-        episodes, place = common.run_episodes(profile, dataset, name), f"P1/{dataset}/{name}"
+        episodes = common.run_episodes(profile, dataset, name, whole=True)
+        place = f"P1/{dataset}/{name}"
         for looks in range(1, episodes[0].run.max_turns + 1):
             hits = metrics.vcmr_hits(metrics.within(episodes, looks), 0.5)
             numbers[f"{place}/vcmr@0.5_t{looks}"] = common.estimate(profile, episodes, hits)
@@ -107,7 +108,7 @@ def rerank_numbers(profile: Profile, dataset: str) -> dict[str, Estimate]:
     """
     numbers = {}
     for name in RERANKED:
-        episodes = common.run_episodes(profile, dataset, name)
+        episodes = common.run_episodes(profile, dataset, name, whole=True)
         for k in (profile.max_turns, 10):
             hits = [answers_right(best_look(episode.turns[:k]), episode) for episode in episodes]
             number = common.estimate(profile, episodes, hits)
