@@ -84,7 +84,7 @@ def lines(result: dict) -> Iterator[str]:
         yield from (f"    {line}" for line in turn_texts(look))
     yield end(result)
     for number, hit in enumerate(result["hits"], 1):
-        yield f"{number:>3}  {hit['score']:.3f}  {hit['verdict']:<13}  {plain(hit['video'])}, {when(hit)}"
+        yield f"{number:>3}  {hit['score']:6.3f}  {hit['verdict']:<13}  {plain(hit['video'])}, {when(hit)}"
     yield from (f"cut: {short_path(path)}" for path in result["exported"])
     yield f"page: {short_path(result['page'])}"
 
