@@ -420,7 +420,7 @@ def test_queries_that_do_not_fit_together_walk_in_halves_to_the_same_episodes(ag
 
 
 def test_an_unknown_system_is_one_line(world):
-    with pytest.raises(InputError, match="hqr-unseen: no such system; there are zs, walkdown, sqr"):
+    with pytest.raises(InputError, match="hqr-unseen: no such system; there are zs, walkdown, rerank"):
         evaluate.run_system(world, "charades", "hqr-unseen")
 
 
