@@ -263,7 +263,7 @@ def _run(profile, dataset, embedded, folder):
     sides = annotations.split_validation(train_queries, profile.val_fraction, families)  # (learn, validation)
     videos = _train_videos(profile, sides, train_vectors)
     embed_windows(profile, dataset, encoder, "train", videos, folder)
-    embed_windows(profile, dataset, encoder, "test", test_vectors.video_ids, folder)
+    embed_windows(profile, dataset, encoder, "test", _test_videos(test_queries, test_vectors), folder)
     device = encoder.model.device
     train_windows, test_windows = (load_windows(folder, s, device) for s in ("train", "test"))
     torch.manual_seed(profile.seed)
@@ -283,21 +283,31 @@ def _train_videos(profile, sides, vectors):
     return [video for pair in zip(galleries, most, strict=True) for video in evenly_spaced(*pair)]
 
 
+def _test_videos(queries, vectors):
+    """List the readable videos that need a span: the first of each query, and the right ones."""
+    _, columns = vectors.search(vectors.vecs_of([query.id for query in queries]), 1)
+    first = {vectors.video_ids[column] for column in columns[:, 0]}
+    return sorted(first | {query.video for query in queries if vectors.has_video(query.video)})
+
+
 def submission(head: SpanHead, queries: list[Query], vectors: search_index.Vectors, windows: Windows) -> dict:
-    """Write answers as `fig_scorer` reads them: the first 100 videos with a span each; SVMR, that of the right one."""
-    numbers = {video: number for number, video in enumerate(annotations.gallery_ids(queries))}
+    """Write answers as `fig_scorer` reads them: the first 100 videos, a span in the first one and in the right one.
+
+    A span in each of 100 videos would need the windows of the whole gallery, and no table reads more than the first.
+    """
+    videos = sorted({query.video for query in queries}.union(vectors.video_ids))
+    numbers = {video: number for number, video in enumerate(videos)}
     vecs = vectors.vecs_of([query.id for query in queries])
     _, columns = vectors.search(vecs, metrics.CUT)  # (Q, k)
     answers = {"video2idx": numbers, "VCMR": [], "SVMR": [], "VR": []}
     for query, vec, best in zip(cache.progress(queries, "spans"), vecs, columns, strict=True):
         ranked = [vectors.video_ids[column] for column in best]
-        videos = ranked + ([query.video] if query.video in windows.rows else [])
+        videos = ranked[:1] + ([query.video] if query.video in windows.rows else [])
         rows = [windows.rows[video] for video in videos]
         repeated = torch.from_numpy(vec).to(windows.vecs.device).expand(len(rows), -1)
         spans = locate(head, repeated, windows, rows).tolist()
         moments = [[numbers[video], *span] for video, span in zip(videos, spans, strict=True)]
-        predictions = {"VCMR": moments[: len(ranked)], "SVMR": moments[len(ranked) :]}
-        predictions["VR"] = [[video] for video, *_ in predictions["VCMR"]]
+        predictions = {"VR": [[numbers[video]] for video in ranked], "VCMR": moments[:1], "SVMR": moments[1:]}
         for task, rows in predictions.items():
             answers[task].append({"desc_id": query.id, "predictions": rows})
     return answers
