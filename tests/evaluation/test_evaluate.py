@@ -403,7 +403,8 @@ def test_oracle_retrieval_shows_the_right_and_the_best_wrong_video(world, agent,
 def test_queries_that_do_not_fit_together_walk_in_halves_to_the_same_episodes(agent, run, monkeypatch):
     """Out of memory at the second look of six queries."""
     agent.script = lambda *_: "<query_update>a red dog</query_update>"
-    whole, say, sizes = run(agent, "hqr-blind", "fits"), runner.EpisodeRunner._reply, []
+    knobs = {"display_rule": "skip_rejected"}  # every look is at another video: none is taken from before
+    whole, say, sizes = run(agent, "hqr-blind", "fits", **knobs), runner.EpisodeRunner._reply, []
 
     def full(self, prompts):
         sizes.append(len(prompts))
@@ -413,7 +414,7 @@ def test_queries_that_do_not_fit_together_walk_in_halves_to_the_same_episodes(ag
 
     monkeypatch.setattr(runner.EpisodeRunner, "_reply", full)
     with pytest.warns(UserWarning, match="6 at once do not fit in memory: half of eval_batch from now on"):
-        halves = run(agent, "hqr-blind", "halved")
+        halves = run(agent, "hqr-blind", "halved", **knobs)
     untimed = lambda one: [(turn.shown_id, turn.rank_in, turn.rank_out, turn.reply) for turn in one.turns]  # noqa: E731
     assert [untimed(one) for one in halves] == [untimed(one) for one in whole]
     assert sizes[:2] == [6, 6] and sizes[2] > 3 >= max(sizes[3:])

@@ -51,6 +51,8 @@ def test_headroom_keeps_missing_what_real_video_cannot_give(first):
         "zs/wrong_from_family",
         "probe/vr@1",
         "probe/vr@1_failed",
+        "words/vr@1",
+        "words/vr@1_failed",
         "neutral-zeros/vr@1",
         "neutral-noise/vr@1",
     )

@@ -59,7 +59,7 @@ def test_the_picture_has_the_shape_of_the_drawing(name):
 
 
 def test_captions_have_the_numbers_of_the_profile_and_drawings_none(tmp_path, monkeypatch):
-    run = replace(fake_profile(tmp_path, monkeypatch), n_soft=5, max_turns=4)
+    run = replace(fake_profile(tmp_path, monkeypatch), n_soft=5, headline_turns=4)
     pictures = [path for path in plots.publish_drawings(run) if path.suffix == ".png"]
     captions = {path.stem: Image.open(path).text["Description"] for path in pictures}
     assert list(captions) == ["A1", "F2", "F3"] and "after turn T = 4" in captions["F3"]

@@ -115,6 +115,8 @@ def agent_run(run):
         for init in plots.HEADS:
             for what in ("rank", *plots.SWEPT):
                 series[f"S2/{dataset}/{init}/{what}"] = [[n, 9.0 - n] for n in range(9)]
+        for side in ("text-small/r1", "text-small/words_r1", "text-small/probe_r1", "text-noise-70/r1"):
+            series[f"H3/{dataset}/{side}"] = [[160, 80.0], [1000, 40.0 + shift]]
         for name in ("sft/loss", "ft/loss", "sft/info_nce"):
             series[f"E1/{dataset}/{name}"] = [[1, 4.0], [2, 2.0 + shift]]
         for name in ("reward", "held", "verify", "time", "retrieve", "kl"):

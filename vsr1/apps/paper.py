@@ -42,6 +42,8 @@ READ_BY = {
         **{f"sample {system}": (("embed engine",), 0.5) for system in REWRITES},
         **{f"sample {system}-append": (("embed engine",), 0.5) for system in REWRITES},
         "bound": (("embed engine",), 1.3),
+    },
+    "06b_is_it_the_loop": {
         "adapt adapter-vec": (("embed engine",), 0.2),
         "adapt adapter-soft": (("embed engine",), 1.5),
         "adapt vsr1": (("train vsr1",), 0.1),
