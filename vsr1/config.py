@@ -66,7 +66,7 @@ class StudyConfig:
 
     probe_steps: Count = 600  # training steps of the attribute probe
     # Videos of the galleries that `make foundation` searches; the first hold what queries ask for.
-    arena_videos: tuple[Count, ...] = (160, 320, 640, 1000, 1600, 2400)
+    arena_videos: tuple[Count, ...] = (163, 320, 640, 1000, 1600, 2400)
     sample_queries: Count = 96  # test queries, evenly spread, that refinements are compared on
 
 
