@@ -57,9 +57,10 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def films(world):
-    """The videos that the queries search."""
-    ids = annotations.gallery_ids(annotations.read_fig(world.data_dir("charades") / "corpus" / "test.jsonl"))
-    return [video.path for video in annotations.find_videos(world.data_dir("charades") / "videos", ids)]
+    """The videos that the queries search, with those that nobody asks for."""
+    home = world.data_dir("charades")
+    ids = json.loads((home / "embed" / "engine" / "test" / "ids.json").read_text())["videos"]
+    return [video.path for video in annotations.find_videos(home / "videos", ids)]
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +132,12 @@ def test_a_walk_is_the_one_that_is_evaluated(world, folder, with_heads, system, 
 @pytest.mark.usefixtures("no_film")
 def test_a_video_accepted_is_named_with_its_moment_and_else_a_candidate_that_is_not(world, folder, tmp_path):
     queries = annotations.read_fig(world.data_dir("charades") / "corpus" / "test.jsonl")
+    once = dataclasses.replace(world, max_turns=1)  # a rejection ends the search
     ends = {}
-    for query in queries:
-        told, _ = find(world, folder, query.text, tmp_path)
-        ends.setdefault(told["accepted"], told)
+    for profile in (world, once):
+        for query in queries:
+            told, _ = find(profile, folder, query.text, tmp_path)
+            ends.setdefault(told["accepted"], told)
     found, lost = ends[True], ends[False]
     assert found["looks"][-1]["accepted"] and found["video"] == found["looks"][-1]["video"]
     assert (
