@@ -228,37 +228,6 @@ def test_vision_ids_and_rows_without_a_token_are_never_said(made):
     assert int(made.banned_tokens.sum()) == 4 + 7, "eight spare rows, one of them taken by <REFINE>"
 
 
-@torch.no_grad()
-def test_the_last_layer_puts_out_some_columns_as_if_it_had_put_out_all(made, prompts):
-    batch = inputs.collate(prompts, made.model, made.tokenizer.pad_token_id)
-    states = made.model.model(**batch).last_hidden_state
-    for count in (1, 3):
-        with decoding.last_columns(made.model, count):
-            some = made.model.model(**batch).last_hidden_state
-        torch.testing.assert_close(some, states[:, -count:], atol=1e-5, rtol=1e-5)
-    assert made.model.model(**batch).last_hidden_state.shape == states.shape
-
-
-@torch.no_grad()
-def test_replies_cut_together_give_the_soft_tokens_of_each_alone(made, prompts):
-    replies = [
-        [*range(20, 23 + row), made.refine_token_id, made.stop_token_id] for row in range(len(prompts))
-    ]
-    replay, rows = made.replay(prompts, replies), [2, 0, 1]
-    together = sqr.soft_tokens(made, [replay.refine_context(rows)], 3)
-    alone = sqr.soft_tokens(made, [replay.refine_contexts[row] for row in rows], 3)
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-
-
-def test_adapted_layers_compute_what_the_library_computes():
-    adapted = copy.deepcopy(random_policy())
-    common.add_lora(adapted, 4, 0)
-    layer = adapted.model.model.language_model.layers[0].mlp.up_proj
-    torch.nn.init.normal_(layer.lora_B["default"].weight)
-    rows = torch.randn(2, 5, layer.in_features)
-    torch.testing.assert_close(layer(rows), type(layer).forward(layer, rows), atol=1e-5, rtol=1e-5)
-
-
 def test_a_video_is_read_once_for_all_replies_to_it(made, prompts, monkeypatch):
     shapes, see = [], made.model.model.visual.forward
     counted = lambda pixels, **grid: shapes.append(len(pixels)) or see(pixels, **grid)  # noqa: E731

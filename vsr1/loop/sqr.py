@@ -34,8 +34,7 @@ def soft_tokens(
     """Decode n soft tokens for each of B replies: Z (B, n, D) float32.
 
     contexts  what was read before the last <REFINE> of each reply, from `policy.reply` or, for gradients, from
-              `policy.replay`, of one reply or of several each. <REFINE> itself is read here, what the reply said
-              after it is not.
+              `policy.replay`. <REFINE> itself is read here, what the reply said after it is not.
     noise     (B, n, D) added to each soft token before it is read on: soft tokens as a Gaussian policy's actions
     sampled   (B, n, D) soft tokens of a rollout, read on instead of these, to find the means they were drawn around
 
@@ -46,7 +45,7 @@ def soft_tokens(
     cache = decoding.inplace_cache(context)
     ids = torch.full_like(context.last_position, policy.refine_token_id)
     embeds = model.get_input_embeddings()(ids)[:, None]  # (B, 1, H)
-    tokens = [torch.zeros(len(ids), 0, heads.width, device=embeds.device)]
+    tokens = [torch.zeros(len(contexts), 0, heads.width, device=embeds.device)]
     for step in range(n):
         context, pre, post = decoding.extend(model, context, embeds, cache)
         token = heads.project(pre if step == 0 else post)  # (B, 1, D)
@@ -75,8 +74,9 @@ def prefix_queries(
     """
     before = latents[:, :0] if carried is None else carried
     depths = range(latents.shape[1] + 1) if depths is None else depths
-    soft = heads.to_engine(stack_blocks([before, latents], 2))
-    return engine.depth_vecs(engine.read_queries(texts), soft, [before.shape[1] + depth for depth in depths])
+    prefixes = [stack_blocks([before, latents[:, :depth]], 2) for depth in depths]
+    queries = engine.read_queries(texts)
+    return torch.stack([engine.soft_vecs(queries, heads.to_engine(prefix)) for prefix in prefixes], dim=1)
 
 
 def check_fit(policy: Policy, engine) -> None:

@@ -1,14 +1,12 @@
 """Prefill, decode and replay with an explicit KV cache that many continuations can share."""
 
-import functools
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures, rotate_half
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from vsr1.models import inputs
 
@@ -43,23 +41,9 @@ class Context:
         later = self.attention_mask.shape[1] - length  # all of it text, one position each
         return Context(kv_cache, self.attention_mask[rows, columns], self.last_position[rows] - later)
 
-    def cut(self, lengths: torch.Tensor) -> "Context":
-        """Return the rows as they were after `lengths` (B,) columns, of which those behind the prompt are text.
-
-        What a shorter row read later is masked out. One view of all rows: its gradient is one tensor a layer, where
-        that of `slice` is as many of that size as there are rows.
-        """
-        width = int(lengths.max())
-        kv_cache = tuple((keys[:, :, :width], values[:, :, :width]) for keys, values in self.kv_cache)
-        before = torch.arange(width, device=lengths.device) < lengths[:, None]
-        later = self.attention_mask.shape[1] - lengths
-        return Context(kv_cache, self.attention_mask[:, :width] & before, self.last_position - later)
-
 
 def stack_contexts(contexts: list[Context]) -> Context:
-    """Join contexts into one batch, padded on the right: masked columns may stand anywhere."""
-    if len(contexts) == 1:
-        return contexts[0]
+    """Join contexts of one row each into a batch, padded on the right: masked columns may stand anywhere."""
     lengths = [context.attention_mask.shape[1] for context in contexts]
     padding = [max(lengths) - length for length in lengths]
 
@@ -147,54 +131,6 @@ def common_prefix(prompts: list[inputs.Prompt], vision_start: int) -> list[int]:
     return shortest[: len(shortest) - 1]
 
 
-@contextmanager
-def last_columns(model, count: int):
-    """Let the last layer put out only the last `count` columns for the time of the block: nobody reads the others.
-
-    Its keys and values stay those of all columns. This saves most of one layer, of which the mini models have few.
-    """
-    core = _backbone(model).language_model
-    layer, add_features = core.layers[-1], core._deepstack_process
-
-    def add_if_all(states, places, features):
-        """Features that enter behind the last layer change its columns of video alone, which nobody reads."""
-        return states if states.shape[1] < places.shape[1] else add_features(states, places, features)
-
-    layer.forward = functools.partial(_last_layer, layer, count)
-    core._deepstack_process = add_if_all
-    try:
-        yield
-    finally:
-        del layer.forward, core._deepstack_process
-
-
-def _last_layer(
-    layer, count, states, position_embeddings, attention_mask=None, past_key_values=None, **options
-):
-    """Do what the library's layer does, (B, count, H): queries are those of the last `count` columns."""
-    assert attention_mask is None or attention_mask.ndim == 4, attention_mask.shape
-    attention, normed = layer.self_attn, layer.input_layernorm(states)
-    heads = lambda rows: rows.view(*rows.shape[:-1], -1, attention.head_dim)  # noqa: E731
-    queries = attention.q_norm(heads(attention.q_proj(normed[:, -count:]))).transpose(1, 2)
-    keys = attention.k_norm(heads(attention.k_proj(normed))).transpose(1, 2)
-    values = heads(attention.v_proj(normed)).transpose(1, 2)
-    cos, sin = (part[:, None] for part in position_embeddings)  # (B, 1, L, width of a head)
-    queries = queries * cos[:, :, -count:] + rotate_half(queries) * sin[:, :, -count:]
-    keys = keys * cos + rotate_half(keys) * sin
-    if past_key_values is not None:
-        keys, values = past_key_values.update(keys, values, attention.layer_idx)
-    rows, columns = queries.shape[2], keys.shape[2]
-    if attention_mask is not None:
-        attention_mask = attention_mask[:, :, -count:]
-    elif rows > 1:
-        seen = torch.ones(rows, columns, dtype=torch.bool, device=states.device)
-        attention_mask = seen.tril(columns - rows)[None, None]
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, None)
-    output, _ = attend(attention, queries, keys, values, attention_mask, scaling=attention.scaling, **options)
-    states = states[:, -count:] + attention.o_proj(output.flatten(2))
-    return states + layer.mlp(layer.post_attention_layernorm(states))
-
-
 def prefill_prefix(model, ids: list[int], rows: int) -> DynamicCache:
     """Return a cache in which `rows` rows share `ids`, text alone, read in one forward and one backward pass.
 
@@ -215,11 +151,11 @@ def prefill(model, prompts: list[inputs.Prompt], pad: int, share=True) -> tuple[
     share  read the common prefix once; False, for comparison: row by row
     """
     prefix = common_prefix(prompts, model.config.vision_start_token_id) if share else []
+    cache = prefill_prefix(model, prefix, len(prompts))
     batch = inputs.collate(prompts, model, pad, len(prefix), pixels=False)
     features = _video_features(model, [prompt.video for prompt in prompts if prompt.video is not None])
     core = _backbone(model)
-    with _final_norm_inputs(core.language_model), last_columns(model, 1):
-        cache = prefill_prefix(model, prefix, len(prompts))
+    with _final_norm_inputs(core.language_model):
         output = core(**batch, past_key_values=cache, mm_encoder_outputs={"video": features})
     last = batch["position_ids"][:, :, -1]  # (3, B)
     assert (last == last[0]).all(), "a prompt has to end in text"
@@ -249,46 +185,15 @@ def _read(model, context, embeds, columns, cache):
 
     Return the hidden states before and after the final norm.
     """
-    prompt = context.attention_mask
+    core, prompt = _backbone(model).language_model, context.attention_mask
     width = cache.place(columns)
     seen = torch.arange(width, device=embeds.device) <= columns[..., None]  # (B, L, width)
-    mask = seen & F.pad(prompt, (0, width - prompt.shape[1]), value=True)[:, None]
+    mask = (seen & F.pad(prompt, (0, width - prompt.shape[1]), value=True)[:, None])[:, None]
     positions = context.last_position[:, None] + columns + 1 - prompt.shape[1]  # (B, L)
-    return _forward(model, embeds, mask, positions, cache)
-
-
-def _forward(model, embeds, mask, positions, cache):
-    """Read embeddings (B, L, H) at positions (B, L); each sees the columns of its row of `mask` (B, L, width)."""
-    core = _backbone(model).language_model
-    options = {"position_ids": positions.expand(3, -1, -1), "past_key_values": cache}
+    options = {"attention_mask": mask, "position_ids": positions.expand(3, -1, -1), "past_key_values": cache}
     with _final_norm_inputs(core) as pre_norm:
-        post_norm = core(inputs_embeds=embeds, attention_mask=mask[:, None], **options).last_hidden_state
+        post_norm = core(inputs_embeds=embeds, **options).last_hidden_state
     return pre_norm[0], post_norm
-
-
-def read_endings(model, context: Context, embeds: torch.Tensor, depths: list[int], ending: torch.Tensor):
-    """Read an ending (E, H) behind the first `depth` of embeddings (B, L, H), for each depth: states (B, depths, H).
-
-    One forward: the embeddings stand in it once, each ending sees those before its depth and itself, and the states
-    are those after the final norm, of each ending's last position.
-    """
-    rows, count, size = len(embeds), embeds.shape[1], len(ending)
-    embeds = torch.cat([embeds, ending.repeat(len(depths), 1).expand(rows, -1, -1).to(embeds)], dim=1)
-    place = torch.arange(
-        count + size * len(depths), device=embeds.device
-    )  # (L,) each sees what is before its own
-    depth = torch.tensor(depths, device=embeds.device).repeat_interleave(size)
-    branch = torch.arange(len(depths), device=embeds.device).repeat_interleave(size)
-    own = (place <= place[:, None]) & (place >= count)  # endings up to this place
-    own[count:, count:] &= branch == branch[:, None]
-    soft = place < torch.cat([place[:count] + 1, depth])[:, None]
-    seen = torch.where(place < count, soft, own)  # (L, L)
-    offsets = torch.cat([place[:count], depth + torch.arange(size, device=depth.device).repeat(len(depths))])
-    before = context.attention_mask[:, None].expand(-1, len(place), -1)
-    mask = torch.cat([before, seen.expand(rows, -1, -1)], dim=2)
-    positions = context.last_position[:, None] + 1 + offsets
-    _, states = _forward(model, embeds, mask, positions, KVCache(context.kv_cache))
-    return states[:, count + size - 1 :: size]
 
 
 def _grown(context, cache, width):
@@ -301,7 +206,9 @@ def _grown(context, cache, width):
 @contextmanager
 def _final_norm_inputs(core):
     """Give a list that collects what enters the final norm: `hidden_states[-1]` of the library is its result."""
-    assert not (core.training and core.gradient_checkpointing), "activation checkpointing drops the cache"
+    assert not (core.training and core.is_activation_checkpointing), (
+        "activation checkpointing drops the cache"
+    )
     states = []
     hook = core.norm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
     try:

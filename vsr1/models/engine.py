@@ -69,8 +69,7 @@ class Engine:
 
     def pool(self, batch: dict) -> torch.Tensor:
         """Return (B, D) float32 unit vectors of a left-padded batch: the last position is the end-of-text token."""
-        with decoding.last_columns(self.model, 1):
-            states = self.model(**batch).last_hidden_state[:, -1]
+        states = self.model(**batch).last_hidden_state[:, -1]
         return torch.nn.functional.normalize(states.float(), dim=-1)
 
     def text_vecs(self, texts: list[str], soft: torch.Tensor | None = None) -> torch.Tensor:
@@ -87,13 +86,10 @@ class Engine:
 
     def soft_vecs(self, queries: decoding.Context, soft: torch.Tensor) -> torch.Tensor:
         """Return unit vectors (B, D) of queries that were read, with soft tokens (B, N, D) after their last word."""
-        return self.depth_vecs(queries, soft, [soft.shape[1]])[:, 0]
-
-    def depth_vecs(self, queries: decoding.Context, soft: torch.Tensor, depths: list[int]) -> torch.Tensor:
-        """Return unit vectors (B, depths, D): of each query with the first `depth` of its soft tokens (B, N, D)."""
-        tail = self.model.get_input_embeddings()(torch.tensor(self.tail, device=soft.device))
-        states = decoding.read_endings(self.model, queries, soft.to(tail), depths, tail)
-        return torch.nn.functional.normalize(states.float(), dim=-1)
+        embedding = self.model.get_input_embeddings()
+        tail = embedding(torch.tensor(self.tail, device=soft.device)).expand(len(soft), -1, -1)
+        _, _, states = decoding.extend(self.model, queries, torch.cat([soft.to(tail), tail], dim=1))
+        return torch.nn.functional.normalize(states[:, -1].float(), dim=-1)
 
     @torch.no_grad()
     def embed_texts(

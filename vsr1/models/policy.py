@@ -48,21 +48,7 @@ class Replay:
 
     logps: torch.Tensor  # (B, L) of each token; 0 in the padding
     completion_mask: torch.Tensor  # (B, L) True on the sampled tokens: all of a reply, nothing else
-    context: decoding.Context  # prompts and whole replies
-    refine_columns: list[int | None]  # of the last <REFINE> of each reply; None: there is none
-
-    @property
-    def refine_contexts(self) -> list[decoding.Context | None]:
-        """What each reply had read before its last <REFINE>, as in `Completion`."""
-        return [
-            None if column is None else self.context.slice(row, column)
-            for row, column in enumerate(self.refine_columns)
-        ]
-
-    def refine_context(self, rows: list[int]) -> decoding.Context:
-        """Return what replies with <REFINE> had read before it, as one batch."""
-        columns, index = [self.refine_columns[row] for row in rows], torch.tensor(rows)
-        return self.context.rows(index.to(self.logps.device)).cut(torch.tensor(columns).to(self.logps.device))
+    refine_contexts: list[decoding.Context | None]  # as in `Completion`
 
 
 class Policy:
@@ -181,9 +167,7 @@ class Policy:
     def _completion(self, generation, start):
         ids, ended = generation.ids, generation.ids[-1] == self.stop_token_id
         text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
-        column, refine_context = self._refine_column(ids, start), None
-        if column is not None:
-            refine_context = generation.context.slice(generation.row, column)
+        refine_context = self._refine_context(generation.context, generation.row, ids, start)
         verdict = self._verdict(ids, generation.watched)
         return Completion(ids, generation.logps, ended, text, refine_context, verdict)
 
@@ -219,8 +203,8 @@ class Policy:
         mask = (torch.arange(ids.shape[1]) < lengths).to(last_hidden.device)
         params = self.sampling_params(ids.shape[1], temperature)
         context, logps = decoding.replay(self.model, context, last_hidden, ids, params)
-        columns = [self._refine_column(reply, start) for reply in replies]
-        return Replay(logps.masked_fill(~mask, 0.0), mask, context, columns)
+        contexts = [self._refine_context(context, row, reply, start) for row, reply in enumerate(replies)]
+        return Replay(logps.masked_fill(~mask, 0.0), mask, contexts)
 
     @torch.no_grad()
     def append_refine(self, prompts: list[inputs.Prompt], replies: list[list[int]]) -> list[tuple]:
@@ -238,11 +222,11 @@ class Policy:
         rows = torch.arange(len(prompts), device=last_hidden.device).repeat_interleave(counts)
         return context.rows(rows), last_hidden[rows]
 
-    def _refine_column(self, ids, start):
-        """Return the column of the last <REFINE> of a reply that begins at column `start`; None without one."""
+    def _refine_context(self, context, row, ids, start):
+        """Return what was read before the last <REFINE> of a reply that begins at column `start`; None without one."""
         if self.refine_token_id not in ids:
             return None
-        return start + len(ids) - 1 - ids[::-1].index(self.refine_token_id)
+        return context.slice(row, start + len(ids) - 1 - ids[::-1].index(self.refine_token_id))
 
     def sampling_params(
         self, max_new_tokens: int, temperature: float, top_p: float = 1.0

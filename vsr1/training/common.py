@@ -1,13 +1,11 @@
 """What both training stages share: InfoNCE, LoRA, float32 weights for what learns, clips, and when to save."""
 
-import functools
 import time
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, LoraModel
-from peft.tuners.lora import LoraLayer
 
 from vsr1 import cache
 from vsr1.config import InputError
@@ -52,20 +50,6 @@ def add_lora(policy: Policy, rank: int, seed: int, mergers=False) -> None:
         policy.adapters = LoraModel(policy.model, config, "default")  # changes `policy.model` in place
     if rows:
         policy.model.lm_head.bias = None  # TRL asks for it, and peft's stand-in has none
-    for module in policy.model.modules():
-        if isinstance(module, LoraLayer):
-            module.forward = functools.partial(_adapted, module)
-
-
-def _adapted(layer, values):
-    """Apply a linear layer with its adapter: what the library computes, in fewer passes over the output."""
-    output = layer.get_base_layer()(values)
-    if layer.disable_adapters or layer.merged:
-        return output
-    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    low = F.linear(values.to(down.dtype), down).flatten(0, -2)  # (B * L, rank)
-    scaled = (layer.scaling["default"] * up).t().to(low)
-    return torch.addmm(output.flatten(0, -2).to(low), low, scaled).view_as(output).to(output)
 
 
 def upcast_trainable(weights) -> None:

@@ -62,7 +62,7 @@ class Objective(nn.Module):
         )
         loss, info_nce = losses.sum() / totals[0], 0.0
         if self.worker.variant.latents != "frozen":
-            latent_loss, info_nce = self._latent_loss(steps, replay)
+            latent_loss, info_nce = self._latent_loss(steps, replay.refine_contexts)
             loss = loss + self.worker.knobs.grpo_infonce_weight * latent_loss / max(1, totals[1])
         return loss, {"kl": float(kl.sum()), "clip_frac": float(clip_frac.sum()), "info_nce": info_nce}
 
@@ -77,7 +77,7 @@ class Objective(nn.Module):
             ref_logps = self.ref_policy.replay(prompts, replies, **options).logps
         return replay, ref_logps
 
-    def _latent_loss(self, steps, replay):
+    def _latent_loss(self, steps, contexts):
         """(sum of what soft tokens learn from, the sum of InfoNCE in it) of the steps that said <REFINE>."""
         total, info_nce, worker = 0.0, 0.0, self.worker
         for depth in sorted({len(step.earlier_latents) for step in steps}):
@@ -86,7 +86,7 @@ class Objective(nn.Module):
             ]
             if not rows:
                 continue
-            turn, turn_contexts = [steps[row] for row in rows], [replay.refine_context(rows)]
+            turn, turn_contexts = [steps[row] for row in rows], [contexts[row] for row in rows]
             if worker.variant.latents == "gauss":
                 total = total - self._gaussian_gain(turn, turn_contexts)
                 continue

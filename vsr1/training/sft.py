@@ -169,15 +169,16 @@ class Trainer(GalleryContrast, SFTTrainer):
         self.policy, self.engine = policy, engine
         self.attach_gallery(profile, vectors, policy.model.device)
         self.infonce_sums = []  # since the last log, over rows: InfoNCE, probability over one half, rows
+        self.num_label_columns = 0  # columns of a batch that have labels; 0: all
         self.model.register_forward_pre_hook(self.prefix_hook, with_kwargs=True)
+        self.model.model.register_forward_hook(self.label_columns_hook)
         if policy.heads is not None:
             self.model.register_forward_hook(self.retrieval_loss_hook, with_kwargs=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the language-model loss; with heads, plus `infonce_weight` times the mean InfoNCE of a step's rows."""
-        self.rows = inputs.pop("rows")
-        with decoding.last_columns(self.policy.model, inputs["labels"].shape[1]):
-            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.rows, self.num_label_columns = inputs.pop("rows"), inputs["labels"].shape[1]
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if self.policy.heads is None:
             return loss
         # The gradients of several processes are averaged.
@@ -192,6 +193,11 @@ class Trainer(GalleryContrast, SFTTrainer):
         prefix = inputs.pop("prefix")
         kv_cache = decoding.prefill_prefix(self.policy.model, prefix, len(self.rows))
         return positional, inputs | {"past_key_values": kv_cache}
+
+    def label_columns_hook(self, model, _, outputs):
+        """Forward hook: hand only columns with labels to the head; off a GPU the library would score all."""
+        outputs.last_hidden_state = outputs.last_hidden_state[:, -self.num_label_columns :]
+        return outputs
 
     def retrieval_loss_hook(self, model, _, inputs, outputs):
         """Forward hook: add the sum of InfoNCE over the rows to what the forward puts out.
@@ -212,10 +218,12 @@ class Trainer(GalleryContrast, SFTTrainer):
         """Soft tokens (B, N, D) of each row, decoded from the cache that the forward has filled."""
         layers = inputs["past_key_values"].layers
         kv_cache = tuple((layer.keys, layer.values) for layer in layers)
-        mask, last_position = inputs["attention_mask"].bool(), inputs["position_ids"][0, :, -1]
-        context = decoding.Context(kv_cache, mask, last_position)
-        before_refine = torch.full_like(last_position, mask.shape[1] - 2)  # it stands last but one
-        return sqr.soft_tokens(self.policy, [context.cut(before_refine)], self.policy.settings.n_soft)
+        context = decoding.Context(
+            kv_cache, inputs["attention_mask"].bool(), inputs["position_ids"][0, :, -1]
+        )
+        columns = inputs["attention_mask"].shape[1]  # <REFINE> stands last but one
+        contexts = [context.slice(row, columns - 2) for row in range(len(self.rows))]
+        return sqr.soft_tokens(self.policy, contexts, self.policy.settings.n_soft)
 
     def _count_infonce(self, losses, device):
         losses = losses[losses > 0]  # 0: the filter left nothing to contrast with
