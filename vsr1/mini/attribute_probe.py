@@ -142,7 +142,7 @@ ARENA = PACKAGE / "mini" / "weights" / "arena.json"
 
 
 def measure_arena(profile: Profile, recipes: dict[str, PhaseConfig], into: Path = ARENA) -> None:
-    """Measure first searches, and the room of better words and of the probe, for each text side and size of gallery.
+    """Measure first searches and the room of better words and of the probe, by text side and size of gallery.
 
     Writes a list of rows to `into`, unless it is current: data set, phase, share of wrong colours, videos, queries, and
     percentages: R@1, R@10, R@1 of oracle words and of the probe. Queries are those of the profile; the gallery grows by
@@ -150,27 +150,27 @@ def measure_arena(profile: Profile, recipes: dict[str, PhaseConfig], into: Path 
     moves them little.
     """
     home = profile.data_dir("foundation")
-    sides = {phase: recipe for phase, recipe in recipes.items() if phase.startswith("text")}
+    texts = {phase: recipe for phase, recipe in recipes.items() if phase.startswith("text")}
+    index = next(iter(texts.values())).start  # the headline engine's: one gallery serves all that follow it
+    sides = {phase: recipe for phase, recipe in texts.items() if recipe.start == index}
     inputs = {"engines": [cache.metadata(home / phase)["key"] for phase in sides], "seed": profile.seed}
     inputs |= {"world": dataclasses.asdict(profile.world), "studies": dataclasses.asdict(profile.studies)}
     inputs |= {"datasets": profile.datasets, "code": cache.source_digest(__name__)}
-    work = lambda folder: cache.write_json(folder / ARENA.name, _arena_rows(profile, sides))  # noqa: E731
+    work = lambda folder: cache.write_json(folder / ARENA.name, _arena_rows(profile, index, sides))  # noqa: E731
     made = cache.build(home / "arena", inputs, work) / ARENA.name
     if not into.exists() or into.read_bytes() != made.read_bytes():
         print(f"arena: {shutil.copy(made, into)}", flush=True)
 
 
-def _arena_rows(profile, sides):
+def _arena_rows(profile, index, sides):
     """Return the rows of `measure_arena`."""
     home, rows = profile.data_dir("foundation"), []
     for dataset in profile.datasets:
-        searches = {}  # by index: one gallery serves all text sides that follow it
+        search = _ArenaSearch(profile, dataset, str(home / index))
         for phase, recipe in sides.items():
-            if recipe.start not in searches:
-                searches[recipe.start] = _ArenaSearch(profile, dataset, str(home / recipe.start))
             searcher = engine.load(dataclasses.replace(profile, engine=str(home / phase)))
             facts = {"dataset": dataset, "phase": phase, "wrong": recipe.wrong}
-            rows += [facts | numbers for numbers in searches[recipe.start].numbers(searcher)]
+            rows += [facts | numbers for numbers in search.numbers(searcher)]
     return rows
 
 
