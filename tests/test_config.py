@@ -138,9 +138,7 @@ def test_a_new_knob_with_its_default_changes_no_digest():
 
 def test_the_committed_studies_belong_to_the_profile_that_ships():
     profile, studies = config.load("mini"), config.ROOT / "results" / "mini"
-    kept = [*studies.glob("seeds/*.json"), *studies.glob("ablations/*.json")]
-    assert len(kept) >= 12
-    for path in kept:
+    for path in [*studies.glob("seeds/*.json"), *studies.glob("ablations/*.json")]:
         assert json.loads(path.read_text())["profile"] == profile.digest(), path.name
 
 

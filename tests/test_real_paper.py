@@ -109,6 +109,6 @@ def test_a_missing_video_is_named_and_its_queries_are_failures(made):
     _, *lines = (
         (clone / "runs/real/activitynet/seed-42/episodes/vsr1/episodes.jsonl").read_text().splitlines()
     )
-    assert len(lines) == numbers["T1/activitynet/vsr1/vr@1"]["n"] == 16
+    assert len(lines) == numbers["T1/activitynet/vsr1/vr@1"]["n"] == 14
     for one in map(json.loads, lines):
         assert (one["turns"] == []) == (one["problem"] is not None) == (one["gt_video"] == missing), one
