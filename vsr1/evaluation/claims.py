@@ -5,10 +5,13 @@ pairs them query by query; with several runs, one a seed, it takes their mean.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import yaml
 
+from vsr1 import config
 from vsr1.config import InputError, Profile
 from vsr1.evaluation import metrics, statistics
 from vsr1.evaluation.statistics import Estimate
@@ -60,219 +63,13 @@ class Claim:
         return {self.system, self.baseline} - {""}
 
 
-def _by_dataset(*values):
-    return dict(zip(("charades", "didemo", "activitynet"), values, strict=True))
+def read_claims(path: Path) -> dict[str, Claim]:
+    """Read {name: claim} in the order of the file; InputError names the claim and the key that is wrong."""
+    rows = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {name: config.parse(Claim, row, f"{path.name}: {name}") for name, row in rows.items()}
 
 
-def _claims():
-    """Yield (name, claim), the paper's first."""
-    ours, moments = "VideoSearch-R1", "VCMR .5"
-    yield (
-        "refined",
-        Claim(
-            "paper",
-            "VR R@1, refined over first search",
-            "vsr1",
-            "vsr1",
-            "vr@1",
-            "vr@1_orig",
-            paper=_by_dataset(3.0, 4.2, 6.0),
-        ),
-    )
-    fallback = "the paper's FT may be one look, or the first results in turn; its number stands beside both"
-    for name, words, vcmr, ver, why in (
-        ("zs", "ZS", (6.2, 19.6, 12.2), (45.7, 11.8, 20.3), ""),
-        ("ft", "FT, one look", (3.0, 8.1, 3.1), (1.0, 1.5, 0.2), fallback),
-        ("walkdown", "FT with rank fallback", (3.0, 8.1, 3.1), (1.0, 1.5, 0.2), fallback),
-    ):
-        yield (
-            f"vsr1-{name}",
-            Claim(
-                "paper", f"{moments}, {ours} over {words}", "vsr1", name, paper=_by_dataset(*vcmr), why=why
-            ),
-        )
-        yield (
-            f"ver-{name}",
-            Claim(
-                "paper", f"VER, {ours} over {words}", "vsr1", name, "ver", paper=_by_dataset(*ver), why=why
-            ),
-        )
-    second = "the paper's value is second-hand"
-    for name, words, metric, points in (
-        ("grpo-vcmr", moments, "vcmr@0.5", 11.5),
-        ("grpo-ver", "VER", "ver", 8.6),
-        ("grpo-vr", "VR R@1", "vr@1", 1.6),
-    ):
-        yield (
-            name,
-            Claim(
-                "paper",
-                f"{words}, stage 2 over stage 1",
-                "vsr1",
-                "sft",
-                metric,
-                paper={"didemo": points},
-                why=second,
-            ),
-        )
-    for reward, words, vcmr, ver in (
-        ("no-ret", "retrieval", 12.9, 9.6),
-        ("no-verif", "verification", 12.9, -0.4),
-    ):
-        for name, label, metric, points in (("vcmr", moments, "vcmr@0.5", vcmr), ("ver", "VER", "ver", ver)):
-            yield (
-                f"{reward}-{name}",
-                Claim(
-                    "paper",
-                    f"{label}, all rewards over none for {words}",
-                    "vsr1",
-                    reward,
-                    metric,
-                    sign=0 if abs(points) < NEARLY else 1,
-                    paper={"didemo": points},
-                    datasets=("didemo",),
-                    why=second,
-                ),
-            )
-    prompted = (
-        "HQR is the prompted base model here; the paper's way is not known, and its value is second-hand"
-    )
-    for name in VARIANTS:
-        yield (
-            f"sqr-{name}",
-            Claim(
-                "paper",
-                f"R@1 on first-search failures, SQR over {name.replace('hqr-', 'HQR ')}",
-                "vsr1",
-                name,
-                "vr@1",
-                first="failed",
-                paper={"mean": 3.5},
-                why=prompted,
-            ),
-        )
-    figure = "read off a figure that names no data set"
-    yield (
-        "turn-2",
-        Claim(
-            "paper", f"{moments}, two turns over one", "within-2", "within-1", paper={"mean": 3.1}, why=figure
-        ),
-    )
-    yield (
-        "turn-3",
-        Claim(
-            "paper",
-            f"{moments}, three turns nearly equal two",
-            "within-3",
-            "within-2",
-            sign=0,
-            paper={"mean": 0.1},
-            why=figure,
-        ),
-    )
-    for name, words, system, baseline, sign, points in (
-        ("latents", "all soft tokens over none", "all", "0", 1, 11.7),
-        ("latents-half", "half of the soft tokens over none", "half", "0", 1, 11.1),
-        ("latents-rest", "all soft tokens nearly equal half", "all", "half", 0, 0.6),
-    ):
-        yield (
-            name,
-            Claim(
-                "paper",
-                f"R@1 after turn 1, {words}",
-                f"latents-{system}",
-                f"latents-{baseline}",
-                "vr@1",
-                sign=sign,
-                paper={"mean": points},
-                why=figure,
-            ),
-        )
-    yield (
-        "earlier",
-        Claim(
-            "paper",
-            f"{moments}, {ours} over SQuiDNet",
-            paper=_by_dataset(10.8, 27.3, 17.6),
-            why="its features of real video are not rendered; the paper's row is copied into T1",
-        ),
-    )
-    yield (
-        "engine-8b",
-        Claim(
-            "paper", "SQR over HQR with the 8B engine (A2)", why="soft tokens would have to be trained for it"
-        ),
-    )
-    yield (
-        "refiner-8b",
-        Claim("paper", "HQR by an 8B policy over a 2B one (C1)", why="there is no second policy"),
-    )
-
-    for name, words in {"zs-walkdown": "ZS", "walkdown": "FT"}.items():
-        if name == "zs-walkdown":
-            yield (
-                f"vsr1-{name}",
-                Claim("control", f"{moments}, {ours} over {words} with rank fallback", "vsr1", name),
-            )
-        yield (
-            f"skip-{name}",
-            Claim(
-                "control",
-                f"{moments}, {ours} that shows no video twice over {words} with rank fallback",
-                "skip",
-                name,
-            ),
-        )
-    yield (
-        "right-walkdown",
-        Claim(
-            "control",
-            f"right video shown last, {ours} over FT with rank fallback",
-            "vsr1",
-            "walkdown",
-            "right_last",
-        ),
-    )
-    halves = "it has one sign by its definition; together with its counterpart it makes the claim on R@1"
-    yield (
-        "repaired",
-        Claim(
-            "construction",
-            "R@1 after refinement of queries whose first search failed (repaired)",
-            "vsr1",
-            "vsr1",
-            "vr@1",
-            "vr@1_orig",
-            first="failed",
-            why=halves,
-        ),
-    )
-    yield (
-        "harmed",
-        Claim(
-            "construction",
-            "the same of those whose first search was right (first hits lost to refinement)",
-            "vsr1",
-            "vsr1",
-            "vr@1",
-            "vr@1_orig",
-            first="right",
-            why=halves,
-        ),
-    )
-    yield (
-        "tokens",
-        Claim(
-            "construction",
-            "tokens a refinement, SQR under the shortest HQR",
-            metric="tokens",
-            paper={"mean": -18.8},
-            why="how many soft tokens there are is a knob, and how long a rewrite is follows what HQR was taught",
-        ),
-    )
-
-
-CLAIMS = dict(_claims())
+CLAIMS = read_claims(config.ROOT / "results" / "expected" / "claims.yaml")
 FILES = {"vsr1": "vsr1", "sft": "sft", "walkdown": "walkdown-ft", "zs-walkdown": "walkdown"}
 FILES |= {name: f"{name}-sample" for name in VARIANTS}  # system: its file of episodes
 CHANGED = {"skip": "vsr1", "no-ret": "no-ret", "no-verif": "no-verif"}  # the same of runs with other knobs
