@@ -37,7 +37,7 @@ def publish(profile: Profile) -> Path:
     results.publish(profile)
     provenance.write(profile)
     folder = profile.results()
-    listed = [results.EXPECTED / f"{name}.yaml" for name in ("items", "published")]
+    listed = [results.EXPECTED / f"{name}.yaml" for name in ("items", "published", "claims")]
     numbers = [folder / "numbers.json", folder / "series.json", *listed]
     outputs.keep_current(profile, tables.publish, numbers)
     outputs.keep_current(profile, plots.publish, numbers)
