@@ -47,7 +47,6 @@ READ_BY = {
         "adapt adapter-vec": (("embed engine",), 0.2),
         "adapt adapter-soft": (("embed engine",), 1.5),
         "adapt vsr1": (("train vsr1",), 0.1),
-        "evaluate adapter-soft-vsr1": (("train vsr1", "adapt adapter-soft"), 0.5),
         "evaluate vsr1-first": (("adapt vsr1",), 0.6),
         "retry sqr": (("train vsr1",), 0.4),
         "intervene": (("retry sqr",), 0.5),
