@@ -61,6 +61,19 @@ class WorldConfig:
 
 
 @dataclass(frozen=True)
+class ArchiveConfig:
+    """Sizes of the study of archives: a world of its own, beside the paper's corpora. All ours."""
+
+    train_archives: Count  # of each world; every camera has as many
+    test_archives: Count
+    families: Annotated[int, Field(ge=2)] = 12  # of one archive; films of one differ in their colours alone
+    family_size: Annotated[int, Field(ge=2, le=25)] = 6
+    train_queries: Count = 2  # wordings of one film
+    rows: Count = 4000  # rows of each training, at most
+    test_queries: Count | None = None  # of each cell, spread evenly, that systems are run on; None: all
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """Amounts of the studies beside the paper's tables. All ours."""
 
@@ -210,6 +223,8 @@ class Profile:
     max_skipped: Share = 0.05  # ours: share of steps, and always two, that may end without an update
     max_zero_std: Share = 0.9  # ours: share of groups, per quarter of a run, that may earn all the same
     save_minutes: PositiveOrZero = 10.0  # ours: between saved states, what a kill costs; 0: every step
+
+    archives: ArchiveConfig | None = None  # the study of archives; None: not in this profile
 
     # Studies beside the paper's tables.
     studies: StudyConfig = StudyConfig()

@@ -46,18 +46,21 @@ BACKDROPS = {  # wall or sky, floor or ground, motif
 EDGE, BRIGHT = (90, 90, 90), (235, 235, 240)
 
 
-def draw_frame(moment: Moment, active: bool, phase: float, extras: dict, size: int) -> np.ndarray:
+def draw_frame(
+    moment: Moment, active: bool, phase: float, extras: dict, size: int, paints: dict = COLOURS
+) -> np.ndarray:
     """Return one frame (size, size, 3) uint8; a person who is not `active` stands there without the object.
 
     phase   of the movement, in [0, 1)
     extras  those of the scene
+    paints  {name: RGB} of shirt, trousers and object
     """
     canvas = _place(moment.place, moment.light, tuple(extras["tone"]), extras["side"], size).copy()
     pen = Pen(canvas, LIGHTS[moment.light][0])
     if active:
         side, sway = extras["side"], 2 * float(np.sin(2 * np.pi * phase))
-        _draw_object(pen, moment.object, COLOURS[moment.colour], 64 + side * 34, side, sway)
-    _draw_person(pen, moment, moment.action if active else "stand", phase, extras)
+        _draw_object(pen, moment.object, paints[moment.colour], 64 + side * 34, side, sway)
+    _draw_person(pen, moment, moment.action if active else "stand", phase, extras, paints)
     return np.asarray(canvas.reduce(2))
 
 
@@ -306,7 +309,7 @@ def pose(action: str, phase: float, side: int) -> dict:
     return STANDING | POSES[action](side, sin, cos, abs(sin))
 
 
-def _draw_person(pen, moment, action, phase, extras):
+def _draw_person(pen, moment, action, phase, extras, paints):
     """Draw the person in an action, dressed as the moment says."""
     side, size = extras["side"], extras["size"]
     x0 = 64 - side * 18 + extras["shift"]
@@ -314,7 +317,7 @@ def _draw_person(pen, moment, action, phase, extras):
     at = lambda p: (x0 + p[0] * size, GROUND + p[1] * size)  # noqa: E731  a joint on the canvas
     hip, neck, (head_x, head_y) = at(joints["hip"]), at(joints["neck"]), joints["head"]
     shoulder = at((joints["neck"][0], joints["neck"][1] + 5))
-    shirt, trousers, skin = COLOURS[moment.shirt], COLOURS[moment.trousers], SKINS[extras["skin"]]
+    shirt, trousers, skin = paints[moment.shirt], paints[moment.trousers], SKINS[extras["skin"]]
     if action == "sit":
         pen.box(x0 - 9, GROUND - 14 * size, x0 + 9, GROUND, (110, 80, 55))
     for knee, foot in zip(map(at, joints["knees"]), map(at, joints["feet"]), strict=True):

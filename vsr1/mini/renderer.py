@@ -14,7 +14,7 @@ from vsr1 import cache
 from vsr1.data import annotations
 from vsr1.data.video_writer import write_video
 from vsr1.mini import captions, drawing, world
-from vsr1.mini.world import Scene
+from vsr1.mini.world import COLOURS, Scene
 
 QUERIES_PER_MOMENT = {"train": 2, "test": 1, "foundation": 1}
 
@@ -58,24 +58,27 @@ def write_corpus(
     return scenes
 
 
-def render_videos(world_config, workers: int, scenes, what: str, folder: Path) -> None:
-    """Render the videos of all scenes that are not in `folder` yet; one worker is this process itself."""
+def render_videos(world_config, workers: int, scenes, what: str, folder: Path, paints=COLOURS) -> None:
+    """Render the videos of all scenes that are not in `folder` yet; one worker is this process itself.
+
+    paints  {name: RGB} of the colours that the scenes name
+    """
     paths = {folder / f"{scene.video}.mp4": scene for scene in scenes}
     missing = {path: scene for path, scene in paths.items() if not path.exists()}
-    draw = partial(render_video, size=world_config.size, fps=world_config.fps)
+    draw = partial(render_video, size=world_config.size, fps=world_config.fps, paints=paints)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         each = partial(pool.map, chunksize=8) if workers > 1 else map
         for _ in cache.progress(each(draw, missing.values(), missing), what, len(missing)):
             pass
 
 
-def render_video(scene: Scene, path: Path, size: int, fps: int) -> None:
+def render_video(scene: Scene, path: Path, size: int, fps: int, paints=COLOURS) -> None:
     """Write the scene as an H.264 MP4 file; the same scene gives the same bytes."""
-    frames = _frames(scene, size, fps)
+    frames = _frames(scene, size, fps, paints)
     write_video(path, frames, fps, crf=24, preset="ultrafast", keyframe_interval=8 * fps)
 
 
-def _frames(scene, size, fps):
+def _frames(scene, size, fps, paints):
     """Yield the frames of a scene in order; each distinct one is drawn and converted once."""
     drawn, converter = {}, VideoReformatter()
     for number in range(round(scene.seconds * fps)):
@@ -83,6 +86,7 @@ def _frames(scene, size, fps):
         phase = active * (number % drawing.PHASES)  # who is not active stands still
         if (moment, active, phase) not in drawn:
             shown = scene.moments[moment], active, phase / drawing.PHASES
-            frame = av.VideoFrame.from_ndarray(drawing.draw_frame(*shown, scene.extras, size), "rgb24")
+            pixels = drawing.draw_frame(*shown, scene.extras, size, paints)
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
             drawn[moment, active, phase] = converter.reformat(frame, format="yuv420p", threads=1)
         yield drawn[moment, active, phase]
