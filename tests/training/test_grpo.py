@@ -780,6 +780,45 @@ def test_each_recipe_trains_to_its_end_and_resumes(tmp_path, monkeypatch, profil
     assert max(len(line["turns"]) for line in lines(parts)) == factors.turns
 
 
+def test_stage_1_continues_on_the_prompts_of_stage_2_in_their_order(
+    tmp_path, monkeypatch, profile, search, vectors
+):
+    profile = dataclasses.replace(profile, grpo_steps=2, val_fraction=1 / 3, lora_rank=4, sft_negatives=None)
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setattr(grpo.engine, "load", lambda _: search)
+    monkeypatch.setattr(clip_cache, "ClipCache", lambda *_: Shelf())
+    folder = lambda run, *_: run.data_dir("charades") / "embed" / "engine" / "train"  # noqa: E731
+    monkeypatch.setattr(embedding, "embed_corpus", folder)
+    home = profile.runs("charades")
+    monkeypatch.setattr(grpo.sft, "train", lambda *_: home / "sft")
+    monkeypatch.setattr(grpo.sft_data, "digest", lambda *_: "replies")
+    reply = lambda query, shown: f"<think> {query.id} {shown} </think> <answer>not_matched</answer>"  # noqa: E731
+    told = types.SimpleNamespace(reply_writer=lambda *_: (reply, None), families=lambda *_: {})
+    monkeypatch.setattr(grpo.source, "of", lambda _: told)
+    prepared(profile, random_policy(), vectors)
+    learned, make = [], grpo.sft.make_trainer
+
+    def watched(knobs, policy, engine, vectors, rows, *rest):
+        assert (knobs.sft_lr, knobs.sft_head_lr, knobs.sft_batch) == (
+            profile.grpo_lr,
+            profile.grpo_head_lr,
+            2,
+        )
+        learned.extend(rows)
+        return make(knobs, policy, engine, vectors, rows, *rest)
+
+    monkeypatch.setattr(grpo.sft, "make_trainer", watched)
+    after = grpo.continue_sft(profile, "charades")
+    prompts, _ = rollout.choose_prompts(profile, "charades", vectors, home / "sft")
+    drawn = [one for number in (1, 2) for one in grpo.draw(prompts, number, 2, profile.seed)]
+    assert [(row.desc_id, row.shown) for row in learned] == [(one.id, one.first_video) for one in drawn]
+    assert all(row.reply == reply(one, one.first_video) for row, one in zip(learned, drawn, strict=True))
+    assert [row.contrast for row in learned] == [row.shown != row.right for row in learned]
+    new, old = (load_file(place / "model.safetensors") for place in (after, home / "sft"))
+    changed = {key for key, weight in new.items() if (weight != old[key]).any()}
+    assert changed and not any("visual" in key for key in changed)
+
+
 def test_every_epoch_draws_every_start_once(starts):
     epoch = [s for number in range(1, len(starts) + 1) for s in grpo.draw(starts, number, 2, 0)]
     for half in (epoch[: len(starts)], epoch[len(starts) :]):

@@ -10,7 +10,7 @@ from tiny import QUERIES, VIDEOS, Shelf, random_engine, random_policy
 from vsr1 import config
 from vsr1.data.annotations import Query
 from vsr1.loop import sqr
-from vsr1.training import query_adapters, sft, sft_data
+from vsr1.training import query_adapters, rewrites, sft, sft_data
 from vsr1.training.sft_examples import SFTExample
 
 QUERY = [Query(n + 1, text, f"v{n}", (0.0, 1.0), text, 5.0) for n, text in enumerate(QUERIES)]
@@ -79,6 +79,17 @@ def test_an_adapter_learns_to_find_and_begins_at_the_typed_query(profile, vector
     assert hits == pytest.approx(
         100 * np.mean([VIDEOS[r] == q.video for r, q in zip(ranks, QUERY, strict=True)])
     )
+
+
+def test_the_fixed_wording_is_the_one_that_finds_most(search, vectors):
+    found = query_adapters.wording_recalls(search, vectors, QUERY)
+    assert len(found) == len(rewrites.wordings(QUERY[0].text))
+    for number in (0, 7):
+        texts = [rewrites.wordings(query.text)[number] for query in QUERY]
+        best = (search.embed_texts(texts) @ vectors.video_vecs.T).argmax(axis=1)
+        right = [VIDEOS[row] == query.video for row, query in zip(best, QUERY, strict=True)]
+        assert found[number] == pytest.approx(100 * np.mean(right))
+    assert rewrites.wordings(QUERY[0].text)[0] == QUERY[0].text, "the query as typed can be chosen"
 
 
 def test_feedback_is_what_brings_most_failed_validation_queries_to_the_top(monkeypatch, profile, vectors):

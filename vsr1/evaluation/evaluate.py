@@ -21,11 +21,12 @@ class Recipe:
     """What a system with weights of its own is made of."""
 
     like: str  # what happens after a verdict: a name of `runner.SYSTEMS`
-    policy: str | None = None  # "sft", "ft" or a variant of stage 2; None: the profile's policy
+    policy: str | None = None  # one of STAGE_1 or a variant of stage 2; None: the profile's policy
     first: str | None = None  # how its first ranking is made, one of `query_adapters.FIRST`; None: as typed
     turns: int | None = None  # videos that it shows at most; None: the profile's
 
 
+STAGE_1 = ("sft", "ft", "hqr")
 RECIPES = {
     "sft": Recipe("sqr", "sft"),
     "walkdown-ft": Recipe("walkdown", "ft"),
@@ -39,6 +40,8 @@ RECIPES = {
     },
     **{f"rocchio-{name}": Recipe("rocchio", name) for name in ("ft", "vsr1")},
     **{f"rerank-10-{name}": Recipe("rerank", name, turns=10) for name in ("ft", "vsr1")},
+    # In words: learns from the rows of stage 1, in as many steps, to write what the engine ranks best.
+    "hqr-trained": Recipe("hqr-reasoned", "hqr"),
     # Beyond the paper: soft tokens before the first search, then the loop, which shows no video twice.
     "vsr1-first": Recipe("sqr-skip", "vsr1", "vsr1"),
 }
@@ -120,7 +123,7 @@ def trained_weights(profile, dataset: str, name: str) -> tuple[str, str | None]:
     if name not in RECIPES:
         return name, None
     recipe = RECIPES[name]
-    stage = sft if recipe.policy in ("sft", "ft") else grpo
+    stage = sft if recipe.policy in STAGE_1 else grpo
     return recipe.like, str(stage.train(profile, dataset, recipe.policy))
 
 

@@ -28,8 +28,10 @@ PARTS = ("vcmr@0.5", "vr@1", "ver")  # columns of T2
 class Variant:
     """The main run with something changed in one stage of training; published.yaml has the words."""
 
-    knobs: dict = field(default_factory=dict)  # their values, or functions of the profile that return them
-    recipe: str = "vsr1"  # of stage 2; "sft": stage 1 alone is trained again, and is compared with stage 1
+    knobs: dict = field(default_factory=dict)
+    # Of stage 2. "sft-more": stage 1 is continued in its place; "sft": stage 1 alone is trained again, and is compared
+    # with stage 1.
+    recipe: str = "vsr1"
 
     @property
     def baseline(self) -> str:
@@ -48,9 +50,9 @@ LONGER = {  # B1
     "no-form": Variant({"disabled_rewards": ("format", "refine_token")}),
     "delta": Variant({"retrieval_reward": "delta"}),
     "gdpo": Variant({"grpo_advantages": "gdpo"}),
-    # Controls: a policy that moves as far for no reason, and stage 1 on queries that else only stage 2 learns from.
+    # Controls: a policy that moves as far for no reason, and stage 1 continued on the prompts of stage 2.
     "shuffled": Variant({"shuffle_advantages": True}),
-    "sft-more": Variant({"sft_rows": lambda profile: 2 * profile.sft_rows}, "sft"),
+    "sft-more": Variant(recipe="sft-more"),
     "single": Variant(recipe="vsr1-single"),
     "m1": Variant(recipe="m1"),
     "m3": Variant(recipe="m3"),
@@ -64,10 +66,11 @@ LONGER = {  # B1
 def run_variant(profile: Profile, dataset: str, name: str) -> list[Episode]:
     """Train a variant unless it is current, and return its test episodes."""
     variant = (REWARDS | LONGER)[name]
-    knobs = {key: value(profile) if callable(value) else value for key, value in variant.knobs.items()}
-    changed = profile.with_overrides(name, **knobs)
+    changed = profile.with_overrides(name, **variant.knobs)
     if variant.recipe == "sft":
         weights = sft.train(changed, dataset)
+    elif variant.recipe == "sft-more":
+        weights = grpo.continue_sft(profile, dataset)
     else:
         weights = grpo.train(changed, dataset, variant.recipe, stage_1=sft.train(profile, dataset))
     return common.run_episodes(changed, dataset, name, like="sqr", weights=str(weights))

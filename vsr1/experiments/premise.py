@@ -36,7 +36,8 @@ MORE_FIRST = tuple(name for name in query_adapters.FIRST if name not in FIRST)
 MORE_SYSTEMS = tuple(
     name
     for name, recipe in evaluate.RECIPES.items()
-    if name not in SYSTEMS and (recipe.first or recipe.like in ("walkdown", "rocchio")) and name not in LOOP
+    if (recipe.first or recipe.policy == "hqr" or recipe.like in ("walkdown", "rocchio"))
+    and name not in (*SYSTEMS, *LOOP)
 )
 RERANKED = ("rerank-10-ft", "rerank-10-vsr1")
 

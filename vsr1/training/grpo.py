@@ -28,11 +28,12 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from vsr1 import cache
 from vsr1.config import InputError
-from vsr1.data import clip_cache
+from vsr1.data import clip_cache, source
 from vsr1.models import batching, checkpoints, decoding, embedding, engine, search_index
-from vsr1.training import common, rewards, rollout, sft
+from vsr1.training import common, rewards, rollout, sft, sft_data
 from vsr1.training.objective import Objective
 from vsr1.training.rollout import RolloutPrompt, RolloutStep, RolloutWorker
+from vsr1.training.sft_examples import SFTExample
 
 # Knobs that the checkpoint and its logs depend on.
 KNOBS = ("grpo_group", "grpo_prompts_per_step", "grpo_steps", "grpo_exclude_sft_queries")
@@ -459,3 +460,74 @@ def _train(profile, dataset, name, stage_1, on_log, folder):
         checkpoints.save(policy, folder)
         if (folder / "steps").exists():  # a short run saved none
             shutil.rmtree(folder / "steps")
+
+
+# --- A control
+
+
+def continue_sft(profile, dataset: str) -> Path:
+    """Continue stage 1 on the prompts of stage 2, and return the folder of its checkpoint and log.
+
+    As many steps on as many prompts, in the same order and at the same rates, but each prompt has one reply to imitate
+    and no reward. Where replies come from a file, only prompts of queries that it holds are learned from.
+    """
+    stage_1 = sft.train(profile, dataset)
+    knobs = KNOBS + sft.KNOBS + sft.RETRIEVAL_KNOBS
+    inputs = {
+        "sft": cache.metadata(stage_1).get("key"),
+        "replies": sft_data.digest(profile, dataset),
+        "knobs": {knob: getattr(profile, knob) for knob in knobs},
+        "code": cache.source_digest(__name__),
+    }
+    work = functools.partial(_continue, profile, dataset, stage_1)
+    return cache.build(profile.runs(dataset) / "sft-more", inputs, work, distributed=True)
+
+
+def _continue(profile, dataset, stage_1, folder):
+    vectors = search_index.load_vectors(embedding.embed_corpus(profile, dataset, "train"))
+    prompts, _ = rollout.choose_prompts(profile, dataset, vectors, stage_1)
+    prompts = prompts_with_replies(profile, dataset, vectors, prompts)
+    count = profile.grpo_prompts_per_step
+    steps = profile.grpo_steps or -(-len(prompts) // count)
+    rows = [row for at in range(steps) for row in draw(prompts, at + 1, count, profile.seed)]
+    rates = {"sft_lr": profile.grpo_lr, "sft_head_lr": profile.grpo_head_lr, "sft_warmup": 0.0}
+    knobs = dataclasses.replace(profile, sft_batch=count, sft_accumulate=1, **rates)
+    search_engine, policy = engine.load(profile), checkpoints.load(str(stage_1), profile)
+    policy.model.model.visual.requires_grad_(False)
+    if profile.lora_rank:
+        common.add_lora(policy, profile.lora_rank, profile.seed)
+    common.upcast_trainable(policy.model.parameters())
+    with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
+        parts = policy, search_engine, vectors, rows, clips
+        trainer = sft.make_trainer(knobs, *parts, folder, f"sft-more {dataset}")
+        trainer.train(resume_from_checkpoint=sft.checkpoint(folder))
+    sft.detach_heads(policy)
+    cache.dist_state().wait_for_everyone()
+    if cache.dist_state().is_main_process:
+        checkpoints.save(policy, folder)
+        shutil.rmtree(folder / "steps", ignore_errors=True)
+
+
+def prompts_with_replies(profile, dataset, vectors, prompts: list[RolloutPrompt]) -> list[SFTExample]:
+    """Return the prompts as examples of stage 1. Soft tokens learn from those that show a wrong video."""
+    writer = source.of(profile).reply_writer(profile, dataset)
+    if writer is None:
+        known = {row.desc_id: row for row in sft_data.load(profile, dataset, vectors)}
+        if not any(prompt.id in known for prompt in prompts):
+            file = sft_data.reply_file(profile, dataset)
+            raise InputError(
+                f"{file}: no replies to a query of stage 2, which sft-more imitates; take all rows"
+            )
+        return [known[prompt.id] for prompt in prompts if prompt.id in known]
+    return [
+        SFTExample(
+            prompt.id,
+            prompt.text,
+            prompt.video,
+            prompt.first_video,
+            prompt.negatives,
+            writer[0](prompt, prompt.first_video),
+            contrast=prompt.first_video != prompt.video,
+        )
+        for prompt in prompts
+    ]

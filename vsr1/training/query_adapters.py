@@ -7,6 +7,7 @@ adapter-vec     a linear map, added to the vector of the query
 adapter-static  N learned soft tokens, the same in every query
 adapter-soft    policy and heads as in stage 1, <REFINE> right behind the query: SQR without video, reply and loop
 engine-tuned    low-rank adapters in the text side of the engine, which all others leave as it is
+hqr-fixed       the one of `rewrites.wordings` that finds most of these train queries; nothing is trained
 <policy>        "sft" or "vsr1": the soft tokens of that policy, which never learned to make them from a query alone
 
 `rocchio` learns nothing and takes a part of the rejected video's vector off the query's; that part is chosen here.
@@ -24,13 +25,13 @@ from torch import nn
 
 from vsr1 import cache
 from vsr1.data import annotations, source
-from vsr1.loop import runner, sqr
+from vsr1.loop import hqr, runner, sqr
 from vsr1.models import batching, embedding, loading, policy, search_index
 from vsr1.models import engine as engines
-from vsr1.training import common, grpo, sft, sft_data
+from vsr1.training import common, grpo, rewrites, sft, sft_data
 
 SOFT = ("adapter-soft", "sft", "vsr1")  # soft tokens of a policy that has read the query
-FIRST = ("adapter-vec", "adapter-static", "engine-tuned", *SOFT)
+FIRST = ("adapter-vec", "adapter-static", "engine-tuned", "hqr-fixed", *SOFT)
 # All ours: (learning rate, times that it reads its draws) to choose from; the engine's are multiples of `sft_lr`.
 # The linear map may read its draws more often than any other learner, which favours it and costs seconds.
 RECIPES = {
@@ -50,7 +51,8 @@ def adapt(profile, dataset: str, name: str) -> Path:
     """Return the step with the query vectors of one of `FIRST`; what it needs is trained now.
 
     test.npz, held.npz   `ids` (Q,) and `vecs` (Q, D) of all test queries, and of the validation queries
-    notes.json           R@1 on the validation queries in the train gallery: as typed, and with each of `RECIPES`
+    notes.json           R@1 on the validation queries in the train gallery: as typed, with each of `RECIPES`, and as
+                         chosen; of "hqr-fixed" `wordings`: R@1 of each on the train queries that it is chosen on
     """
     folders = [embedding.embed_corpus(profile, dataset, split) for split in ("train", "test")]
     inputs = {
@@ -102,12 +104,18 @@ def _adapt(profile, dataset, name, weights, folders, folder):
     if name in SOFT:
         _, agent = runner.load_pair(profile, runner.SYSTEMS["sqr"], weights)
         embed = functools.partial(soft_vecs, engine, agent, size=profile.eval_batch)
+    elif name == "hqr-fixed":
+        engine, ids = hqr.with_query_limit(engine), {row.desc_id for row in rows}
+        train_queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl")
+        notes["wordings"] = wording_recalls(engine, train, [q for q in train_queries if q.id in ids])
+        chosen = int(np.argmax(notes["wordings"]))
+        embed = functools.partial(worded_vecs, engine, chosen)
     else:
         adapter, notes["recipes"] = _fit_best(profile, name, engine, train, rows, queries["held"])
         embed = functools.partial(adapted_vecs, adapter, train, size=profile.eval_batch)
     vecs = {"held": embed(queries["held"])}
     notes["chosen"] = recall_at_1(train, vecs["held"], queries["held"])
-    if name not in SOFT:
+    if name in RECIPES:
         embed = functools.partial(adapted_vecs, adapter, test, size=profile.eval_batch)
     vecs["test"] = embed(queries["test"])
     for split, values in vecs.items():
@@ -123,6 +131,17 @@ def recall_at_1(vectors: search_index.Vectors, query_vecs: np.ndarray, queries) 
     """Return the percentage of queries, (Q, D), whose right video is first; one without a vector is a failure."""
     hits = search_index.ranks(vectors.scores(query_vecs), vectors.columns([q.video for q in queries], 0)) == 1
     return 100 * float(np.mean(hits & [vectors.has_video(query.video) for query in queries]))
+
+
+def wording_recalls(engine, vectors: search_index.Vectors, queries) -> list[float]:
+    """Return R@1 of queries in each of `rewrites.wordings`; of equals the first is the simplest."""
+    count = len(rewrites.wordings(queries[0].text))
+    return [recall_at_1(vectors, worded_vecs(engine, n, queries), queries) for n in range(count)]
+
+
+def worded_vecs(engine, number: int, queries) -> np.ndarray:
+    """Embed queries (Q, D) in one of `rewrites.wordings`."""
+    return engine.embed_texts([rewrites.wordings(query.text)[number] for query in queries])
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from vsr1.loop import sqr
 from vsr1.models import checkpoints, decoding, embedding, inputs, loading, prompt_text, search_index
 from vsr1.models import engine as engines
 from vsr1.models.policy import Policy, new_heads, new_settings
-from vsr1.training import common, sft_data
+from vsr1.training import common, rewrites, sft_data
 
 IGNORED = -100  # the library's label of a token that is not learned
 
@@ -38,16 +38,22 @@ KNOBS = ("sft_rows", "sft_negatives", "sft_text_only_rows", "sft_epochs", "val_f
 KNOBS += ("sft_batch", "sft_accumulate", "sft_lr", "sft_warmup", "lora_rank", *common.VISION_KNOBS)
 RETRIEVAL_KNOBS = ("sft_head_lr", "infonce_weight", "infonce_temperature", "infonce_prefixes", "infonce_rows")
 RETRIEVAL_KNOBS += ("ambiguity_filter", "n_soft", "carry_blocks", "refine_init")
+WITHOUT_HEADS = ("ft", "hqr")
 
 
 # --- Batches
 
 
 class Collator:
-    """Makes rows one left-padded batch of prompt, video and reply; every token but the reply's is ignored."""
+    """Makes rows one left-padded batch of prompt, video and reply; every token but the reply's is ignored.
 
-    def __init__(self, policy: Policy, clips):
+    system  prompt; None: the one that the policy is evaluated with
+    """
+
+    def __init__(self, policy: Policy, clips, system: str | None = None):
         self.policy, self.clips = policy, clips
+        own = prompt_text.SYSTEM_ZS if policy.heads is None else policy.settings.system
+        self.system = system or own
 
     def __call__(self, rows: list[dict]) -> dict:
         policy = self.policy
@@ -63,12 +69,11 @@ class Collator:
         return batch | {"labels": _labels(batch["input_ids"], lengths), "rows": rows, "prefix": prefix}
 
     def _prompts(self, rows):
-        policy = self.policy
-        system = prompt_text.SYSTEM_ZS if policy.heads is None else policy.settings.system
         shown = [row["shown"] for row in rows if row["caption"] is None]
         clips = dict(zip(shown, self.clips.get(shown), strict=True))
         videos = [clips[row["shown"]] if row["caption"] is None else row["caption"] or None for row in rows]
-        return [policy.prompt(system, row["query"], video) for row, video in zip(rows, videos, strict=True)]
+        pairs = zip(rows, videos, strict=True)
+        return [self.policy.prompt(self.system, row["query"], video) for row, video in pairs]
 
     def _reply_ids(self, reply):
         policy = self.policy
@@ -319,14 +324,19 @@ class JsonlLogger(TrainerCallback):
         self.bar.close()
 
 
-def make_trainer(profile, policy, engine, vectors, rows, clips, folder, what, on_log=None) -> Trainer:
-    """Build the `Trainer` of a policy on `rows`, in their order; states go to `folder`/steps, the log to log.jsonl."""
+def make_trainer(
+    profile, policy, engine, vectors, rows, clips, folder, what, on_log=None, system: str | None = None
+) -> Trainer:
+    """Build the `Trainer` of a policy on `rows`, in their order; states go to `folder`/steps, the log to log.jsonl.
+
+    system  as of `Collator`
+    """
     attach_heads(policy)
     batch, accumulate, filled = partition_batch(profile, rows, cache.dist_state().num_processes)
     trainer = Trainer(
         policy.model,
         _training_arguments(profile, policy, folder, batch, accumulate),
-        Collator(policy, clips),
+        Collator(policy, clips, system),
         datasets.Dataset.from_list([dataclasses.asdict(row) for row in filled]),
         processing_class=policy.tokenizer,
         optimizers=(torch.optim.AdamW(_parameter_groups(profile, policy), weight_decay=0.0), None),
@@ -395,14 +405,15 @@ def _training_arguments(profile, policy, folder, batch, accumulate):
 def train(profile, dataset: str, name: str = "sft", on_log=None) -> Path:
     """Train stage 1 on one data set and return the folder of its checkpoint and log. Resumes after a kill.
 
-    name    "sft"; "ft", the baseline of T1: no <REFINE>, no soft tokens, no InfoNCE; or "adapter-soft", the one of
-            `query_adapters`: the same queries as often, <REFINE> right behind each, no video and no reply
+    name    "sft"; "ft", the baseline of T1: no <REFINE>, no soft tokens, no InfoNCE; "hqr", which learns to rewrite in
+            words where stage 1 learns soft tokens (`rewrites`); or "adapter-soft", the one of `query_adapters`: the
+            same queries as often, <REFINE> right behind each, no video and no reply
     on_log  is called after each step with the lines of the log so far, for curves that redraw
     """
     vectors = embedding.embed_corpus(profile, dataset, "train")
     # FT reads the rows of stage 1 in their order, text-only ones included: what it lacks is the search, nothing else.
     # Only the rows with video, for as many steps, would show it each video three times as often as stage 1 sees it.
-    knobs = KNOBS + RETRIEVAL_KNOBS * (name != "ft")
+    knobs = KNOBS + RETRIEVAL_KNOBS * (name not in WITHOUT_HEADS)
     inputs = {
         "name": name,
         "vectors": cache.metadata(vectors).get("key"),
@@ -411,6 +422,8 @@ def train(profile, dataset: str, name: str = "sft", on_log=None) -> Path:
         "knobs": {knob: getattr(profile, knob) for knob in knobs},
         "code": cache.source_digest(__name__),
     }
+    if name == "hqr":
+        inputs["rewrites"] = cache.metadata(rewrites.write(profile, dataset)).get("key")
     work = functools.partial(_train, profile, dataset, name, vectors, on_log)
     return cache.build(profile.runs(dataset) / name, inputs, work, distributed=True)
 
@@ -420,14 +433,17 @@ def _train(profile, dataset, name, vectors, on_log, folder):
     rows = sft_data.load(profile, dataset, vectors)
     if name == "adapter-soft":
         rows = draw_queries(profile, rows)
+    elif name == "hqr":
+        rows = rewrites.with_updates(rows, rewrites.write(profile, dataset))
     if dist.is_main_process:
         lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
         cache.write_text(folder / "rows.jsonl", "".join(lines))
     engine = engines.load(profile)
-    policy = build_policy(profile, engine, heads=name != "ft")
+    policy = build_policy(profile, engine, heads=name not in WITHOUT_HEADS)
+    system = prompt_text.SYSTEM_HQR if name == "hqr" else None
     with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
         parts = policy, engine, vectors, rows, clips
-        trainer = make_trainer(profile, *parts, folder, f"{name} {dataset}", on_log)
+        trainer = make_trainer(profile, *parts, folder, f"{name} {dataset}", on_log, system)
         trainer.train(resume_from_checkpoint=checkpoint(folder))
     detach_heads(policy)
     dist.wait_for_everyone()  # each writes its random numbers below steps/
