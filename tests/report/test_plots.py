@@ -36,11 +36,11 @@ def test_a_contact_sheet_shows_every_frame_of_every_clip(tmp_path):
 
 
 def test_frames_inside_the_moment_are_marked(tmp_path):
-    red = tuple(int(plots.RED[i : i + 2], 16) for i in (1, 3, 5))
+    dark = tuple(int(plots.DARK[i : i + 2], 16) for i in (1, 3, 5))
     grey = [(90, 90, 90)] * 4
     marked, plain = (canvas.contact_sheet([strip(grey, span=span)], columns=4) for span in ((1.0, 2.0), None))
-    assert pixels(plots.save(marked, tmp_path, "marked", "", kinds=("png",))).get(red, 0) > 500
-    assert pixels(plots.save(plain, tmp_path, "plain", "", kinds=("png",))).get(red, 0) == 0
+    assert pixels(plots.save(marked, tmp_path, "marked", "", kinds=("png",))).get(dark, 0) > 500
+    assert pixels(plots.save(plain, tmp_path, "plain", "", kinds=("png",))).get(dark, 0) == 0
 
 
 def test_a_long_clip_is_spread_over_the_columns(tmp_path):

@@ -222,12 +222,49 @@ def test_figures_show_both_searches_and_no_words_overlap_or_leave(home):
         assert not any(one.overlaps(other) for one, other in itertools.combinations(inner, 2)), name
     for part in ("rank 12 → 1", "rank 12 → 9", "8 soft tokens", "someone else", "Turn 2 is turn 1 again"):
         assert part in words["A4"]
-    assert "Turn 2: the query and 8 soft tokens" in words["F1"] and words["F1"].count("found: ") == 1
+    assert "Turn 2. Found first: right video" in words["F1"] and "right video: rank 30 → 1" in words["F1"]
     soft, _ = next(pair for pair in search_figures.run_pairs(home)["charades"] if pair[0].desc_id == 7)
     films = search_panels.FrameSource(home, "charades", None)
     lacks = films.lacks(soft, soft.turns[0].shown_id)
     assert lacks and all(f"{seen}, not {asked}" in words["A4"] for asked, seen in lacks.items())
     assert films.lacks(soft, soft.gt_video) == {}
+
+
+def test_the_picture_of_one_search_marks_each_statement_true_or_false(home):
+    """Against the rendered truth, read here without the functions that draw."""
+    ((dataset, (one,)), *_) = search_figures.TWO_TURNS.in_turn(search_figures.run_searches(home))
+    first = one.turns[0]
+    scenes = world.read_scenes(home.data_dir(dataset) / "corpus")
+    (asked,) = (
+        m for m in scenes[one.gt_video].moments if moments.span_ms((m.start, m.end)) == one.gt_span_ms
+    )
+    shown = max(
+        scenes[first.shown_id].moments,
+        key=lambda m: sum(getattr(m, a) == getattr(asked, a) for a in world.ATTRIBUTES),
+    )
+    false = "red" if shown.shirt != "red" else "blue"
+    steps = f"object {asked.object} - {shown.object} {'yes' if asked.object == shown.object else 'no'}."
+    steps += f" shirt {false} - {false} yes."
+    reply = replace(first.reply, text=f"<think> {steps} </think> <answer>not_matched</answer> <REFINE>")
+    searched = replace(one, turns=(replace(first, reply=reply), one.turns[1]))
+    with video_reader.Reader() as reader:
+        source = search_panels.FrameSource(home, dataset, reader)
+        figure = search_panels.one_search(searched, source)
+    words = " ".join(text.get_text() for text in figure.axes[0].texts if text.get_text())
+    assert f"✓ object: {shown.object}" in words and f"✗ shirt: {false}" in words
+    assert source.count_statements(searched) == (2, 1)
+
+
+def test_a_weaker_rule_finds_the_picture_where_the_first_finds_none(home, monkeypatch):
+    weak = FIT["charades"][1][0]
+    weak = next(
+        one for (one,) in search_figures.run_searches(home)["charades"] if one.desc_id == weak.desc_id
+    )
+    monkeypatch.setattr(search_figures, "run_searches", lambda _: {"charades": [(weak,)]})
+    monkeypatch.setattr(search_figures, "run_pairs", lambda _: {})
+    with video_reader.Reader() as reader:
+        captions = {name: words for name, _, words in search_figures.figures(home, reader)}
+    assert "weaker rule" in captions["F1"] and "1 of 1 queries" in captions["F1"]
 
 
 def test_a_video_that_cannot_be_read_is_named_so(home, tmp_path, monkeypatch):

@@ -13,9 +13,14 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from vsr1.config import Profile
 from vsr1.report import plots, results
-from vsr1.report.plots import BLACK, GREY, ORANGE, RED, SKY
+from vsr1.report.plots import BLACK, DARK, GREEN, GREY, RED, SHADES
 
-DASHED = {"fill": False, "edgecolor": RED, "linestyle": "--", "linewidth": 1.4}  # the right video and moment
+DASHED = {
+    "fill": False,
+    "edgecolor": GREEN,
+    "linestyle": "--",
+    "linewidth": 1.4,
+}  # the right video and moment
 MARGIN, COLUMN, GAP = 0.15, 4.25, 0.2  # inches: two columns
 COLUMNS = (MARGIN, MARGIN + COLUMN + GAP)
 
@@ -72,7 +77,7 @@ class Canvas:
     def frames(self, x: float, y: float, strip: Strip, each: float, gap=0.05, dashed=False) -> float:
         """Draw frames side by side, `each` inch wide, with their seconds below; return the y below them.
 
-        Frames inside the span are underlined. dashed: a dashed red frame around all of them.
+        Frames inside the span are underlined. dashed: a dashed green frame around all of them.
         """
         if strip.frames is None:
             reason = [(f"cannot be read: {strip.problem}", {"color": RED})]
@@ -87,7 +92,8 @@ class Canvas:
             props = {"size": 7.5, "ha": "center", "weight": "bold" if inside else "normal"}
             self.axes.text(left + each / 2, y + high + 0.15, f"{seconds:.1f} s", **props)
             if inside:
-                self.axes.plot((left, left + each), (y + high + 0.02,) * 2, color=RED, linewidth=2.5)
+                colour = GREEN if dashed else DARK
+                self.axes.plot((left, left + each), (y + high + 0.02,) * 2, color=colour, linewidth=2.5)
         if dashed:
             wide = count * (each + gap) + 0.03
             self.axes.add_patch(Rectangle((x - 0.04, y - 0.04), wide, high + 0.25, **DASHED))
@@ -99,15 +105,15 @@ class Canvas:
         self.axes.add_patch(FancyBboxPatch((x, top), width, bottom - top, zorder=0, linewidth=0.8, **props))
 
     def soft_tokens(self, x: float, y: float, count: int) -> float:
-        """Draw soft tokens as small squares of two colours; return the x where they end."""
+        """Draw soft tokens as small squares, shades of one blue; return the x where they end."""
         for n in range(count):
-            self.axes.add_patch(Rectangle((x + 0.15 * n, y), 0.12, 0.12, facecolor=(ORANGE, SKY)[n % 2]))
+            self.axes.add_patch(Rectangle((x + 0.15 * n, y), 0.12, 0.12, facecolor=SHADES[n % len(SHADES)]))
         return x + 0.15 * count + 0.05
 
     def timeline(self, x: float, y: float, width: float, seconds: float, right, named) -> float:
-        """Draw a video as a bar with the right moment (dashed red) and the named one (orange); return the y below."""
+        """Draw a video as a bar with the right moment (dashed green) and the named one (dark); return the y below."""
         self.axes.add_patch(Rectangle((x, y), width, 0.12, facecolor="#dddddd"))
-        for span, props in ((named, {"facecolor": ORANGE}), (right, DASHED)):
+        for span, props in ((named, {"facecolor": DARK}), (right, DASHED)):
             start, end = (min(time, seconds) * width / seconds for time in span)
             self.axes.add_patch(Rectangle((x + start, y), end - start, 0.12, **props))
         return y + 0.2

@@ -25,6 +25,9 @@ from vsr1.config import Profile
 from vsr1.report import results
 
 BLACK, ORANGE, SKY, BLUE, RED, GREY = "#000000 #e69f00 #56b4e9 #0072b2 #d55e00 #8a8a8a".split()
+# In pictures of searches: what is right or true, what was named, and soft tokens. RED is what is wrong or false.
+GREEN, DARK = "#00805c #333333".split()
+SHADES = "#08306b #08519c #2171b5 #4292c6 #6baed6 #8fc1e0 #b2d2e8 #cfe1f2".split()
 DRAWINGS = Path(__file__).parent / "drawings"
 KINDS = ("png", "svg")  # of what is published
 RANK_1 = "right video on rank 1, %"

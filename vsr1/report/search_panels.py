@@ -10,11 +10,11 @@ from vsr1.config import Profile
 from vsr1.data import annotations, video_reader
 from vsr1.loop import replies
 from vsr1.loop.records import Episode, Turn
-from vsr1.mini import captions, world
+from vsr1.mini import captions, teacher, world
 from vsr1.mini.world import ATTRIBUTES
 from vsr1.report import plots, qualitative
 from vsr1.report.canvas import COLUMN, COLUMNS, GAP, MARGIN, Canvas, Strip
-from vsr1.report.plots import BLACK, BLUE, GREY, ORANGE, RED
+from vsr1.report.plots import BLACK, BLUE, GREEN, GREY, ORANGE, RED
 
 VIOLET = "#7b3294"  # of verdicts, as in the paper
 BOLD, ITALIC, STRUCK = {"weight": "bold"}, {"style": "italic"}, {"struck": True}
@@ -38,6 +38,15 @@ class FrameSource:
         """Return {what a query asks for: what a video has in its place}, in words."""
         return qualitative.contrast(*self.moments(episode, video))
 
+    def count_statements(self, episode: Episode) -> tuple[int, int] | None:
+        """Count what the replies of a search state, and what of it is false; None where no truth is known."""
+        if not self.scenes:
+            return None
+        moments = [(turn, *self.moments(episode, turn.shown_id)) for turn in episode.turns]
+        steps = [step for each in moments for step in qualitative.reasoning(*each)]
+        errors = [errors for step, _, errors in steps if teacher.read_statement(step)]
+        return len(errors), sum(map(bool, errors))
+
     def strip(self, episode: Episode, video: str, count: int) -> Strip:
         """Return frames of the query's moment, in a wrong video of the nearest one, or all along a real one."""
         path = annotations.find_videos(self.folder, [video])[0].path
@@ -60,7 +69,7 @@ class FrameSource:
 
 
 def _query(canvas, source, episode):
-    """Draw the query on top, in bold blue what the first video lacks of it; return the y below."""
+    """Draw the query on top, in bold what the first video lacks of it; return the y below."""
     canvas.words(MARGIN, 0.08, 3, [(f"{source.dataset}, query {episode.desc_id}", {"color": GREY})])
     pieces = _marked(episode.query, source.lacks(episode, episode.turns[0].shown_id))
     bottom = canvas.words(2 * MARGIN, 0.36, canvas.width - 4 * MARGIN, pieces, 12)
@@ -69,8 +78,8 @@ def _query(canvas, source, episode):
 
 
 def _marked(text, phrases, props=None):
-    """Return pieces of a text, in bold blue those phrases that stand in it."""
-    marked = {True: {"color": BLUE} | BOLD, False: props or {}}
+    """Return pieces of a text, in bold those phrases that stand in it."""
+    marked = {True: BOLD, False: props or {}}
     return [(piece, marked[found]) for piece, found in qualitative.pieces(text, phrases)]
 
 
@@ -78,7 +87,7 @@ def _video(canvas, x, y, source, episode, video, heading):
     """Draw frames of a video under a heading, with what a wrong one has instead; return the y below."""
     lacks = [f"{seen}, not {asked}" for asked, seen in source.lacks(episode, video).items()]
     kind = ("wrong video" + ": " * bool(lacks) + "; ".join(lacks), {"color": BLACK})
-    kind = ("right video", {"color": RED}) if video == episode.gt_video else kind
+    kind = ("right video", {"color": GREEN} | BOLD) if video == episode.gt_video else kind
     y = canvas.words(x, y, COLUMN, [(f"{heading}: ", BOLD), kind]) + 0.06
     return canvas.frames(x + 0.04, y, source.strip(episode, video, 3), 1.0, dashed=video == episode.gt_video)
 
@@ -100,16 +109,18 @@ def _reply(canvas, x, y, source, episode, turn):
 
 
 def _step(step, amiss, errors):
-    """Return the pieces of one step: red where it ends with "no", struck through and corrected where it is false."""
-    ink = {"color": RED} if amiss else {}
-    return [(step, ink | STRUCK), (f" ({errors}) ", ITALIC)] if errors else [(f"{step} ", ink)]
+    """Return the pieces of one step: bold where it ends with "no", struck through and corrected where it is false."""
+    ink = BOLD if amiss else {}
+    false = {"color": RED} | STRUCK
+    return [(step, ink | false), (f" ({errors}) ", ITALIC)] if errors else [(f"{step} ", ink)]
 
 
 def _verdict(turn):
     """Return the verdict of a reply and whether it is right, in words and with a mark."""
     word = {True: "matched", False: "not_matched", None: "no readable verdict"}[turn.reply.matched]
     right = turn.reply.matched is not None and turn.reply.matched == turn.shown_is_gt
-    return [(word, {"color": VIOLET} | BOLD), (" ✓ rightly" if right else " ✗ wrongly", {})]
+    mark = (" ✓ correct", {"color": GREEN}) if right else (" ✗ wrong", {"color": RED})
+    return [(word, {"color": VIOLET} | BOLD), mark]
 
 
 def _next(canvas, x, y, width, source, episode, turn: Turn):
@@ -138,7 +149,7 @@ def _end(episode):
     found = bool(last.reply.matched and last.shown_is_gt)
     ranks = f"right video from rank {episode.rank_orig} to {qualitative.rank(episode)}"
     return [
-        ("✓ found: " if found else "⚠ not found: ", BOLD | {"color": BLUE if found else RED}),
+        ("✓ found: " if found else "⚠ not found: ", BOLD | {"color": GREEN if found else RED}),
         (ranks, {}),
     ]
 
@@ -176,7 +187,80 @@ def turn_by_turn(columns: dict[str, tuple[Episode, tuple[Turn, ...]]], source: F
     return canvas.cut(max(ends) + 0.1)
 
 
-LINES = ((RED, "D"), (ORANGE, "^"), (BLUE, "*"))  # of the video found first, of the next, of the right one
+NARROW = 5.4  # inches: read on a phone at about 80 pixels each, so its smallest letters are 10 points
+
+
+@plots.style()
+def one_search(episode: Episode, source: FrameSource) -> Figure:
+    """Draw F1, turn below turn: the query, then each video with what the reply states of it, and what follows."""
+    canvas = Canvas(NARROW)
+    inner, left = NARROW - 2 * MARGIN, MARGIN
+    query = _marked(episode.query, source.lacks(episode, episode.turns[0].shown_id))
+    y = canvas.words(left + 0.1, 0.16, inner - 0.2, [("query: ", {"color": GREY}), *query], 12)
+    canvas.box(left, 0.08, inner, y + 0.04)
+    y += 0.2
+    for turn in episode.turns:
+        lacks = [f"{seen}, not {asked}" for asked, seen in source.lacks(episode, turn.shown_id).items()]
+        wrong = ("wrong video" + ": " * bool(lacks) + "; ".join(lacks), {"color": RED})
+        kind = ("right video", {"color": GREEN} | BOLD) if turn.shown_is_gt else wrong
+        y = canvas.words(left, y, inner, [(f"Turn {turn.t}. Found first: ", BOLD), kind], 11) + 0.08
+        strip, each = source.strip(episode, turn.shown_id, 4), (inner - 0.21) / 4
+        y = canvas.frames(left + 0.03, y, strip, each, dashed=turn.shown_is_gt) + 0.04
+        top = y
+        y = _statements(canvas, left + 0.1, y + 0.05, inner - 0.2, source, episode, turn)
+        y = canvas.words(left + 0.1, y, inner - 0.2, [("verdict: ", {}), *_verdict(turn)], 11)
+        y = _then(canvas, left + 0.1, y + 0.02, inner - 0.2, source, episode, turn)
+        canvas.box(left, top, inner, y + 0.04)
+        y += 0.2
+    return canvas.cut(y)
+
+
+def _statements(canvas, x, y, width, source, episode, turn):
+    """Draw what a reply states, in two columns where it is a checklist, true (✓) or false (✗); return the y below."""
+    steps = qualitative.reasoning(turn, *source.moments(episode, turn.shown_id), LONGEST)
+    read = [(teacher.read_statement(step), errors) for step, _, errors in steps]
+    if not source.scenes or not all(statement for statement, _ in read):
+        return canvas.words(x, y, width, [piece for step in steps for piece in _step(*step)], 10)
+    half = math.ceil(len(read) / 2)
+    ends = []
+    for column in (read[:half], read[half:]):
+        below = y
+        for statement, errors in column:
+            below = canvas.words(x, below, width / 2 - 0.05, _stated(statement, errors), 10)
+        x, ends = x + width / 2, [*ends, below]
+    return max(ends) + 0.02
+
+
+def _stated(statement, errors):
+    """Return the pieces of one statement: its mark, what it says is shown, and the truth where it is false."""
+    compared = statement.shown if statement.same else f"{statement.shown}, not {statement.asked}"
+    said = f"{statement.attribute}: {compared}"
+    if errors:
+        return [
+            ("✗ ", {"color": RED}),
+            (said, {"color": RED} | STRUCK),
+            (f" ({errors.partition(';')[0]})", ITALIC),
+        ]
+    return [("✓ ", {"color": GREEN}), (said, {} if statement.same else BOLD)]
+
+
+def _then(canvas, x, y, width, source, episode, turn):
+    """Draw what follows a verdict, soft tokens and a new rank, or the moment on a bar; return the y below."""
+    if turn.rank_out is not None:
+        end = canvas.soft_tokens(x, y + 0.05, turn.refine_tokens)
+        words = f"{turn.refine_tokens} soft tokens; right video: {qualitative.ranks(turn)}"
+        return canvas.words(end, y, width - end + x, [(words, {"color": BLUE})], 10)
+    if not turn.reply.matched or turn.span_ms is None:
+        return canvas.words(x, y, width, [("nothing to search or to answer with", {"color": RED})], 10)
+    named, right = np.array(turn.span_ms) / 1000, np.array(episode.gt_span_ms) / 1000
+    text = f"moment: {named[0]:.1f} to {named[1]:.1f} s"
+    text += f" (right: {right[0]:.1f} to {right[1]:.1f} s)" if turn.shown_is_gt else ""
+    y = canvas.words(x, y, width, [(text, {})], 10)
+    seconds = source.seconds.get(turn.shown_id) if turn.shown_is_gt else None
+    return canvas.timeline(x, y + 0.04, width, seconds, right, named) if seconds else y
+
+
+LINES = ((RED, "D"), (ORANGE, "^"), (GREEN, "*"))  # of the video found first, of the next, of the right one
 
 
 @plots.style()
@@ -196,7 +280,7 @@ def by_soft_tokens(episode: Episode, source: FrameSource, ranks: dict[str, list[
         for attribute in ATTRIBUTES if asked else ():
             has = getattr(asked, attribute) == getattr(seen, attribute)
             text = f"{'✓' if has else '✗'} {captions.phrase(attribute, seen)}"
-            y = canvas.words(2.35, y, 2, [(text, {"color": BLUE if has else RED})])
+            y = canvas.words(2.35, y, 2, [(text, {"color": GREEN if has else RED})])
         y = max(y, below) + 0.08
     figure = canvas.cut(y)
     place = np.array((4.75, 0.55, 4.05, y - top - 0.9)) / (canvas.width, y, canvas.width, y)
