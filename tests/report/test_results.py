@@ -321,7 +321,7 @@ def test_links_and_anchors_of_the_report_resolve(published):
     assert all(link[1:] in ids for link in links if link[0] == "#")
     files = [(published.folder / link).resolve() for link in links if link[0] != "#"]
     assert {path.name for path in files} == {"05_evaluation.ipynb", "09_paper.ipynb"}
-    assert len(set(files)) == 4 and all(path.is_file() for path in files)
+    assert len(set(files)) == 2 and all(path.is_file() for path in files)  # sources; copies are not committed
 
 
 def test_pictures_of_real_frames_are_linked_to_and_not_missing(run):
@@ -413,31 +413,56 @@ def test_a_clone_without_a_run_keeps_its_committed_numbers(tmp_path, monkeypatch
 # --- The README
 
 
-def test_the_readme_says_what_the_committed_results_say():
-    mini = load("mini")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.fill(text, mini) == text, "run `make readme`"
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_generated_parts_of_pages_say_what_the_committed_results_say(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert readme.fill(page, text, load("mini")) == text, "run `make readme`"
 
 
-def test_the_readme_follows_its_numbers_and_names_a_lost_marker(run):
-    run.results().mkdir(parents=True, exist_ok=True)
-    path, key = run.results() / "numbers.json", "R2/didemo/vsr1/vr@1"
-    path.write_text((ROOT / "results" / "mini" / "numbers.json").read_text())
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    told = readme.fill(text, run)
-    assert tables.cell(results.load(run).loc[key]) in told
+@pytest.fixture
+def committed(run):
+    """The committed numbers, with their picture, as those of a run whose numbers can be changed."""
+    shutil.copytree(
+        ROOT / "results" / "mini", run.results(), ignore=shutil.ignore_patterns("qual*", "*.svg", "[A-EG-Z]*")
+    )
+    return run
+
+
+def test_pages_follow_their_numbers_and_name_a_lost_marker(committed):
+    def pages():
+        return [readme.fill(page, (ROOT / page).read_text(), committed) for page in readme.PAGES]
+
+    path = committed.results() / "numbers.json"
     numbers = json.loads(path.read_text())
-    numbers[key]["value"] = 12.34
-    numbers["R1/didemo/refined/points"] |= {"value": -3.0, "ci": [-5.0, -1.0]}
-    numbers["R1/didemo/refined/lowest"]["value"] = -4.0
+    for table in ("R1", "R3"):  # the verdict of this run, and over seeds
+        if f"{table}/didemo/refined/points" in numbers:
+            numbers[f"{table}/didemo/refined/points"] |= {"value": 3.3, "ci": [1.0, 5.0]}
     path.write_text(json.dumps(numbers))
-    changed = readme.fill(text, run)
-    assert "12.3±" in changed and "-3.0 (-5.0 to -1.0), seeds -4.0 to" in changed
-    assert changed.count(" agrees") == told.count(" agrees") - 1
-    measured, paper = changed.split("The paper's values, of real video")
+    front, all_claims = pages()
+    assert "+3.3 agrees" in front and "+3.3 (+1.0 to +5.0)" in all_claims
+    for table in ("R1", "R3"):
+        if f"{table}/didemo/refined/points" in numbers:
+            numbers[f"{table}/didemo/refined/points"] |= {"value": -3.3, "ci": [-5.0, -1.0]}
+    for name, value in {"vsr1": 12.3, "adapter-soft-vsr1": 45.6}.items():
+        entry = numbers["R3/didemo/refined/points"] | {"value": value, "measured": True}
+        numbers[f"P1/didemo/{name}/vcmr@0.5_t{committed.headline_turns}"] = entry
+    path.write_text(json.dumps(numbers))
+    changed, all_changed = pages()
+    assert "-3.3 disagrees" in changed and "12.3 against 45.6" in changed
+    assert all_changed.count(" agrees") == all_claims.count(" agrees") - 1
+    measured, paper = all_changed.split("The paper's values, of real video")
     assert "13.4 / 24.6 / —" in paper and "13.4 / 24.6" not in measured
-    with pytest.raises(InputError, match="expected one <!-- results -->"):
-        readme.fill(text.replace("<!-- /results -->", ""), run)
+    with pytest.raises(InputError, match=r"README\.md: expected one <!-- summary -->"):
+        readme.fill("README.md", front.replace("<!-- /summary -->", ""), committed)
+
+
+def test_results_of_other_settings_and_a_picture_that_no_search_fits_are_named(committed):
+    text = (ROOT / "README.md").read_text()
+    older = replace(committed, n_soft=committed.n_soft + 1)
+    assert "of other settings than profile `mini` has now" in readme.fill("README.md", text, older)
+    assert '<img src="results/mini/figures/F1.png"' in readme.fill("README.md", text, committed)
+    (committed.results() / "figures" / "F1.png").unlink()
+    assert "No search of this run fits the rule" in readme.fill("README.md", text, committed)
 
 
 # --- In a browser

@@ -106,7 +106,7 @@ def _import_annotations(profile, dataset):
     files = annotation_files(profile, dataset)
     for file in files:
         if not file.exists():
-            raise InputError(f'{file}: not there; README, "Real data", says what goes where')
+            raise InputError(f"{file}: not there; docs/real_data.md says what goes where")
 
     def write(folder):
         for split, file in zip(SPLITS, files, strict=True):

@@ -174,14 +174,14 @@ def report(profile: Profile) -> Path:
             path: f"{path.parent.parent.name}: what SQR and HQR saw, said and found"
             for path in qualitative.pages(profile)
         },
-        notebooks=_notebooks(profile),
+        notebooks={os.path.relpath(path, config.ROOT): words for path, words in _notebooks(profile).items()},
         tables=tables,
         layouts=results.layouts(),
         details=details,
         picture=picture,
         inside=lambda path: path.is_relative_to(folder),
         remedy=lambda item: remedy(profile, item),
-        copies=lambda name: _copies(profile, name),
+        source=_source,
         link=lambda path: quote(os.path.relpath(path, folder)),
     )
     (folder / "report.html").write_text(text, encoding="utf-8")
@@ -241,8 +241,7 @@ def _notebooks(profile):
     return {path: f"{place}: {path.stem}" for path, place in found if "." not in path.stem}
 
 
-def _copies(profile, name):
-    """Return {executed copy or source of a notebook: its data set, or profile, or "source"}."""
-    paths = {p: words.partition(":")[0] for p, words in _notebooks(profile).items() if p.stem == name}
-    paths |= {config.ROOT / "notebooks" / f"{name}.ipynb": "source"}
-    return {path: words for path, words in paths.items() if path.exists()}
+def _source(name):
+    """Return the source of a notebook, None without one. Executed copies lie in runs/, which is not committed."""
+    path = config.ROOT / "notebooks" / f"{name}.ipynb"
+    return path if path.exists() else None

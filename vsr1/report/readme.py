@@ -1,35 +1,136 @@
-"""Write the generated part of README.md, between html comments, from results/<profile>/ and nothing else."""
+"""Write the generated parts of README.md and docs/, between html comments, from results/<profile>/ and nothing else."""
 
 import re
+from collections import Counter
 
 from vsr1 import config
 from vsr1.config import InputError, Profile
+from vsr1.evaluation.claims import CLAIMS
 from vsr1.report import html_report, results, tables, templates, verdicts
 from vsr1.report.tables import MEASURED, PAPER
 
 SYSTEMS = {"zs": "ZS", "ft": "FT", "walkdown": "FT, rank fallback"}
 SYSTEMS |= {"sft": "stage 1 only", "vsr1": "VideoSearch-R1"}
 METRICS = ("vcmr@0.5", "vr@1", "right_last")
+SUMMARY = {  # claim: in the words of somebody who reads about it for the first time
+    "refined": "Refining the query finds more right videos than one search (R@1)",
+    "vsr1-walkdown": "The loop beats a fine-tuned policy that goes down the first ranking (VCMR)",
+    "ver-ft": "Its verdicts are right more often than the fine-tuned policy's (VER)",
+    "grpo-vcmr": "Stage 2, GRPO, adds to stage 1 (VCMR)",
+    "sqr-hqr-reasoned": "Soft tokens repair more failed searches than a rewritten query (R@1)",
+    "turn-3": "A third turn adds next to nothing (VCMR)",
+}
+PREMISE = ("vsr1", "adapter-soft-vsr1")  # the loop; soft tokens that learn without it, then rank fallback
+TALLY = {  # verdict: how many cells have it, in words
+    "agrees": "{} agree",
+    "disagrees": "{} disagree",
+    "inconclusive": "{} are inconclusive",
+    "MISSING": "{} are not measured",
+    "cannot": "{} cannot be tested here",
+}
 
 
 def write(profile: Profile) -> None:
-    """Write README.md with its generated part made anew."""
-    path = config.ROOT / "README.md"
-    path.write_text(fill(path.read_text(encoding="utf-8"), profile), encoding="utf-8")
+    """Write every page with its generated parts made anew."""
+    for name in PAGES:
+        path = config.ROOT / name
+        path.write_text(fill(name, path.read_text(encoding="utf-8"), profile), encoding="utf-8")
 
 
-def fill(text: str, profile: Profile) -> str:
-    """Return the text of a README with its generated part made anew."""
-    slot = re.compile(r"(<!-- results -->\n).*?(\n<!-- /results -->)", re.S)
-    if len(slot.findall(text)) != 1:
-        raise InputError("README.md: expected one <!-- results --> and one <!-- /results --> behind it")
-    generated = _generated(profile, results.load(profile))
-    return slot.sub(lambda found: f"{found[1]}\n{generated}\n{found[2]}", text)
+def fill(name: str, text: str, profile: Profile) -> str:
+    """Return the text of a page of PAGES with its generated parts made anew."""
+    numbers = results.load(profile)
+    for part, generate in PAGES[name].items():
+        slot = re.compile(rf"(<!-- {part} -->\n).*?(<!-- /{part} -->)", re.S)
+        if len(slot.findall(text)) != 1:
+            raise InputError(f"{name}: expected one <!-- {part} --> and one <!-- /{part} --> behind it")
+        generated = generate(profile, numbers).strip()
+        text = slot.sub(lambda found, new=generated: f"{found[1]}\n{new}\n\n{found[2]}", text)
+    return text
 
 
-def _generated(profile, numbers):
+def _picture(profile, _):
+    """Show one search, F1, with what its caption says before the rule that chose it."""
+    path = profile.results() / "figures" / "F1.png"
+    if not path.exists():
+        return "No search of this run fits the rule of figure F1."
+    words = html_report.caption(path).partition(". Rule (")[0]
+    place = f"results/{profile.name}/figures/F1"
+    return f'<a href="{place}.svg"><img src="{place}.png" width="540" alt="One search, turn by turn"></a>\n\n{words}.'
+
+
+def _summary(profile, numbers):
+    """Show six claims of the paper, the loop beside soft tokens without one, and all verdicts on the paper, counted."""
+    judged = verdicts.judge(numbers, profile.datasets)
+    named = {name: [verdict for verdict in judged if verdict.name == name] for name in CLAIMS}
+    rows = {words: [_of_paper(named[name]), *map(_brief, named[name])] for name, words in SUMMARY.items()}
+    looks = profile.headline_turns
+    words = (
+        f"The loop, against soft tokens made without a look or a loop: VCMR, {looks} videos looked at (ours)"
+    )
+    rows[words] = ["—", *(_premise(numbers, dataset, looks) for dataset in profile.datasets)]
+    claims = [name for name, claim in CLAIMS.items() if claim.group == "paper"]
+    tally = Counter(_word(verdict) for name in claims for verdict in named[name])
+    return templates.render(
+        "summary.txt",
+        profile=profile,
+        rows=rows,
+        seeds=_seeds(numbers),
+        older=_older(profile),
+        claims=len(claims),
+        counts=[words.format(tally[word]) for word, words in TALLY.items() if tally[word]],
+        missing=_missing(profile, numbers),
+    )
+
+
+def _of_paper(rows):
+    """Return the paper's values of a claim, one where they are the same."""
+    values = [row.paper for row in rows]
+    return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+
+def _brief(verdict):
+    """Return the difference without its interval, and the verdict."""
+    value, word, _ = verdicts.best_known(verdict)
+    return word.partition(":")[0] if value == "—" else f"{value.partition(' ')[0]} {word}"
+
+
+def _word(verdict):
+    """Return the key of TALLY; none of a data set on which a claim is not made."""
+    word = verdicts.best_known(verdict)[1]
+    return next((key for key in TALLY if word.startswith(key)), None)
+
+
+def _premise(numbers, dataset, looks):
+    """Return VCMR of the loop, and of the system that makes its soft tokens without one."""
+    pair = [results.row(numbers, "P1", dataset, name, f"vcmr@0.5_t{looks}") for name in PREMISE]
+    found = all(entry is not None for entry in pair)
+    return " against ".join(results.digits(entry["value"]) for entry in pair) if found else "MISSING"
+
+
+def _run(profile, numbers):
+    """Say what a right run prints, and what the committed one took."""
+    counts = Counter(numbers.verdict)
+    checked = ", ".join(f"{counts[word]} {word}" for word in results.VERDICTS)
+    origin = results.read(profile, "provenance")
+    minutes = sum(step["minutes"] for step in origin["stages"].values())
+    device = "{cpu}, {cores} cores, {memory_gb} GB".format(**origin["device"])
+    return (
+        f"`make paper` ends with `report: results/{profile.name}/report.html`, "
+        f"and `make check` then prints `{checked}`. "
+        f"The committed run: {minutes:.0f} minutes of one core in all steps, on {device}, "
+        f"{origin['device']['gpu'] or 'no GPU'}, commit {origin['commit'][:7]}."
+    )
+
+
+def _older(profile):
+    """Name the commit of results that were made with other settings than the profile has now, else return None."""
+    origin = results.read(profile, "provenance")
+    return origin["commit"][:7] if origin["digest"] != profile.digest() else None
+
+
+def _results(profile, numbers):
     """Render the main results, the paper's beside them, the claims by group, and what is missing."""
-    seeds = sorted({seed for seeds in numbers[numbers.table == "R2"].seeds for seed in seeds})
     cells = {MEASURED: _measured, PAPER: _published}
     blocks = {
         kind: {
@@ -38,16 +139,24 @@ def _generated(profile, numbers):
         }
         for kind, write in cells.items()
     }
-    claims = verdicts.sheet(verdicts.judge(numbers, profile.datasets))
-    missing = [line.split(":")[0].split(" ")[0] for line in html_report.missing(profile, numbers)]
-    values = {
-        "blocks": blocks,
-        "claims": claims,
-        "rule": verdicts.rule(profile),
-        "seeds": seeds,
-        "missing": missing,
-    }
-    return templates.render("readme.txt", profile=profile, **values)
+    return templates.render(
+        "results.txt",
+        profile=profile,
+        blocks=blocks,
+        claims=verdicts.sheet(verdicts.judge(numbers, profile.datasets)),
+        rule=verdicts.rule(profile),
+        seeds=_seeds(numbers),
+        older=_older(profile),
+        missing=_missing(profile, numbers),
+    )
+
+
+def _seeds(numbers):
+    return sorted({seed for seeds in numbers[numbers.table == "R2"].seeds for seed in seeds})
+
+
+def _missing(profile, numbers):
+    return [line.split(":")[0].split(" ")[0] for line in html_report.missing(profile, numbers)]
 
 
 def _measured(numbers, dataset, system):
@@ -64,3 +173,9 @@ def _published(numbers, dataset, system):
     """Return the paper's METRICS of a system."""
     published = results.published()
     return " / ".join(results.digits(published.get(f"T1/{dataset}/{system}/{metric}")) for metric in METRICS)
+
+
+PAGES = {  # page: {its generated parts: what generates them}
+    "README.md": {"picture": _picture, "summary": _summary, "run": _run},
+    "docs/results.md": {"results": _results},
+}

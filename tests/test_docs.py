@@ -1,0 +1,131 @@
+"""Pages that a person reads: links and pictures lead somewhere, and measured numbers are generated, not typed."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import yaml
+from test_setup import text, tracked
+from typer.main import get_command
+
+from vsr1 import __main__ as cli
+from vsr1.config import ROOT
+from vsr1.report import readme
+
+PAGES = sorted(path for path in tracked() if path.suffix == ".md" and path.exists())
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SHOWN = [ROOT / "results/mini/report.html", ROOT / "results/mini/qualitative/index.html"]
+LINK = re.compile(r"\]\(<?([^)>\s]+)>?\)|(?:src|href)=\"([^\"]+)\"")
+
+
+def prose(path):
+    """The text that a reader sees: of a notebook its markdown cells, of any page no code."""
+    content = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = json.loads(content)["cells"]
+        content = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return re.sub(r"^```.*?^```$", "", content, flags=re.S | re.M)
+
+
+@cache
+def anchors(path):
+    """What a code host makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", prose(path), re.M)
+    plain = (re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)) for heading in headings)
+    return {heading.lower().replace(" ", "-") for heading in plain}
+
+
+def dead(path, content):
+    """The relative links and pictures of a page that lead nowhere."""
+    found = []
+    for target in {one or other for one, other in LINK.findall(content)}:
+        name, _, anchor = unquote(target).partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        goal = (path.parent / name).resolve() if name else path
+        page = anchor and goal.suffix == ".md" and goal.exists()
+        if not goal.exists() or (page and anchor not in anchors(goal)):
+            found.append(target)
+    return found
+
+
+@pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=lambda path: path.name)
+def test_links_and_pictures_of_a_page_lead_somewhere(path):
+    assert not dead(path, prose(path))
+
+
+@pytest.mark.parametrize("path", SHOWN, ids=lambda path: path.name)
+def test_links_and_pictures_of_the_committed_html_lead_somewhere(path):
+    # Reports of before 29 November 2026 link to executed notebooks in runs/, which is not committed.
+    assert not [target for target in dead(path, path.read_text(encoding="utf-8")) if "/runs/" not in target]
+
+
+def test_a_dead_link_a_lost_picture_and_a_lost_heading_are_found(tmp_path):
+    (tmp_path / "there.md").write_text("# A heading, `here`\n")
+    page = "[a](there.md) [b](gone.md) ![c](gone.png) [d](there.md#a-heading-here) [e](there.md#no) [f](https://x.y)"
+    assert sorted(dead(tmp_path / "page.md", page + ' <img src="lost.png">')) == [
+        "gone.md",
+        "gone.png",
+        "lost.png",
+        "there.md#no",
+    ]
+
+
+# A decimal, a percentage, or a count with the unit of a measurement. Versions, ids and thresholds are none.
+MEASURED = re.compile(r"(?<![\w.-])[+-]?\d+\.\d+\b(?![\w.]*[-/])|\b\d[\d,]* ?%|\b\d+ (?:points|ok|agree)\b")
+ALLOWED = {"0.5", "3.11", "95 %"}  # an overlap, a version of Python, a level of confidence
+
+
+def typed(content):
+    """What looks like a measured number in hand-written text."""
+    content = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", content, flags=re.S)
+    content = re.sub(r"`[^`]*`|\]\([^)]*\)", "", content)
+    return [found for found in MEASURED.findall(content) if found not in ALLOWED]
+
+
+@pytest.mark.parametrize("name", readme.PAGES)
+def test_no_measured_number_is_typed_where_numbers_are_generated(name):
+    assert not typed(text(name))
+
+
+def test_a_typed_number_is_found():
+    page = "At 0.5 with Python 3.11 and `1.5`.\n<!-- a -->\n9.5\n<!-- /a -->\n"
+    assert typed(page) == [] and typed(page + "It gains 4.7 (30 %), +3.0 and 12 points.") == [
+        "4.7",
+        "30 %",
+        "+3.0",
+        "12 points",
+    ]
+
+
+def test_the_readme_is_short_and_names_what_to_type():
+    page = text("README.md")
+    assert len(page.splitlines()) <= 130
+    for command in ("make demo", "make paper", "make check", "make lab", "make test"):
+        assert command in page
+    linked = {Path(one).name for one, _ in LINK.findall(page)}
+    assert {path.name for path in NOTEBOOKS} <= linked
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= linked
+
+
+def test_the_page_of_commands_names_each():
+    page = text("docs/cli.md")
+    commands = get_command(cli.app).commands
+    assert all(re.search(rf"`(make )?{name}\b", page) for name in commands), set(commands)
+    targets = re.search(r"^\.PHONY: (.*)$", text("Makefile"), re.M)[1].split()
+    assert all(f"`make {name}" in page for name in targets if name != "setup")
+
+
+def test_the_workflow_of_code_hosts_runs_what_a_person_types():
+    workflow = yaml.safe_load(text(".github/workflows/ci.yml"))
+    runs = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
+    assert ".ci/run" in runs
+
+
+def test_the_citation_is_complete():
+    citation = yaml.safe_load(text("CITATION.cff"))
+    assert {"cff-version", "message", "title", "authors", "references"} <= citation.keys()
+    assert citation["references"][0]["title"].startswith("VideoSearch-R1")
