@@ -1,7 +1,7 @@
 """Rewrite queries in words as well as can be learned: fixed wordings, and the best of several rewrites.
 
-Soft tokens of stage 1 learn to search, so words must, too: of the rewrites that the base policy samples of a query, the
-one that the engine ranks best teaches the policy what to write (`sft.train`, "hqr").
+Soft tokens of stage 1 learn to search, so words must, too: of several rewrites of a query, the one by which the engine
+ranks the right video best teaches the policy what to write (`sft.train`, "hqr").
 """
 
 import functools
@@ -54,9 +54,10 @@ def wordings(query: str) -> list[str]:
 
 
 def write(profile, dataset: str) -> Path:
-    """Return the step with rewrites.json: {query id: the best of SAMPLES rewrites, None where none can be read}.
+    """Return the step with rewrites.json: {query id: the best rewrite}.
 
-    They are of the queries of stage 1 that show a wrong video; the base policy reads the query alone.
+    There is one for each query of stage 1 that shows a wrong video. Its candidates are SAMPLES rewrites by the base
+    policy, which reads the query alone, and the fixed wordings without a frame.
     """
     vectors = embedding.embed_corpus(profile, dataset, "train")
     inputs = {
@@ -85,8 +86,11 @@ def _write(profile, dataset, vectors, folder):
     cache.write_json(folder / "rewrites.json", best)
 
 
-def best_rewrites(profile, policy, engine, vectors, rows: list[SFTExample]) -> dict[int, str | None]:
-    """Return {query id: the rewrite that gives the right video its best rank, of equals the first sampled}."""
+def best_rewrites(profile, policy, engine, vectors, rows: list[SFTExample]) -> dict[int, str]:
+    """Return {query id: the rewrite that gives the right video its best rank}, of equals the first.
+
+    The fixed wordings without a frame come before those that are sampled: they say nothing that the query does not.
+    """
     prompt, _ = hqr.rewrite_prompt("blind")
     completions = policy.reply(
         [policy.prompt(prompt, row.query) for row in rows],
@@ -95,18 +99,14 @@ def best_rewrites(profile, policy, engine, vectors, rows: list[SFTExample]) -> d
         temperature=profile.rollout_temperature,
         rng=[np.random.default_rng([profile.seed, 27, row.desc_id]) for row in rows],
     )
-    texts = [replies.read_reply(one.text, one.ids, ended=one.ended).update for one in completions]
-    written = [at for at, text in enumerate(texts) if text is not None]
-    best = dict.fromkeys([row.desc_id for row in rows])
-    if not written:
-        return best
-    right = vectors.columns([rows[at // SAMPLES].right for at in written])
-    ranks = search_index.ranks(vectors.scores(engine.embed_texts([texts[at] for at in written])), right)
-    lowest = {}
-    for at, rank in zip(written, ranks, strict=True):
-        key = rows[at // SAMPLES].desc_id
-        if rank < lowest.get(key, np.inf):
-            lowest[key], best[key] = rank, texts[at]
+    sampled = [replies.read_reply(one.text, one.ids, ended=one.ended).update for one in completions]
+    best = {}
+    for at, row in enumerate(rows):
+        written = [text for text in sampled[at * SAMPLES : (at + 1) * SAMPLES] if text is not None]
+        texts = list(dict.fromkeys([*wordings(row.query)[:: len(FRAMES)], *written]))
+        right = vectors.columns([row.right] * len(texts))
+        ranks = search_index.ranks(vectors.scores(engine.embed_texts(texts)), right)
+        best[row.desc_id] = texts[int(ranks.argmin())]
     return best
 
 
