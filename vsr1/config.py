@@ -152,6 +152,16 @@ class Profile:
     max_frames: Annotated[int, Field(ge=2, multiple_of=2)] = 64
     # Official: most pixels of a frame; its sides are multiples of patch x merge, 32 pixels.
     max_frame_pixels: Annotated[int, Field(ge=1024)] = 200704
+    # What the engine reads otherwise than the policy. "official": as qwen-vl-utils treats a list of frames.
+    # Most pixels of a frame; official: 786432. None: max_frame_pixels.
+    engine_max_pixels: Annotated[int, Field(ge=1024)] | None = None
+    engine_min_pixels: CountOrZero = 0  # official: 131072; smaller frames are enlarged
+    engine_video_pixels: Count | None = None  # official: 7864320, of one frame of each pair; None: any
+    engine_frame_multiple: CountOrZero = (
+        0  # official: 64; frames become multiples of it first; 0: they do not
+    )
+    # "official": stamps as if there were two frames a second, whatever there are.
+    engine_clock: Literal["true", "official"] = "true"
     instruction: str = "Represent the user's input"  # official; without punctuation it gets a full stop
     max_query_tokens: Count = 128  # official: the engine's limit; longer query texts are cut and counted
     batch_tokens: Count = 4096  # ours: padded tokens that a batch of the engine may hold

@@ -23,7 +23,7 @@ def test_it_writes_the_frames_that_the_models_see(tmp_path, capsys):
     written = np.load(tmp_path / "npz")
     assert facts["looks"] == written["timestamps"].tolist() == clip.timestamps.tolist()
     assert facts["decoder"] == "PyAV" and facts["codec"] == "h264" and facts["seconds"] == 10.0
-    frame = inputs.resized(clip.frames[3], *written["frames"].shape[1:3]).permute(1, 2, 0).numpy()
+    frame = inputs.resized(clip.frames[3], [written["frames"].shape[1:3]]).permute(1, 2, 0).numpy()
     assert (written["frames"][3] == frame).all() and written["frames"][
         0
     ].nbytes <= 3 * profile.max_frame_pixels

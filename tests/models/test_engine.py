@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import faiss
 import numpy as np
@@ -89,6 +90,15 @@ def test_texts_and_videos_give_the_same_vectors_in_a_batch_alone_and_in_another_
         np.testing.assert_allclose(made.embed_clips([one])[0], vec, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(videos, axis=1), 1, atol=1e-6)
     assert together.dtype == videos.dtype == np.float32
+
+
+def test_by_the_official_clock_frames_follow_each_other_at_two_a_second(made):
+    """Whatever their true seconds are; a repeated last frame counts on."""
+    official = dataclasses.replace(config.load("smoke"), engine_clock="official")
+    other = engine.Engine(official, made.model, made.tokenizer, "official")
+    still = dataclasses.replace(clip(6), timestamps=np.array([0.0, 2.0, 4.0, 6.0, 8.0, 8.0]))
+    stamps = lambda one: re.findall("<([0-9.]+) seconds>", one.tokenizer.decode(one.video_prompt(still).ids))  # noqa: E731
+    assert stamps(other) == ["0.2", "1.2", "2.2"] and stamps(made) == ["1.0", "5.0", "8.0"]
 
 
 def test_soft_tokens_stand_right_after_the_last_word_of_each_query(made):

@@ -1,5 +1,6 @@
 """Prompts, patches and batches, each against a second way of making them."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
+from vsr1 import config
 from vsr1.mini import architecture
-from vsr1.models import batching, decoding, inputs, loading
+from vsr1.models import batching, decoding, engine, inputs, loading
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def tiny():
 
 def video_row(tiny, frames, seconds=None, question="Describe what happens when."):
     model, tokenizer = tiny
-    patches, grid = inputs.patchify(frames, model.config.vision_config, 4096)
+    patches, grid = inputs.patchify(frames, model.config.vision_config, inputs.PixelRule(4096))
     timestamps = np.arange(len(frames)) if seconds is None else seconds
     text = inputs.chat(
         tokenizer,
@@ -67,7 +69,7 @@ def test_patches_equal_the_library_s_own_for_a_still_picture(tiny):
         patch_size=16, merge_size=2, temporal_patch_size=2, do_resize=False, image_mean=half, image_std=half
     )(picture, return_tensors="pt")
     config = tiny[0].config.vision_config
-    patches, grid = inputs.patchify(np.stack([picture, picture]), config, 10**6)
+    patches, grid = inputs.patchify(np.stack([picture, picture]), config, inputs.PixelRule(10**6))
     assert grid == tuple(official["image_grid_thw"][0].tolist())
     torch.testing.assert_close(patches, torch.as_tensor(official["pixel_values"]).float(), atol=1e-5, rtol=0)
 
@@ -75,7 +77,7 @@ def test_patches_equal_the_library_s_own_for_a_still_picture(tiny):
 def test_both_frames_of_a_pair_reach_the_patches_in_order(tiny):
     config = tiny[0].config.vision_config
     black, white = np.zeros((1, 64, 64, 3), np.uint8), np.full((1, 64, 64, 3), 255, np.uint8)
-    patches, _ = inputs.patchify(np.concatenate([black, white]), config, 4096)
+    patches, _ = inputs.patchify(np.concatenate([black, white]), config, inputs.PixelRule(4096))
     both = patches.reshape(-1, 3, 2, 16, 16)
     assert (both[:, :, 0] == -1).all() and (both[:, :, 1] == 1).all()
 
@@ -132,11 +134,70 @@ def test_batches_cover_every_row_once_and_respect_the_limit():
     assert lengths[groups[0][0]] == max(lengths)
 
 
+# Tokens of a pair of frames: by the size rule of a video alone, and after qwen-vl-utils 0.0.14 has brought each frame
+# of a list to multiples of 64 (it hands 32 where the size of a patch is asked for), as the official preprocessing does.
+TOKENS = [
+    ("charades", 480, 270, 30, 144, 128),
+    ("didemo", 320, 240, 30, 140, 143),
+    ("didemo", 500, 375, 50, 192, 192),
+    ("activitynet", 640, 360, 64, 220, 240),
+    ("activitynet", 1280, 720, 64, 220, 220),
+]
+
+
+@pytest.mark.parametrize("name", ["paper", "paper-24gb"])
+@pytest.mark.parametrize(("dataset", "width", "height", "frames", "alone", "official"), TOKENS)
+def test_the_engine_of_the_paper_reads_the_official_number_of_tokens(
+    name, dataset, width, height, frames, alone, official
+):
+    rule = engine.pixel_rule(config.load(name))
+    tokens = lambda rule: np.prod(rule.sizes(height, width, frames, 32)[-1]) / 32**2  # noqa: E731
+    assert tokens(rule) == official == np.prod(by_qwen_vl_utils(height, width, frames)) / 32**2
+    assert tokens(dataclasses.replace(rule, first_multiple=0)) == alone
+
+
+def by_qwen_vl_utils(height, width, frames):
+    """(rows, columns) of a frame in a list, as that library's documentation gives the rule: each size by itself."""
+
+    def fit(height, width, step, least, most):
+        grid = [(r, c) for r in range(step, 4096, step) for c in range(step, 4096, step)]
+        near = min(grid, key=lambda size: (abs(size[0] - height), size[0] // step % 2))[0]
+        near = near, min(grid, key=lambda size: (abs(size[1] - width), size[1] // step % 2))[1]
+        if near[0] * near[1] > most:
+            scale = (most / height / width) ** 0.5
+            return max(r for r, _ in grid if r <= height * scale), max(
+                c for _, c in grid if c <= width * scale
+            )
+        if near[0] * near[1] < least:
+            scale = (least / height / width) ** 0.5
+            return min(r for r, _ in grid if r >= height * scale), min(
+                c for _, c in grid if c >= width * scale
+            )
+        return near
+
+    return fit(*fit(height, width, 64, 16384, 2**26), 32, 131072, min(786432, 2 * 7864320 / frames))
+
+
+def test_small_frames_are_enlarged_and_a_long_video_s_shrunk_once_after_the_other():
+    rule = inputs.PixelRule(786432, 131072, 7864320, 64)
+    assert rule.sizes(240, 320, 30, 32) == [(256, 320), (352, 416)]
+    vision = types.SimpleNamespace(patch_size=16, spatial_merge_size=2, temporal_patch_size=2)
+    frames = noise(2, 240, 320)
+    patches, grid = inputs.patchify(frames, vision, rule)
+    assert grid == (1, 22, 26)
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    for size in ((256, 320), (352, 416)):
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    alone, _ = inputs.patchify(pixels.byte().permute(0, 2, 3, 1).numpy(), vision, inputs.PixelRule(10**7))
+    assert torch.equal(patches, alone)
+    assert inputs.PixelRule(4096).sizes(32, 32, 64, 32) == [(32, 32)], "the mini engine enlarges nothing"
+
+
 @pytest.mark.parametrize("size", [(64, 64), (128, 128), (100, 333), (480, 854), (37, 41)])
 def test_frames_shrunk_one_by_one_are_those_shrunk_at_once(size):
     frames = np.random.default_rng(0).integers(0, 256, (6, *size, 3), dtype=np.uint8)
     vision = types.SimpleNamespace(patch_size=16, spatial_merge_size=2, temporal_patch_size=2)
-    patches, (pairs, rows, columns) = inputs.patchify(frames, vision, 9000)
+    patches, (pairs, rows, columns) = inputs.patchify(frames, vision, inputs.PixelRule(9000))
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
     height, width = 16 * rows, 16 * columns
     if (height, width) != size:

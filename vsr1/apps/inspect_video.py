@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from vsr1.apps import folder_index
 from vsr1.config import InputError, Profile
 from vsr1.data import video_reader
-from vsr1.models import inputs
+from vsr1.models import engine, inputs
 
 MULTIPLE = 32  # sides of frames: patches of 16 pixels, merged in twos, in Qwen3-VL and the mini models
 COLUMNS, CAPTION = 8, 12  # of the sheet: frames side by side, and pixels for the seconds under each
@@ -28,8 +28,9 @@ def main(profile: Profile, path: Path, png: Path | None, npz: Path | None, as_js
         clip = reader.read(path)
     facts = describe(clip)
     if clip.problem is None:
-        frames = seen(clip.frames, profile.max_frame_pixels)
+        frames = seen(clip.frames, inputs.PixelRule(profile.max_frame_pixels))
         facts["seen_size"] = "{1}x{0}".format(*frames.shape[1:3])
+        facts["engine_size"] = "{1}x{0}".format(*_engine_size(profile, clip.frames))
         facts["looks"] = clip.timestamps.round(3).tolist()
         facts["stamps"] = inputs.pair_times(clip.timestamps).round(1).tolist()
         if png:
@@ -57,12 +58,15 @@ def describe(clip: video_reader.Clip) -> dict:
     return clip.facts | {"shown_size": f"{width}x{height}", "seconds": round(clip.seconds, 3)}
 
 
-def seen(frames: np.ndarray, max_pixels: int) -> np.ndarray:
-    """Return frames (T, H, W, 3) uint8 in the size in which the models get them."""
-    height, width = inputs.resized_size(*frames.shape[1:3], MULTIPLE, max_pixels)
-    return np.stack(
-        [inputs.resized(frame, height, width).permute(1, 2, 0).byte().numpy() for frame in frames]
-    )
+def _engine_size(profile, frames):
+    """Return (height, width) of a frame for the search engine."""
+    return engine.pixel_rule(profile).sizes(*frames.shape[1:3], len(frames), MULTIPLE)[-1]
+
+
+def seen(frames: np.ndarray, rule: inputs.PixelRule) -> np.ndarray:
+    """Return frames (T, H, W, 3) uint8 in the size in which a model gets them."""
+    sizes = rule.sizes(*frames.shape[1:3], len(frames), MULTIPLE)
+    return np.stack([inputs.resized(frame, sizes).permute(1, 2, 0).byte().numpy() for frame in frames])
 
 
 def sheet(frames: np.ndarray, timestamps: np.ndarray) -> Image.Image:

@@ -24,6 +24,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Field,
     FiniteFloat,
     StringConstraints,
     TypeAdapter,
@@ -154,6 +155,20 @@ def without_special_tokens(text: str) -> str:
     return text
 
 
+def checked_id(id: str) -> str:
+    """Return `id`; ValueError if it cannot be the name of a file, or would be one in another folder."""
+    if id in (".", "..") or "/" in id or "\\" in id or not id.isprintable():
+        raise ValueError("is no name of a file: it holds a separator or a control character")
+    return id
+
+
+def not_blank(text: str) -> str:
+    """Return `text`; ValueError if nothing in it can be seen."""
+    if not any(sign.isprintable() and not sign.isspace() for sign in text):
+        raise ValueError("is empty; a query needs words")
+    return text
+
+
 Name = typing.Annotated[str, StringConstraints(min_length=1)]
 PlainText = typing.Annotated[str, AfterValidator(without_special_tokens)]
 
@@ -163,12 +178,12 @@ class FigRow(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    video: Name
+    video: typing.Annotated[Name, AfterValidator(checked_id)]
     time: tuple[FiniteFloat, FiniteFloat]
     desc_id: int
-    duration: FiniteFloat
+    duration: typing.Annotated[FiniteFloat, Field(gt=0)]
     cog_desc: PlainText
-    fig_desc: PlainText
+    fig_desc: typing.Annotated[PlainText, AfterValidator(not_blank)]
     fig_desc_score: FiniteFloat | None  # nothing reads it
 
     def query(self) -> Query:
@@ -192,6 +207,18 @@ def read_fig(path) -> list[Query]:
         queries[row.desc_id] = row.query()
     warn_repairs(path, {"reversed spans swapped": swapped, "blank lines skipped": blank})
     return list(queries.values())
+
+
+def warn_oddities(path, queries) -> None:
+    """Warn once about what is odd in a FIG file and is kept, since the ground truth is never changed."""
+    odd = {
+        "empty spans, which no answer overlaps": sum(q.span[0] == q.span[1] for q in queries),
+        "spans that begin before the video": sum(q.span[0] < 0 for q in queries),
+        "spans that begin behind its end": sum(q.span[0] >= q.duration for q in queries),
+        "queries without a coarse caption": sum(not q.coarse for q in queries),
+        "videos of two durations": len({(q.video, q.duration) for q in queries}) - len(gallery_ids(queries)),
+    }
+    warn_repairs(path, {f"{what}: kept": count for what, count in odd.items()})
 
 
 def write_fig(path, queries):

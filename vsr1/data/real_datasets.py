@@ -110,7 +110,9 @@ def _import_annotations(profile, dataset):
 
     def write(folder):
         for split, file in zip(SPLITS, files, strict=True):
-            annotations.write_fig(folder / f"{split}.jsonl", annotations.read_fig(file))
+            queries = annotations.read_fig(file)
+            annotations.warn_oddities(file, queries)
+            annotations.write_fig(folder / f"{split}.jsonl", queries)
 
     inputs = {"files": [cache.file_digest(file) for file in files], "code": cache.source_digest(__name__)}
     return cache.build(profile.data_dir(dataset) / "corpus", inputs, write)

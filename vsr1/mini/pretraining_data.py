@@ -113,7 +113,7 @@ def write_videos(folder: Path, videos, max_pixels: int) -> None:
             assert clip.problem is None, (scene.video, clip.problem)
             size = inputs.resized_size(*clip.frames.shape[1:3], 32, max_pixels)
             for frame in clip.frames:
-                file.write(inputs.resized(frame, *size).byte().permute(1, 2, 0).numpy().tobytes())
+                file.write(inputs.resized(frame, [size]).byte().permute(1, 2, 0).numpy().tobytes())
             rows.append((dataset, total, clip.timestamps.round(3).tolist(), asdict(scene)))
             total += len(clip.frames)
     cache.write_json(folder / "index.json", {"size": size, "videos": rows})
@@ -161,7 +161,8 @@ class Examples:
         """Return a prompt and its answer; `{video}` in `user` stands for the clip."""
         video = None
         if clip is not None:
-            video = inputs.Video(*inputs.patchify(clip.frames, self.vision_config, self.max_frame_pixels))
+            rule = inputs.PixelRule(self.max_frame_pixels)
+            video = inputs.Video(*inputs.patchify(clip.frames, self.vision_config, rule))
             per_pair = video.tokens_per_pair(self.vision_config.spatial_merge_size)
             user = user.replace("{video}", inputs.video_text(clip.timestamps, per_pair))
         answer_ids = self.tokenizer(f"{answer}<|im_end|>")["input_ids"]

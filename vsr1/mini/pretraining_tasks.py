@@ -239,7 +239,7 @@ def see(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
             pairs.append(videos.pair_frames(number, at))
             second = videos.timestamps[number][at]
             labels.append(pretraining_data.visible_attributes(videos.scenes[number], second))
-        patches, grid = inputs.patchify(np.concatenate(pairs), tower.config, 10**9)
+        patches, grid = inputs.patchify(np.concatenate(pairs), tower.config, inputs.PixelRule(10**9))
         out = tower(patches, grid_thw=torch.tensor([(1, *grid[1:])] * recipe.batch))
         states = torch.cat([out.pooler_output, *out.deepstack_features], dim=-1).reshape(recipe.batch, -1)
         return attribute_loss(states @ heads.T, labels)

@@ -11,6 +11,8 @@ from vsr1.config import InputError
 from vsr1.data import annotations, source, video_reader
 from vsr1.models import engine, loading, search_index
 
+# Ours: a file may differ so much from the annotated duration; Charades' own table does by up to 2.45 s (docs/data.md).
+LENGTH_SECONDS, LENGTH_SHARE = 3.0, 0.1
 SHARD_SIZE = 64  # videos between two saves: what a kill can cost
 
 
@@ -18,7 +20,8 @@ def embed_corpus(profile, dataset: str, split: str, which: str = "engine") -> Pa
     """Embed the videos and queries of one split and return the folder with vectors and index, embed/<which>/<split>/.
 
     The corpus is made current first. Videos that cannot be read are listed with the reason in `skipped.csv`. They have
-    no vector, and their queries stay in every denominator as failures. From `search_index.LARGE` videos on the index is
+    no vector, and their queries stay in every denominator as failures. Files of another length than their annotation
+    says are used, and listed in `lengths.csv`. From `search_index.LARGE` videos on the index is
     an IVF index, and `notes.json` holds its recall against exact search; ranks in evaluation are exact at any size.
 
     which  the knob that names the engine: engine or engine_large
@@ -31,7 +34,8 @@ def embed_corpus(profile, dataset: str, split: str, which: str = "engine") -> Pa
         "videos": cache.metadata(home / "videos").get("key"),
         "model": loading.version(getattr(profile, which)),
         "code": cache.source_digest(__name__),
-        "knobs": [profile.video_fps, profile.max_frames, profile.max_frame_pixels, profile.instruction],
+        "knobs": [profile.video_fps, profile.max_frames, profile.instruction, profile.engine_clock],
+        "pixels": vars(engine.pixel_rule(profile)),
         "limits": [profile.max_query_tokens, profile.dtype],
     }
     work = lambda folder: _embed(profile, dataset, split, which, folder)  # noqa: E731
@@ -64,6 +68,8 @@ def _embed(profile, dataset, split, which, folder):
     else:
         notes["index"] = search_index.build_ivf(folder / "index.faiss", video_vecs, query_vecs)
     _write_skipped(files, split, folder / "skipped.csv")
+    seconds = dict(zip(video_ids, np.concatenate(list(_arrays(files, "seconds"))), strict=True))
+    notes["other_lengths"] = _write_lengths(queries, seconds, folder / "lengths.csv")
     cache.write_json(folder / "ids.json", {"videos": video_ids, "queries": [query.id for query in queries]})
     cache.write_json(folder / "notes.json", notes)
     for file in files:
@@ -89,19 +95,22 @@ def _embed_shard(loaded, videos, clips, path):
 
     clips  an iterator whose next items are the clips of these videos
     """
-    ids, problems = [], []
+    ids, seconds, problems = [], [], []
 
     def readable():
         for video, clip in zip(videos, clips, strict=False):
             if clip.problem is None:
                 ids.append(video.id)
+                seconds.append(clip.seconds)
                 yield clip
             else:
                 problems.append((video.id, clip.problem))
 
     vecs = loaded.embed_clips(readable())
     with cache.replacing(path) as file:
-        np.savez(file, ids=ids, vecs=vecs, problems=np.array(problems, dtype=str).reshape(-1, 2))
+        np.savez(
+            file, ids=ids, vecs=vecs, seconds=seconds, problems=np.array(problems, dtype=str).reshape(-1, 2)
+        )
 
 
 def _arrays(files, name):
@@ -127,3 +136,14 @@ def _write_skipped(files, split, path):
         rows = csv.writer(file)
         rows.writerow(("video", "split", "problem"))
         rows.writerows((video_id, split, problem) for video_id, problem in problems)
+
+
+def _write_lengths(queries, seconds, path):
+    """Write the videos whose file is another one than was annotated, by its length; return how many, and warn."""
+    told = {query.video: query.duration for query in queries if query.duration is not None}
+    rows = [(video, told[video], round(float(found), 2)) for video, found in seconds.items() if video in told]
+    rows = [row for row in rows if abs(row[2] - row[1]) > max(LENGTH_SECONDS, LENGTH_SHARE * row[1])]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("video", "annotated seconds", "seconds of the file"), *rows])
+    annotations.warn_repairs(path, {"videos are of another length than annotated": len(rows)})
+    return len(rows)

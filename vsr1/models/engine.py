@@ -17,6 +17,7 @@ from vsr1.data import video_reader
 from vsr1.models import batching, decoding, inputs, loading
 
 MAX_BATCH_BYTES = 512 * 2**20  # ours: a shard of the mini world, six films of 64 frames in 480p
+FRAME_LIST_FPS = 2.0  # what qwen-vl-utils takes the rate of a list of frames to be
 TAIL = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"  # of a query's prompt, behind its last word
 
 
@@ -26,7 +27,11 @@ class Engine:
     def __init__(self, profile, model: Qwen3VLModel, tokenizer, name: str):
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.instruction, self.max_query_tokens = _sentence(profile.instruction), profile.max_query_tokens
-        self.max_pixels, self.batch_tokens = profile.max_frame_pixels, profile.batch_tokens
+        self.pixels, self.clock, self.batch_tokens = (
+            pixel_rule(profile),
+            profile.engine_clock,
+            profile.batch_tokens,
+        )
         self.width = self.model.config.text_config.hidden_size
         self.tail = self.tokenizer(TAIL, add_special_tokens=False)["input_ids"]
         self.num_truncated = 0  # query texts shortened to max_query_tokens so far
@@ -53,10 +58,15 @@ class Engine:
         return inputs.Prompt(ids), end
 
     def video_prompt(self, clip: video_reader.Clip) -> inputs.Prompt:
-        """Return the prompt of a video: the same instruction, and the frames with the seconds they were seen at."""
+        """Return the prompt of a video: the same instruction, and the frames with the seconds they were seen at.
+
+        By the official clock the seconds are those of frames that follow each other at FRAME_LIST_FPS.
+        """
         config = self.model.config.vision_config
-        video = inputs.Video(*inputs.patchify(clip.frames, config, self.max_pixels))
-        text = inputs.video_text(clip.timestamps, video.tokens_per_pair(config.spatial_merge_size))
+        video = inputs.Video(*inputs.patchify(clip.frames, config, self.pixels))
+        by_number = np.arange(len(clip.frames)) / FRAME_LIST_FPS
+        timestamps = by_number if self.clock == "official" else clip.timestamps
+        text = inputs.video_text(timestamps, video.tokens_per_pair(config.spatial_merge_size))
         return inputs.Prompt(self._ids(inputs.chat(self.tokenizer, self.instruction, text)), video)
 
     def _ids(self, text):
@@ -128,6 +138,13 @@ class Engine:
         for rows in batching.batches([len(prompt.ids) for prompt in prompts], self.batch_tokens):
             self.splitter.run(embed, rows)
         return vecs
+
+
+def pixel_rule(profile) -> inputs.PixelRule:
+    """Return how large the engine of a profile sees frames."""
+    most = profile.engine_max_pixels or profile.max_frame_pixels
+    least, video = profile.engine_min_pixels, profile.engine_video_pixels
+    return inputs.PixelRule(most, least, video, profile.engine_frame_multiple)
 
 
 def load(profile, which: str = "engine") -> Engine:

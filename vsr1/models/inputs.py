@@ -4,6 +4,7 @@ The library's own processor is not used: it doubles the vision wrapper, needs to
 rate. The layout is that of transformers 4.57.1, which the released weights were trained with; a golden test pins it.
 """
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -60,8 +61,31 @@ def pair_times(timestamps: np.ndarray) -> np.ndarray:
     return timestamps.reshape(-1, 2).mean(axis=1)
 
 
-def resized_size(height: int, width: int, multiple: int, max_pixels: int) -> tuple[int, int]:
-    """Return (height, width) of a frame for the model: multiples of `multiple`, at most `max_pixels`.
+@dataclass(frozen=True)
+class PixelRule:
+    """How large a model sees the frames of a video; the official engine enlarges small ones (docs/method.md, 3.3)."""
+
+    max_pixels: int  # of a frame
+    min_pixels: int = 0  # of a frame; smaller ones are enlarged
+    video_pixels: int | None = None  # of one frame of each pair, together; None: any number
+    first_multiple: int = 0  # sides are brought to multiples of it before anything else; 0: they are not
+
+    def sizes(self, height: int, width: int, frames: int, multiple: int) -> list[tuple[int, int]]:
+        """Return (height, width) after each step from a frame as it is, for a video of so many frames."""
+        sizes, most = [], self.max_pixels
+        if self.first_multiple:
+            area = self.first_multiple**2  # as of a still picture: 4 to 16384 tokens
+            height, width = resized_size(height, width, self.first_multiple, 16384 * area, 4 * area)
+            sizes.append((height, width))
+        if self.video_pixels is not None:
+            most = max(min(most, 2 * self.video_pixels / frames), int(1.05 * self.min_pixels))
+        return [*sizes, resized_size(height, width, multiple, most, self.min_pixels)]
+
+
+def resized_size(
+    height: int, width: int, multiple: int, max_pixels: float, min_pixels: int = 0
+) -> tuple[int, int]:
+    """Return (height, width) of a frame for the model: multiples of `multiple`, `min_pixels` to `max_pixels`.
 
     >>> resized_size(128, 128, 32, 4096), resized_size(480, 854, 32, 200704)
     ((64, 64), (320, 576))
@@ -70,18 +94,22 @@ def resized_size(height: int, width: int, multiple: int, max_pixels: int) -> tup
     if rows * columns > max_pixels:
         shrink = (height * width / max_pixels) ** 0.5
         rows, columns = (max(multiple, int(side / shrink) // multiple * multiple) for side in (height, width))
+    elif rows * columns < min_pixels:
+        grow = (min_pixels / (height * width)) ** 0.5
+        rows, columns = (math.ceil(side * grow / multiple) * multiple for side in (height, width))
     return rows, columns
 
 
-def patchify(frames: np.ndarray, config, max_pixels: int) -> tuple[torch.Tensor, tuple[int, int, int]]:
+def patchify(frames: np.ndarray, config, rule: PixelRule) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """Return patches (P, 3 * 2 * patch * patch) in [-1, 1] and their grid, from frames (T, H, W, 3) uint8, T even.
 
     The order is Qwen2-VL's: pairs of frames, then blocks of merge x merge patches, then the patches of a block.
     """
     patch, merge = config.patch_size, config.spatial_merge_size
     assert config.temporal_patch_size == 2 and len(frames) % 2 == 0
-    height, width = resized_size(*frames.shape[1:3], patch * merge, max_pixels)
-    pixels = torch.stack([resized(frame, height, width) for frame in frames])  # (T, 3, H, W)
+    sizes = rule.sizes(*frames.shape[1:3], len(frames), patch * merge)
+    height, width = sizes[-1]
+    pixels = torch.stack([resized(frame, sizes) for frame in frames])  # (T, 3, H, W)
     pixels.div_(127.5).sub_(1)
     rows, columns = height // patch, width // patch
     blocks = pixels.reshape(-1, 2, 3, rows // merge, merge, patch, columns // merge, merge, patch)
@@ -90,13 +118,17 @@ def patchify(frames: np.ndarray, config, max_pixels: int) -> tuple[torch.Tensor,
     return blocks.reshape(grid[0] * rows * columns, -1), grid
 
 
-def resized(frame: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """Shrink one frame, (3, H, W) float32 whole numbers; all at once, 64 frames of 4K would take 6 GB."""
+def resized(frame: np.ndarray, sizes: list[tuple[int, int]]) -> torch.Tensor:
+    """Bring one frame to each (height, width) in turn, (3, H, W) float32 whole numbers.
+
+    All frames at once would take gigabytes.
+    """
     pixels = torch.from_numpy(np.require(frame, requirements=["C", "W"])).permute(2, 0, 1).float()
-    if (height, width) == tuple(pixels.shape[1:]):
-        return pixels
-    pixels = F.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
-    return pixels.round().clamp(0, 255)
+    for size in sizes:
+        if size != tuple(pixels.shape[1:]):
+            pixels = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+            pixels = pixels.round().clamp(0, 255)
+    return pixels
 
 
 def collate(prompts: list[Prompt], model, pad: int, prefix: int = 0, pixels=True) -> dict[str, torch.Tensor]:

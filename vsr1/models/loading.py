@@ -18,6 +18,7 @@ from vsr1.config import REVISIONS, InputError, revisions
 hf_logging.disable_progress_bar()
 hf_logging.set_verbosity_error()  # of tensors: a missing one is refused here, and soft-query heads belong to no model
 
+MODEL_TYPE = "qwen3_vl"
 ADAPTERS = "adapter_config.json"  # PEFT's file: the folder holds differences to the base that it names
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # all that is fetched: no pickle, no code
 
@@ -68,19 +69,25 @@ def load(kind, name: str, dtype: str = "float32", device: str = "cpu"):
     folder = download(name)
     if (folder / ADAPTERS).exists():
         return _load_adapted(kind, folder, dtype, device)
+    _check_config(folder)
     _check_shards(folder)
     options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "ignore_mismatched_sizes": True}
     options |= attention(kind, dtype, device)
     try:
         model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{name}: cannot load this model: {_one_line(error)}") from error
     if report["mismatched_keys"]:
         key, shape, wanted = sorted(report["mismatched_keys"])[0]
         raise InputError(f"{name}: tensor {key} is {list(shape)}, but config.json asks for {list(wanted)}")
-    if report["missing_keys"]:
-        raise InputError(f"{name}: tensor {min(report['missing_keys'])} is missing from its safetensors")
+    unknown = report["unexpected_keys"]
+    if missing := report["missing_keys"]:
+        other = f"; what it has and nothing here is called: {min(unknown)}" if unknown else ""
+        raise InputError(
+            f"{name}: tensor {min(missing)} is missing from its safetensors, {len(missing)} in all{other}"
+        )
+    _check_values(name, model)
     return model.to(device).eval(), tokenizer
 
 
@@ -106,12 +113,43 @@ def _one_line(error):
     return " ".join(str(error).split())[:300]
 
 
+def _check_config(folder):
+    """Refuse a folder without the config.json of such a model: the library would make one of the largest size."""
+    path = folder / "config.json"
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: not readable ({error!r}); fetch it again") from error
+    if kind != MODEL_TYPE:
+        raise InputError(f"{path}: a model of type {kind}, not {MODEL_TYPE}; name another model")
+
+
 def _check_shards(folder):
-    """Refuse an index of safetensors that lists a pickle: the library would open it."""
+    """Refuse an index of safetensors that lists a pickle, which the library would open, or a file that is not there."""
     for index in folder.glob("*.safetensors.index.json"):
-        for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
-            if not file.endswith(".safetensors"):
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{index}: not readable ({error!r}); fetch it again") from error
+        for file in sorted(files, key=str):
+            if not str(file).endswith(".safetensors"):
                 raise InputError(f"{index}: lists {file}, which is no safetensors file; convert it first")
+            if not (folder / file).exists():
+                raise InputError(f"{index}: lists {file}, which is not there; fetch it again")
+
+
+def _check_values(name, model):
+    """Refuse tensors that are not finite, and an output layer of its own where config.json says that it is shared."""
+    for key, tensor in model.named_parameters():
+        if not tensor.detach().sum(dtype=torch.float32).isfinite():
+            raise InputError(f"{name}: tensor {key} holds numbers that are not finite; fetch it again")
+    head = model.get_output_embeddings()
+    if head is not None and getattr(model.config, "tie_word_embeddings", False):
+        if head.weight is not model.get_input_embeddings().weight:
+            raise InputError(
+                f"{name}: config.json says tie_word_embeddings, but its lm_head.weight differs from its embeddings; "
+                "correct one of them"
+            )
 
 
 def attention(kind, dtype: str, device: str) -> dict:

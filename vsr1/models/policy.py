@@ -129,7 +129,7 @@ class Policy:
             return inputs.Prompt(self._ids(system, prompt_text.user_message(query, clip)))
         config = self.model.config.vision_config
         if clip not in self.video_cache:
-            patches, grid = inputs.patchify(clip.frames, config, self.max_frame_pixels)
+            patches, grid = inputs.patchify(clip.frames, config, inputs.PixelRule(self.max_frame_pixels))
             self.video_cache[clip] = inputs.Video(patches, grid)
         video = self.video_cache[clip]
         by_number = self.settings is not None and self.settings.time_axis == "frame_index"
