@@ -22,7 +22,7 @@ VSR1  := $(PY) -m vsr1
 ONE   := --profile $(PROFILE) $(if $(SEED),--seed $(SEED))
 ALL   := $(ONE) $(if $(DATASETS),--datasets $(subst $(comma), ,$(DATASETS)))
 
-demo: setup  ## one search on a few rendered films, turn by turn, with a policy that ships: a minute
+demo: setup  ## show one search on a few rendered videos, turn by turn, with a policy that ships (a minute)
 	@$(VSR1) demo
 
 paper: START := $(shell date +%s)
@@ -30,47 +30,47 @@ paper: setup  ## regenerate every table and figure of PROFILE into results/PROFI
 	@$(VSR1) paper $(ALL)
 	@echo "done in $$(($$(date +%s) - $(START))) s"
 
-test: setup  ## lint, unit tests, docstring examples, and all notebooks on the smoke profile
+test: setup  ## run lint, unit tests, docstring examples, and all notebooks on the smoke profile
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # a file stays in one process; long ones first
 
-lab: setup  ## JupyterLab on the notebooks: this machine only, with a token (PORT=8888)
+lab: setup  ## open JupyterLab on the notebooks: this machine only, with a token (PORT=8888)
 	@$(VSR1) lab --port $(PORT)
 
-seeds: setup  ## train and evaluate both stages with SEEDS (hours); committed in results/PROFILE/seeds, shown in the report
+seeds: setup  ## retrain and evaluate both stages with SEEDS (hours), and add them to the report
 	@$(VSR1) seeds --seeds $(SEEDS) $(ALL)
 	@$(VSR1) report $(ALL)
 
-ablations: setup  ## longer studies beyond the paper (hours); committed in results/PROFILE/ablations, shown in the report
+ablations: setup  ## run longer studies beyond the paper (hours), and add them to the report
 	@$(VSR1) ablations $(ALL)
 	@$(VSR1) report $(ALL)
 
-premise: setup  ## all baselines that do not iterate (an hour); committed in results/PROFILE/premise, shown in the report
+premise: setup  ## measure all baselines that do not iterate (an hour), and add them to the report
 	@$(VSR1) premise $(ALL)
 	@$(VSR1) report $(ALL)
 
-doctor: setup  ## what this machine can reproduce, and what is missing
+doctor: setup  ## show what this machine can reproduce, and what is missing
 	@$(VSR1) doctor $(ONE)
 
-check: setup  ## every measured number against its expected value: ok, close, OFF, MISSING
+check: setup  ## compare every measured number with its expected value: ok, close, OFF, MISSING
 	@$(VSR1) check $(ALL)
 
-readme: setup  ## the numbers of README.md from results/PROFILE
+readme: setup  ## refresh the generated parts of README.md and docs/ from results/PROFILE
 	@$(VSR1) readme --profile $(PROFILE)
 
-bench: setup  ## the speed claims, measured side by side on this machine, into results/bench
+bench: setup  ## measure the speed claims side by side on this machine, into results/bench
 	@$(PY) -m benchmarks.speed
 	@$(PY) -m benchmarks.index
 
 foundation: setup  ## retrain the mini models that ship with the package
 	@$(VSR1) foundation
 
-clean:  ## delete what was computed (runs/) and caches; results/, indexes/, revisions.json and .venv stay
+clean:  ## delete what was computed (runs/) and caches; keep results/, indexes/, revisions.json and .venv
 	rm -rf runs *.egg-info .pytest_cache .ruff_cache
 	find vsr1 tests -name __pycache__ -prune -exec rm -rf {} +
 
-help:  ## this list
+help:  ## show this list
 	@echo "make TARGET [PROFILE=$(PROFILE)] [DATASETS=\"charades didemo\"] [SEED=42]"
 	@sed -n 's/^\([a-z]*\):[^#]*  ## \(.*\)/  \1 \2/p' $(MAKEFILE_LIST) | \
 	    while read -r target words; do printf '  %-12s %s\n' "$$target" "$$words"; done

@@ -26,13 +26,13 @@ LISTS = {
 }  # options of several words
 
 Profile = Annotated[str, Option("--profile", help="Name in vsr1/profiles/, or a path to a .yaml.")]
-Seed = Annotated[int | None, Option("--seed", min=0, help="Of the experiment; else the profile's own.")]
+Seed = Annotated[int | None, Option("--seed", min=0, help="Seed of the experiment; default: the profile's.")]
 Datasets = Annotated[
     list[str] | None,
-    Option("--datasets", "--dataset", help="charades didemo activitynet; else the profile's own."),
+    Option("--datasets", "--dataset", help="charades didemo activitynet; default: the profile's."),
 ]
 Dataset = Annotated[str, Option("--dataset", metavar="NAME", help="charades, didemo or activitynet.")]
-Jobs = Annotated[int | None, Option("--jobs", min=1, help="Steps worked on at once; else the profile's own.")]
+Jobs = Annotated[int | None, Option("--jobs", min=1, help="Steps to run at once; default: the profile's.")]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="VideoSearch-R1, reproduced.")
 
@@ -92,7 +92,7 @@ def _per_dataset(command, work, name, seed, datasets, jobs, shared=False):
 
 @app.command("paper")
 def make_paper(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None, jobs: Jobs = None):
-    """Make every table and figure of the paper, and print where the report is."""
+    """Regenerate every table and figure, and print where the report is."""
     part = _load("paper", profile, seed, _split(datasets))
     status = paper.run(part, profile, pipeline.count_jobs(part, jobs))
     if status == 0:
@@ -115,12 +115,14 @@ def embed(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = Non
 @app.command()
 def train(
     dataset: Dataset,
-    stage: Annotated[Literal["sft", "ft", "grpo"], Option(help="Stage 1, its baseline, or stage 2.")],
-    variant: Annotated[str, Option(help="Of rollout.VARIANTS, for --stage grpo.")] = "vsr1",
+    stage: Annotated[
+        Literal["sft", "ft", "grpo"], Option(help="sft: stage 1; ft: its baseline; grpo: stage 2.")
+    ],
+    variant: Annotated[str, Option(help="A name of rollout.VARIANTS, for --stage grpo.")] = "vsr1",
     profile: Profile = "mini",
     seed: Seed = None,
 ):
-    """Train one stage, after all that it needs."""
+    """Train one stage and its prerequisites."""
     loaded = _load("train", profile, seed, shared=True)
     name = variant if stage == "grpo" else stage
     work = functools.partial(pipeline.train, loaded, config.check_dataset(dataset, "--dataset"), name)
@@ -137,7 +139,7 @@ def evaluate(
     profile: Profile = "mini",
     seed: Seed = None,
 ):
-    """Run systems on the test queries, after all that they need."""
+    """Run systems on the test queries, after training what they need."""
     loaded = _load("evaluate", profile, seed, shared=True)
     work = functools.partial(pipeline.evaluate, loaded, config.check_dataset(dataset, "--dataset"))
     steps = [pipeline.Step(f"evaluate {name} {dataset}", functools.partial(work, name)) for name in systems]
@@ -154,7 +156,7 @@ def notebook(
     datasets: Datasets = None,
     jobs: Jobs = None,
 ):
-    """Run notebooks headless."""
+    """Run notebooks without a browser."""
     part = _load("notebook", profile, seed, _split(datasets))
     return pipeline.run(paper.notebook_steps(names, profile, part), pipeline.count_jobs(part, jobs))
 
@@ -169,7 +171,7 @@ def seeds(
     seed: Seed = None,
     jobs: Jobs = None,
 ):
-    """Train and evaluate with other seeds, and make their tables R1 and R2."""
+    """Retrain and evaluate with other seeds, for tables R1 and R2."""
     words = _split(seeds)
     if not all(word.isdecimal() for word in words):
         raise InputError(f"--seeds {' '.join(words)}: expected whole numbers from 0 up")
@@ -185,7 +187,7 @@ def ablations(profile: Profile = "mini", seed: Seed = None, datasets: Datasets =
 
 @app.command()
 def premise(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None, jobs: Jobs = None):
-    """Run all baselines that do not iterate, for tables P1 and P2."""
+    """Measure all baselines that do not iterate, for tables P1 and P2."""
     return _per_dataset("premise", pipeline.premise, profile, seed, datasets, jobs)
 
 
@@ -211,7 +213,7 @@ def check(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = Non
 
 @app.command()
 def readme(profile: Profile = "mini"):
-    """Write the numbers of README.md."""
+    """Refresh the generated parts of README.md and docs/."""
     from vsr1.report import readme as page
 
     return page.write(_load("readme", profile))
@@ -226,38 +228,45 @@ def doctor(profile: Profile = "mini", seed: Seed = None):
 
 
 @app.command()
-def lab(port: Annotated[int, Option(help="On this machine only.")] = 8888):
+def lab(port: Annotated[int, Option(help="Port on this machine; no other machine can connect.")] = 8888):
     """Open JupyterLab on the notebooks."""
     notebooks.lab(port)
 
 
 @app.command()
 def search(
-    videos: Annotated[Path, Option(metavar="DIR", help="Searched with all folders below it.")],
+    videos: Annotated[Path, Option(metavar="DIR", help="Folder to search, with everything below it.")],
     query: Annotated[
-        str | None, Option(help="What to look for, in words; without it you are asked, again and again.")
+        str | None, Option(help="What to look for, in words; without it you are asked for queries.")
     ] = None,
     queries: Annotated[
-        Path | None, Option(metavar="FILE", help="Queries, one a line; - reads a pipe.")
+        Path | None, Option(metavar="FILE", help="File of queries, one per line; - reads from a pipe.")
     ] = None,
-    top: Annotated[int, Option(min=1, help="Moments that are listed.")] = 5,
+    top: Annotated[int, Option(min=1, help="Number of moments to list.")] = 5,
     verdicts: Annotated[
-        int | None, Option(min=0, help="The agent looks at so many of the best too; 0: the engine alone.")
+        int | None,
+        Option(min=0, help="Let the policy also judge this many of the best; 0: the engine alone."),
     ] = None,
     export: Annotated[
-        Path | None, Option(metavar="DIR", help="Cut each accepted moment into a file there.")
+        Path | None, Option(metavar="DIR", help="Cut each accepted moment into a file in this folder.")
     ] = None,
     profile: Profile = "mini",
-    dataset: Annotated[str | None, Option(help="Take the policy trained on this data set.")] = None,
-    weights: Annotated[str | None, Option(help="Of a policy: a folder, or a name on the hub.")] = None,
-    system: Annotated[str | None, Option(help="sqr where the policy has heads, else walkdown.")] = None,
-    turns: Annotated[int | None, Option(min=1, help="Turns at most; else the profile's max_turns.")] = None,
-    index: Annotated[
-        Path | None, Option(metavar="DIR", help="Of index and pages; else indexes/PROFILE.")
+    dataset: Annotated[str | None, Option(help="Use the policy trained on this data set.")] = None,
+    weights: Annotated[
+        str | None, Option(help="Weights of a policy: a folder, or a name on the hub.")
     ] = None,
-    retry: Annotated[bool, Option("--retry", help="Try again what could not be read before.")] = False,
+    system: Annotated[
+        str | None, Option(help="How to refine; default: sqr if the policy has heads, else walkdown.")
+    ] = None,
+    turns: Annotated[
+        int | None, Option(min=1, help="Maximum number of turns; default: the profile's max_turns.")
+    ] = None,
+    index: Annotated[
+        Path | None, Option(metavar="DIR", help="Where index and pages are kept; default: indexes/PROFILE.")
+    ] = None,
+    retry: Annotated[bool, Option("--retry", help="Retry files that could not be read before.")] = False,
     as_json: Annotated[
-        bool, Option("--json", help="One JSON object a query on stdout, all else on stderr.")
+        bool, Option("--json", help="Print one JSON object per query on stdout, everything else on stderr.")
     ] = False,
 ):
     """Search a folder of your own videos: status 0 if a moment was accepted, 1 if none was."""
@@ -287,7 +296,7 @@ def inspect(
 
 @app.command()
 def demo(profile: Profile = "mini"):
-    """Search a few rendered films with the policy that ships with the package, turn by turn."""
+    """Search a few rendered videos with the policy that ships with the package, turn by turn."""
     from vsr1.apps import demo as films
 
     films.run(_load("demo", profile))
@@ -296,7 +305,7 @@ def demo(profile: Profile = "mini"):
 @app.command()
 def ship(
     profile: Profile = "mini",
-    into: Annotated[Path | None, Option(help="Else the folder that `demo` reads.")] = None,
+    into: Annotated[Path | None, Option(help="Default: the folder that `demo` reads.")] = None,
 ):
     """Write the policy trained by `make paper` as the adapters that `demo` searches with."""
     from vsr1.apps import demo as films
@@ -307,9 +316,9 @@ def ship(
 @app.command()
 def score(
     submission: Annotated[Path, Argument(help="Ranked predictions for all queries, json.")],
-    groundtruth: Annotated[Path, Argument(help="FIG or TVR annotations, one query a line.")],
-    iou: Annotated[list[str] | None, Option(help="Thresholds; else 0.3 0.5 0.7.")] = None,
-    float32: Annotated[bool, Option("--float32", help="Round as TVR's evaluator does.")] = False,
+    groundtruth: Annotated[Path, Argument(help="FIG or TVR annotations, one query per line.")],
+    iou: Annotated[list[str] | None, Option(help="Thresholds; default: 0.3 0.5 0.7.")] = None,
+    float32: Annotated[bool, Option("--float32", help="Round like TVR's evaluator.")] = False,
 ):
     """Score a submission to a FIG benchmark."""
     from vsr1.evaluation import fig_scorer
@@ -332,10 +341,8 @@ def download_release(
 @app.command()
 def foundation(
     profile: Profile = "mini",
-    recipes: Annotated[
-        Path | None, Option(help="Another file of phases than vsr1/mini/recipes.yaml.")
-    ] = None,
-    into: Annotated[Path | None, Option(help="Where the models go; else vsr1/mini/weights/.")] = None,
+    recipes: Annotated[Path | None, Option(help="File of phases; default: vsr1/mini/recipes.yaml.")] = None,
+    into: Annotated[Path | None, Option(help="Where the models go; default: vsr1/mini/weights/.")] = None,
 ):
     """Pretrain the mini models that ship with the package, and measure the engines: 2 hours on 2 cores, resumed."""
     from vsr1.mini import attribute_probe, pretraining
