@@ -102,7 +102,9 @@ def test_an_unknown_data_set_in_a_profile_is_refused(tmp_path):
 
 
 def test_an_unknown_profile_lists_those_that_exist():
-    with pytest.raises(config.InputError, match="there are mini, mini-noisy, paper, paper-24gb, smoke"):
+    with pytest.raises(
+        config.InputError, match="there are archives, mini, mini-noisy, paper, paper-24gb, smoke"
+    ):
         config.load("maxi")
 
 

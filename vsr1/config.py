@@ -234,7 +234,7 @@ class Profile:
     max_zero_std: Share = 0.9  # ours: share of groups, per quarter of a run, that may earn all the same
     save_minutes: PositiveOrZero = 10.0  # ours: between saved states, what a kill costs; 0: every step
 
-    archives: ArchiveConfig | None = None  # the study of archives; None: not in this profile
+    archives: ArchiveConfig | None = None  # the study of docs/archives.md; None: not in this profile
 
     # Studies beside the paper's tables.
     studies: StudyConfig = StudyConfig()

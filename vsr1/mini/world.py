@@ -117,7 +117,7 @@ def make_scenes(dataset: str, split: str, count: int, seed: int) -> list[Scene]:
         draw = partial(_invent, rng, dataset, split, family)
         for _ in range(min(members, count - len(scenes))):
             scene = _draw_unused(draw, used, split)
-            scenes.append(replace(scene, video=_video_id(rng, dataset)))
+            scenes.append(replace(scene, video=video_id(rng, dataset)))
             if draw.func is _invent:
                 draw = partial(_vary, rng, dataset, scene)
         family += 1
@@ -146,7 +146,12 @@ def _invent(rng, dataset, split, family):
         varying = {name: rng.choice(values(name, dataset)) for name in ATTRIBUTES if name in VARYING[dataset]}
         attributes = constant | varying | {"action": action, "object": thing}
         moments.append(Moment(*span, **{name: str(value) for name, value in attributes.items()}))
-    extras = {
+    return Scene("", split, family, seconds, tuple(moments), draw_extras(rng))
+
+
+def draw_extras(rng) -> dict:
+    """Draw what no caption names: build, hair and skin of a person, and the tone of a room."""
+    return {
         "skin": int(rng.integers(4)),
         "hair": int(rng.integers(4)),
         "side": int(rng.choice((-1, 1))),
@@ -154,7 +159,6 @@ def _invent(rng, dataset, split, family):
         "size": round(float(rng.uniform(0.92, 1.05)), 3),
         "tone": [int(value) for value in rng.integers(-12, 13, 3)],
     }
-    return Scene("", split, family, seconds, tuple(moments), extras)
 
 
 def _vary(rng, dataset, scene):
@@ -214,7 +218,7 @@ def _spread(rng, seconds, count, shortest, longest):
 TIMELINES = dict(charades=_charades_timeline, didemo=_didemo_timeline, activitynet=_activitynet_timeline)
 
 
-def _video_id(rng, dataset):
+def video_id(rng, dataset: str) -> str:
     """Draw a video id in the manner of the data set (docs/data.md section 2): not a safe shell word."""
     if dataset == "charades":
         return "".join(rng.choice(list(string.ascii_uppercase + string.digits), 7))
