@@ -3,7 +3,6 @@
 import errno
 import json
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -265,7 +264,6 @@ def test_the_report_of_a_part_leaves_the_committed_results_as_they_are(tmp_path,
     committed = tmp_path / "results" / "mini" / "numbers.json"
     committed.parent.mkdir(parents=True)
     committed.write_text("{}")
-    shutil.copy(ROOT / "DEVIATIONS.md", tmp_path)
     fake.record(config.load("mini", 7, ["charades"]))
     status, out, err = run(capsys, "report", "--datasets", "charades", "--seed", "7")
     assert status == 0, err

@@ -68,7 +68,7 @@ def made(tmp_path_factory):
     clone, drawn = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("drawn")
     for name in ("vsr1", "notebooks", "results/expected"):
         shutil.copytree(config.ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    for name in ("Makefile", "README.md", "DEVIATIONS.md", "requirements.txt"):
+    for name in ("Makefile", "README.md", "requirements.txt"):
         shutil.copy(config.ROOT / name, clone)
     missing = lay(clone / "data" / "activitynet", drawn)
     profile = knobs("paper-24gb") | {name: knobs("smoke")[name] for name in SMALL.split()} | LESS | TAUGHT

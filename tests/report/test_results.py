@@ -339,7 +339,6 @@ def test_pictures_of_real_frames_are_linked_to_and_not_missing(run):
 def test_what_an_item_departs_in_stands_in_the_list_of_deviations():
     named = {name for about in results.items().values() for name in about.get("deviations", ())}
     assert named and named <= html_report.departures().keys()
-    assert all(len(cells) == 3 for cells in html_report.departures().values())
     known = {"title", "notebooks", "deviations", "beyond", "made", "caption"}
     assert all(about.keys() <= known for about in results.items().values())
 
@@ -428,9 +427,20 @@ def committed(run):
     return run
 
 
+def test_a_departure_with_a_wrong_key_is_named(tmp_path, monkeypatch):
+    text = html_report.DEVIATIONS.read_text().replace("severity: A", "severity: D", 1)
+    monkeypatch.setattr(html_report, "DEVIATIONS", tmp_path / "deviations.yaml")
+    html_report.DEVIATIONS.write_text(text)
+    with pytest.raises(InputError, match=r"deviations.yaml: paper-1: .*severity"):
+        html_report.departures()
+
+
 def test_pages_follow_their_numbers_and_name_a_lost_marker(committed):
     def pages():
-        return [readme.fill(page, (ROOT / page).read_text(), committed) for page in readme.PAGES]
+        return [
+            readme.fill(page, (ROOT / page).read_text(), committed)
+            for page in ("README.md", "docs/results.md")
+        ]
 
     path = committed.results() / "numbers.json"
     numbers = json.loads(path.read_text())

@@ -110,7 +110,7 @@ def _inputs_of_all(profile):
     paths = [path for folder in folders for path in sorted(folder.glob("*")) if path.name != "09_paper.json"]
     for part in ("seeds", "ablations"):
         paths += sorted((profile.results() / part).glob("*.json"))
-    return [*paths, config.ROOT / "results" / "expected", config.ROOT / "DEVIATIONS.md"]
+    return [*paths, config.ROOT / "results" / "expected"]
 
 
 # --- Notebook files

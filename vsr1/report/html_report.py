@@ -5,15 +5,16 @@ templates/report.html. This module gathers what fills it.
 """
 
 import base64
-import functools
 import io
 import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from urllib.parse import quote
 
 import pandas as pd
+import yaml
 from PIL import Image
 
 from vsr1 import config
@@ -31,6 +32,8 @@ from vsr1.report import (
     verdicts,
 )
 
+DEVIATIONS = ROOT / "results" / "expected" / "deviations.yaml"
+
 
 def publish(profile: Profile) -> Path:
     """Write numbers, provenance, tables and figures, then the report that shows them; return its path."""
@@ -46,7 +49,7 @@ def publish(profile: Profile) -> Path:
     outputs.keep_current(profile, qualitative.publish, qualitative.sources(profile))
     canvas.copy_sheets(profile)
     shown = [path for paths in _pictures(profile).values() for path in paths]
-    shown += [*numbers, folder / "provenance.json", ROOT / "DEVIATIONS.md"]
+    shown += [*numbers, folder / "provenance.json", DEVIATIONS]
     linked = [str(path) for path in (*_notebooks(profile), *qualitative.pages(profile))]
     outputs.keep_current(profile, _write, shown, linked)
     return folder / "report.html"
@@ -213,13 +216,26 @@ def picture(path: Path) -> tuple[str, tuple[int, int], str]:
         return caption(path), opened.size, source
 
 
-@functools.cache
-def departures() -> dict[str, list[str]]:
-    """Read the table of DEVIATIONS.md: {departure: [the paper's, ours, measured effect]}."""
-    lines = (ROOT / "DEVIATIONS.md").read_text(encoding="utf-8").splitlines()
-    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
-    cells = [[cell.strip() for cell in row] for row in rows]
-    return {first: rest for first, *rest in cells[2:]}
+@dataclass(frozen=True)
+class Departure:
+    """One departure from the paper or its code; the keys are explained in results/expected/deviations.yaml."""
+
+    title: str
+    area: Literal[
+        "paper", "data", "engine", "policy", "loop", "sft", "grpo", "hqr", "eval", "release", "study"
+    ]
+    kind: Literal["forced", "choice", "fix", "mini"]
+    severity: Literal["A", "B", "C"]
+    scope: Literal["mini", "paper", "both"]
+    theirs: str
+    ours: str
+    effect: str
+
+
+def departures() -> dict[str, Departure]:
+    """Return {id: departure} of deviations.yaml; InputError names the departure and the key that is wrong."""
+    rows = yaml.safe_load(DEVIATIONS.read_text(encoding="utf-8"))
+    return {name: config.parse(Departure, row, f"{DEVIATIONS.name}: {name}") for name, row in rows.items()}
 
 
 def _facts(origin):

@@ -175,7 +175,15 @@ def _published(numbers, dataset, system):
     return " / ".join(results.digits(published.get(f"T1/{dataset}/{system}/{metric}")) for metric in METRICS)
 
 
+def _deviations(*_):
+    """List the departures from the paper by severity."""
+    found = html_report.departures()
+    groups = {level: {name: d for name, d in found.items() if d.severity == level} for level in "ABC"}
+    return templates.render("deviations.txt", groups=groups)
+
+
 PAGES = {  # page: {its generated parts: what generates them}
     "README.md": {"picture": _picture, "summary": _summary, "run": _run},
     "docs/results.md": {"results": _results},
+    "DEVIATIONS.md": {"deviations": _deviations},
 }
