@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from vsr1 import config
-from vsr1.config import ROOT, Profile
+from vsr1.config import Profile
 from vsr1.report import (
     canvas,
     outputs,
@@ -32,7 +32,7 @@ from vsr1.report import (
     verdicts,
 )
 
-DEVIATIONS = ROOT / "results" / "expected" / "deviations.yaml"
+DEVIATIONS = config.PACKAGE.parent / "results" / "expected" / "deviations.yaml"
 
 
 def publish(profile: Profile) -> Path:
