@@ -28,6 +28,20 @@ TALLY = {  # verdict: how many cells have it, in words
     "MISSING": "{} are not measured",
     "cannot": "{} cannot be tested here",
 }
+STEPS = {  # the first part of a step's name: what it does
+    "videos": "rendering",
+    "embed": "embedding",
+    "episodes": "evaluations",
+    "sft": "stage 1",
+    "ft": "FT baseline",
+    "grpo": "stage 2",
+    "soft_token_bound": "upper bound of soft tokens",
+    "twostage": "two-stage baseline",
+    "variants": "runs with other knobs",
+    "retry": "retry study",
+    "qualitative": "gallery",
+    "depth_ranks": "ranks for figure F6",
+}
 
 
 def write(profile: Profile) -> None:
@@ -123,6 +137,23 @@ def _run(profile, numbers):
     )
 
 
+def _time(profile, _):
+    """Show minutes and most memory of the steps of the committed run by kind, and what it ran on."""
+    origin, minutes, memory = results.read(profile, "provenance"), Counter(), Counter()
+    for name, step in origin["stages"].items():
+        dataset, *parts = (part for part in name.split("/") if not part.startswith("seed-"))
+        kind = STEPS.get(parts[0], parts[0])
+        minutes[kind, dataset] += step["minutes"]
+        memory[kind] = max(memory[kind], step["peak_mb"] / 1000)
+    rows = {
+        kind: [f"{minutes[kind, dataset]:.1f}" for dataset in profile.datasets] + [f"{peak:.1f}"]
+        for kind, peak in memory.most_common()
+    }
+    return templates.render(
+        "time.txt", profile=profile, rows=rows, origin=origin, total=sum(minutes.values())
+    )
+
+
 def _older(profile):
     """Name the commit of results that were made with other settings than the profile has now, else return None."""
     origin = results.read(profile, "provenance")
@@ -185,5 +216,6 @@ def _deviations(*_):
 PAGES = {  # page: {its generated parts: what generates them}
     "README.md": {"picture": _picture, "summary": _summary, "run": _run},
     "docs/results.md": {"results": _results},
+    "docs/reproducibility.md": {"time": _time},
     "DEVIATIONS.md": {"deviations": _deviations},
 }
