@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import json
 import os
 import shutil
 import time
@@ -258,6 +259,28 @@ def test_a_first_search_may_come_from_other_vectors_of_the_queries(
     found = read_episodes(evaluate.run_system(world, "charades", "adapter-vec-ft"))
     assert [one.turns[0].shown_id for one in found] == [query.video for query in queries]
     assert {turn.refine_kind for one in found for turn in one.turns} == {"walkdown"}
+
+
+def test_a_smaller_gallery_is_searched_under_its_own_name(world, agent, run, queries, tmp_path, monkeypatch):
+    whole = run(agent, "walkdown", "walk")
+    small = tmp_path / "of-2"
+    shutil.copytree(world.data_dir("charades") / "embed" / "engine" / "test", small)
+    vectors, kept = search_index.load_vectors(small), [1, 3]
+    (small / "ids.json").write_text(
+        json.dumps({"videos": [vectors.video_ids[row] for row in kept], "queries": vectors.query_ids})
+    )
+    np.save(small / "video_vecs.npy", vectors.video_vecs[kept])
+    (small / "index.faiss").unlink()
+    file = evaluate.run_system(world, "charades", "walk", like="walkdown", gallery=small)
+    assert file.name == "walk-of-2.jsonl"
+    allowed = {vectors.video_ids[row] for row in kept}
+    inside = [one for one in read_episodes(file) if one.problem is None]
+    assert {one.desc_id for one in inside} == {query.id for query in queries if query.video in allowed}
+    for one in inside:
+        scores = vectors.scores(vectors.query_vec(one.desc_id))
+        assert one.turns[0].shown_id == max(allowed, key=lambda video: scores[vectors.column(video)])
+        assert {turn.shown_id for turn in one.turns} <= allowed
+    assert any(turn.shown_id not in allowed for one in whole for turn in one.turns)
 
 
 @pytest.mark.parametrize("variant", ["blind", "seen", "reasoned"])

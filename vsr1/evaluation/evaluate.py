@@ -66,6 +66,7 @@ def run_system(
     weights: str | None = None,
     count: int | None = None,
     split: Literal["test", "held"] = "test",
+    gallery: Path | None = None,
 ) -> Path:
     """Return the file of episodes of one system on one split; run now if it is not current, resumed after a kill.
 
@@ -75,8 +76,9 @@ def run_system(
     weights  folder or hub name of its policy; None: those of `trained_weights`, else the profile's policy
     count    how many queries, spread evenly over the split; None: all
     split    "held": the train queries that nothing is learned from, in the train gallery
+    gallery  step with the vectors of another gallery for the same queries, whose name the file bears; None: the split's
     """
-    vectors = embedding.embed_corpus(profile, dataset, run_batches.SPLITS[split])
+    vectors = gallery or embedding.embed_corpus(profile, dataset, run_batches.SPLITS[split])
     recipe = Recipe(like or name)
     if weights is None and like is None:
         recipe = RECIPES.get(name, recipe)
@@ -101,14 +103,15 @@ def run_system(
         "knobs": {knob: getattr(profile, knob) for knob in knobs},
         "code": cache.source_digest(run_batches.__name__),
     }
-    folder = profile.runs(dataset) / "episodes" / name
+    file = f"{name}-{gallery.name}" if gallery else name
+    folder = profile.runs(dataset) / "episodes" / file
     if not (folder / run_batches.EPISODES).exists():  # somebody deleted a damaged file
         (folder / cache.RECORD).unlink(missing_ok=True)
     work = functools.partial(run_batches.run, profile, run, system, weights, vectors, count, first)
     cache.build(folder, inputs, work, distributed=True)
-    link = folder.with_name(f"{name}.jsonl")
+    link = folder.with_name(f"{file}.jsonl")
     if cache.dist_state().is_main_process:
-        _link(link, Path(name) / run_batches.EPISODES)
+        _link(link, Path(file) / run_batches.EPISODES)
     return link
 
 
