@@ -460,7 +460,7 @@ def test_pages_follow_their_numbers_and_name_a_lost_marker(committed):
     changed, all_changed = pages()
     assert "-3.3 disagrees" in changed and "12.3 against 45.6" in changed
     assert all_changed.count(" agrees") == all_claims.count(" agrees") - 1
-    measured, paper = all_changed.split("The paper's values, of real video")
+    measured, paper = all_changed.split("The paper's values, for real video")
     assert "13.4 / 24.6 / —" in paper and "13.4 / 24.6" not in measured
     with pytest.raises(InputError, match=r"README\.md: expected one <!-- summary -->"):
         readme.fill("README.md", front.replace("<!-- /summary -->", ""), committed)

@@ -14,7 +14,7 @@ from vsr1.report import results, templates
 MARKS = "†‡§¶"  # of footnotes, in the order of published.yaml
 CAVEAT = (
     "Rendered corpora and mini models: these numbers show the mechanism and guard the code. They are no "
-    "evidence about the paper's numbers, which stand in rows of their own and speak of real video and Qwen3-VL-2B."
+    "evidence about the paper's numbers, which are for real video and Qwen3-VL-2B and have rows of their own."
 )
 MEASURED, PAPER = "measured", "paper"  # the two kinds of rows
 CSV = {"dataset": "dataset", "system": "system", "metric": "metric", "low": "ci_low", "high": "ci_high"}

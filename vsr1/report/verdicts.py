@@ -201,12 +201,12 @@ def rule(profile: Profile) -> str:
     """Say how a claim is judged."""
     drawn = "families of near-duplicates" if source.has_families(profile) else "videos"
     return (
-        "A claim of the paper agrees where the 95 % interval of the difference, paired over the same queries and "
-        f"clustered by {drawn}, lies on its side of 0, disagrees where it lies on the other, and is inconclusive "
-        f"else. Two systems are nearly equal where it lies within {claims.NEARLY:g} points of 0; where the paper has "
-        "more and the interval lies there, around 0, its claim disagrees. Over several seeds "
-        "the interval draws seeds as well as queries. (Holm: ...) is the verdict with all claims of a table corrected "
-        "for their number, where it is another one."
+        "A claim of the paper agrees if the 95 % interval of the difference lies on the claimed side of 0, disagrees "
+        "if it lies on the other side, and is inconclusive otherwise. Differences are paired over the same queries, and "
+        f"intervals draw {drawn}, and seeds too where there are several. Two systems are nearly equal if the interval "
+        f"lies within {claims.NEARLY:g} points of 0. If the paper claims more than that, and the interval lies within "
+        'these bounds around 0, the claim disagrees. "Holm" gives the verdict corrected for the number of claims '
+        "in the table, if it is another one."
     )
 
 
