@@ -13,11 +13,11 @@ SYSTEMS = {"zs": "ZS", "ft": "FT", "walkdown": "FT, rank fallback"}
 SYSTEMS |= {"sft": "stage 1 only", "vsr1": "VideoSearch-R1"}
 METRICS = ("vcmr@0.5", "vr@1", "right_last")
 SUMMARY = {  # claim: in the words of somebody who reads about it for the first time
-    "refined": "Refining the query finds more right videos than one search (R@1)",
-    "vsr1-walkdown": "The loop beats a fine-tuned policy that goes down the first ranking (VCMR)",
-    "ver-ft": "Its verdicts are right more often than the fine-tuned policy's (VER)",
-    "grpo-vcmr": "Stage 2, GRPO, adds to stage 1 (VCMR)",
-    "sqr-hqr-reasoned": "Soft tokens repair more failed searches than a rewritten query (R@1)",
+    "refined": "Refining finds more right videos than one search (R@1)",
+    "vsr1-walkdown": "The loop beats FT with rank fallback (VCMR)",
+    "ver-ft": "Its verdicts are right more often than FT's (VER)",
+    "grpo-vcmr": "Stage 2 adds to stage 1 (VCMR)",
+    "sqr-hqr-reasoned": "Soft tokens repair more failed searches than prompted rewrites (R@1)",
     "turn-3": "A third turn adds next to nothing (VCMR)",
 }
 PREMISE = ("vsr1", "adapter-soft-vsr1")  # the loop; soft tokens that learn without it, then rank fallback
@@ -79,9 +79,7 @@ def _summary(profile, numbers):
     named = {name: [verdict for verdict in judged if verdict.name == name] for name in CLAIMS}
     rows = {words: [_of_paper(named[name]), *map(_brief, named[name])] for name, words in SUMMARY.items()}
     looks = profile.headline_turns
-    words = (
-        f"The loop, against soft tokens made without a look or a loop: VCMR, {looks} videos looked at (ours)"
-    )
+    words = f"*Ours:* the loop against soft tokens made without looking, {looks} videos seen (VCMR, %)"
     rows[words] = ["—", *(_premise(numbers, dataset, looks) for dataset in profile.datasets)]
     claims = [name for name, claim in CLAIMS.items() if claim.group == "paper"]
     tally = Counter(_word(verdict) for name in claims for verdict in named[name])

@@ -202,7 +202,7 @@ def rule(profile: Profile) -> str:
     drawn = "families of near-duplicates" if source.has_families(profile) else "videos"
     return (
         "A claim of the paper agrees if the 95 % interval of the difference lies on the claimed side of 0, disagrees "
-        "if it lies on the other side, and is inconclusive otherwise. Differences are paired over the same queries, and "
+        "if it lies on the other side, and is inconclusive otherwise. Differences are paired over the same queries; "
         f"intervals draw {drawn}, and seeds too where there are several. Two systems are nearly equal if the interval "
         f"lies within {claims.NEARLY:g} points of 0. If the paper claims more than that, and the interval lies within "
         'these bounds around 0, the claim disagrees. "Holm" gives the verdict corrected for the number of claims '
