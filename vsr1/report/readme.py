@@ -204,6 +204,16 @@ def _published(numbers, dataset, system):
     return " / ".join(results.digits(published.get(f"T1/{dataset}/{system}/{metric}")) for metric in METRICS)
 
 
+def _figures(profile, numbers):
+    """Show every figure in results/<profile>/ with its caption, and link to every table."""
+    folder = profile.results()
+    shown = [item for item in html_report.items(profile, numbers) if item.made]
+    pictures = {item.id: [path for path in item.pictures if path.is_relative_to(folder)] for item in shown}
+    tables = {item.id for item in shown if (folder / "tables" / f"{item.id}.md").exists()}
+    values = {"items": shown, "pictures": pictures, "tables": tables, "caption": html_report.caption}
+    return templates.render("figures.txt", home=f"../results/{profile.name}", **values)
+
+
 def _deviations(*_):
     """List the departures from the paper by severity."""
     found = html_report.departures()
@@ -214,6 +224,7 @@ def _deviations(*_):
 PAGES = {  # page: {its generated parts: what generates them}
     "README.md": {"picture": _picture, "summary": _summary, "run": _run},
     "docs/results.md": {"results": _results},
+    "docs/figures.md": {"figures": _figures},
     "docs/reproducibility.md": {"time": _time},
     "DEVIATIONS.md": {"deviations": _deviations},
 }
