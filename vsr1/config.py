@@ -160,6 +160,8 @@ class Profile:
     engine_frame_multiple: CountOrZero = (
         0  # official: 64; frames become multiples of it first; 0: they do not
     )
+    # Official: released weights search the vectors that their soft tokens were trained against, once these are fetched.
+    search_released_vectors: bool = True
     # "official": stamps as if there were two frames a second, whatever there are.
     engine_clock: Literal["true", "official"] = "true"
     instruction: str = "Represent the user's input"  # official; without punctuation it gets a full stop

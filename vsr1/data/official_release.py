@@ -4,8 +4,9 @@ The release is 107 to 436 GiB of tars, nearly all of it frames, which nothing he
 are read, and its wanted files, by range requests where it lies on the hub. Nothing is unpacked: a file is wanted by its
 name and goes where `wanted` says, so no name, link or device in a tar leads anywhere. release.json records the source.
 
-The released vectors replace nothing: `embed` computes the same with the engine that the loop needs anyway. They show,
-without a video or a GPU, that annotations and engine are the paper's (`read_vectors`).
+The released vectors train nothing: `embed` computes the same with the engine that the loop needs anyway. They show,
+without a video or a GPU, that annotations and engine are the paper's (`read_vectors`), and released weights search them
+(`vsr1.evaluation.released_gallery`).
 """
 
 import tarfile

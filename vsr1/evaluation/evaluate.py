@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from vsr1 import cache
-from vsr1.evaluation import run_batches
+from vsr1.evaluation import released_gallery, run_batches
 from vsr1.loop import records, runner
 from vsr1.models import checkpoints, embedding, loading
 from vsr1.training import grpo, query_adapters, rollout, sft
@@ -78,7 +78,8 @@ def run_system(
     split    "held": the train queries that nothing is learned from, in the train gallery
     gallery  step with the vectors of another gallery for the same queries, whose name the file bears; None: the split's
     """
-    vectors = gallery or embedding.embed_corpus(profile, dataset, run_batches.SPLITS[split])
+    vectors = gallery or (released_gallery.find(profile, dataset) if name in RELEASED else None)
+    vectors = vectors or embedding.embed_corpus(profile, dataset, run_batches.SPLITS[split])
     recipe = Recipe(like or name)
     if weights is None and like is None:
         recipe = RECIPES.get(name, recipe)

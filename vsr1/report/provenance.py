@@ -9,8 +9,11 @@ from pathlib import Path
 
 from vsr1 import cache
 from vsr1.config import ROOT, Profile
+from vsr1.data import real_datasets
 
 CODE = ("--", ".", ":!results")  # for git: all but what runs write
+SEEN = "video_fps max_frames max_frame_pixels engine_max_pixels engine_min_pixels engine_video_pixels".split()
+SEEN += "engine_frame_multiple engine_clock search_released_vectors instruction max_query_tokens".split()
 LIBRARIES = "torch transformers trl accelerate numpy faiss-cpu faiss-gpu decord matplotlib flash-attn".split()
 
 
@@ -31,6 +34,7 @@ def write(profile: Profile) -> dict:
         "seed": profile.seed,
         "date": max((step.get("made", "") for step in steps.values()), default="") or None,
         "device": device(),
+        "seen": _seen(profile),
         "python": platform.python_version(),
         "libraries": {name: number for name, number in versions.items() if number},
         "stages": {
@@ -41,6 +45,15 @@ def write(profile: Profile) -> dict:
     profile.results().mkdir(parents=True, exist_ok=True)
     cache.write_json(profile.results() / "provenance.json", content)
     return content
+
+
+def _seen(profile):
+    """Return what the models were shown: frames, their sizes and stamps, and the source of real annotations."""
+    seen = {name: getattr(profile, name) for name in SEEN}
+    for dataset in profile.datasets if profile.world is None else ():
+        files = [file for file in real_datasets.annotation_files(profile, dataset) if file.exists()]
+        seen[f"annotations of {dataset}"] = {file.name: cache.file_digest(file) for file in files}
+    return seen
 
 
 def _steps(profile):
