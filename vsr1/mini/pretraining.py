@@ -4,8 +4,9 @@ Everything here is ours; it stands where Qwen's own training stands for the real
 Phases, each a step that starts from the weights of another (`recipes.yaml`): on the foundation split the backbone
 learns to *see* (attributes of pairs of frames), to *name* (their captions), then to *tell* what happens when. An engine
 first learns video vectors that a linear map from all seven attributes can tell apart (*index*); then its *text* side
-follows that index from captions that are true and coarse: few name a colour. The policy is taught to keep in mind what
-each pair of frames shows (*watch*), to *compare*, to judge, answer and rewrite (*instruct*), and to *locate* a moment.
+follows that index from captions that are true and coarse: few name a colour.
+The policy is taught to keep in mind what each pair of frames shows (*watch*), to *compare*, to judge, answer and
+rewrite (*instruct*), to *locate* a moment, and to say what it shows, not what is asked for (*judge*).
 """
 
 import json

@@ -233,6 +233,21 @@ class Examples:
         labels = pair_labels(self.videos.scenes[number], clip), asdict(wanted)
         return self._example(prompt_text.SYSTEM_ZS, shown, teacher.verdict(wanted, moments), clip, *labels)
 
+    def judgement(self, count: int, rng) -> Example:
+        """Draw a query to judge about a window: one in three fits, in the others each attribute differs in one of two.
+
+        Where few attributes ever differ, the word asked for is nearly always the word shown: copying it is cheaper than
+        looking, and was learned for all that changes within a video.
+        """
+        number, clip, moments = self.printed_window(count, rng)
+        wanted = moments[int(rng.integers(len(moments)))]
+        if rng.random() < 2 / 3:
+            names = [name for name in ATTRIBUTES if rng.random() < 0.5]
+            wanted = change(wanted, self.videos.datasets[number], names, rng)
+        user = f'Query: "{_caption(wanted, rng)}"\nRetrieved video: {{video}}'
+        labels = pair_labels(self.videos.scenes[number], clip), asdict(wanted)
+        return self._example(prompt_text.SYSTEM_ZS, user, teacher.verdict(wanted, moments), clip, *labels)
+
     def printed_window(self, count: int, rng) -> tuple[int, video_reader.Clip, tuple[Moment, ...]]:
         """Draw (video, clip, moments): a window that shows something, its moments at the times that are printed."""
         while True:

@@ -46,7 +46,10 @@ class PhaseConfig:
     detail: float = 0.0  # a colour of shirt, trousers or object,
     wrong: float = 0.0  # and how often such a colour is another than the video's
     decisive: float = 1.0  # weight of a yes, a no or a verdict in a reply; of another token: 1
-    timing: float = 1.0  # the same for the whole seconds of a start or an end
+    timing: float = (
+        1.0  # the same for the whole seconds of a start or an end, of a reply and of its reasoning
+    )
+    seen: float = 1.0  # the same for the word a reply says is shown: behind the dash of `teacher.checklist`
     neutral: float = 0.0  # how often neutral tokens stand where soft tokens will
     seed: int = 7
 
@@ -145,7 +148,8 @@ class AnswerLoss:
     def __init__(self, task: PretrainingTask, recipe: PhaseConfig, draw, heads=None, targets=False):
         self.task, self.recipe, self.draw, self.heads, self.targets = task, recipe, draw, heads, targets
         self.decisive = task.ids("Ġyes", "Ġno", "not", "matched")
-        self.times = task.ids("<start>", "<end>")
+        self.seconds = task.ids(*(str(second) for second in range(200)))
+        self.dash = task.ids("-")
 
     def __call__(self, step: int, rng) -> tuple[torch.Tensor, dict]:
         """Return (loss, values for the log) of a batch."""
@@ -170,7 +174,8 @@ class AnswerLoss:
     def _answers(self, logits, answers, inside):
         """Return the weighted cross-entropy of the answers, and the accuracy of all tokens."""
         weight = torch.where(torch.isin(answers, self.decisive), self.recipe.decisive, 1.0)
-        weight[:, 1:][torch.isin(answers[:, :-1], self.times)] = self.recipe.timing
+        weight[torch.isin(answers, self.seconds)] = self.recipe.timing
+        weight[:, 1:][torch.isin(answers[:, :-1], self.dash)] = self.recipe.seen
         logits, answers, weight = logits[inside], answers[inside], weight[inside]
         each = F.cross_entropy(logits, answers, reduction="none")
         return (each * weight).sum() / weight.sum(), {"accuracy": _accuracy(logits, answers)}
@@ -181,10 +186,10 @@ class AnswerLoss:
         pair_ends = (ids == self.task.model.config.vision_end_token_id) & labelled
         pairs = [pair for example in examples for pair in example.pairs]
         loss, log = attribute_heads.pair_loss(states[pair_ends], self.heads, pairs)
-        rows, columns = (inside & torch.isin(answers, self.times) & labelled).nonzero().T  # before times
+        rows, columns = (inside & torch.isin(answers, self.seconds) & labelled).nonzero().T
         if self.targets and len(rows):
             targets = [examples[row].target for row in rows.tolist()]
-            at_times = states[rows, columns - answers.shape[1]]
+            at_times = states[rows, columns - answers.shape[1] - 1]  # where the next token is a time
             extra, values = attribute_heads.target_loss(at_times, self.heads, targets)
             loss, log = loss + extra, log | {f"asked_{name}": value for name, value in values.items()}
         return loss, log
@@ -214,6 +219,21 @@ def locate(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
     half = replace(recipe, batch=recipe.batch // 2)
     tasks = AnswerLoss(task, half, task.examples.task, heads, targets=True)
     losses = lambda step, rng: (tasks if step % 4 == 3 else questions)(step, rng)  # noqa: E731
+    train(recipe, task.model, losses, folder, [heads])
+
+
+def judge(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
+    """Teach it to say what the video shows where that is not what is asked for; one step in four is any task.
+
+    What is the same all along a video it saw before; of what changes it wrote down the word of the query.
+    """
+    task.model.model.visual.requires_grad_(False)
+    heads = task.new_heads()
+    judged, tasks = (
+        AnswerLoss(task, recipe, draw, heads, targets=True)
+        for draw in (task.examples.judgement, task.examples.task)
+    )
+    losses = lambda step, rng: (tasks if step % 4 == 3 else judged)(step, rng)  # noqa: E731
     train(recipe, task.model, losses, folder, [heads])
 
 
@@ -330,6 +350,7 @@ PHASES = {
     # To do what an agent has to: judge, place, answer, rewrite; with captions kept in the mix.
     "instruct": partial(_language, "task"),
     "locate": locate,
+    "judge": judge,
     "index": index,
     "text": text,
 }

@@ -58,16 +58,17 @@ def verdict(query_moment: Moment, moments: tuple[Moment, ...], update: str | Non
 
 
 def checklist(query_moment: Moment, shown: Moment) -> str:
-    """Compare what the query asks for with what the closest moment shows, attribute by attribute.
+    """Say when the closest moment is, then compare what the query asks for with what is shown, attribute by attribute.
 
-    One word each, side by side: a small model learns to compare what stands next to each other.
+    The time first: a small model looks up by it what was shown then. Without it, what changes within a video was copied
+    from the query. One word each, side by side: it learns to compare what stands next to each other.
 
     >>> asked = Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night")
     >>> shown = Moment(12, 18.5, "red", "blue", "jump", "umbrella", "black", "kitchen", "night")
-    >>> checklist(asked, shown)[:79]
-    'does jumps - jumps yes. object umbrella - umbrella yes. colour green - black no'
+    >>> checklist(asked, shown)[:93]
+    '12.0 to 18.5. does jumps - jumps yes. object umbrella - umbrella yes. colour green - black no'
     """
-    lines = []
+    lines = [f"{times(shown)}."]
     for name in CHECKLIST:
         label = "does" if name == "action" else name
         same = "yes" if getattr(query_moment, name) == getattr(shown, name) else "no"
@@ -134,6 +135,11 @@ def read_statement(step: str) -> Statement | None:
 # --- Times
 
 
+def times(moment: Moment) -> str:
+    """Return when a moment happens, in words."""
+    return f"{seconds_text(moment.start)} to {seconds_text(moment.end)}"
+
+
 def span(moment: Moment) -> str:
     """Return when a moment happens, in tags."""
     return f"<start>{seconds_text(moment.start)}</start> <end>{seconds_text(moment.end)}</end>"
@@ -145,28 +151,27 @@ def caption(moment: Moment, style: int) -> str:
     >>> caption(Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night"), 0)[:12]
     '0.0 to 5.0: '
     """
-    times = f"{seconds_text(moment.start)} to {seconds_text(moment.end)}"
-    return f"{times}: {captions.caption(moment, style)}"
+    return f"{times(moment)}: {captions.caption(moment, style)}"
 
 
-def at_printed_times(moment: Moment, times) -> Moment | None:
+def at_printed_times(moment: Moment, printed) -> Moment | None:
     """Return the moment with start and end among the times that are printed in the video's prompt.
 
     It starts at its first pair of frames and ends at the first pair after it, or at the last. None: no two pairs tell
     when it is. A small model copies times, it does not compute them.
 
-    times  (P,) seconds of the pairs of frames, as printed
+    printed  (P,) seconds of the pairs of frames, as printed
 
     >>> moment = Moment(1.2, 4.7, "red", "blue", "jump", "umbrella", "green", "kitchen", "night")
-    >>> printed = at_printed_times(moment, np.array([0.5, 2.5, 4.5, 6.5]))
-    >>> printed.start, printed.end
+    >>> shown = at_printed_times(moment, np.array([0.5, 2.5, 4.5, 6.5]))
+    >>> shown.start, shown.end
     (2.5, 6.5)
     """
-    inside = np.flatnonzero((times >= moment.start) & (times < moment.end))
-    last = min(inside[-1] + 1, len(times) - 1) if len(inside) else 0
+    inside = np.flatnonzero((printed >= moment.start) & (printed < moment.end))
+    last = min(inside[-1] + 1, len(printed) - 1) if len(inside) else 0
     if not len(inside) or inside[0] == last:
         return None
-    return replace(moment, start=float(times[inside[0]]), end=float(times[last]))
+    return replace(moment, start=float(printed[inside[0]]), end=float(printed[last]))
 
 
 # --- Rewrites and questions
@@ -195,5 +200,4 @@ def question(moment: Moment, rng) -> tuple[str, str]:
         return f'When does this happen? "{text}"', span(moment)
     name = str(rng.choice(ATTRIBUTES))
     answer = getattr(moment, name) if name in ("shirt", "trousers") else phrase(name, moment)
-    times = f"from {seconds_text(moment.start)} to {seconds_text(moment.end)}"
-    return f"{QUESTIONS[name]} {times}?", f"{answer}."
+    return f"{QUESTIONS[name]} from {times(moment)}?", f"{answer}."
