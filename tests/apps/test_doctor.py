@@ -60,3 +60,27 @@ def test_it_runs_where_torch_and_faiss_are_missing(tmp_path):
     rows = {line.split("  ")[0].strip(): line for line in done.stdout.splitlines()}
     assert "missing" in rows["torch, faiss"] and "No module named" in rows["torch, faiss"]
     assert " ok " in rows["video"] and done.stdout.splitlines()[-1] == "smoke cannot run here: torch, faiss"
+
+
+def test_hours_follow_the_amounts_of_the_profile():
+    """One epoch of stage 2 is most of it: a group of eight replies, twice, for each train query."""
+    paper = config.load("paper")
+    parts = doctor.estimate_hours(paper, "charades")
+    decoded = 2 * 12408 * doctor.REPLY * doctor.DECODED / 3600
+    assert decoded < parts["stage 2"] < 2 * decoded and parts["stage 2"] > 0.7 * sum(parts.values())
+    few = doctor.estimate_hours(dataclasses.replace(paper, grpo_steps=100), "charades")
+    assert few["stage 2"] == pytest.approx(parts["stage 2"] * 400 / 12408) and few["embed"] == parts["embed"]
+    small = doctor.estimate_hours(config.load("paper-24gb"), "charades")
+    assert small["evaluate"] < parts["evaluate"] and small["embed"] == parts["embed"], (
+        "one engine, both see it"
+    )
+    said = doctor.time_needed(paper)
+    assert "on one GPU: embed " in said.found and "never run" in said.found
+    assert "of the published run" in doctor.time_needed(config.load("mini")).found
+
+
+def test_states_that_take_a_tenth_of_the_time_to_write_are_named_with_the_remedy():
+    often = dataclasses.replace(config.load("paper"), save_minutes=1.0)
+    assert doctor.saves(config.load("paper")).status == "ok" and doctor.saves(often).status == "limited"
+    minutes = float(doctor.saves(often).remedy.split()[1])
+    assert doctor.saves(dataclasses.replace(often, save_minutes=minutes)).status == "ok"

@@ -36,6 +36,21 @@ LORA_SHARE = (
     0.0008  # of a model's weights, for each rank of its adapters; counted on 2B at rank 32, with heads
 )
 
+WRITTEN = 0.5 * GB  # bytes a second that a disk takes, assumed
+# What one GPU does, assumed and not measured: operations a second in 16 bits, and seconds for a token of a batch of
+# replies. Both decide between days and weeks, no more.
+FLOPS, DECODED = 1e14, 0.03
+# Queries of train and test, videos, and their mean seconds (docs/data.md section 1).
+AMOUNTS = {
+    "charades": (12408, 3720, 6672, 31),
+    "didemo": (32903, 4013, 9397, 48),
+    "activitynet": (37261, 16966, 14894, 117),
+}
+TOKEN_PIXELS = 32 * 32  # of a pair of frames
+# Ours: tokens of a reply and of a prompt without its video; looks of a query; systems of T1 that look.
+REPLY, WORDS, LOOKS, SYSTEMS = 150, 300, 2, 6
+LEARNING = 3  # times the operations of reading
+
 
 class Check(NamedTuple):
     """One row of the table."""
@@ -48,7 +63,8 @@ class Check(NamedTuple):
 
 def main(profile) -> int:
     """Print the table and whether `profile` can run here; return 0 if it can, else 1."""
-    checks = [packages(), *torch_and_faiss(profile), decoding(), *space(profile)]
+    checks = [packages(), *torch_and_faiss(profile), decoding(), *space(profile), saves(profile)]
+    checks.append(time_needed(profile))
     checks += map(weights, _models(profile))
     if profile.world is None:
         checks += [real_data(profile, dataset) for dataset in profile.datasets]
@@ -149,11 +165,64 @@ def disk(profile) -> float:
     count = CHECKPOINTS_PER_DATASET * len(profile.datasets) + CHECKPOINTS_OF_T2 * (
         ABLATED in profile.datasets
     )
-    learned = policy * min(1, LORA_SHARE * profile.lora_rank or 1)
+    learned = _learned(profile)
     states = 2 * profile.parallel_steps
     hub = sum(HUB_BYTES * parameters(model) for model in _models(profile) if not _is_here(model))
     data = RENDERED_BYTES if profile.world else sum(map(official_release.size, profile.datasets))
     return policy * SAVED_BYTES * count + learned * STATE_BYTES * states + hub + data
+
+
+def saves(profile) -> Check:
+    """Say what a saved training state takes, how often one is written, and whether writing takes much of the time."""
+    state = _learned(profile) * STATE_BYTES
+    seconds = state / WRITTEN
+    found = f"{state / GB:.1f} GB every {profile.save_minutes:g} min, about {seconds:.0f} s to write"
+    if seconds <= 0.1 * 60 * profile.save_minutes:
+        return Check("saved states", "ok", found)
+    return Check("saved states", "limited", found, f"save_minutes: {np.ceil(seconds / 6):.0f} in the profile")
+
+
+def time_needed(profile) -> Check:
+    """Say how long `make paper` takes: as the published run did, or by an estimate where nobody has run it."""
+    path = ROOT / "results" / profile.name / "provenance.json"
+    if path.exists():
+        steps = json.loads(path.read_text(encoding="utf-8"))["stages"].values()
+        hours = sum(step["minutes"] or 0 for step in steps) / 60
+        return Check("hours", "ok", f"{hours:.1f} for the steps of the published run, one after the other")
+    if profile.world is not None:
+        return Check("hours", "ok", "nobody has published a run of this profile")
+    parts = {name: sum(estimate_hours(profile, one)[name] for one in profile.datasets) for name in PARTS}
+    told = ", ".join(f"{name} {value:.0f}" for name, value in parts.items())
+    found = f"about {sum(parts.values()):.0f} on one GPU: {told}; never run, {FLOPS / 1e12:.0f} TFLOP/s and "
+    return Check("hours", "limited", f"{found}{1000 * DECODED:.0f} ms a decoded token assumed")
+
+
+PARTS = ("embed", "stage 1", "stage 2", "evaluate")
+
+
+def estimate_hours(profile, dataset: str) -> dict[str, float]:
+    """Estimate the hours of each part of PARTS on one GPU, by the amounts of a profile and a data set.
+
+    Two operations a weight and token; a reply is decoded with all of its batch. Test videos and replies of stage 1 are
+    read once; all else is left out.
+    """
+    train, test, videos, seconds = AMOUNTS[dataset]
+    frames = min(profile.max_frames, seconds * profile.video_fps)
+    seen = profile.engine_max_pixels or profile.max_frame_pixels
+    if profile.engine_video_pixels:
+        seen = min(seen, 2 * profile.engine_video_pixels / frames)
+    prompt = WORDS + frames / 2 * profile.max_frame_pixels / TOKEN_PIXELS
+    read = 2 * parameters(profile.policy) * prompt
+    replies = LOOKS * test * SYSTEMS
+    starts = min(train, (profile.grpo_steps or np.inf) * profile.grpo_prompts_per_step)
+    group = LOOKS * starts  # each as one batch of replies, whose prompt is read once
+    parts = (
+        2 * parameters(profile.engine) * videos * frames / 2 * seen / TOKEN_PIXELS / FLOPS,
+        LEARNING * 2 * profile.sft_rows * profile.sft_epochs * read / FLOPS,
+        group * (REPLY * DECODED + (1 + LEARNING) * read / FLOPS),
+        replies * (REPLY * DECODED / profile.eval_batch + read / FLOPS),
+    )
+    return {name: spent / 3600 for name, spent in zip(PARTS, parts, strict=True)}
 
 
 # --- Models
@@ -174,6 +243,11 @@ def parameters(model: str) -> float:
         return sum(path.stat().st_size for path in (ROOT / model).glob("*.safetensors")) / SAVED_BYTES
     billions = re.search(r"(\d+(?:\.\d+)?)B", model)
     return 1.1e9 * float(billions[1]) if billions else 0.0
+
+
+def _learned(profile):
+    """How many weights of the policy learn: all, or those of its adapters and heads."""
+    return parameters(profile.policy) * min(1, LORA_SHARE * profile.lora_rank or 1)
 
 
 def weights(model: str) -> Check:
