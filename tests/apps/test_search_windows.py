@@ -35,7 +35,7 @@ def unit(x, y):
 class RedEngine:
     """A clip's second number is how much of it is red; texts ask for nothing else."""
 
-    name, instruction, max_pixels, calls = "red", "Find red.", 1, 0
+    name, instruction, calls = "red", "Find red.", 0
 
     def embed_texts(self, texts):
         return np.concatenate([unit(0, 1) for _ in texts])

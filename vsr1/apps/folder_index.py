@@ -269,7 +269,8 @@ def made_by(profile: Profile, encoder: engine.Engine) -> dict:
     """Return what decides a video's vectors: the engine that embeds it, its instruction, the frames, and the code."""
     facts = {"format": 2, "engine": encoder.name, "weights of the engine": loading.version(encoder.name)}
     facts |= {"instruction": encoder.instruction, "precision": profile.dtype}
-    facts["frames"] = [profile.video_fps, profile.max_frames, encoder.clock, vars(encoder.pixels)]
+    facts["frames"] = [profile.video_fps, profile.max_frames, profile.engine_clock]
+    facts["pixels"] = vars(engine.pixel_rule(profile))
     return facts | {"code": cache.source_digest(__name__)}
 
 

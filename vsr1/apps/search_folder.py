@@ -36,7 +36,6 @@ SYSTEMS = [name for name in runner.SYSTEMS if name not in CONTROLS]
 CAVEAT = "The mini models know only the rendered world; what they say of any other video means nothing."
 TOP = 5  # ours: moments that are listed
 FOLLOWED = 8  # ours: windows at most into which a moment is followed
-VERDICTS = {True: "accepted", False: "rejected", None: "no readable verdict"}
 
 
 # --- What searches
@@ -178,10 +177,10 @@ class Folder:
         query, started = parse_query(text), time.monotonic()
         walk = _Walk(self, query)
         result = walk.run(turns or self.profile.max_turns) if verdicts != 0 else walk.rank_alone()
-        order, scores = walk.last_ranking()
-        walk.look([name for name in _apart(order, self.windows, verdicts or 0) if name not in walk.looks])
+        scores = walk.scores
+        walk.look([name for name in _apart(scores, self.windows, verdicts or 0) if name not in walk.looks])
         walk.follow()
-        hits = _hits(order, scores, walk.looks, self.windows)
+        hits = _hits(scores, walk.looks, self.windows)
         if hits and hits[0]["verdict"] == "accepted":
             result |= {"accepted": True} | {key: hits[0][key] for key in ("video", "window", "moment")}
         facts = {"query": query.text, "folder": str(self.folder), "index": str(self.home), "page": None}
@@ -267,24 +266,14 @@ class _Walk:
         vecs = [self.vectors.query_vec(q.id) if state is ORIGINAL else state.vec for q, state in pairs]
         vecs = folder_index.check_finite(np.stack(vecs), self.folder.weights, "the refined query")
         scores, columns = self.vectors.search(vecs, len(self.folder.names))  # (B, W)
-        self.last = (
-            columns[-1].tolist(),
-            scores[-1].tolist(),
-        )  # the last state is the one that is walked on with
         tops = [tuple(self.folder.names[column] for column in order) for order in columns]
+        # {id of a window: cosine}, best first, by the last state: the one that is walked on with.
+        self.scores = dict(zip(tops[-1], scores[-1].tolist(), strict=True))
         return [Ranking(0, 0, top, None, float(best[0])) for top, best in zip(tops, scores, strict=True)]
-
-    def last_ranking(self):
-        """Return (ids of all windows, best first, {id: cosine}) by the query as it stands at the end."""
-        columns, scores = self.last
-        order = [self.folder.names[column] for column in columns]
-        return order, dict(zip(order, scores, strict=True))
 
     def rank_alone(self):
         """Return the outcome of a search that nobody looks at."""
-        window = self.folder.windows[self.first[0]]
-        found = {"accepted": False, "video": window.video, "window": list(window.span), "moment": None}
-        return found | {"stop": "engine alone", "problem": None}
+        return self._outcome(self.first[0], False, "engine alone", None)
 
     def run(self, turns):
         """Run the loop and return its outcome: where no verdict accepts, the window that the last search put first."""
@@ -296,10 +285,12 @@ class _Walk:
             self._note(turn, found.problem)
         accepted, last = found.stop_reason == "matched", found.turns[-1]
         name = last.shown_id if accepted or last.top1_out is None else last.top1_out
-        window = self.folder.windows[name]
+        return self._outcome(name, accepted, found.stop_reason, found.problem)
+
+    def _outcome(self, name, accepted, stop, problem):
+        window, look = self.folder.windows[name], self.looks.get(name, {"moment": None})
         result = {"accepted": accepted, "video": window.video, "window": list(window.span)}
-        result["moment"] = self.looks[name]["moment"] if name in self.looks else None
-        return result | {"stop": found.stop_reason, "problem": found.problem}
+        return result | {"moment": look["moment"], "stop": stop, "problem": problem}
 
     def _record(self, turns):
         # A greedy policy says the same of the same video: nobody waits for that. What it is worth stands in R1.
@@ -375,7 +366,7 @@ def _meet(a, b):
     return a[0] < b[1] and b[0] < a[1]
 
 
-def _apart(order, windows, count) -> list[str]:
+def _apart(order: Iterable[str], windows, count) -> list[str]:
     """Return the first `count` windows of a ranking that overlap no better one."""
     kept = []
     for name in order:
@@ -389,19 +380,21 @@ def _apart(order, windows, count) -> list[str]:
     return kept
 
 
-def _hits(order, scores, looks, windows) -> list[dict]:
+def _hits(scores, looks, windows) -> list[dict]:
     """Return all moments, best first: those that were accepted, then the others, by score.
+
+    scores  {id of a window: cosine}, best first
 
     Accepted moments of one video that meet become one. Another window is left out where it meets a better one, but
     for a rejected one.
     """
     hits = []
-    for name in order:
+    for name, score in scores.items():
         window, look = windows[name], looks.get(name)
-        verdict = VERDICTS[look["accepted"]] if look else "not looked at"
+        verdict = search_page.VERDICTS[look["accepted"]] if look else "not looked at"
         moment = look["moment"] if verdict == "accepted" else None
         hit = {"video": window.video, "window": list(window.span), "moment": moment}
-        hits.append(hit | {"score": round(scores[name], 4), "verdict": verdict})
+        hits.append(hit | {"score": round(score, 4), "verdict": verdict})
     kept = {window.video: [] for window in windows.values()}
     for hit in sorted(hits, key=lambda hit: hit["verdict"] != "accepted"):  # stable
         span = hit["moment"] or hit["window"]

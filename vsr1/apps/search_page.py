@@ -17,6 +17,7 @@ from vsr1.report import templates
 
 # Of the film; all ours: seconds on both sides of the moment, then at most so many fps, frames, pixels high.
 MARGIN, FPS, FRAMES, PIXELS, CRF = 2.0, 12, 240, 360, 28
+VERDICTS = {True: "accepted", False: "rejected", None: "no readable verdict"}
 CUT_FPS, CUT_CRF, CUT_BYTES = 25, 20, 256 * 2**20  # ours, of a moment as a file; frames held at once
 
 
@@ -65,7 +66,7 @@ def end(result: dict) -> str:
 def turn_texts(look: dict) -> tuple[str, str]:
     """Return (the reasoning of one turn, its verdict and the search after it)."""
     reasoning = plain(look["reasoning"] or "(no reasoning)")
-    verdict = {True: "accepted", False: "rejected", None: "no readable verdict"}[look["accepted"]]
+    verdict = VERDICTS[look["accepted"]]
     if (refinement := look["next"]) is None:
         return reasoning, verdict
     if refinement["kind"] == "walkdown":
