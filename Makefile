@@ -50,6 +50,10 @@ premise: setup  ## measure all baselines that do not iterate (an hour), and add 
 	@$(VSR1) premise $(ALL)
 	@$(VSR1) report $(ALL)
 
+exam: setup  ## claims that were written before, on fresh rendered videos, once (a quarter of an hour); in the report
+	@$(VSR1) exam $(ALL)
+	@$(VSR1) report $(ALL)
+
 doctor: setup  ## show what this machine can reproduce, and what is missing
 	@$(VSR1) doctor $(ONE)
 
@@ -80,4 +84,4 @@ ifeq ($(PY),.venv/bin/python)
 	@./setup.sh "$(PYTHON)"
 endif
 
-.PHONY: demo paper test lab seeds ablations premise doctor check readme bench foundation clean help setup
+.PHONY: demo paper test lab seeds ablations premise exam doctor check readme bench foundation clean help setup

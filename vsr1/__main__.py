@@ -192,6 +192,12 @@ def premise(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = N
 
 
 @app.command()
+def exam(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None, jobs: Jobs = None):
+    """Hold claims that were written before against fresh rendered videos, once, for table X1."""
+    return _per_dataset("exam", pipeline.exam, profile, seed, datasets, jobs)
+
+
+@app.command()
 def report(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None):
     """Write numbers, tables, figures and report.html, and print where."""
     from vsr1.report import html_report, results

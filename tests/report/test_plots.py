@@ -128,6 +128,9 @@ def agent_run(run):
         for system in ("free-plain", "held-plain", "held-zero-n8-r100", "held-scaled-n8-r100-hard"):
             numbers[f"L1/{dataset}/{system}/vr@1"] = results.Estimate(41.0 + shift, **spread)
         numbers[f"P2/{dataset}/sqr/vr@1"] = results.Estimate(63.0, **spread)
+        for place, level in enumerate(("asked", "test", "train")):
+            numbers[f"P3/{dataset}/typed/{level}"] = results.Estimate(70.0 - 20 * place, **spread)
+            numbers[f"P3/{dataset}/vsr1/{level}"] = results.Estimate(50.0 - 10 * place, **spread)
         series |= {f"V5/{dataset}/{system}/roc": [[0, 0], [10, 60], [100, 100]] for system in plots.STAGES}
         names = ("V4/{}/vsr1/stated", "V4/{}/sft/shown_shirt", "V4/{}/vsr1/false_yes_object")
         names += ("V5/{}/vsr1/accept_wrong", "V5/{}/vsr1/accept_right", "V5/{}/sft/accept_right")
@@ -154,6 +157,13 @@ def test_the_ladder_has_a_row_for_each_course_and_the_plain_query_beside_it(agen
     assert labels == ["zero, N 8, 100 queries", "scaled, N 8, 100 queries, hard"]
     dots = [line.get_xdata()[0] for line in held.lines if line.get_marker() == "o"]
     assert dots == [numbers.at[f"L1/didemo/{name}/vr@1", "value"] for name in ("held-zero-n8-r100",) * 2]
+
+
+def test_a_system_stands_above_what_the_first_search_found_in_each_gallery(agent_run):
+    axes = plots.gallery_sizes(results.collect(agent_run), {}, ["didemo"]).axes[0]
+    drawn = {line.get_label(): sorted(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    assert drawn[plots.GROWN["vsr1"][0]] == [(30.0, 30.0), (50.0, 40.0), (70.0, 50.0)]
+    assert drawn[plots.GROWN["hqr-trained"][0]] == [], "not measured: no point, and none at 0"
 
 
 def test_a_refinement_without_a_number_has_no_line(agent_run):

@@ -1,6 +1,7 @@
 """Work on the steps of a run: in this process one after the other, or side by side in processes of their own."""
 
 import errno
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -207,11 +208,37 @@ def ablations(profile, dataset: str) -> None:
 
 
 def premise(profile, dataset: str) -> None:
-    """Run the baselines that `make paper` leaves out; each writes its results when it ends."""
+    """Run the baselines and bounds that `make paper` leaves out; each writes its results when it ends."""
+    from vsr1.evaluation import gallery_sizes, oracles
+    from vsr1.experiments import ablations as longer
     from vsr1.experiments import premise as studies
+    from vsr1.experiments import soft_token_bound as bound
+
+    def optimise(engine, texts, gallery, right):
+        words, layout = engine.read_queries(texts), bound.layouts(engine)["raw"]
+        return bound.optimise_latents(engine, layout, words, gallery, right, profile)[-1]
 
     for name in studies.run(profile, dataset):
         print(f"premise {name} {dataset}: done", flush=True)
+    bounds = functools.partial(oracles.numbers, optimise=optimise)
+    for name, measure in {"oracles": bounds, "galleries": gallery_sizes.numbers}.items():
+        longer.record(profile, dataset, measure(profile, dataset), "premise")
+        print(f"premise {name} {dataset}: done", flush=True)
+
+
+def exam(profile, dataset: str) -> None:
+    """Sit the fresh exam, once: what it measured stays, whatever is trained afterwards."""
+    from vsr1.evaluation import exam as paper
+    from vsr1.experiments import ablations as longer
+    from vsr1.experiments import premise as studies
+
+    if any(name.startswith("X1/") for name in studies.committed(profile, dataset)):
+        print(
+            f"exam {dataset}: was sat before; another one needs claims and a world_seed of its own ({paper.FILE})"
+        )
+        return
+    longer.record(profile, dataset, paper.sit(profile, dataset), "premise")
+    print(f"exam {dataset}: done", flush=True)
 
 
 # --- Processes

@@ -89,12 +89,18 @@ class Item:
 
 
 def items(profile: Profile, numbers: pd.DataFrame) -> list[Item]:
-    """List everything that the report shows or misses, in the order of items.yaml, unlisted items last."""
+    """List everything that the report shows or misses, in the order of items.yaml, unlisted items last.
+
+    What is `first` there opens the list where it is made.
+    """
     pictures, about, layouts = _pictures(profile), results.items(), results.layouts()
     ids = [*about, *sorted((layouts.keys() | pictures.keys()) - about.keys())]
     parts = {name: numbers[numbers.table == name] for name in ids}
     shown = {name: name in layouts and bool(tables.blocks(profile, parts[name], name)) for name in ids}
-    return [Item(name, about.get(name, {}), parts[name], shown[name], pictures.get(name, [])) for name in ids]
+    listed = [
+        Item(name, about.get(name, {}), parts[name], shown[name], pictures.get(name, [])) for name in ids
+    ]
+    return sorted(listed, key=lambda item: not (item.made and item.about.get("first")))
 
 
 def _pictures(profile):

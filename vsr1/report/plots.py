@@ -375,6 +375,28 @@ def interventions(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> F
     return figure
 
 
+GROWN = {"vsr1-walkdown": ("query as typed, rank fallback", GREY, "s--")}
+GROWN |= {"adapter-soft-vsr1": ("soft tokens without a loop, rank fallback", ORANGE, "^-")}
+GROWN |= {"hqr-trained": ("rewriting in words, trained, the loop", GREEN, "D-")}
+GROWN |= {"vsr1": ("VideoSearch-R1, the loop", BLUE, "o-")}
+
+
+@style()
+def gallery_sizes(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
+    """Draw VCMR against R@1 of the first search, a curve a system, a point a size of the gallery."""
+    figure, (panels,) = _facets(datasets, height=3.6)
+    for axes, dataset in zip(panels, datasets, strict=True):
+        levels = results.layouts()["P3"]["metrics"]
+        typed = {level: results.row(numbers, "P3", dataset, "typed", level) for level in levels}
+        places = {entry.value: level for level, entry in typed.items() if entry is not None}
+        for system, (label, colour, line) in GROWN.items():
+            props = {"label": label, "color": colour, "marker": line[0], "linestyle": line[1:]}
+            _curve(axes, numbers, "P3", dataset, system, places, **props)
+        axes.set_xlabel("R@1 of the first search, %")
+    panels[0].set_ylabel("VCMR at IoU 0.5, %")
+    return _legend(figure, panels[0], 2)
+
+
 @style()
 def engines(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw R@1 after one refinement of failed queries: a row per method, a mark per engine."""
@@ -581,6 +603,7 @@ FIGURES = {  # figure: (number or series without which a data set is left out, h
     "F4": ("F4/{}/vsr1/d0", soft_tokens),
     "F5": ("F5/{}/vsr1/vcmr@0.5_t1", turn_counts),
     "A2": ("A2/{}/sqr/vr@1_small", engines),
+    "P3": ("P3/{}/typed/test", gallery_sizes),
     "H1": ("H1/{}/zs/vr@1", headroom),
     "H2": ("H2/{}/zs/vr@k", retrieval_curves),
     "H3": ("H3/{}/text-small/r1", arena),
