@@ -14,7 +14,7 @@ from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments import premise, retry
 from vsr1.loop import runner
 from vsr1.loop.records import read_episodes
-from vsr1.report import results
+from vsr1.report import readme, results
 
 
 @pytest.fixture
@@ -71,6 +71,10 @@ def test_a_prediction_is_held_against_what_was_measured():
         and words in rows.loc["X1 tokens", "predicted"]
     )
     assert set(rows.drop("X1 tokens")["measured"]) == {"MISSING"}
+
+
+def test_the_cost_on_the_page_is_that_of_the_systems_that_are_run():
+    assert sorted(readme.extra_systems()) == sorted(premise.MORE_SYSTEMS + premise.RERANKED)
 
 
 def test_every_row_of_the_tables_has_words():

@@ -453,9 +453,9 @@ def test_pages_follow_their_numbers_and_name_a_lost_marker(committed):
     for table in ("R1", "R3"):
         if f"{table}/didemo/refined/points" in numbers:
             numbers[f"{table}/didemo/refined/points"] |= {"value": -3.3, "ci": [-5.0, -1.0]}
-    for name, value in {"vsr1": 12.3, "adapter-soft-vsr1": 45.6}.items():
+    for name, value in {"vsr1/vr@1": 12.3, "adapter-soft/first@1": 45.6}.items():
         entry = numbers["R3/didemo/refined/points"] | {"value": value, "measured": True}
-        numbers[f"P1/didemo/{name}/vcmr@0.5_t{committed.headline_turns}"] = entry
+        numbers[f"P1/didemo/{name}"] = entry
     path.write_text(json.dumps(numbers))
     changed, all_changed = pages()
     assert "-3.3 disagrees" in changed and "12.3 against 45.6" in changed

@@ -5,9 +5,12 @@ from collections import Counter
 
 from vsr1 import config
 from vsr1.config import InputError, Profile
+from vsr1.evaluation import gallery_sizes
 from vsr1.evaluation.claims import CLAIMS
+from vsr1.evaluation.evaluate import RECIPES
 from vsr1.report import html_report, results, tables, templates, verdicts
 from vsr1.report.tables import MEASURED, PAPER
+from vsr1.training import rollout
 
 SYSTEMS = {"zs": "ZS", "ft": "FT", "walkdown": "FT, rank fallback"}
 SYSTEMS |= {"sft": "stage 1 only", "vsr1": "VideoSearch-R1"}
@@ -20,7 +23,41 @@ SUMMARY = {  # claim: in the words of somebody who reads about it for the first 
     "sqr-hqr-reasoned": "Soft tokens repair more failed searches than prompted rewrites (R@1)",
     "turn-3": "A third turn adds next to nothing (VCMR)",
 }
-PREMISE = ("vsr1", "adapter-soft-vsr1")  # the loop; soft tokens that learn without it, then rank fallback
+PREMISE = ("P1", "vsr1", "vr@1"), ("P1", "adapter-soft", "first@1")
+ANSWERS = {  # what is asked: (a system, its control), each (table, system, metric)
+    "Soft tokens that never look, at the first search, against the loop at its end (R@1)": (
+        ("P1", "adapter-soft", "first@1"),
+        ("P1", "vsr1", "vr@1"),
+    ),
+    "The same with rank fallback, against the loop (VCMR, three videos)": (
+        ("P1", "adapter-soft-vsr1", "vcmr@0.5_t3"),
+        ("P1", "vsr1", "vcmr@0.5_t3"),
+    ),
+    "The loop, against its own policy with rank fallback (VCMR, three videos)": (
+        ("P1", "vsr1", "vcmr@0.5_t3"),
+        ("P1", "vsr1-walkdown", "vcmr@0.5_t3"),
+    ),
+    "Shown a random wrong video, against the rejected one (R@1 after a refinement)": (
+        ("P2", "sqr-other-video", "vr@1"),
+        ("P2", "sqr", "vr@1"),
+    ),
+    "Words, trained on the rows of stage 1, against soft tokens of both stages (R@1 after a refinement)": (
+        ("P4", "hqr-trained", "vr@1"),
+        ("P2", "sqr", "vr@1"),
+    ),
+    "The best words, against the same for a wrong video (R@1)": (
+        ("P4", "hqr-oracle", "vr@1"),
+        ("P4", "hqr-oracle-wrong", "vr@1"),
+    ),
+    "The best soft tokens, against the same for a wrong video (R@1)": (
+        ("P4", "soft-oracle", "vr@1"),
+        ("P4", "soft-oracle-wrong", "vr@1"),
+    ),
+    "Soft tokens first, then the loop, against the loop (VCMR, three videos)": (
+        ("P1", "vsr1-first", "vcmr@0.5_t3"),
+        ("P1", "vsr1", "vcmr@0.5_t3"),
+    ),
+}
 TALLY = {  # verdict: how many cells have it, in words
     "agrees": "{} agree",
     "disagrees": "{} disagree",
@@ -78,9 +115,10 @@ def _summary(profile, numbers):
     judged = verdicts.judge(numbers, profile.datasets)
     named = {name: [verdict for verdict in judged if verdict.name == name] for name in CLAIMS}
     rows = {words: [_of_paper(named[name]), *map(_brief, named[name])] for name, words in SUMMARY.items()}
-    looks = profile.headline_turns
-    words = f"*Ours:* the loop against soft tokens made without looking, {looks} videos seen (VCMR, %)"
-    rows[words] = ["—", *(_premise(numbers, dataset, looks) for dataset in profile.datasets)]
+    words = (
+        "*Ours:* the loop's last search against a first one with soft tokens made without looking (R@1, %)"
+    )
+    rows[words] = ["—", *(_against(numbers, dataset, *PREMISE) for dataset in profile.datasets)]
     claims = [name for name, claim in CLAIMS.items() if claim.group == "paper"]
     tally = Counter(_word(verdict) for name in claims for verdict in named[name])
     return templates.render(
@@ -113,11 +151,43 @@ def _word(verdict):
     return next((key for key in TALLY if word.startswith(key)), None)
 
 
-def _premise(numbers, dataset, looks):
-    """Return VCMR of the loop, and of the system that makes its soft tokens without one."""
-    pair = [results.row(numbers, "P1", dataset, name, f"vcmr@0.5_t{looks}") for name in PREMISE]
+def _against(numbers, dataset, *places):
+    """Return the values of two numbers, each (table, system, metric)."""
+    pair = [results.row(numbers, table, dataset, *place) for table, *place in places]
     found = all(entry is not None for entry in pair)
     return " against ".join(results.digits(entry["value"]) for entry in pair) if found else "MISSING"
+
+
+def _answers(profile, numbers):
+    """Show what each control of the premise says, a column a data set."""
+    lines = [f"|  | {' | '.join(profile.datasets)} |", "| --- |" + " ---: |" * len(profile.datasets)]
+    for words, places in ANSWERS.items():
+        cells = [_against(numbers, dataset, *places) for dataset in profile.datasets]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def extra_systems() -> list[str]:
+    """List the systems that `make premise` evaluates beyond `make paper` and `make ablations`."""
+    made = {"sft", "walkdown-ft", "vsr1-first", *rollout.VARIANTS}
+    return [name for name in RECIPES if name not in made]
+
+
+def _cost(*_):
+    """Bound how many videos `make premise` looks at under the profile `paper`, by its systems and turns."""
+    profile = config.load("paper")
+    looks = sum(RECIPES[name].turns or profile.max_turns for name in extra_systems())
+    curves = len(gallery_sizes.SYSTEMS) * profile.max_turns
+    levels = len(gallery_sizes.LEVELS) - 1  # that of all test videos is there
+    lines = [
+        "| data set | test queries | looks, at most | hours, at one second a look |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for dataset in profile.datasets:
+        queries = round(results.published()[f"D1/{dataset}/test/queries"])
+        total = queries * looks + min(queries, gallery_sizes.QUERIES) * curves * levels
+        lines.append(f"| {dataset} | {queries:,} | {total:,} | {total / 3600:.0f} |")
+    return "\n".join(lines)
 
 
 def _run(profile, numbers):
@@ -225,6 +295,7 @@ PAGES = {  # page: {its generated parts: what generates them}
     "README.md": {"picture": _picture, "summary": _summary, "run": _run},
     "docs/results.md": {"results": _results},
     "docs/figures.md": {"figures": _figures},
+    "docs/premise.md": {"answers": _answers, "cost": _cost},
     "docs/reproducibility.md": {"time": _time},
     "DEVIATIONS.md": {"deviations": _deviations},
 }
