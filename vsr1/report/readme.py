@@ -78,6 +78,13 @@ STEPS = {  # the first part of a step's name: what it does
     "retry": "retry study",
     "qualitative": "gallery",
     "depth_ranks": "ranks for figure F6",
+    "first": "adapters of queries",
+    "adapter-soft": "adapters of queries",
+    "interventions": "interventions",
+    "rewrites": "HQR, trained",
+    "hqr": "HQR, trained",
+    "oracles": "bounds of rewriting",
+    "galleries": "galleries of other sizes",
 }
 
 
