@@ -25,6 +25,8 @@ LESS = {
     "grpo_prompts_per_step": 2,
     "grpo_steps": 1,
     "num_val_prompts": 2,
+    "engine_max_pixels": 4096,
+    "engine_min_pixels": 1024,
 }
 TAUGHT = {"sft_lr": 2e-3, "sft_head_lr": 2e-3}  # so that few rows teach something
 WORLD = {"train_videos": 14, "test_videos": 4, "foundation_videos": 8}

@@ -47,7 +47,7 @@ def world(tmp_path_factory):
         patch.setattr(config, "ROOT", clone)
         profile = config.load("smoke")
         small = dataclasses.replace(profile.world, train_videos=2, test_videos=8)
-        profile = dataclasses.replace(profile, world=small)
+        profile = dataclasses.replace(profile, world=small, max_new_tokens=128)  # 96 cut an update off
         told = renderer.render(profile, "charades").parent / "corpus" / "test.jsonl"
         told.write_text("".join(told.read_text().splitlines(keepends=True)[::2][:10]))
         embedding.embed_corpus(profile, "charades", "test")
