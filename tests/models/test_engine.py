@@ -51,6 +51,27 @@ def test_a_query_vector_is_the_normalised_state_of_the_end_of_text_token(made):
     )
 
 
+@torch.no_grad()
+def test_the_pooled_state_is_behind_the_final_norm(made):
+    """Another library took the state before it: cosines of .93 with the official vectors, and no error."""
+    states, text = [], made.model.language_model
+    hook = text.layers[-1].register_forward_hook(lambda _, __, out: states.append(out))
+    made.embed_texts([TEXTS[0]])
+    hook.remove()
+    before = states[0][0] if isinstance(states[0], tuple) else states[0]
+    before = before[:, -1].double()
+    scale = (before.pow(2).mean(dim=-1, keepdim=True) + text.norm.variance_epsilon).rsqrt()
+    weight = text.norm.weight.double() * torch.linspace(
+        0.5, 1.5, before.shape[1]
+    )  # all ones would show nothing
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text.norm.weight, "data", weight.float())
+        vec = torch.from_numpy(made.embed_texts([TEXTS[0]]))
+    normed = torch.nn.functional.normalize(before * scale * weight, dim=-1)
+    torch.testing.assert_close(vec.double(), normed, atol=1e-5, rtol=0)
+    assert torch.nn.functional.cosine_similarity(vec.double(), before).item() < 0.99
+
+
 def test_videos_that_do_not_fit_together_are_embedded_in_halves_with_a_warning(made, monkeypatch):
     clips, pool, sizes = [clip(4, seed) for seed in range(4)], made.pool, []
     whole = made.embed_clips(clips)
