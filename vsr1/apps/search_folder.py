@@ -433,6 +433,19 @@ def read_queries(path: Path) -> Iterator[str]:
             yield line
 
 
+def _queries(query, queries, file) -> Iterable[str]:
+    """Return what to search for; a bad query or line is said before anything is loaded, but for a pipe's."""
+    if query is not None:
+        parse_query(query)
+        return [query]
+    if queries:
+        texts = read_queries(queries)
+        return texts if str(queries) == "-" else list(texts)
+    if not sys.stdin.isatty():
+        raise InputError("no query; name one with --query, or a file of them with --queries (- for a pipe)")
+    return _ask_queries(file)
+
+
 def _ask_queries(file):
     """Yield what a person types, until an empty line."""
     while True:
@@ -460,16 +473,7 @@ def search_and_print(
     """
     out, target = sys.stderr if as_json else sys.stdout, how.pop("export")
     say = functools.partial(print, file=out, flush=True)
-    texts: Iterable[str] = (
-        [query] if query is not None else read_queries(queries) if queries else _ask_queries(out)
-    )
-    if query is not None:
-        parse_query(query)
-    elif queries and str(queries) != "-":
-        texts = list(texts)  # a bad line is said before anything is loaded
-    elif not queries and not sys.stdin.isatty():
-        raise InputError("no query; name one with --query, or a file of them with --queries (- for a pipe)")
-    found = False
+    texts, found = _queries(query, queries, out), False
     with Folder(profile, folder, say=say, **options) as videos:
         for text in texts:
             result = videos.search(text, **how)
