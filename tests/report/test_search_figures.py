@@ -243,7 +243,8 @@ def test_the_picture_of_one_search_marks_each_statement_true_or_false(home):
         key=lambda m: sum(getattr(m, a) == getattr(asked, a) for a in world.ATTRIBUTES),
     )
     false = "red" if shown.shirt != "red" else "blue"
-    steps = f"object {asked.object} - {shown.object} {'yes' if asked.object == shown.object else 'no'}."
+    steps = f"{shown.start} to {shown.end}."
+    steps += f" object {asked.object} - {shown.object} {'yes' if asked.object == shown.object else 'no'}."
     steps += f" shirt {false} - {false} yes."
     reply = replace(first.reply, text=f"<think> {steps} </think> <answer>not_matched</answer> <REFINE>")
     searched = replace(one, turns=(replace(first, reply=reply), one.turns[1]))
@@ -251,7 +252,7 @@ def test_the_picture_of_one_search_marks_each_statement_true_or_false(home):
         source = search_panels.FrameSource(home, dataset, reader)
         figure = search_panels.one_search(searched, source)
     words = " ".join(text.get_text() for text in figure.axes[0].texts if text.get_text())
-    assert f"✓ object: {shown.object}" in words and f"✗ shirt: {false}" in words
+    assert f"{shown.start} to {shown.end}. ✓ object: {shown.object}" in words and f"✗ shirt: {false}" in words
     assert source.count_statements(searched) == (2, 1)
 
 

@@ -216,16 +216,21 @@ def one_search(episode: Episode, source: FrameSource) -> Figure:
 
 
 def _statements(canvas, x, y, width, source, episode, turn):
-    """Draw what a reply states, in two columns where it is a checklist, true (✓) or false (✗); return the y below."""
+    """Draw the reasoning of a reply: its statements in two columns, true (✓) or false (✗), below what else it says.
+
+    Without a known truth all of it is one paragraph. Returns the y below.
+    """
     steps = qualitative.reasoning(turn, *source.moments(episode, turn.shown_id), LONGEST)
-    read = [(teacher.read_statement(step), errors) for step, _, errors in steps]
-    if not source.scenes or not all(statement for statement, _ in read):
-        return canvas.words(x, y, width, [piece for step in steps for piece in _step(*step)], 10)
-    half = math.ceil(len(read) / 2)
-    ends = []
-    for column in (read[:half], read[half:]):
+    stated, other = [], []
+    for step in steps:
+        statement = teacher.read_statement(step[0]) if source.scenes else None
+        (stated if statement else other).append((statement, step))
+    if other:
+        y = canvas.words(x, y, width, [piece for _, step in other for piece in _step(*step)], 10)
+    half, ends = math.ceil(len(stated) / 2), [y]
+    for column in (stated[:half], stated[half:]):
         below = y
-        for statement, errors in column:
+        for statement, (_, _, errors) in column:
             below = canvas.words(x, below, width / 2 - 0.05, _stated(statement, errors), 10)
         x, ends = x + width / 2, [*ends, below]
     return max(ends) + 0.02
