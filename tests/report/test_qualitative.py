@@ -106,7 +106,7 @@ class Reading(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
-        if tag == "article":
+        if tag == "article" and "id" in given:  # not the sample
             self.cards.append(given | {"turns": Counter(), "text": "", "marks": []})
             self.inside = True
         if self.inside:
@@ -187,8 +187,20 @@ def test_outcomes_are_those_of_the_plan_and_of_the_files(run, made, seen):
         )
         after = ("both" if any(hard) else "sqr") if soft else ("hqr" if any(hard) else "none")
         raw[after if rows[0]["rank_orig"] > 1 else "kept" if soft and all(hard) else "harmed"] += 1
-    table = re.findall(r'<button name="charades" value="(\w+)">(\d+)<', (made / "index.html").read_text())
+    table = re.findall(r'<button type="button" value="(\w+)".*?><b>(\d+)<', (made / "index.html").read_text())
     assert {kind: int(count) for kind, count in table} == dict(raw)
+
+
+def test_the_page_opens_with_one_card_of_each_outcome(made):
+    order = [card["data-outcome"] for card in Reading((made / "index.html").read_text()).cards]
+    assert order == [kind for kind in qualitative.OUTCOMES if kind in order]
+    parts = [
+        {"cards": [{"outcome": kind, "n": n} for n, kind in enumerate(kinds)]}
+        for kinds in (["sqr"] * 3 + ["none"], ["none", "sqr"])
+    ]
+    assert [(c["outcome"], c["n"]) for c in qualitative.mixed(parts)] == [
+        ("sqr", 0), ("none", 3), ("sqr", 1), ("none", 0), ("sqr", 1), ("sqr", 2)
+    ]  # fmt: skip
 
 
 def test_what_differs_in_the_video_found_first_is_marked_in_the_query(run, seen):
@@ -348,7 +360,7 @@ def tab(made, tmp_path_factory):
         yield tab
 
 
-VISIBLE = "[...document.querySelectorAll('article')].filter(card => card.checkVisibility())"
+VISIBLE = "[...document.querySelectorAll('main article')].filter(card => card.checkVisibility())"
 
 
 def choose(tab, name, value):
@@ -368,10 +380,11 @@ def test_the_page_loads_from_disk_without_errors_and_runs_no_caption(tab):
 
 def test_filters_and_search_change_the_count(tab):
     for kind in qualitative.OUTCOMES:
-        choose(tab, "outcome", kind)
-        assert tab.run(f"{VISIBLE}.length") == 1
+        count = f"document.querySelector('#counts button[value={kind}]')"
+        tab.run(f"{count}.click()")
+        assert tab.run(f"{VISIBLE}.length") == int(tab.run(f"{count}.textContent").split()[0]) == 1
         assert tab.run("document.querySelector('output').value") == f"1 of {len(PLAN)} cards"
-    choose(tab, "outcome", "")
+    tab.run(f"{count}.click()")  # once more: all of them
     choose(tab, "words", "WINDOW.hacked = 1</script>")
     assert tab.run(f"{VISIBLE}.length") == len(PLAN)  # in all replies
     choose(tab, "words", "nobody says this")
@@ -379,7 +392,7 @@ def test_filters_and_search_change_the_count(tab):
     choose(tab, "words", "")
     tab.run("document.querySelector('#counts button[value=none]').click()")
     assert tab.run(f"{VISIBLE}[0].id") == "charades-4" and tab.run(f"{VISIBLE}.length") == 1
-    choose(tab, "outcome", "")
+    tab.run("document.querySelector('#counts button[value=none]').click()")
 
 
 def test_cards_are_sorted_by_rank_gain(tab):
@@ -395,7 +408,7 @@ def test_cards_are_sorted_by_rank_gain(tab):
 
 
 def test_a_link_opens_its_card_whatever_the_filter_says(tab):
-    choose(tab, "outcome", "none")
+    tab.run("document.querySelector('#counts button[value=none]').click()")
     tab.run("location.hash = '#charades-3'")
     tab.wait("document.activeElement.id === 'charades-3'")
     assert tab.run("document.activeElement.querySelector('details').open")
@@ -409,10 +422,13 @@ def test_a_link_opens_its_card_whatever_the_filter_says(tab):
 def test_a_clip_plays_from_its_moment_by_the_keyboard_alone(tab):
     tab.open(tab.address)
     tab.key("j")
-    tab.wait("document.activeElement === document.querySelector('article')")
+    tab.wait("document.activeElement === document.querySelector('main article')")
     tab.key("j")
-    assert tab.run("document.activeElement === document.querySelectorAll('article')[1]")
+    assert tab.run("document.activeElement === document.querySelectorAll('main article')[1]")
     tab.key("k")
+    for way, place in ((1, 1), (1, 2), (-1, 1), (-1, 0)):  # the same by the buttons
+        tab.run(f"document.querySelector('body > nav button[value=\"{way}\"]').click()")
+        assert tab.run(f"document.activeElement === document.querySelectorAll('main article')[{place}]")
     tab.run("document.activeElement.querySelector('a.clip').focus()")
     start = tab.run("Number(document.activeElement.href.split('#t=')[1])")
     tab.key("Enter")

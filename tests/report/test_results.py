@@ -309,6 +309,25 @@ def test_the_report_shows_the_items_of_the_paper_in_its_order_then_ours(publishe
     assert "21.6" in shown["T1"] and "n = 412" in shown["T1"] and "Seeds 42" in shown["T1"]
 
 
+def test_the_premise_opens_the_report_where_it_was_measured_and_the_regression_check_closes_it(
+    published, run
+):
+    def order(text):
+        return [
+            name for name in sections(text) if name in ("answers", "P3", "P1", "claims", "T1", "R1", "check")
+        ]
+
+    assert order(published.text) == ["claims", "T1", "R1", "check"]  # nothing of it is missing by name
+    assert '"#P3"' not in published.text
+    for system, metric, value in (("adapter-soft", "first@1", 40.0), ("vsr1", "vr@1", 30.0)):
+        numbers = {f"P1/charades/{system}/{metric}": Estimate(value, 99, (value - 4, value + 4))}
+        results.record(run, "charades", f"premise-{system}", numbers)
+    text = report(run)
+    assert order(text) == ["answers", "P1", "claims", "T1", "R1", "check"]
+    assert "40.0 against 30.0, ahead" in section(text, "answers")
+    assert "MISSING" in section(text, "answers")  # of the other data sets
+
+
 def section(text, name):
     """One section of the report."""
     return text.partition(f'<section id="{name}">')[2].partition("</section>")[0]
@@ -320,8 +339,11 @@ def test_links_and_anchors_of_the_report_resolve(published):
     assert len(ids) == len(set(ids))
     assert all(link[1:] in ids for link in links if link[0] == "#")
     files = [(published.folder / link).resolve() for link in links if link[0] != "#"]
-    assert {path.name for path in files} == {"05_evaluation.ipynb", "09_paper.ipynb"}
-    assert len(set(files)) == 2 and all(path.is_file() for path in files)  # sources; copies are not committed
+    assert all(path.is_file() for path in files)
+    drawn = {path for path in files if path.parent.name == "figures"}
+    shown = (published.folder / "figures").glob("*.png")
+    assert drawn == {vector if (vector := path.with_suffix(".svg")).exists() else path for path in shown}
+    assert {path.name for path in {*files} - drawn} == {"05_evaluation.ipynb", "09_paper.ipynb"}  # sources
 
 
 def test_pictures_of_real_frames_are_linked_to_and_not_missing(run):
@@ -339,7 +361,7 @@ def test_pictures_of_real_frames_are_linked_to_and_not_missing(run):
 def test_what_an_item_departs_in_stands_in_the_list_of_deviations():
     named = {name for about in results.items().values() for name in about.get("deviations", ())}
     assert named and named <= html_report.departures().keys()
-    known = {"title", "notebooks", "deviations", "beyond", "made", "caption"}
+    known = {"title", "notebooks", "deviations", "beyond", "made", "caption", "folded"}
     assert all(about.keys() <= known for about in results.items().values())
 
 

@@ -1,4 +1,4 @@
-"""Publish report.html: every item of the paper in its order, made of what results/<profile>/ holds.
+"""Publish report.html: the premise, the gallery, the claims, every item of the paper, then our own studies.
 
 The report is one file that loads nothing else: styles inside, pictures as data, every text escaped. Its layout is
 templates/report.html. This module gathers what fills it.
@@ -32,6 +32,7 @@ from vsr1.report import (
     verdicts,
 )
 
+PREMISE, PAPER = "PX", "TFAC"  # first letters of ids; those of all other items are our own studies
 DEVIATIONS = config.PACKAGE.parent / "results" / "expected" / "deviations.yaml"
 
 
@@ -50,6 +51,7 @@ def publish(profile: Profile) -> Path:
     canvas.copy_sheets(profile)
     shown = [path for paths in _pictures(profile).values() for path in paths]
     shown += [*numbers, folder / "provenance.json", DEVIATIONS]
+    shown += [cards / "cards.json" for cards in qualitative.sources(profile)]
     linked = [str(path) for path in (*_notebooks(profile), *qualitative.pages(profile))]
     outputs.keep_current(profile, _write, shown, linked)
     return folder / "report.html"
@@ -89,18 +91,22 @@ class Item:
 
 
 def items(profile: Profile, numbers: pd.DataFrame) -> list[Item]:
-    """List everything that the report shows or misses, in the order of items.yaml, unlisted items last.
-
-    What is `first` there opens the list where it is made.
-    """
+    """List everything that the report shows or misses, in the order of items.yaml, unlisted items last."""
     pictures, about, layouts = _pictures(profile), results.items(), results.layouts()
     ids = [*about, *sorted((layouts.keys() | pictures.keys()) - about.keys())]
     parts = {name: numbers[numbers.table == name] for name in ids}
     shown = {name: name in layouts and bool(tables.blocks(profile, parts[name], name)) for name in ids}
-    listed = [
-        Item(name, about.get(name, {}), parts[name], shown[name], pictures.get(name, [])) for name in ids
-    ]
-    return sorted(listed, key=lambda item: not (item.made and item.about.get("first")))
+    return [Item(name, about.get(name, {}), parts[name], shown[name], pictures.get(name, [])) for name in ids]
+
+
+def chapters(shown: list[Item]) -> dict[str, list[Item]]:
+    """Return {heading: its items}; items of the premise that were not measured are not asked for."""
+    parts = {
+        "The premise": [item for item in shown if item.id[0] in PREMISE and item.made],
+        "The paper": [item for item in shown if item.id[0] in PAPER],
+        "Our own studies": [item for item in shown if item.id[0] not in PREMISE + PAPER],
+    }
+    return {heading: listed for heading, listed in parts.items() if listed}
 
 
 def _pictures(profile):
@@ -128,7 +134,11 @@ def remedy(profile: Profile, item: Item) -> str:
 
 def missing(profile: Profile, numbers: pd.DataFrame) -> list[str]:
     """Return a line for each published item that has neither a table nor a figure."""
-    gone = [item for item in items(profile, numbers) if item.id[0] in "TFA" and not item.made]
+    gone = [
+        item
+        for item in items(profile, numbers)
+        if item.id[0] in PAPER and not (item.made or item.about.get("beyond"))
+    ]
     return [f"{item.id} {item.title}: {remedy(profile, item)}" for item in gone]
 
 
@@ -160,7 +170,7 @@ def show(profile: Profile, *names: str) -> None:
 
 
 def report(profile: Profile) -> Path:
-    """Write results/<profile>/report.html: every table and figure, the paper's values beside, and what was run."""
+    """Write results/<profile>/report.html and return its path."""
     folder, numbers, origin = profile.results(), results.load(profile), results.read(profile, "provenance")
     shown = items(profile, numbers)
     text = templates.render(
@@ -169,7 +179,15 @@ def report(profile: Profile) -> Path:
         caveat=tables.CAVEAT,
         profile=profile,
         numbers=numbers,
-        items=shown,
+        chapters=chapters(shown),
+        answers={
+            words: cells
+            for words, cells in verdicts.answers(numbers, profile.datasets).items()
+            if {*cells} != {"MISSING"}
+        },
+        legend=tables.legend(profile),
+        samples=qualitative.samples(profile),
+        outcomes=qualitative.OUTCOMES,
         claims=verdicts.sheet(verdicts.judge(numbers, profile.datasets)),
         rule=verdicts.rule(profile),
         facts=_facts(origin),
@@ -188,6 +206,7 @@ def report(profile: Profile) -> Path:
         layouts=results.layouts(),
         details=details,
         picture=picture,
+        data=data,
         inside=lambda path: path.is_relative_to(folder),
         remedy=lambda item: remedy(profile, item),
         source=_source,
@@ -217,9 +236,13 @@ def picture(path: Path) -> tuple[str, tuple[int, int], str]:
     with Image.open(path) as opened:
         drawing = path.with_suffix(".svg").exists() and opened.mode != "P"  # a search figure is half frames
         how = {"lossless": True, "quality": 40} if drawing else {"quality": 80}
-        opened.convert("RGB").save(data := io.BytesIO(), "webp", method=4, **how)
-        source = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
-        return caption(path), opened.size, source
+        return caption(path), opened.size, data(opened, **how)
+
+
+def data(image: Image.Image, **how) -> str:
+    """Return the address that holds all of a picture."""
+    image.convert("RGB").save(content := io.BytesIO(), "webp", method=4, **how)
+    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 @dataclass(frozen=True)

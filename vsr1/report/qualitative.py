@@ -12,10 +12,12 @@ import json
 import re
 import shutil
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+from PIL import Image
 
 from vsr1 import cache
 from vsr1.config import InputError, Profile
@@ -169,6 +171,18 @@ def marked_reply(profile: Profile, dataset: str, episode: Episode, turn: Turn) -
     )
 
 
+def ticks(seconds: float | None) -> list[tuple[int, float]]:
+    """Return round seconds of a video, three to six of them, and where they lie on it in percent.
+
+    >>> ticks(31.0)
+    [(0, 0.0), (10, 32.3), (20, 64.5), (30, 96.8)]
+    """
+    if not seconds:
+        return []
+    step = next((step for step in (1, 2, 5, 10, 20, 30, 60, 120, 300) if seconds / step < 6), 600)
+    return [(time, round(100 * time / seconds, 1)) for time in range(0, int(seconds) + 1, step)]
+
+
 def ranks(turn: Turn) -> str:
     """Return the ranks of the right video before and after a refinement, in words."""
     return f"rank {_rank(turn.rank_in)} → {_rank(turn.rank_out)}"
@@ -215,6 +229,7 @@ class Cards:
             "query": pieces(soft.query, matters),
             "videos": self.videos,
             "seconds": self.film(soft.gt_video)["seconds"],
+            "ticks": ticks(self.film(soft.gt_video)["seconds"]),
             "stills": stills,
             "rows": [self.row(system, episode) for system, episode in search.items()],
             "turns": self.turns(search, asked, matters),
@@ -293,7 +308,11 @@ def _reply(turn, matters, asked, seen) -> dict:
     """Return the reasoning and verdict of a reply, and what followed: a moment, soft tokens, or other words."""
     matched = None if turn.reply is None else turn.reply.matched
     steps = reasoning(turn, asked, seen)
+    about = (
+        re.fullmatch(r"([\d.]+ to [\d.]+)\.", steps[0][0]) if steps else None
+    )  # the seconds it begins with
     reply = {"reused": turn.reused, "steps": steps, "ranks": ranks(turn), "matched": matched}
+    reply["about"] = about and f"{about[1]} s"
     reply |= {"right": matched is not None and matched == turn.shown_is_gt, "moment": "", "tokens": None}
     reply |= {"depths": ", ".join(map(_rank, turn.rank_by_depth)), "rewrite": None}
     if turn.rank_out is None:
@@ -334,7 +353,7 @@ def make(profile: Profile, dataset: str) -> Path:
     folder = cache.build(profile.runs(dataset) / "qualitative", inputs, build)
     cards = Cards(profile, dataset, json.loads((folder / "films.json").read_text(encoding="utf-8")))
     part = {"profile": profile.digest(), "dataset": dataset, "queries": len(cards.queries)}
-    part["cards"] = [cards.card(search) for search in sorted(chosen, key=lead, reverse=True)]
+    part["cards"] = [cards.card(search) for search in chosen]
     cache.write_json(folder / "cards.json", part)
     cache.write_text(folder / "index.html", page(profile, [part]))
     return folder
@@ -342,9 +361,43 @@ def make(profile: Profile, dataset: str) -> Path:
 
 def page(profile: Profile, parts: list[dict]) -> str:
     """Return the whole page of some data sets, as `make` left them in cards.json."""
-    counts = {part["dataset"]: Counter(card["outcome"] for card in part["cards"]) for part in parts}
-    values = {"parts": parts, "counts": counts, "outcomes": OUTCOMES, "strip": previews.STRIP}
-    return templates.render("qualitative.html", **values, rendered=bool(profile.world))
+    cards = mixed(parts)
+    values = {"parts": parts, "cards": cards, "counts": Counter(card["outcome"] for card in cards)}
+    values |= {"outcomes": OUTCOMES, "strip": previews.STRIP, "rendered": bool(profile.world)}
+    return templates.render("qualitative.html", **values)
+
+
+def in_turn(lists) -> list:
+    """Return the first of each list, then the second of each, and so on.
+
+    >>> in_turn([[1, 2, 3], [], [4]])
+    [1, 4, 2, 3]
+    """
+    return [each for row in zip_longest(*lists) for each in row if each is not None]
+
+
+def mixed(parts: list[dict]) -> list[dict]:
+    """Return the cards of all data sets: outcomes in turn, and within an outcome data sets in turn."""
+    wanted = ([[c for c in part["cards"] if c["outcome"] == kind] for part in parts] for kind in OUTCOMES)
+    return in_turn(map(in_turn, wanted))
+
+
+def samples(profile: Profile, count: int = 6) -> list[dict]:
+    """Return the first cards of the page of rendered videos, each with a `frame` of each of its stills."""
+    parts, chosen = _parts(profile) if profile.world else {}, []
+    homes = {part["dataset"]: folder for folder, part in parts.items()}
+    for card in mixed(list(parts.values()))[:count]:
+        frames = []
+        for still in card["stills"]:
+            path = homes[card["dataset"]] / card["dataset"] / f"{still['clip']['video']}.webp"
+            if path.exists():
+                with Image.open(path) as strip:
+                    wide, place = strip.width // previews.STRIP, still["column"]
+                    frames.append(
+                        (still["title"], strip.crop((place * wide, 0, (place + 1) * wide, strip.height)))
+                    )
+        chosen.append(card | {"frames": frames})
+    return chosen
 
 
 def sources(profile: Profile) -> list[Path]:

@@ -24,40 +24,6 @@ SUMMARY = {  # claim: in the words of somebody who reads about it for the first 
     "turn-3": "A third turn adds next to nothing (VCMR)",
 }
 PREMISE = ("P1", "vsr1", "vr@1"), ("P1", "adapter-soft", "first@1")
-ANSWERS = {  # what is asked: (a system, its control), each (table, system, metric)
-    "Soft tokens that never look, at the first search, against the loop at its end (R@1)": (
-        ("P1", "adapter-soft", "first@1"),
-        ("P1", "vsr1", "vr@1"),
-    ),
-    "The same with rank fallback, against the loop (VCMR, three videos)": (
-        ("P1", "adapter-soft-vsr1", "vcmr@0.5_t3"),
-        ("P1", "vsr1", "vcmr@0.5_t3"),
-    ),
-    "The loop, against its own policy with rank fallback (VCMR, three videos)": (
-        ("P1", "vsr1", "vcmr@0.5_t3"),
-        ("P1", "vsr1-walkdown", "vcmr@0.5_t3"),
-    ),
-    "Shown a random wrong video, against the rejected one (R@1 after a refinement)": (
-        ("P2", "sqr-other-video", "vr@1"),
-        ("P2", "sqr", "vr@1"),
-    ),
-    "Words, trained on the rows of stage 1, against soft tokens of both stages (R@1 after a refinement)": (
-        ("P4", "hqr-trained", "vr@1"),
-        ("P2", "sqr", "vr@1"),
-    ),
-    "The best words, against the same for a wrong video (R@1)": (
-        ("P4", "hqr-oracle", "vr@1"),
-        ("P4", "hqr-oracle-wrong", "vr@1"),
-    ),
-    "The best soft tokens, against the same for a wrong video (R@1)": (
-        ("P4", "soft-oracle", "vr@1"),
-        ("P4", "soft-oracle-wrong", "vr@1"),
-    ),
-    "Soft tokens first, then the loop, against the loop (VCMR, three videos)": (
-        ("P1", "vsr1-first", "vcmr@0.5_t3"),
-        ("P1", "vsr1", "vcmr@0.5_t3"),
-    ),
-}
 TALLY = {  # verdict: how many cells have it, in words
     "agrees": "{} agree",
     "disagrees": "{} disagree",
@@ -125,7 +91,7 @@ def _summary(profile, numbers):
     words = (
         "*Ours:* the loop's last search against a first one with soft tokens made without looking (R@1, %)"
     )
-    rows[words] = ["—", *(_against(numbers, dataset, *PREMISE) for dataset in profile.datasets)]
+    rows[words] = ["—", *(verdicts.against(numbers, dataset, *PREMISE) for dataset in profile.datasets)]
     claims = [name for name, claim in CLAIMS.items() if claim.group == "paper"]
     tally = Counter(_word(verdict) for name in claims for verdict in named[name])
     return templates.render(
@@ -158,18 +124,10 @@ def _word(verdict):
     return next((key for key in TALLY if word.startswith(key)), None)
 
 
-def _against(numbers, dataset, *places):
-    """Return the values of two numbers, each (table, system, metric)."""
-    pair = [results.row(numbers, table, dataset, *place) for table, *place in places]
-    found = all(entry is not None for entry in pair)
-    return " against ".join(results.digits(entry["value"]) for entry in pair) if found else "MISSING"
-
-
 def _answers(profile, numbers):
     """Show what each control of the premise says, a column a data set."""
     lines = [f"|  | {' | '.join(profile.datasets)} |", "| --- |" + " ---: |" * len(profile.datasets)]
-    for words, places in ANSWERS.items():
-        cells = [_against(numbers, dataset, *places) for dataset in profile.datasets]
+    for words, cells in verdicts.answers(numbers, profile.datasets).items():
         lines.append(f"| {words} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -7,7 +7,6 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -88,8 +87,7 @@ class Rule:
     def in_turn(self, searches: dict[str, list[tuple]]) -> list[tuple]:
         """Return (data set, search) of those that fit: the first of each data set, then the second of each ..."""
         chosen = self.choose(searches)
-        rounds = zip_longest(*[[(dataset, search) for search in fit] for dataset, fit in chosen.items()])
-        return [pair for pairs in rounds for pair in pairs if pair is not None]
+        return qualitative.in_turn([(dataset, search) for search in fit] for dataset, fit in chosen.items())
 
     def count(self, searches: dict[str, list[tuple]]) -> str:
         """Say how many queries fit, in all and of each data set."""

@@ -93,22 +93,26 @@ def _of(numbers, table):
 def caption(profile: Profile, numbers: pd.DataFrame, table: str) -> str:
     """Return the title of a table, what it rests on, and what mini means: a table may be copied out of its page."""
     title, caveat = results.layouts()[table]["title"], [CAVEAT] if profile.world else []
-    return " ".join([f"{title}.", basis(profile, numbers, table), *caveat])
+    return " ".join([f"{title}.", basis(profile, numbers, table), legend(profile), *caveat])
 
 
 def basis(profile: Profile, numbers: pd.DataFrame, table: str) -> str:
-    """Say what a table rests on: profile, queries, videos, unreadable videos, seeds; and how to read a cell."""
+    """Say what a table rests on: profile, queries, videos, unreadable videos, seeds."""
     layout, part = results.layouts()[table], _of(numbers, table)
     sizes = [_sizes(numbers, part[part.dataset == dataset], dataset, layout) for dataset in profile.datasets]
     sizes = "; ".join(filter(None, sizes)) or "nothing measured yet"
     seeds = sorted({seed for seeds in part.seeds for seed in seeds})
     notes = set(part.note) - {""}
-    drawn = "by family" if source.has_families(profile) else "by video, for the data source knows no families"
-    legend = f"± is half the 95 % interval, clustered {drawn}; — is missing."
     sentences = [f"Profile {profile.name}: {sizes}."]
     sentences += [f"Seeds {', '.join(map(str, seeds))}."] if seeds else []
     sentences += [f"All of it {notes.pop()}."] if len(notes) == 1 and layout.get("committed") else []
-    return " ".join([*sentences, legend])
+    return " ".join(sentences)
+
+
+def legend(profile: Profile) -> str:
+    """Say how to read a cell."""
+    drawn = "by family" if source.has_families(profile) else "by video, for the data source knows no families"
+    return f"± is half the 95 % interval, clustered {drawn}; — is missing."
 
 
 def _sizes(numbers, part, dataset, layout):

@@ -22,6 +22,40 @@ WORDS = {  # of a claim of the paper, of a control: interval on the claimed side
     "control": ("ahead", "behind", "inconclusive"),
 }
 LEVEL = 0.05
+ANSWERS = {  # what is asked: (a system, its control), each (table, system, metric)
+    "Soft tokens that never look, at the first search, against the loop at its end (R@1)": (
+        ("P1", "adapter-soft", "first@1"),
+        ("P1", "vsr1", "vr@1"),
+    ),
+    "The same with rank fallback, against the loop (VCMR, three videos)": (
+        ("P1", "adapter-soft-vsr1", "vcmr@0.5_t3"),
+        ("P1", "vsr1", "vcmr@0.5_t3"),
+    ),
+    "The loop, against its own policy with rank fallback (VCMR, three videos)": (
+        ("P1", "vsr1", "vcmr@0.5_t3"),
+        ("P1", "vsr1-walkdown", "vcmr@0.5_t3"),
+    ),
+    "Shown a random wrong video, against the rejected one (R@1 after a refinement)": (
+        ("P2", "sqr-other-video", "vr@1"),
+        ("P2", "sqr", "vr@1"),
+    ),
+    "Words, trained on the rows of stage 1, against soft tokens of both stages (R@1 after a refinement)": (
+        ("P4", "hqr-trained", "vr@1"),
+        ("P2", "sqr", "vr@1"),
+    ),
+    "The best words, against the same for a wrong video (R@1)": (
+        ("P4", "hqr-oracle", "vr@1"),
+        ("P4", "hqr-oracle-wrong", "vr@1"),
+    ),
+    "The best soft tokens, against the same for a wrong video (R@1)": (
+        ("P4", "soft-oracle", "vr@1"),
+        ("P4", "soft-oracle-wrong", "vr@1"),
+    ),
+    "Soft tokens first, then the loop, against the loop (VCMR, three videos)": (
+        ("P1", "vsr1-first", "vcmr@0.5_t3"),
+        ("P1", "vsr1", "vcmr@0.5_t3"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -222,3 +256,30 @@ def as_markdown(verdicts: list[Verdict]) -> str:
                 smallest = "" if row.detectable in ("", "—") else f"; detectable {row.detectable}"
                 lines.append(f"    * {row.dataset} {cell(row)}{beside}{smallest}")
     return "\n".join(lines).strip()
+
+
+# --- The premise
+
+
+def against(numbers: pd.DataFrame, dataset: str, *places: tuple[str, str, str]) -> str:
+    """Return the values of two numbers, each (table, system, metric), and on which side the first one is.
+
+    It is level where the two 95 % intervals touch, which is more careful than a paired difference.
+    """
+    pair = [results.row(numbers, table, dataset, *place) for table, *place in places]
+    if any(entry is None for entry in pair):
+        return "MISSING"
+    first, other = pair
+    text = f"{digits(first['value'])} against {digits(other['value'])}"
+    if first["low"] is None or other["low"] is None:
+        return text
+    ahead, behind = first["low"] > other["high"], first["high"] < other["low"]
+    return f"{text}, {'ahead' if ahead else 'behind' if behind else 'level'}"
+
+
+def answers(numbers: pd.DataFrame, datasets) -> dict[str, list[str]]:
+    """Return {what is asked of the premise: `against` of each data set}."""
+    return {
+        words: [against(numbers, dataset, *places) for dataset in datasets]
+        for words, places in ANSWERS.items()
+    }
