@@ -139,7 +139,8 @@ def contact_sheet(strips: list[Strip], columns: int = 6) -> Figure:
 
 def save_sheet(strips: list[Strip], folder: Path, name: str, caption: str) -> Path:
     """Save a contact sheet and return the path of its png; an svg would only wrap the same pixels."""
-    words = f"{caption}. Underlined frames lie inside the moment."
+    inside = any(strip.span for strip in strips)
+    words = f"{caption}.{' Underlined frames lie inside the moment.' * inside}"
     return plots.save(contact_sheet(strips), folder, name, words, kinds=("png",))
 
 

@@ -6,6 +6,7 @@ where the report finds it. Colours are Okabe and Ito's, and no colour carries a 
 
 import functools
 import io
+import math
 import os
 import re
 import shutil
@@ -25,10 +26,11 @@ from vsr1.config import Profile
 from vsr1.report import results
 
 BLACK, ORANGE, SKY, BLUE, RED, GREY = "#000000 #e69f00 #56b4e9 #0072b2 #d55e00 #8a8a8a".split()
-# In pictures of searches: what is right or true, what was named, and soft tokens. RED is what is wrong or false.
+# GREEN is right or true, RED (vermillion) wrong or false, DARK what was named, BLUE is SQR, GREY is HQR or chance.
 GREEN, DARK = "#00805c #333333".split()
 SHADES = "#08306b #08519c #2171b5 #4292c6 #6baed6 #8fc1e0 #b2d2e8 #cfe1f2".split()
 DRAWINGS = Path(__file__).parent / "drawings"
+WIDTH = 6.9  # inches: on a phone at 65 pixels each, letters of 11 points are 10 pixels high
 KINDS = ("png", "svg")  # of what is published
 RANK_1 = "right video on rank 1, %"
 
@@ -37,10 +39,11 @@ def style():
     """Return the house style, as a context or a decorator: what is drawn and saved inside looks alike."""
     return matplotlib.rc_context(
         {
-            **{"font.size": 10, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.labelsize": 9},
+            **{"font.size": 11, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.labelsize": 10},
             **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
             **{"axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "legend.frameon": False},
-            **{"xtick.labelsize": 9, "ytick.labelsize": 9, "figure.dpi": 150, "savefig.dpi": "figure"},
+            **{"xtick.labelsize": 9.5, "ytick.labelsize": 9.5, "legend.fontsize": 9.5},
+            **{"figure.dpi": 150, "savefig.dpi": "figure"},
             **{"svg.hashsalt": "vsr1", "figure.facecolor": "white"},
         }
     )
@@ -112,11 +115,11 @@ def draw(profile: Profile, name: str, datasets: list[str], series: dict | None =
 # --- Parts of a figure
 
 
-def _facets(datasets, rows=1, height=3.3, titles=None, **options):
+def _facets(datasets, rows=1, height=3.3, **options):
     """Return a figure with a column per data set under its title, and its axes (rows, columns)."""
-    figure = Figure(figsize=(max(4.5, 3.1 * len(datasets)), height), layout="constrained")
+    figure = Figure(figsize=(max(4.5, WIDTH * len(datasets) / 3), height), layout="constrained")
     panels = figure.subplots(rows, len(datasets), squeeze=False, **{"sharey": "row"} | options)
-    for axes, title in zip(panels[0], titles or datasets, strict=True):
+    for axes, title in zip(panels[0], datasets, strict=True):
         axes.set_title(title)
     return figure, panels
 
@@ -145,21 +148,29 @@ def _bars(axes, numbers, datasets, table, bars):
         for place, entry in rows.items():
             low, high = (entry.value, entry.value) if entry.low is None else (entry.low, entry.high)
             axes.plot((place, place), (low, high), color=BLACK, linewidth=1.2)
-            text = {"textcoords": "offset points", "ha": "center", "size": 7}
+            text = {
+                "textcoords": "offset points",
+                "ha": "center",
+                "size": 8,
+                "rotation": 90 * (len(bars) > 4),
+            }
             axes.annotate(results.digits(entry.value), (place, high), (0, 3), **text)
     axes.set_xticks(range(len(datasets)), datasets)
     axes.set_xlim(-0.55, max(1, len(datasets) - 0.45))
     axes.grid(axis="x", visible=False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(bars))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=min(3, len(bars)))
 
 
-def _dots(axes, numbers, table, dataset, systems, metric, before=None, shift=0.0, colour=BLUE, **props):
+def _dots(axes, numbers, table, dataset, systems, metric, before=None, shift=0.0, colour=None, **props):
     """Draw a row per system, the first on top: its value with interval, and hollow what it was before.
 
     systems   {system: label}
     before    metric of the value before
+    colour    of all of them; None: SQR blue, HQR grey, others black
     """
+    given = colour
     for place, system in enumerate(systems):
+        colour = given or {"sqr": BLUE, "hqr": GREY}.get(system[:3], BLACK)
         entry, y = results.row(numbers, table, dataset, system, metric), place + shift
         if entry is None:
             continue
@@ -197,21 +208,21 @@ def _series(axes, points, line="-", **props):
 @style()
 def headroom(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw bars for all queries and for those whose first search failed: what is reached, what could be."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    everyone, failures = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(WIDTH, 6.2), layout="constrained")
+    everyone, failures = figure.subplots(2, 1, sharey=True)
     room = {"words": ("best of 60 wordings (oracle)", GREY, "xx"), "probe": ("attribute probe", ORANGE, "..")}
     _bars(
         everyone,
         numbers,
         datasets,
         "H1",
-        {("zs", "vr@1"): ("query as it is", BLUE, "")} | {(name, "vr@1"): bar for name, bar in room.items()},
+        {("zs", "vr@1"): ("query as it is", BLACK, "")} | {(name, "vr@1"): bar for name, bar in room.items()},
     )
     failed = {("walkdown", "vr@1_failed"): ("rank 2", SKY, "///")}
     failed |= {(name, "vr@1_failed"): bar for name, bar in room.items()}
     _bars(failures, numbers, datasets, "H1", failed)
     everyone.set(title="all queries", ylabel="right video, %")
-    failures.set_title("queries whose first search failed")
+    failures.set(title="queries whose first search failed", ylabel="right video, %")
     return figure
 
 
@@ -222,10 +233,10 @@ def retrieval_curves(numbers: pd.DataFrame, series: dict, datasets: list[str]) -
     for axes, dataset in zip(panels, datasets, strict=True):
         ks, recall = np.array(series[f"H2/{dataset}/zs/vr@k"]).T
         videos = results.row(numbers, "D1", dataset, "test", "videos").value
-        axes.plot(ks, recall, color=BLUE, label="measured")
+        axes.plot(ks, recall, color=BLACK, label="measured")
         axes.plot(ks, np.minimum(100, 100 * ks / videos), color=GREY, linestyle=":", label="chance")
         points = {k: results.published().get(f"T1/{dataset}/zs/vr@{k}") for k in (1, 5, 10, 100)}
-        hollow = {"color": RED, "fillstyle": "none", "label": "paper, real video"}
+        hollow = {"color": ORANGE, "fillstyle": "none", "label": "paper, real video"}
         axes.plot(list(points), list(points.values()), "o", **hollow)
         axes.set(xscale="log", xlabel="k", ylim=(0, 102), title=f"{dataset}, {videos} videos")
         axes.set_xticks([1, 10, 100], ["1", "10", "100"])
@@ -237,7 +248,7 @@ def retrieval_curves(numbers: pd.DataFrame, series: dict, datasets: list[str]) -
 def arena(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw R@1 against the size of the gallery: a line a text side, and the room above the one that is searched."""
     figure, (panels,) = _facets(datasets)
-    sides = {"text-small": (BLUE, "true captions"), "text-noise-10": (SKY, "10 % of colours wrong")}
+    sides = {"text-small": (BLACK, "true captions"), "text-noise-10": (SKY, "10 % of colours wrong")}
     sides |= {"text-noise-30": (ORANGE, "30 %"), "text-noise-70": (RED, "70 %")}
     room = {"words_r1": ("--", "best of 60 wordings (oracle)"), "probe_r1": (":", "attribute probe")}
     for axes, dataset in zip(panels, datasets, strict=True):
@@ -252,7 +263,7 @@ def arena(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
         axes.set_xticks(sizes, sizes, rotation=45)
         axes.minorticks_off()
     panels[0].set_ylabel("R@1, %")
-    return _legend(figure, panels[0], 3)
+    return _legend(figure, panels[0], 2)
 
 
 # --- A given video: verification and grounding
@@ -261,13 +272,13 @@ def arena(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
 @style()
 def known_video(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw bars of verdicts by the video that is given, and of grounding in the right one beside two floors."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    verdicts, spans = figure.subplots(1, 2)
-    given = {("zs", "verdict_right"): ("right video shown", BLUE, "")}
-    given |= {("zs", "verdict_wrong"): ("wrong video", ORANGE, ".."), ("zs", "verdict"): ("both", SKY, "///")}
+    figure = Figure(figsize=(WIDTH, 6.2), layout="constrained")
+    verdicts, spans = figure.subplots(2, 1)
+    given = {("zs", "verdict_right"): ("right video shown", GREEN, "")}
+    given |= {("zs", "verdict_wrong"): ("wrong video", RED, ".."), ("zs", "verdict"): ("both", GREY, "///")}
     _bars(verdicts, numbers, datasets, "V1", given)
     verdicts.axhline(50, color=GREY, linestyle=":")
-    grounding = {"zs": ("base model", BLUE, ""), "wholevideo": ("whole video", GREY, "..")}
+    grounding = {"zs": ("base model", DARK, ""), "wholevideo": ("whole video", ORANGE, "..")}
     grounding |= {"random": ("random span", "#cccccc", "///")}
     grounding = {(system, "grounding@0.5"): props for system, props in grounding.items()}
     _bars(spans, numbers, datasets, "V1", grounding)
@@ -283,9 +294,9 @@ def overlaps(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure
     for axes, dataset in zip(panels, datasets, strict=True):
         left, share = np.array(series[f"V2/{dataset}/zs/iou"]).T
         whole = np.array(series[f"V2/{dataset}/wholevideo/iou"])[:, 1]
-        axes.bar(left[1:] + 0.05, share[1:], 0.092, color=BLUE, label="base model")
+        axes.bar(left[1:] + 0.05, share[1:], 0.092, color=DARK, label="base model")
         axes.bar(left[0] + 0.05, share[0], 0.092, color=GREY, hatch="///", edgecolor="white")
-        axes.step([*left, 1.0], [*whole, whole[-1]], where="post", color=RED, label="whole video")
+        axes.step([*left, 1.0], [*whole, whole[-1]], where="post", color=ORANGE, label="whole video")
         axes.set_xlabel("IoU (grey: exactly 0)")
         axes.set_xticks([-0.05, 0.3, 0.5, 0.7, 1], ["0", ".3", ".5", ".7", "1"])
     panels[0].set_ylabel("queries, %")
@@ -353,13 +364,13 @@ def refinements(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Fig
     figure, (panels,) = _facets(datasets, height=2.9, sharex=True, sharey=True)
     for axes, dataset in zip(panels, datasets, strict=True):
         _dots(axes, numbers, "S1", dataset, REFINEMENTS, "vr@1", "vr@1_orig", label="after")
-        axes.set_xlabel(RANK_1)
+        axes.set_xlabel("R@1, %")
     return _legend(figure, panels[0], 2)
 
 
 SEEN = {"sqr": ("rejected video", BLUE, ""), "sqr-other-video": ("random wrong video", SKY, "")}
-SEEN |= {"sqr-right-video": ("right video", SKY, "///"), "sqr-no-video": ("no video", GREY, "")}
-SEEN |= {"sqr-no-reply": ("no reply", GREY, "///"), "sqr-query-alone": ("neither", GREY, "..")}
+SEEN |= {"sqr-right-video": ("right video", SKY, "///"), "sqr-no-video": ("no video", SHADES[6], "")}
+SEEN |= {"sqr-no-reply": ("no reply", SHADES[6], "///"), "sqr-query-alone": ("neither", SHADES[6], "..")}
 SEEN |= {"sqr-other-reply": ("another query's reply", ORANGE, "")}
 SEEN |= {"sqr-asked-corrupted": ("other colours asked for", ORANGE, "///")}
 
@@ -367,17 +378,17 @@ SEEN |= {"sqr-asked-corrupted": ("other colours asked for", ORANGE, "///")}
 @style()
 def interventions(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw bars of R@1 after one refinement, by what the policy has before it."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes = figure.subplots()
     _bars(axes, numbers, datasets, "P2", {(system, "vr@1"): props for system, props in SEEN.items()})
     axes.set_ylabel(RANK_1)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
     return figure
 
 
-GROWN = {"vsr1-walkdown": ("query as typed, rank fallback", GREY, "s--")}
+GROWN = {"vsr1-walkdown": ("query as typed, rank fallback", BLACK, "s--")}
 GROWN |= {"adapter-soft-vsr1": ("soft tokens without a loop, rank fallback", ORANGE, "^-")}
-GROWN |= {"hqr-trained": ("rewriting in words, trained, the loop", GREEN, "D-")}
+GROWN |= {"hqr-trained": ("rewriting in words, trained, the loop", GREY, "D-")}
 GROWN |= {"vsr1": ("VideoSearch-R1, the loop", BLUE, "o-")}
 
 
@@ -413,7 +424,7 @@ def engines(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     return _legend(figure, panels[0], 2)
 
 
-SWEPT = {"right": ("right video", BLUE, "o"), "shown": ("video just rejected", RED, "s")}
+SWEPT = {"right": ("right video", GREEN, "o"), "shown": ("video just rejected", RED, "s")}
 SWEPT |= {"best": ("best video", GREY, "^")}
 HEADS = {"trained": ("trained heads", "-"), "untrained": ("untrained heads", "--")}
 
@@ -425,7 +436,7 @@ def prefix_sweep(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Fi
     for ranks, cosines, dataset in zip(*panels, datasets, strict=True):
         for heads, (_, line) in HEADS.items():
             place = f"S2/{dataset}/{heads}"
-            _series(ranks, series[f"{place}/rank"], line, marker="o", color=BLUE)
+            _series(ranks, series[f"{place}/rank"], line, marker="o", color=GREEN)
             for kind, (_, colour, marker) in SWEPT.items():
                 _series(cosines, series[f"{place}/{kind}"], line, marker=marker, color=colour)
         ranks.set_title(f"{dataset}: one query")
@@ -444,14 +455,14 @@ def prefix_sweep(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Fi
 @style()
 def soft_tokens(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw R@1 against the number of soft tokens, the paper's curve in a panel of its own."""
-    figure, panels, places = _with_paper(datasets, sharey=False)  # the paper's steps would vanish on our axis
+    figure, panels, places = _with_paper(datasets)
     of_run = numbers[(numbers.table == "F4") & (numbers.system == "vsr1")]
     last = max(int(metric.removeprefix("d")) for metric in of_run.metric)
     metrics = {depth: f"d{depth}" for depth in range(last + 1)}
     for axes, place in zip(panels, places, strict=True):
         props = {"marker": "o", "color": BLUE, "label": "all queries"}
         _curve(axes, numbers, "F4", place, "vsr1", metrics, **props)
-        props = {"marker": "s", "color": RED, "label": "first search failed, refined", "linestyle": "--"}
+        props = {"marker": "s", "color": SKY, "label": "first search failed, refined", "linestyle": "--"}
         _curve(axes, numbers, "F4", place, "vsr1-failed", metrics, **props)
         axes.axvspan(last - 0.5, last + 0.5, color=GREY, alpha=0.15, linewidth=0)
         axes.set(xlabel="soft tokens in the query", xticks=list(metrics))
@@ -468,23 +479,38 @@ def turn_counts(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Fig
     of_run = numbers[(numbers.table == "F5") & (numbers.dataset == datasets[0]) & (numbers.system == "vsr1")]
     turns = sorted({int(metric.rpartition("_t")[2]) for metric in of_run.metric})
     for axes, place in zip(panels, places, strict=True):
-        for iou, colour, marker in (("0.3", BLUE, "o"), ("0.5", RED, "s"), ("0.7", ORANGE, "^")):
+        for iou, colour, marker in (
+            ("0.3", SHADES[1], "o"),
+            ("0.5", SHADES[3], "s"),
+            ("0.7", SHADES[5], "^"),
+        ):
             metrics = {turn: f"vcmr@{iou}_t{turn}" for turn in turns}
             props = {"marker": marker, "color": colour, "fillstyle": "none"}
             _curve(axes, numbers, "F5", place, "vsr1", metrics, label=f"IoU {iou}", **props)
             props |= {"linestyle": "--", "label": f"{iou}, no video twice"}
             _curve(axes, numbers, "F5", place, "skip", metrics, **props)
         axes.set(xlabel="turns at most", xticks=turns)
-    panels[0].set_ylim(bottom=0)  # of all panels; before all are drawn it would end where the first does
+    top = max(axes.get_ylim()[1] for axes in panels[:-1])
+    for axes in panels[:-1]:
+        axes.set_ylim(0, top)
+    panels[-1].set_ylim(bottom=0)
     panels[0].set_ylabel("VCMR R@1, %")
     return _legend(figure, panels[0], 3)
 
 
-def _with_paper(datasets, **options):
-    """Return facets with a last one for the paper's figure, whose place in numbers.json is "mean"."""
-    places = [*datasets, "mean"]
-    figure, (panels,) = _facets(places, titles=[*datasets, "paper (real video)"], **options)
-    return figure, panels, places
+def _with_paper(datasets):
+    """Return panels two by two, the last one for the paper's figure, whose place in numbers.json is "mean".
+
+    It has an axis of its own: on ours its steps would vanish.
+    """
+    places, rows = [*datasets, "mean"], math.ceil((len(datasets) + 1) / 2)
+    figure = Figure(figsize=(WIDTH, 0.5 + 2.7 * rows), layout="constrained")
+    panels = figure.subplots(rows, 2).flatten()
+    for spare in panels[len(places) :]:
+        spare.remove()
+    for axes, title in zip(panels, [*datasets, "paper (real video)"], strict=False):
+        axes.set_title(title)
+    return figure, panels[: len(places)], places
 
 
 # --- Training
@@ -498,7 +524,7 @@ STAGE_2 = {
     "reward": {"vsr1/reward": ("sampled", BLUE, "-"), "vsr1/held": ("held out", BLACK, "o--")},
     "parts of it": {
         "vsr1/verify": ("verdict (-1 to 1)", ORANGE, "-"),
-        **{"vsr1/time": ("overlap", RED, "--"), "vsr1/retrieve": ("search", SKY, ":")},
+        **{"vsr1/time": ("overlap", DARK, "--"), "vsr1/retrieve": ("search", SKY, ":")},
     },
     "KL to stage 1": {"vsr1/kl": ("KL", GREY, "-")},
 }
@@ -518,7 +544,7 @@ def training_curves(
                 )
                 _series(axes, series.get(f"{table}/{dataset}/{name}"), line, color=colour, label=words)
         row[0].set_ylabel(label)
-        row[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        row[0].legend(fontsize=8)
     for axes in rows[-1]:
         axes.set_xlabel("step")
     return figure
@@ -553,7 +579,7 @@ def _live_png(lines, keys):
 
 # --- The upper bound of soft tokens
 
-LAYOUTS = {"raw": ("raw embeddings", BLUE), "b": ("through B, official", RED)}
+LAYOUTS = {"raw": ("raw embeddings", BLUE), "b": ("through B, official", DARK)}
 LAYOUTS |= {"scaled": ("through B, scaled", ORANGE)}
 STARTS = {"": ("random start", "-"), "-zero": ("zero", ":"), "-zero-clipped": ("zero, clipped", "--")}
 COURSE = re.compile(r"held-(?P<init>[a-z]+)-n(?P<n>\d+)-r(?P<rows>\d+)(?P<more>(-[a-z]+)?)")
@@ -562,9 +588,7 @@ COURSE = re.compile(r"held-(?P<init>[a-z]+)-n(?P<n>\d+)-r(?P<rows>\d+)(?P<more>(
 @style()
 def soft_token_bound(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw soft tokens optimised per query by step above; below heads alone on held-out queries, a row per course."""
-    figure, panels = _facets(
-        datasets, rows=2, height=6.4, titles=[f"{name}: free soft tokens" for name in datasets]
-    )
+    figure, panels = _facets(datasets, rows=2, height=6.4)
     systems = numbers[numbers.table == "L1"].system.unique()
     courses = {name: _course_label(name) for name in sorted(filter(COURSE.fullmatch, systems), key=_course)}
     for free, held, dataset in zip(*panels, datasets, strict=True):
@@ -575,12 +599,12 @@ def soft_token_bound(numbers: pd.DataFrame, series: dict, datasets: list[str]) -
         free.set(xlabel="step of Adam", ylim=(0, 102))
         _dots(held, numbers, "L1", dataset, courses, "vr@1")
         held.axvline(results.row(numbers, "L1", dataset, "held-plain", "vr@1").value, color=GREY, linewidth=1)
-        held.set(title="heads alone, held out", xlabel=RANK_1)
-    panels[0][0].set_ylabel(RANK_1)
+        held.set(xlabel="heads alone, held out, %")
+    panels[0][0].set_ylabel("free soft tokens, R@1, %")
     lines = [Line2D([], [], color=colour, label=label) for label, colour in LAYOUTS.values()]
     lines += [Line2D([], [], color=BLACK, linestyle=line, label=label) for label, line in STARTS.values()]
     lines += [Line2D([], [], color=GREY, label="query as it is")]
-    return _legend(figure, lines, min(4, len(datasets) + 1))
+    return _legend(figure, lines, min(3, len(datasets) + 1))
 
 
 def _course(name):
