@@ -1,10 +1,11 @@
-"""Choose searches by rule, never by hand, and publish their figures: F1, F6, and SQR against HQR (F7, A3 to A7, Q2).
+"""Choose searches by rule, never by hand, and publish their figures: F1, F6, and SQR against HQR (F7, A3 to A7).
 
 Where videos are real their frames are not for git: such figures stay in runs/<profile>/figures/.
 """
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from vsr1.loop.records import Episode
 from vsr1.report import plots, qualitative, results, search_panels
 from vsr1.report.search_panels import FrameSource
 
-COMPARED = ("F7", "A3", "A4", "A5", "A6", "A7")
 HARD = "hqr-reasoned-sample"  # the episodes of HQR that SQR is compared with
 IOU = 0.5  # from which a moment counts as found
 PAPER = {  # read off its figures
@@ -44,10 +44,13 @@ def ahead(episode: Episode, other: Episode) -> bool:
 
     Both refine after the same first video, and the other does not even have the right video on rank 1 at last.
     """
+    return level(episode, other) and _lost(other) and qualitative.rank(episode) == 1 and _found(episode)
+
+
+def level(episode: Episode, other: Episode) -> bool:
+    """Return whether two searches refine after the same first video."""
     refined = min(len(episode.turns), len(other.turns)) > 1
-    refined = refined and episode.turns[0].shown_id == other.turns[0].shown_id
-    behind = other.problem is None and qualitative.rank(other) > 1
-    return refined and behind and qualitative.rank(episode) == 1 and _found(episode)
+    return refined and episode.turns[0].shown_id == other.turns[0].shown_id
 
 
 def in_two_turns(episode: Episode) -> bool:
@@ -60,6 +63,10 @@ def three_on_top(episode: Episode) -> bool:
     """Return whether three videos are on rank 1 in turn as soft tokens are added at turn 1, the right one last."""
     tops = episode.turns[0].top1_by_depth if episode.turns else ()
     return len(set(tops)) == 3 and tops[-1] == episode.gt_video
+
+
+def _lost(episode):
+    return episode.problem is None and qualitative.rank(episode) > 1
 
 
 def _found(episode):
@@ -108,6 +115,18 @@ HQR_WINS = Rule(
     range(2, metrics.UNRANKED),
     f"the first search failed (whatever the rank: a weaker rule), {WINS.format('HQR', 'SQR')}",
 )
+FAILED = "the first search failed, both refine after the same video, and "
+BOTH = Rule(
+    lambda soft, hard: level(soft, hard) and _found(soft) and _found(hard),
+    range(2, metrics.UNRANKED),
+    f"{FAILED}both accept the right video with IoU 0.5 or more",
+)
+NEITHER = Rule(
+    lambda soft, hard: level(soft, hard) and _lost(soft) and _lost(hard),
+    range(2, metrics.UNRANKED),
+    f"{FAILED}neither has the right video on rank 1 at last",
+)
+COMPARED = {"F7": SQR_WINS, "A3": HQR_WINS, "A4": BOTH, "A5": NEITHER, "A6": SQR_WINS, "A7": HQR_WINS}
 TWO_TURNS = Rule(
     in_two_turns,
     range(10, 31),
@@ -173,8 +192,11 @@ def figures(profile: Profile, reader: video_reader.Reader) -> Iterator[tuple[str
     """Yield (name, figure, caption) of each figure whose rule finds a search; print which are left out."""
     source = functools.cache(lambda dataset: FrameSource(profile, dataset, reader))
     pairs, searches = run_pairs(profile), run_searches(profile)
-    wanted = [(name, SQR_WINS, pairs, place, _comparison) for place, name in enumerate(COMPARED)]
-    wanted += [("Q2", HQR_WINS, pairs, 0, _comparison)]
+    wanted, used = [], Counter()
+    for name, rule in COMPARED.items():
+        rule = rule if rule.in_turn(pairs)[used[rule] :] else SQR_WINS  # a kind that does not occur
+        wanted.append((name, rule, pairs, used[rule], _comparison))
+        used[rule] += 1
     two_turns = TWO_TURNS if TWO_TURNS.in_turn(searches) else TWO_TURNS_FROM_ANY_RANK
     wanted += [("F1", two_turns, searches, 0, _two_turns), ("F6", THREE_ON_TOP, searches, 0, _by_soft_tokens)]
     for name, rule, candidates, place, render in wanted:
@@ -189,7 +211,7 @@ def figures(profile: Profile, reader: video_reader.Reader) -> Iterator[tuple[str
                 continue
             figure, title = render(*episodes, source(dataset), ranks)
             rule_words = f"{rule.words}: {rule.count(candidates)}."
-            if candidates is pairs:
+            if rule in (SQR_WINS, HQR_WINS):
                 exchanged = {place: [pair[::-1] for pair in both] for place, both in pairs.items()}
                 rule_words += f" The same with SQR and HQR exchanged: {rule.count(exchanged)}."
             yield name, figure, _caption(profile, name, title, dataset, episodes[0], rule_words)
@@ -225,7 +247,7 @@ def _by_soft_tokens(episode, source, ranks):
 def _caption(profile, name, title, dataset, episode, rule):
     """Say what a figure shows, the rule that found it, and the paper's quantities where its figure is known."""
     world = "rendered videos and mini models" if profile.world else "real videos"
-    paper = "Not in the paper." if name == "Q2" else "Paper: a further example, not known to us."
+    paper = "Paper: a further example, not known to us."
     paper = f"Paper, read off its figure: {PAPER[name]}." if name in PAPER else paper
     marks = f"{RENDERED} {LEGEND}" if profile.world else LEGEND
     picked = f"{dataset}, query {episode.desc_id}. Rule (smallest ids first, data sets in turn): {rule}"
@@ -253,5 +275,5 @@ def publish(profile: Profile) -> list[Path]:
     folder = profile.results() / "figures" if profile.world else profile.runs("figures")
     with video_reader.Reader() as reader:
         drawn = {name: (figure, words) for name, figure, words in figures(profile, reader)}
-    results.remove_figures(profile, folder, {*COMPARED, "Q2", "F1", "F6"} - drawn.keys())
+    results.remove_figures(profile, folder, {*COMPARED, "F1", "F6", "Q2"} - drawn.keys())  # Q2: of older runs
     return [_save(figure, folder, name, words) for name, (figure, words) in drawn.items()]

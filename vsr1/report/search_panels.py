@@ -1,4 +1,4 @@
-"""Draw whole searches: frames, replies and ranks, turn by turn (F1, F6, F7, A3 to A7, Q2)."""
+"""Draw whole searches: frames, replies and ranks, turn by turn (F1, F6, F7, A3 to A7)."""
 
 import math
 
