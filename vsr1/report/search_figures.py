@@ -32,7 +32,7 @@ LEGEND = (
     "Dashed green: the right video and moment; underlined: its frames. Dark bar: the moment that was named."
 )
 RENDERED = (
-    "Bold in the query: what the first video lacks. Bold in a reply: what it finds amiss. Red and struck "
+    "Bold in the query: what the first video lacks. Bold in a reply: what it finds amiss. Vermillion, struck "
 )
 RENDERED += "through: what is false of the closest moment of the shown video, with the truth in brackets."
 

@@ -301,7 +301,7 @@ def _rank_curves(axes, ranks):
         axes.plot(line, marker=marker, color=colour, markersize=size, label=f"video {n}")
         for depth in np.flatnonzero(np.array(line) == 1):
             axes.axvspan(depth - 0.5, depth + 0.5, color=colour, alpha=0.12, linewidth=0)
-    axes.plot(line.index(1), 1, "o", markersize=16, fillstyle="none", color=RED)
+    axes.plot(line.index(1), 1, "o", markersize=16, fillstyle="none", color=GREEN)
     axes.set(xlabel="soft tokens in the query", ylabel="rank", xlim=(-0.5, len(line) - 0.5))
     axes.set_ylim(worst + 1, 1 - worst / 20)  # best on top
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
