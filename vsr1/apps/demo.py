@@ -11,14 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vsr1 import cache
-from vsr1.apps import folder_index, search_folder, search_page
+from vsr1.apps import search_folder, search_page
 from vsr1.config import InputError, Profile
 from vsr1.loop.moments import span_iou, span_ms
 from vsr1.mini import captions, renderer, world
-from vsr1.models import adapters, checkpoints, engine, search_index
+from vsr1.models import adapters, checkpoints, search_index
 from vsr1.report import provenance
 
-DATASET, FILMS = "charades", 24
+DATASET, FAMILIES = "charades", 12
 WEIGHTS = "vsr1/mini/weights/charades-vsr1"
 LOGS = {
     "sft.jsonl": "sft/log.jsonl",
@@ -28,30 +28,33 @@ LOGS = {
 
 
 def run(profile: Profile, say: Callable[[str], None] = print) -> dict:
-    """Search the first test films for one query, print it turn by turn, and return what `search_folder.search` does.
+    """Search the first test films for one query, print it turn by turn, and return what `Folder.search` does.
 
-    The query is chosen before any policy is asked: the first of the test split that the search engine alone answers
-    with a wrong film.
+    Of the test queries that the search engine alone answers with a wrong film, it is the first whose film the policy
+    rejects, for a refinement is to be seen. How many of them end right is printed too.
     """
     if profile.world is None:
         raise InputError(f"profile {profile.name}: a demo needs the rendered world; leave --profile out")
     home = profile.run_root() / "demo"
-    queries = _render(profile, home / "videos")
+    scenes, queries = _render(profile, home / "videos")
     where = search_page.short_path(home / "videos")
-    say(f"{FILMS} films of the rendered {DATASET} corpus, {len(queries)} queries about them, in {where}")
+    about = f"{len(scenes) // 2} scenes and a near-duplicate of each, {len(queries)} queries about them"
+    say(f"{len(scenes)} films of the rendered {DATASET} corpus ({about}), in {where}")
     (home / "index").mkdir(exist_ok=True)
-    query, first = _choose(profile, home, queries)
+    with search_folder.Folder(
+        profile, home / "videos", weights=WEIGHTS, system="sqr", index=home / "index", say=lambda _: None
+    ) as films:
+        failed = _failed(films, queries)
+        results = [films.search(query.text) for query, _ in failed]
+        right = sum(_is_right(result, query) for result, (query, _) in zip(results, failed, strict=True))
+        rejected = [n for n, result in enumerate(results) if not result["looks"][0]["accepted"]]
+        say(f"the search engine alone answers {len(failed)} of them with a wrong film")
+        say(f"the policy rejects {len(rejected)} of these films; {right} of the searches end right")
+        shown = rejected[0] if rejected else 0
+        (query, first), result = failed[shown], results[shown]
+        films.write_page(result)
     say(f"query: {query.text}")
     say(f"the search engine alone answers with {first}; right is {query.video}, {_span(query.span)}")
-    result = search_folder.search(
-        profile,
-        home / "videos",
-        query.text,
-        weights=WEIGHTS,
-        system="sqr",
-        index=home / "index",
-        say=lambda _: None,
-    )
     for line in itertools.islice(search_page.lines(result), 1, None):  # the query stands above
         say(line)
     say(_verdict(result, query))
@@ -59,38 +62,45 @@ def run(profile: Profile, say: Callable[[str], None] = print) -> dict:
 
 
 def _render(profile, folder):
-    """Render the first FILMS test films, unless they are current, and return the test queries about them."""
+    """Render the demo's films, unless they are current, and return (films, the test queries about them).
+
+    They are the first two films of each of the first FAMILIES test families: scenes, and a near-duplicate of each.
+    """
     settings = profile.world
     scenes = world.make_scenes(DATASET, "test", settings.test_videos, settings.seed)
     queries = captions.make_queries(scenes, 0, renderer.QUERIES_PER_MOMENT["test"], settings.seed)
-    films = scenes[:FILMS]
-    draw = functools.partial(renderer.render_videos, settings, 1, films, f"render {FILMS} films")
+    families = itertools.groupby(scenes, key=lambda scene: scene.family)
+    pairs = [pair for _, family in families if len(pair := list(family)[:2]) == 2]
+    films = list(itertools.chain.from_iterable(pairs[:FAMILIES]))
+    draw = functools.partial(renderer.render_videos, settings, 1, films, f"render {len(films)} films")
     inputs = {"scenes": [asdict(film) for film in films], "code": cache.source_digest(renderer.__name__)}
     cache.build(folder, inputs | {"size": settings.size, "fps": settings.fps}, draw)
     names = {film.video for film in films}
-    return [query for query in queries if query.video in names]
+    return films, [query for query in queries if query.video in names]
 
 
-def _choose(profile, home, queries):
-    """Return the first query whose first search shows a wrong film, and that film."""
-    encoder = engine.load(profile)
-    videos = folder_index.refresh(profile, lambda: encoder, home / "videos", home / "index" / "index.npz")
-    names = [Path(name).stem for name in videos.files]
-    vectors = search_index.Vectors(
-        names, videos.vecs(), [q.id for q in queries], encoder.embed_texts([q.text for q in queries])
-    )
-    _, columns = vectors.search(vectors.query_vecs, 1)
-    for query, (column,) in zip(queries, columns, strict=True):
-        if names[column] != query.video:
-            return query, names[column]
-    raise InputError(
-        f"{profile.engine}: every first search is right among {FILMS} films; there is nothing to refine"
-    )
+def _failed(films, queries):
+    """Return (query, the film shown first) of each query whose first search shows a wrong film."""
+    names = [Path(name).stem for name in films.index.files]
+    query_vecs = films.engine.embed_texts([query.text for query in queries])
+    vectors = search_index.Vectors(names, films.index.vecs(), [query.id for query in queries], query_vecs)
+    firsts = [names[column] for (column,) in vectors.search(query_vecs, 1)[1]]
+    failed = [(query, first) for query, first in zip(queries, firsts, strict=True) if first != query.video]
+    if not failed:
+        raise InputError(
+            f"{films.profile.engine}: every first search is right among {len(names)} films; there is nothing to refine"
+        )
+    return failed
+
+
+def _is_right(result, query):
+    """Return whether the search accepted the right film."""
+    return Path(result["video"]).stem == query.video and result["accepted"]
 
 
 def _verdict(result, query):
     """Say whether the search came to the right film and moment, which it could not know."""
-    if Path(result["video"]).stem != query.video or not result["accepted"]:
+    if not _is_right(result, query):
         return f"That is not right: {query.video} was asked for, {_span(query.span)}."
     if result["moment"] is None:
         return "That is the right film, but no moment was named."
