@@ -5,7 +5,6 @@ Where videos are real their frames are not for git: such figures stay in runs/<p
 
 import functools
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,14 +106,16 @@ class Rule:
 WINS = "both refine after the same video, {} accepts the right video with IoU 0.5 or more, and {} does not have it "
 WINS += "on rank 1 at last"
 FIRST = "the right video is on rank {} to {} in the first search"
+ANY_RANK = "the first search failed (whatever the rank: a weaker rule), "
 SQR_WINS = Rule(
     ahead, range(10, 41), f"{FIRST.format(10, 40)}, {WINS.format('SQR', 'HQR')}"
 )  # as in the paper
 HQR_WINS = Rule(
     lambda soft, hard: ahead(hard, soft),
     range(2, metrics.UNRANKED),
-    f"the first search failed (whatever the rank: a weaker rule), {WINS.format('HQR', 'SQR')}",
+    ANY_RANK + WINS.format("HQR", "SQR"),
 )
+SQR_WINS_FROM_ANY_RANK = Rule(ahead, range(2, metrics.UNRANKED), ANY_RANK + WINS.format("SQR", "HQR"))
 FAILED = "the first search failed, both refine after the same video, and "
 BOTH = Rule(
     lambda soft, hard: level(soft, hard) and _found(soft) and _found(hard),
@@ -192,11 +193,7 @@ def figures(profile: Profile, reader: video_reader.Reader) -> Iterator[tuple[str
     """Yield (name, figure, caption) of each figure whose rule finds a search; print which are left out."""
     source = functools.cache(lambda dataset: FrameSource(profile, dataset, reader))
     pairs, searches = run_pairs(profile), run_searches(profile)
-    wanted, used = [], Counter()
-    for name, rule in COMPARED.items():
-        rule = rule if rule.in_turn(pairs)[used[rule] :] else SQR_WINS  # a kind that does not occur
-        wanted.append((name, rule, pairs, used[rule], _comparison))
-        used[rule] += 1
+    wanted = [(name, *chosen, _comparison) for name, chosen in _compared(pairs).items()]
     two_turns = TWO_TURNS if TWO_TURNS.in_turn(searches) else TWO_TURNS_FROM_ANY_RANK
     wanted += [("F1", two_turns, searches, 0, _two_turns), ("F6", THREE_ON_TOP, searches, 0, _by_soft_tokens)]
     for name, rule, candidates, place, render in wanted:
@@ -211,10 +208,28 @@ def figures(profile: Profile, reader: video_reader.Reader) -> Iterator[tuple[str
                 continue
             figure, title = render(*episodes, source(dataset), ranks)
             rule_words = f"{rule.words}: {rule.count(candidates)}."
-            if rule in (SQR_WINS, HQR_WINS):
+            if rule in (SQR_WINS, SQR_WINS_FROM_ANY_RANK, HQR_WINS):
                 exchanged = {place: [pair[::-1] for pair in both] for place, both in pairs.items()}
                 rule_words += f" The same with SQR and HQR exchanged: {rule.count(exchanged)}."
             yield name, figure, _caption(profile, name, title, dataset, episodes[0], rule_words)
+
+
+def _compared(pairs):
+    """Return {figure: (rule, pairs, place of its search)} of COMPARED; no search is shown twice.
+
+    Where a run has no further search of the kind, another win of SQR takes its place, or one that neither finds.
+    """
+    chosen, shown = {}, set()
+    for name, wanted in COMPARED.items():
+        chosen[name] = wanted, pairs, len(wanted.in_turn(pairs))  # behind the last one
+        rules = (wanted, SQR_WINS, SQR_WINS_FROM_ANY_RANK, NEITHER)
+        fit = ((rule, place, pair) for rule in rules for place, pair in enumerate(rule.in_turn(pairs)))
+        for rule, place, (dataset, (soft, _)) in fit:
+            if (dataset, soft.desc_id) not in shown:
+                shown.add((dataset, soft.desc_id))
+                chosen[name] = rule, pairs, place
+                break
+    return chosen
 
 
 def _comparison(soft, hard, source, _):
