@@ -54,6 +54,9 @@ exam: setup  ## claims that were written before, on fresh rendered videos, once 
 	@$(VSR1) exam $(ALL)
 	@$(VSR1) report $(ALL)
 
+archives: setup  ## when does a look pay? a rendered world of ours (an hour); committed in results/archives
+	@$(VSR1) archives $(if $(SEED),--seed $(SEED))
+
 doctor: setup  ## show what this machine can reproduce, and what is missing
 	@$(VSR1) doctor $(ONE)
 
@@ -84,4 +87,4 @@ ifeq ($(PY),.venv/bin/python)
 	@./setup.sh "$(PYTHON)"
 endif
 
-.PHONY: demo paper test lab seeds ablations premise exam doctor check readme bench foundation clean help setup
+.PHONY: demo paper test lab seeds ablations premise archives exam doctor check readme bench foundation clean help setup

@@ -198,6 +198,29 @@ def exam(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None
 
 
 @app.command()
+def archives(
+    profile: Profile = "archives",
+    seed: Seed = None,
+    cells: Annotated[
+        list[str] | None, Option(help="same-whole same-half casts-whole casts-half; else all.")
+    ] = None,
+):
+    """Measure when a look pays, in a rendered world of ours, and print what was measured."""
+    from vsr1.experiments.archives import study
+    from vsr1.mini.archives import corpus
+
+    chosen = _split(cells) or list(corpus.CELLS)
+    if unknown := set(chosen) - corpus.CELLS.keys():
+        raise InputError(
+            f"--cells: no cell {', '.join(sorted(unknown))}; there are {', '.join(corpus.CELLS)}"
+        )
+    loaded = _load("archives", profile, seed)
+    for done in study.run(loaded, chosen):
+        print(done, flush=True)
+    print(f"table: {os.path.relpath(loaded.results() / 'README.md')}")
+
+
+@app.command()
 def report(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None):
     """Write numbers, tables, figures and report.html, and print where."""
     from vsr1.report import html_report, results

@@ -13,6 +13,8 @@ from vsr1.mini import renderer
 from vsr1.mini import source as rendered
 from vsr1.mini.archives import casts, corpus, teacher
 
+USE = ("rows", "test_queries")  # knobs of `config.ArchiveConfig` that no corpus depends on
+
 
 def prepare(profile, name: str) -> None:
     """Render a corpus, unless it is current."""
@@ -20,7 +22,8 @@ def prepare(profile, name: str) -> None:
         known = f"`make archives` makes {', '.join(corpus.CASTS)} of a profile with archives"
         raise InputError(f"{profile.name}: no corpus {name} of archives; {known}")
     home, seed = profile.data_dir(name), profile.world.seed
-    inputs = {"world": asdict(profile.world), "archives": asdict(profile.archives), "corpus": name}
+    sizes = {knob: value for knob, value in asdict(profile.archives).items() if knob not in USE}
+    inputs = {"world": asdict(profile.world), "archives": sizes, "corpus": name}
     inputs["code"] = cache.source_digest(__name__)
     write = functools.partial(corpus.write_corpus, corpus=name, settings=profile.archives, seed=seed)
     archives = corpus.read_archives(cache.build(home / "corpus", inputs, write))

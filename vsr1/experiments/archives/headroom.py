@@ -1,0 +1,96 @@
+"""Measure what a better query could gain in archives, and whether a policy can read the known object."""
+
+import functools
+import json
+
+import numpy as np
+import torch
+
+from vsr1 import cache
+from vsr1.data import clip_cache
+from vsr1.experiments.archives import learning, systems
+from vsr1.mini import pretraining_data, teacher
+from vsr1.mini.archives import casts, corpus
+from vsr1.mini.archives import teacher as archive_teacher
+from vsr1.models import checkpoints, inputs, loading
+from vsr1.models import engine as engines
+
+FIRST = ("adapter-vec", "tuned-again", "adapter-soft", "oracle-soft")
+READ = 96  # test films, evenly spread, that the base policy is asked about
+
+
+def measure(profile, cell: str) -> dict[str, list[bool]]:
+    """Return {system: hits (Q,)} of first searches on a cell, unless they are current.
+
+    typed         the query as it is
+    words-known   in seen colours, in the query's own style: what one writes who knows the cast
+    words-best    the best of all wordings in seen colours, by somebody who also knows the answer
+    and each of FIRST
+    """
+    name = corpus.CELLS[cell][0]
+    first = {system: learning.first_vectors(profile, name, system) for system in FIRST}
+    gallery = learning.open_gallery(profile, name, "test")
+    queries = systems.sample(profile, gallery, cell)
+    hits = {"typed": gallery.ranks(queries, gallery.typed(queries)) == 1}
+    for system, vecs in first.items():
+        hits[system] = gallery.ranks(queries, np.stack([vecs[query.id] for query in queries])) == 1
+    hits |= _word_hits(profile, gallery, queries)
+    return {system: values.tolist() for system, values in hits.items()}
+
+
+def _word_hits(profile, gallery, queries):
+    """Hits of wordings by somebody who knows the cast."""
+    engine = engines.load(learning.with_engine(profile))
+    wordings = [archive_teacher.wordings(gallery.truth.asked(q), gallery.truth.cast(q)) for q in queries]
+    rows = [row for row, texts in enumerate(wordings) for _ in texts]
+    vecs = engine.embed_texts([text for texts in wordings for text in texts])
+    hit = gallery.ranks([queries[row] for row in rows], vecs) == 1
+    known = np.r_[0, np.cumsum([len(texts) for texts in wordings])[:-1]]
+    best = np.zeros(len(queries), bool)
+    np.logical_or.at(best, rows, hit)
+    return {"words-known": hit[known], "words-best": best}
+
+
+# --- The known object
+
+
+def read_known(profile, name: str) -> dict[str, float | int]:
+    """Measure how often the base policy, before any training here, names the colour that the trousers seem to have.
+
+    whole, half  percent right of films by cameras of whole and of half steps; of half steps either neighbour counts
+    n            films
+    """
+    gallery = learning.ArchiveGallery(profile, name, "test")
+    key = {"vectors": cache.metadata(learning.embedding.embed_corpus(profile, name, "test")).get("key")}
+    key |= {"policy": loading.version(profile.policy), "code": cache.source_digest(__name__)}
+    work = functools.partial(_read_known, profile, name, gallery)
+    folder = cache.build(profile.runs(name) / "known", key, work)
+    return json.loads((folder / "known.json").read_text(encoding="utf-8"))
+
+
+@torch.no_grad()
+def _read_known(profile, name, gallery, folder):
+    agent = checkpoints.load(profile.policy, profile)
+    queries = gallery.queries[:: max(1, len(gallery.queries) // READ)]
+    right = {"whole": [], "half": []}
+    with clip_cache.open_clips(profile, name, gallery.vectors.video_ids) as clips:
+        films = clips.get(query.video for query in queries)
+    shown = [gallery.truth.shown(query.video) for query in queries]
+    prompts = [_question(agent, *pair) for pair in zip(films, shown, strict=True)]
+    for query, one in zip(queries, agent.reply(prompts, max_new_tokens=8), strict=True):
+        looks = casts.seen(casts.KNOWN, gallery.truth.cast(query))
+        said = one.text.strip(" .\n")
+        right["half" if " " in looks else "whole"].append(said in looks.split())
+    numbers = {kind: 100 * float(np.mean(values)) if values else None for kind, values in right.items()}
+    cache.write_json(folder / "known.json", numbers | {"n": len(queries)})
+
+
+def _question(agent, clip, shown):
+    """A question of pretraining about the trousers of a film."""
+    config, rule = agent.model.config.vision_config, inputs.PixelRule(agent.max_frame_pixels)
+    video = inputs.Video(*inputs.patchify(clip.frames, config, rule))
+    text = inputs.video_text(clip.timestamps, video.tokens_per_pair(config.spatial_merge_size))
+    start, end = (teacher.seconds_text(time) for time in (shown.start, shown.end))
+    user = f"{text}{teacher.QUESTIONS['trousers']} from {start} to {end}?"
+    chat = inputs.chat(agent.tokenizer, pretraining_data.WATCH, user)
+    return inputs.Prompt(agent.tokenizer(chat, add_special_tokens=False)["input_ids"], video)
