@@ -66,6 +66,9 @@ check: setup  ## compare every measured number with its expected value: ok, clos
 readme: setup  ## refresh the generated parts of README.md and docs/ from results/PROFILE
 	@$(VSR1) readme --profile $(PROFILE)
 
+publish: setup  ## copy executed notebooks into results/PROFILE, small enough to commit; then all that `readme` does
+	@$(VSR1) publish --profile $(PROFILE)
+
 bench: setup  ## measure the speed claims side by side on this machine, into results/bench
 	@$(PY) -m benchmarks.speed
 	@$(PY) -m benchmarks.index
@@ -87,4 +90,4 @@ ifeq ($(PY),.venv/bin/python)
 	@./setup.sh "$(PYTHON)"
 endif
 
-.PHONY: demo paper test lab seeds ablations premise archives exam doctor check readme bench foundation clean help setup
+.PHONY: demo paper test lab seeds ablations premise archives exam doctor check readme publish bench foundation clean help setup

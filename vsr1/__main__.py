@@ -249,6 +249,17 @@ def readme(profile: Profile = "mini"):
 
 
 @app.command()
+def publish(profile: Profile = "mini"):
+    """Copy executed notebooks into results/ with small pictures, and refresh its index and all generated pages."""
+    from vsr1.report import readme as page
+
+    loaded = _load("publish", profile)
+    for path in notebooks.publish(loaded):
+        print(f"{path.relative_to(config.ROOT)}: {path.stat().st_size / 1000:.0f} kB")
+    return page.write(loaded)
+
+
+@app.command()
 def doctor(profile: Profile = "mini", seed: Seed = None):
     """Print what this machine can reproduce, and what is missing."""
     from vsr1.apps import doctor as checks

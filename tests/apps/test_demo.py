@@ -22,7 +22,7 @@ def test_the_demo_shows_the_first_wrong_film_that_the_policy_rejects(clone):
     profile, said = config.load("mini"), []
     result = demo.run(profile, said.append)
     folder = clone / "runs/mini/demo/videos"
-    scenes, queries = demo._render(profile, folder)  # current: nothing is rendered again
+    scenes, queries = demo.render(profile, folder)  # current: nothing is rendered again
     families = [scene.family for scene in scenes]
     assert families[::2] == families[1::2] and len(set(families)) == demo.FAMILIES
     encoder = engine.load(profile)

@@ -36,7 +36,7 @@ def run(profile: Profile, say: Callable[[str], None] = print) -> dict:
     if profile.world is None:
         raise InputError(f"profile {profile.name}: a demo needs the rendered world; leave --profile out")
     home = profile.run_root() / "demo"
-    scenes, queries = _render(profile, home / "videos")
+    scenes, queries = render(profile, home / "videos")
     where = search_page.short_path(home / "videos")
     about = f"{len(scenes) // 2} scenes and a near-duplicate of each, {len(queries)} queries about them"
     say(f"{len(scenes)} films of the rendered {DATASET} corpus ({about}), in {where}")
@@ -61,7 +61,7 @@ def run(profile: Profile, say: Callable[[str], None] = print) -> dict:
     return result
 
 
-def _render(profile, folder):
+def render(profile, folder):
     """Render the demo's films, unless they are current, and return (films, the test queries about them).
 
     They are the first two films of each of the first FAMILIES test families: scenes, and a near-duplicate of each.

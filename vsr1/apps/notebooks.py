@@ -1,9 +1,12 @@
-"""Run notebooks headless, keep executed copies until something they rest on changes, and open them in JupyterLab."""
+"""Run notebooks headless, keep executed copies, commit small ones, and open notebooks in JupyterLab."""
 
 import ast
+import base64
+import io
 import itertools
 import json
 import os
+import re
 import secrets
 import socket
 from dataclasses import dataclass
@@ -11,6 +14,10 @@ from pathlib import Path
 
 from vsr1 import cache, config
 from vsr1.config import InputError, Profile
+
+ONE_SEARCH = "00_one_search"  # about a policy that ships, so about no run
+SHIPPED = config.ROOT / "vsr1" / "mini" / "weights"
+LARGEST, WIDEST, COLOURS = 200_000, 900, 128  # ours: bytes, pixels and colours of a committed output
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class Run:
 
     def _inputs(self):
         others = () if self.dataset else _inputs_of_all(self.profile)
+        if self.name == ONE_SEARCH:
+            others = (SHIPPED,)
         return {
             "given": self.parameters(),
             "profile": self.profile.digest(),
@@ -142,6 +151,87 @@ def _cells(source):
         return json.loads(source.read_text(encoding="utf-8"))["cells"]
     except (ValueError, KeyError) as error:
         raise InputError(f"{source}: not readable as a notebook; restore it with git") from error
+
+
+# --- Copies that a code host shows
+
+
+def publish(profile: Profile) -> list[Path]:
+    """Write executed notebooks with small outputs to results/<profile>/notebooks/, and return their paths.
+
+    They are those of the first data set and of all of them, as the last run left them, and `ONE_SEARCH`, executed for
+    this. Raises InputError where a run has left none, and for real videos, whose frames stay out of git.
+    """
+    if profile.world is None:
+        raise InputError(f"profile {profile.name}: frames of real video stay out of git; leave --profile out")
+    runs = [
+        Run(path.stem, profile.name, profile, profile.datasets[0] if takes_dataset(path.stem) else None)
+        for path in sorted((config.ROOT / "notebooks").glob("*.ipynb"))
+        if "videos" not in parameters(path)  # a folder of the reader's
+    ]
+    missing = [run for run in runs if run.name != ONE_SEARCH and not run.copy.exists()]
+    if missing:
+        raise InputError(f"{missing[0].copy}: not executed yet; run `make paper` first")
+    next(run for run in runs if run.name == ONE_SEARCH).execute()
+    home = profile.results() / "notebooks"
+    for old in home.glob("*.ipynb"):
+        old.unlink()
+    for run in runs:
+        book = small_copy(json.loads(run.copy.read_text(encoding="utf-8")))
+        text = json.dumps(book, indent=1, ensure_ascii=False) + "\n"
+        cache.write_text(home / f"{run.name}.ipynb", text)
+    return sorted(home.glob("*.ipynb"))
+
+
+def small_copy(book: dict) -> dict:
+    """Return an executed notebook for git: no stderr, no absolute path, and no output beyond `LARGEST`."""
+    cells = [{**cell, "metadata": {}} for cell in book["cells"]]
+    for cell in cells:
+        if cell["cell_type"] == "markdown":  # relative links start two folders further down
+            cell["source"] = re.sub(r"\]\(\.\./", "](../../../", "".join(cell["source"]))
+        else:
+            outputs = [output for output in cell["outputs"] if output.get("name") != "stderr"]
+            cell["outputs"] = [_small_output(output) for output in outputs]
+    kept = ("kernelspec", "language_info")
+    return {**book, "cells": cells, "metadata": {key: book["metadata"][key] for key in kept}}
+
+
+def _small_output(output):
+    if "text" in output:
+        return {**output, "text": _relative("".join(output["text"]))[:LARGEST]}
+    data = {}
+    for kind, value in output.get("data", {}).items():
+        text = "".join(value) if isinstance(value, list) else value
+        if kind == "image/png":
+            data[kind] = _small_png(text)
+        elif isinstance(text, str):
+            data[kind] = _relative(text)
+    large = [kind for kind, value in data.items() if len(value) > LARGEST]
+    for kind in large:
+        size = len(data.pop(kind)) // 1000
+        data["text/plain"] = f"{kind} of {size} kB, left out here: run the notebook to see it"
+    return {**output, "data": data, "metadata": {}}
+
+
+def _small_png(text):
+    """Return a picture in base64, at most WIDEST pixels wide, with few colours where that makes it smaller."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(base64.b64decode(text))) as opened:
+        picture = opened.convert("RGB")
+    picture.thumbnail((WIDEST, 100 * WIDEST))
+    files = []
+    for version in (picture, picture.quantize(COLOURS)):
+        version.save(file := io.BytesIO(), "png", optimize=True)
+        files.append(file.getvalue())
+    return base64.b64encode(min(files, key=len)).decode()
+
+
+def _relative(text):
+    """Return a text with paths of this machine cut down to what follows the clone."""
+    return re.sub(
+        r"(?<![\w.:/~])/(?:[\w.@+-]+/)+?(?=(?:runs|results|vsr1|notebooks|indexes|docs)/)", "", text
+    )
 
 
 # --- JupyterLab

@@ -1,5 +1,6 @@
 """Write the generated parts of README.md and docs/, between html comments, from results/<profile>/ and nothing else."""
 
+import json
 import re
 from collections import Counter
 
@@ -249,6 +250,19 @@ def _figures(profile, numbers):
     return templates.render("figures.txt", home=f"../results/{profile.name}", **values)
 
 
+def _index(*_):
+    """Show what lies in results/mini/: executed notebooks with what they ask, and every figure, small."""
+    profile = config.load("mini")
+    folder, numbers = profile.results(), results.load(profile)
+    asked = {}
+    for path in sorted((folder / "notebooks").glob("*.ipynb")):
+        first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
+        asked[path.stem] = re.search(r"\*\*(.+?)\*\*", "".join(first["source"]))[1]
+    items = [item for item in html_report.items(profile, numbers) if item.made]
+    pictures = [(path, item) for item in items for path in item.pictures if path.is_relative_to(folder)]
+    return templates.render("index.txt", notebooks=asked, pictures=pictures, profile=profile, columns=3)
+
+
 def _deviations(*_):
     """List the departures from the paper by severity."""
     found = html_report.departures()
@@ -260,6 +274,7 @@ PAGES = {  # page: {its generated parts: what generates them}
     "README.md": {"picture": _picture, "summary": _summary, "run": _run},
     "docs/results.md": {"results": _results},
     "docs/figures.md": {"figures": _figures},
+    "results/mini/README.md": {"index": _index},
     "docs/premise.md": {"answers": _answers, "cost": _cost},
     "docs/reproducibility.md": {"time": _time},
     "DEVIATIONS.md": {"deviations": _deviations},
