@@ -44,13 +44,14 @@ OUTCOMES = {  # by the rank after the last search; HQR rescues where at least on
 
 
 def searches(profile: Profile, dataset: str) -> list[dict[str, Episode]]:
-    """Return {system: its episode} of each query of the sample, in its order."""
+    """Return {system: its episode} of each query of the sample, in its order, with as many turns as headlines count."""
     runs, remedy = {}, f"run notebook 06_sqr_vs_hqr on {dataset} first"
     for system, (name, _) in reversed(SYSTEMS.items()):  # SQR, which was run on all test queries, last
         path = profile.runs(dataset) / "episodes" / f"{name}.jsonl"
         if not path.exists():
             raise InputError(f"{path}: not there; {remedy}")
-        runs[system] = {episode.desc_id: episode for episode in records.read_episodes(path)}
+        episodes = metrics.headline(profile, records.read_episodes(path))
+        runs[system] = {episode.desc_id: episode for episode in episodes}
         sample = next(iter(runs.values()))
         if lost := sample.keys() - runs[system].keys():
             raise InputError(f"{path}: query {min(lost)} is not in it; {remedy}")
