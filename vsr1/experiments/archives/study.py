@@ -337,7 +337,10 @@ def draw_looks(numbers: dict[str, Estimate]) -> Figure:
                     linewidth=0,
                 )
         axes.set_xticks(LOOKS)
-    figure.supxlabel("films looked at", fontsize=9)
+        if not axes.lines:
+            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=plots.GREY)
+    for axes in figure.axes[2:]:
+        axes.set_xlabel("films looked at")
     figure.supylabel("right video and moment (IoU 0.5), %", fontsize=9)
     handles = {}
     for axes in figure.axes:
