@@ -174,6 +174,7 @@ def publish(profile: Profile) -> list[Path]:
         raise InputError(f"{missing[0].copy}: not executed yet; run `make paper` first")
     next(run for run in runs if run.name == ONE_SEARCH).execute()
     home = profile.results() / "notebooks"
+    home.mkdir(parents=True, exist_ok=True)
     for old in home.glob("*.ipynb"):
         old.unlink()
     for run in runs:
