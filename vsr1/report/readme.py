@@ -166,7 +166,7 @@ def _run(profile, numbers):
     return (
         f"`make paper` ends with `report: results/{profile.name}/report.html`, "
         f"and `make check` then prints `{checked}`. "
-        f"The committed run: {minutes:.0f} minutes of one core in all steps, on {device}, "
+        f"The steps of the committed run add up to {minutes:.0f} minutes, waits included, on {device}, "
         f"{origin['device']['gpu'] or 'no GPU'}, commit {origin['commit'][:7]}."
     )
 
