@@ -120,7 +120,7 @@ def _check_config(folder):
         kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path}: not readable ({error!r}); fetch it again") from error
-    if kind != MODEL_TYPE:
+    if not str(kind).startswith(MODEL_TYPE):  # a mixture of experts too: a teacher may be one
         raise InputError(f"{path}: a model of type {kind}, not {MODEL_TYPE}; name another model")
 
 
