@@ -84,7 +84,10 @@ def test_each_bound_is_beside_what_words_reach(world, made, agent, vectors, monk
         return [1] * len(texts)
 
     found = oracles.numbers(world, "charades", optimise)
-    value = {name.split("/")[2]: number.value for name, number in found.items()}
+    value = {name.split("/")[2]: number.value for name, number in found.items() if name.endswith("/vr@1")}
+    for name in ("hqr-oracle", "soft-oracle"):
+        gain = found[f"P4/charades/{name}/over-{name}-wrong"].value
+        assert gain == pytest.approx(value[name] - value[f"{name}-wrong"])
     failed = oracles.failed_queries(world, "charades", vectors)
     targets = oracles.draw_targets(world, failed, vectors)
     assert aimed == vectors.columns(targets["oracle"] + targets["oracle-wrong"]).tolist()

@@ -38,6 +38,8 @@ def test_without_an_intervention_the_loop_s_own_refinement_comes_out(refined, wo
     numbers = premise.intervention_numbers(world, "charades", found)
     hits = np.mean([episode.turns[0].rank_out == 1 for episode in episodes])
     assert numbers["P2/charades/sqr/vr@1"].value == pytest.approx(100 * hits)
+    same = numbers["P2/charades/sqr-other-reply/over-sqr"]
+    assert (same.value, same.ci) == (0, (0, 0))
 
 
 def test_an_intervention_that_needs_rendered_truth_is_missing_without_it(refined, world):
@@ -45,6 +47,28 @@ def test_an_intervention_that_needs_rendered_truth_is_missing_without_it(refined
     numbers = premise.intervention_numbers(world, "charades", found)
     assert numbers["P2/charades/sqr-asked-corrupted/vr@1"].value is None
     assert numbers["P2/charades/sqr-asked-corrupted/vr@1"].note == "needs rendered truth"
+
+
+def test_what_a_system_is_over_the_loop_is_paired_over_queries(world, made, agent, monkeypatch):
+    """Two systems that hit half of the queries: where it is the same half, the interval of their difference is 0 wide."""
+    monkeypatch.setattr(runner, "load_pair", lambda *_: (made, agent))
+    one, *_ = read_episodes(evaluate.run_system(world, "charades", "clearest", like="rerank"))
+
+    def system(found):
+        turns = [dataclasses.replace(one.turns[0], iou=float(hit)) for hit in found]
+        rows = [dataclasses.replace(one, desc_id=n, turns=(turn,)) for n, turn in enumerate(turns)]
+        return [dataclasses.replace(row, gt_video=f"{n}") for n, row in enumerate(rows)]
+
+    runs = {"vsr1": system([True, False] * 20), "skip": system([False, True] * 20)}
+    runs["walkdown-ft"] = system([True, False] * 20)
+    monkeypatch.setattr(premise, "looks_of", lambda profile, dataset, name: runs[name])
+    monkeypatch.setattr(premise.metrics, "verdict", lambda episode, turn: True)
+    monkeypatch.setattr(premise.common, "clusters", lambda profile, rows: [row.gt_video for row in rows])
+    numbers = premise.look_numbers(world, "charades", tuple(runs))
+    same, other = (numbers[f"P1/charades/walkdown-ft/over-{name}"] for name in ("vsr1", "skip"))
+    assert (same.value, same.ci) == (0, (0, 0))
+    assert other.value == 0 and other.ci[0] < -10 and other.ci[1] > 10
+    assert "P1/charades/vsr1/over-vsr1" not in numbers
 
 
 def test_the_clearest_of_several_looks_answers(world, made, agent, monkeypatch):

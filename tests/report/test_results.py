@@ -324,7 +324,13 @@ def test_the_premise_opens_the_report_where_it_was_measured_and_the_regression_c
         results.record(run, "charades", f"premise-{system}", numbers)
     text = report(run)
     assert order(text) == ["answers", "P1", "claims", "T1", "R1", "check"]
-    assert "40.0 against 30.0, ahead" in section(text, "answers")
+    assert "40.0 against 30.0<" in section(text, "answers").replace("\n", "")  # nothing is said unpaired
+    for interval, word in (((4.0, 16.0), "ahead"), ((-4.0, 24.0), "not clear")):
+        gain = {"P1/charades/adapter-soft/over-vsr1": Estimate(10.0, 99, interval, unit="points")}
+        results.record(run, "charades", "premise-gain", gain)
+        low, high = interval
+        words = f"40.0 against 30.0: +10.0 ({low:+.1f} to {high:+.1f}) {word}"
+        assert words in section(report(run), "answers")
     assert "MISSING" in section(text, "answers")  # of the other data sets
 
 
@@ -475,12 +481,9 @@ def test_pages_follow_their_numbers_and_name_a_lost_marker(committed):
     for table in ("R1", "R3"):
         if f"{table}/didemo/refined/points" in numbers:
             numbers[f"{table}/didemo/refined/points"] |= {"value": -3.3, "ci": [-5.0, -1.0]}
-    for name, value in {"vsr1/vr@1": 12.3, "adapter-soft/first@1": 45.6}.items():
-        entry = numbers["R3/didemo/refined/points"] | {"value": value, "measured": True}
-        numbers[f"P1/didemo/{name}"] = entry
     path.write_text(json.dumps(numbers))
     changed, all_changed = pages()
-    assert "-3.3 disagrees" in changed and "12.3 against 45.6" in changed
+    assert "-3.3 disagrees" in changed
     assert all_changed.count(" agrees") == all_claims.count(" agrees") - 1
     measured, paper = all_changed.split("The paper's values, for real video")
     assert "13.4 / 24.6 / —" in paper and "13.4 / 24.6" not in measured

@@ -56,10 +56,15 @@ def numbers(profile, dataset: str, optimise: Callable) -> dict[str, Estimate]:
     found["hqr-fixed"] = search_index.ranks(scores, fixed.columns(targets["oracle"]))
     found["hqr-trained"] = rewritten_ranks(profile, dataset, queries, vectors)
     families = statistics.clusters(profile, dataset, targets["oracle"])
-    return {
-        f"P4/{dataset}/{name}/vr@1": statistics.estimate(np.array(ranks) == 1, families, profile)
-        for name, ranks in found.items()
+    hits = {name: np.array(ranks) == 1 for name, ranks in found.items()}
+    numbers = {
+        f"P4/{dataset}/{name}/vr@1": statistics.estimate(values, families, profile)
+        for name, values in hits.items()
     }
+    for name in ("hqr-oracle", "soft-oracle"):  # over its null, paired
+        gain = statistics.difference(hits[name], hits[f"{name}-wrong"], families, profile)
+        numbers[f"P4/{dataset}/{name}/over-{name}-wrong"] = gain
+    return numbers
 
 
 def failed_queries(profile, dataset: str, vectors: search_index.Vectors) -> list[annotations.Query]:

@@ -1,6 +1,7 @@
 """Test the premise: is it the look at the wrong video and the loop, or would a trained query adapter do the same?
 
-P1 compares systems that do not iterate with the loop, at equal numbers of videos looked at. P2 changes what the policy
+P1 compares systems that do not iterate with the loop, at equal numbers of videos looked at; what is "over" another is
+paired over the same queries, in points. P2 changes what the policy
 has before it at the moment of refinement. What was predicted before the run stands in `PREDICTIONS`.
 
 results/<profile>/premise/<dataset>.json     what `make premise` measured beyond `make paper`, committed
@@ -18,7 +19,7 @@ import torch
 from vsr1 import cache
 from vsr1.config import Profile
 from vsr1.data import annotations, clip_cache
-from vsr1.evaluation import evaluate, metrics
+from vsr1.evaluation import evaluate, metrics, statistics
 from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments import ablations, common, retrieval, retry
 from vsr1.loop import records, runner, sqr
@@ -31,7 +32,7 @@ from vsr1.training import grpo, query_adapters
 # What `make paper` measures; `make premise` measures the rest.
 FIRST = ("adapter-vec", "adapter-soft", "vsr1")
 SYSTEMS = ("vsr1-first",)
-LOOP = ("walkdown-ft", "sft", "vsr1")  # what notebooks before have run
+LOOP = ("walkdown-ft", "sft", "vsr1", "skip")  # what is run anyway; "skip": the loop, no video twice (ours)
 MORE_FIRST = tuple(name for name in query_adapters.FIRST if name not in FIRST)
 MORE_SYSTEMS = tuple(
     name
@@ -45,12 +46,22 @@ RERANKED = ("rerank-10-ft", "rerank-10-vsr1")
 # --- P1: first searches, and the same number of videos looked at
 
 
+def looks_of(profile: Profile, dataset: str, name: str) -> list[Episode]:
+    """Return the episodes of a system with all turns that it has."""
+    if name == "skip":
+        return ablations.no_repeat(profile, dataset, whole=True)
+    return common.run_episodes(profile, dataset, name, whole=True)
+
+
 def first_numbers(profile: Profile, dataset: str, names: tuple[str, ...]) -> dict[str, Estimate]:
     """Measure the first search of all test queries as typed and by adapters (P1).
 
     first@1, first@10  R@1 and R@10
     repaired, kept     R@1 of the queries whose first search as typed fails, and of those where it is right
+    over-vsr1          R@1 less that of the loop at its end
     """
+    loop = looks_of(profile, dataset, "vsr1")
+    at_end = dict(zip([one.desc_id for one in loop], metrics.vr_hits(loop, 1), strict=True))
     queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
     numbers, typed = {}, None
     for name in ("typed", *names):
@@ -67,6 +78,10 @@ def first_numbers(profile: Profile, dataset: str, names: tuple[str, ...]) -> dic
             numbers[f"P1/{dataset}/{row_name(name)}/{metric}"] = common.estimate(
                 profile, part, first.hits(k)[rows]
             )
+        everyone = [_as_episode(profile, dataset, query) for query in queries]
+        numbers[f"P1/{dataset}/{row_name(name)}/over-vsr1"] = statistics.difference(
+            first.hits(), [at_end[query.id] for query in queries], common.clusters(profile, everyone), profile
+        )
     return numbers
 
 
@@ -86,10 +101,12 @@ def look_numbers(profile: Profile, dataset: str, names: tuple[str, ...]) -> dict
 
     forced  VCMR where the last look answers, whatever its verdict. VCMR does not charge for a wrong answer, so no
             threshold that validation could choose gives more.
+    over-vsr1, over-skip   VCMR with all looks less that of the paper's loop, and of the one that shows no video twice
     """
     numbers = {}
+    loops = {name: looks_of(profile, dataset, name) for name in ("vsr1", "skip")}
     for name in names:
-        episodes = common.run_episodes(profile, dataset, name, whole=True)
+        episodes = looks_of(profile, dataset, name)
         place = f"P1/{dataset}/{name}"
         for looks in range(1, episodes[0].run.max_turns + 1):
             hits = metrics.vcmr_hits(metrics.within(episodes, looks), 0.5)
@@ -99,6 +116,12 @@ def look_numbers(profile: Profile, dataset: str, names: tuple[str, ...]) -> dict
         ]
         numbers[f"{place}/forced"] = common.estimate(profile, episodes, forced)
         numbers[f"{place}/vr@1"] = common.estimate(profile, episodes, metrics.vr_hits(episodes, 1))
+        for control, others in loops.items():
+            if control != name:
+                assert [one.desc_id for one in episodes] == [one.desc_id for one in others]
+                pair = (metrics.vcmr_hits(one, 0.5) for one in (episodes, others))
+                families = common.clusters(profile, episodes)
+                numbers[f"{place}/over-{control}"] = statistics.difference(*pair, families, profile)
     return numbers
 
 
@@ -236,15 +259,23 @@ def _refined_ranks(profile, functions, queries, videos, replies):
 
 
 def intervention_numbers(profile: Profile, dataset: str, found: dict) -> dict[str, Estimate]:
-    """Measure R@1 after one refinement of failed queries by intervention (P2); one that was not run is missing."""
+    """Measure R@1 after one refinement of failed queries by intervention (P2); one that was not run is missing.
+
+    over-sqr   R@1 less that of the refinement as it is
+    """
     queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
     by_id = {query.id: query for query in queries}
     episodes, numbers = [_as_episode(profile, dataset, by_id[key]) for key in found["ids"]], {}
+    hits = {name: np.array(ranks) == 1 for name, ranks in found["ranks"].items()}
     for name in INTERVENTIONS:
         number = Estimate(None, 0, note="needs rendered truth")
-        if name in found["ranks"]:
-            number = common.estimate(profile, episodes, [rank == 1 for rank in found["ranks"][name]])
+        if name in hits:
+            number = common.estimate(profile, episodes, hits[name])
         numbers[f"P2/{dataset}/{name}/vr@1"] = number
+        if name in hits and name != "sqr":
+            families = common.clusters(profile, episodes)
+            gain = statistics.difference(hits[name], hits["sqr"], families, profile)
+            numbers[f"P2/{dataset}/{name}/over-sqr"] = gain
     return numbers
 
 
