@@ -11,11 +11,13 @@ import av
 import numpy as np
 import pytest
 from clips import JUMPY, STEADY, film, in_order, numbers_in, shift, wrecked
+from PIL import Image
 
 from vsr1 import config
 from vsr1.data import decoder, video_reader
 from vsr1.data.decoder import sample_times
 from vsr1.data.video_reader import DecodeTimeout, Reader, read_videos
+from vsr1.data.video_writer import write_video
 
 
 @pytest.fixture(scope="module")
@@ -301,3 +303,24 @@ def test_a_missing_decoder_is_one_clear_line(tmp_path, monkeypatch, clips):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(ImportError, match=r"needs av \(No module named 'av'\): pip install"):
         Reader().read(clips["avi"])
+
+
+def test_large_frames_are_shrunk_as_they_are_decoded_and_small_ones_are_not(reader, tmp_path, monkeypatch):
+    """All frames of a video stay below MAX_BYTES, and show what full size shows, shrunk."""
+    still = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8).repeat(32, 0).repeat(32, 1)
+    write_video(tmp_path / "large.mp4", [still] * 8, 1, 10)
+    whole = decoder.decode(str(tmp_path / "large.mp4"), None, 1.0, 64, None)
+    monkeypatch.setattr(decoder, "MAX_BYTES", whole[0].nbytes // 9)
+    frames, times, seconds, facts = decoder.decode(str(tmp_path / "large.mp4"), None, 1.0, 64, None)
+    assert frames.shape == (8, 85, 128, 3) and frames.nbytes <= whole[0].nbytes / 9
+    assert (facts["shown_size"], whole[3]["shown_size"]) == ("384x256", "384x256")
+    assert (
+        facts["notes"] == ["shrunk to 128x85 as it was read: it is long and large"] and not whole[3]["notes"]
+    )
+    assert seconds == whole[2] and (times == whole[1]).all()
+    near = np.asarray(Image.fromarray(whole[0][3]).resize((128, 85), Image.Resampling.BICUBIC)).astype(int)
+    assert (
+        np.median(np.abs(near - frames[3])) <= 1
+    )  # sharp edges differ more: colours are stored at half size
+    sized = decoder.decode(str(tmp_path / "large.mp4"), None, 1.0, 64, (384, 256))
+    assert (sized[0] == whole[0]).all(), "a size that was asked for is kept"

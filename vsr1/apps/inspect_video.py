@@ -54,8 +54,7 @@ def describe(clip: video_reader.Clip) -> dict:
     """Return what is known about a clip, {name: text, number or list}."""
     if clip.problem is not None:
         return {"problem": clip.problem} | clip.facts
-    height, width = clip.frames.shape[1:3]
-    return clip.facts | {"shown_size": f"{width}x{height}", "seconds": round(clip.seconds, 3)}
+    return clip.facts | {"seconds": round(clip.seconds, 3)}
 
 
 def _engine_size(profile, frames):

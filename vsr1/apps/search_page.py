@@ -119,7 +119,7 @@ def cut(reader: video_reader.Reader, path: Path, clip: video_reader.Clip, span, 
     times = np.arange(span[0], max(span[1], span[0] + 1 / CUT_FPS) - 1e-3, 1 / CUT_FPS)
 
     def frames():
-        height, width = clip.frames.shape[1:3]
+        width, height = map(int, clip.facts["shown_size"].split("x"))
         reader.size = max(2, width // 2 * 2), max(2, height // 2 * 2)  # H.264 has no odd sides
         count = max(1, CUT_BYTES // (3 * height * width))
         for first in range(0, len(times), count):

@@ -30,6 +30,9 @@ MIN_COMPLETENESS = 0.95
 MIN_JUMP = 48
 CLOCK_JUMP = 10.0  # s; a broadcast's clock that leaps ahead by more starts a new part, as in ffmpeg
 TS_DISCONT = 0x200  # of formats: clocks may leap, as in broadcasts
+MAX_BYTES = (
+    2**28
+)  # ours: all frames of a video, 64 of 1.4 million pixels; larger ones are shrunk as they are decoded
 COVERS = 0x400 | 0x800  # dispositions of a cover picture, and of thumbnails
 # Transfer characteristics of HDR pictures: PQ and HLG.
 HDR = {16: "PQ", 18: "HLG"}
@@ -83,9 +86,12 @@ def decode(path, times, fps, max_frames, size, second=False):
             raise Mispredicted
         index, seconds = choose(track)
         frames = None
-        if second and track.closed and facts["pixels"] == "yuv420p" and facts["pixel_shape"] == "1:1":
+        plain = facts["pixels"] == "yuv420p" and facts["pixel_shape"] == "1:1"
+        width, height = map(int, facts["stored_size"].split("x"))
+        if second and track.closed and plain and 3 * width * height * len(index) <= MAX_BYTES:
             frames = _decode_by_decord(path, index, size, track.starts)
             decoder, why = "decord", "PyAV failed; closed groups and one clock in both prove decord right"
+            facts["shown_size"] = facts["stored_size"]
         if frames is None:
             jumps = () if second else track.jumps
             frames = _decode(path, track.names[index], track.names[0], jumps, size, facts)
@@ -384,9 +390,9 @@ def _decode(path, wanted, first, jumps, size, facts):
     first  the timestamp of the first frame; None: names are numbers, else timestamps
     Raises Mispredicted where a frame does not come, and adds what it sees to `facts`.
     """
-    frames, todo, last = {}, deque(np.unique(wanted).tolist()), -np.inf
+    frames, todo, last = None, deque(np.unique(wanted).tolist()), -np.inf
     with _open(path) as (box, stream):
-        packets, painter = Packets(box, stream), Painter(size, facts)
+        packets, painter = Packets(box, stream), Painter(size, facts, len(wanted))
         for number, (frame, torn) in enumerate(_frames(packets)):
             name = number if first is None else frame.pts
             if name is None or (number == 0 and first not in (None, name)) or name > todo[0] or name <= last:
@@ -395,27 +401,31 @@ def _decode(path, wanted, first, jumps, size, facts):
             if name == todo[0]:
                 if torn == 1 and first is not None:
                     raise Mispredicted
-                frames[todo.popleft()] = painter.paint(frame)
+                picture = painter.paint(frame)
+                if frames is None:
+                    frames = np.empty((len(wanted), *picture.shape), np.uint8)
+                frames[wanted == todo.popleft()] = picture
                 if not todo:
-                    return np.stack([frames[name] for name in wanted.tolist()])
-            if len(jumps) and (number == 0 or name in frames):
+                    return frames
+            if len(jumps) and (number == 0 or name in wanted):
                 near = jumps[np.searchsorted(jumps[:, 1], todo[0], side="right") - 1]
                 if packets.number + MIN_JUMP < near[0] and near[1] <= todo[0]:
                     packets.jump(*near)
                     facts["jumps"] += 1
     if first is not None:
         raise Mispredicted
-    raise Unreadable(f"{len(todo)} of {len(frames) + len(todo)} frames did not decode a second time")
+    raise Unreadable(f"{len(todo)} of {len(set(wanted.tolist()))} frames did not decode a second time")
 
 
 class Painter:
-    """Turns decoded frames into upright RGB pictures of one size, in display proportions."""
+    """Turns decoded frames into upright RGB pictures of one size, in display proportions; `count` take MAX_BYTES."""
 
-    def __init__(self, size, facts):
+    def __init__(self, size, facts, count):
         from av.video.reformatter import VideoReformatter
 
         # One converter of one thread for all frames: a new one for each costs more than the conversion.
         self.size, self.facts, self.converter = size, facts, VideoReformatter()
+        self.most = MAX_BYTES / (3 * count)  # pixels of one
 
     def paint(self, frame):
         """Return the picture of a frame, (H, W, 3) uint8."""
@@ -423,7 +433,11 @@ class Painter:
         if self.size is None:
             stretch = float(Fraction(self.facts["pixel_shape"].replace(":", "/")))
             width, height = round(frame.width * max(1, stretch)), round(frame.height * max(1, 1 / stretch))
-            self.size = (height, width) if swapped else (width, height)
+            shown = (height, width) if swapped else (width, height)
+            shrink = min(1, (self.most / (width * height)) ** 0.5)
+            self.size = tuple(max(1, int(side * shrink)) for side in shown)
+            self.facts["shown_size"] = "{}x{}".format(*shown)
+            self._note(shrink < 1, "shrunk to {}x{} as it was read: it is long and large".format(*self.size))
         width, height = reversed(self.size) if swapped else self.size
         hdr = HDR.get(frame.color_trc)
         kind = "rgb48le" if hdr else "rgb24"
