@@ -50,7 +50,7 @@ def test_an_intervention_that_needs_rendered_truth_is_missing_without_it(refined
 
 
 def test_what_a_system_is_over_the_loop_is_paired_over_queries(world, made, agent, monkeypatch):
-    """Two systems that hit half of the queries: where it is the same half, the interval of their difference is 0 wide."""
+    """Two systems that hit half of the queries: if the same half, their difference is exactly 0."""
     monkeypatch.setattr(runner, "load_pair", lambda *_: (made, agent))
     one, *_ = read_episodes(evaluate.run_system(world, "charades", "clearest", like="rerank"))
 

@@ -31,8 +31,8 @@ MIN_JUMP = 48
 CLOCK_JUMP = 10.0  # s; a broadcast's clock that leaps ahead by more starts a new part, as in ffmpeg
 TS_DISCONT = 0x200  # of formats: clocks may leap, as in broadcasts
 MAX_BYTES = (
-    2**28
-)  # ours: all frames of a video, 64 of 1.4 million pixels; larger ones are shrunk as they are decoded
+    64 * 1088 * 1920 * 3
+)  # ours: all frames of a video, 64 of 1080p; larger ones are shrunk as they are decoded
 COVERS = 0x400 | 0x800  # dispositions of a cover picture, and of thumbnails
 # Transfer characteristics of HDR pictures: PQ and HLG.
 HDR = {16: "PQ", 18: "HLG"}
