@@ -73,6 +73,72 @@ def test_a_dead_link_a_lost_picture_and_a_lost_heading_are_found(tmp_path):
     ]
 
 
+LOG = ROOT / "docs" / "log"
+
+
+def log_faults(folder):
+    """What is wrong with the pages of a log and its index, one line each."""
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+) \| \[[^]]+\]\(([^)]+)\) \| (.+) \| (.*?) ?\|$", index, re.M)
+    dates = [date for date, *_ in rows]
+    found = [] if dates == sorted(dates, reverse=True) else ["README.md: not newest first"]
+    marks = {name: (date, conclusion, mark) for date, name, conclusion, mark in rows}
+    pages = {path.name: path for path in folder.glob("*.md") if path.name != "README.md"}
+    found += [f"{name}: in the index, not in the folder" for name in marks.keys() - pages.keys()]
+    found += [
+        f"{name}: not in the index exactly once" for name in pages if [r[1] for r in rows].count(name) != 1
+    ]
+    for name, path in pages.items():
+        title, blank, sentence, *_ = [*path.read_text(encoding="utf-8").split("\n"), "", "", ""]
+        if not re.fullmatch(r"20\d\d-\d\d-\d\d-[a-z0-9-]+\.md", name):
+            found.append(f"{name}: not named YYYY-MM-DD-short-topic.md")
+        if not title.startswith("# ") or blank or not re.match(r"\*\*In one sentence\.\*\* \S", sentence):
+            found.append(f"{name}: no title and conclusion in its first lines")
+        date, _, mark = marks.get(name, (name[:10], "", None))
+        if date != name[:10]:
+            found.append(f"{name}: another date in the index")
+        if mark is not None and ("negative" in mark) != ("negative" in title + sentence):
+            found.append(f"{name}: negative on the page or in the index only")
+    return found
+
+
+def test_each_page_of_the_log_begins_with_its_conclusion_and_stands_in_the_index():
+    assert LOG.exists() and not log_faults(LOG)
+
+
+def test_pages_of_the_log_that_measured_in_the_first_arena_say_so_in_their_first_lines():
+    silent = []
+    for path in LOG.glob("20*.md"):
+        page = path.read_text(encoding="utf-8")
+        if path.name < "2026-11-29" and re.search(r"R@1|VCMR|VER\b", page):
+            if not re.search("first arena", "\n".join(page.split("\n")[:6]), re.I):
+                silent.append(path.name)
+    assert not silent
+
+
+def test_a_page_of_the_log_without_a_conclusion_or_a_line_of_the_index_is_found(tmp_path):
+    good, sentence = "2026-01-02-a.md", "# T\n\n**In one sentence.** It is 3.\n"
+    (tmp_path / good).write_text(sentence)
+    line = f"| 2026-01-02 | [a]({good}) | it is 3 | |\n"
+    (tmp_path / "README.md").write_text(line)
+    assert not log_faults(tmp_path)
+    (tmp_path / good).write_text("# T\n\nIt is 3.\n")
+    assert log_faults(tmp_path) == [f"{good}: no title and conclusion in its first lines"]
+    (tmp_path / good).write_text(sentence.replace("3.", "3 (negative)."))
+    assert log_faults(tmp_path) == [f"{good}: negative on the page or in the index only"]
+    (tmp_path / good).write_text(sentence)
+    (tmp_path / "2026-01-03-b.md").write_text(sentence)
+    assert log_faults(tmp_path) == ["2026-01-03-b.md: not in the index exactly once"]
+    (tmp_path / "README.md").write_text(line + line.replace(good, "2026-01-03-b.md"))
+    assert log_faults(tmp_path) == ["2026-01-03-b.md: another date in the index"]
+    swapped = line + line.replace(good, "2026-01-03-b.md").replace("2026-01-02 ", "2026-01-03 ")
+    (tmp_path / "README.md").write_text(swapped)
+    assert log_faults(tmp_path) == ["README.md: not newest first"]
+    (tmp_path / "2026-01-03-b.md").unlink()
+    (tmp_path / "README.md").write_text(line + line.replace(good, "2026-01-01-c.md"))
+    assert log_faults(tmp_path) == ["2026-01-01-c.md: in the index, not in the folder"]
+
+
 # A decimal, a percentage, or a count with the unit of a measurement. Versions, ids and thresholds are none.
 MEASURED = re.compile(
     r"(?<![\w.-])[+-]?\d+\.\d+\b(?![\w.]*[-/])|\b\d[\d,]* ?%|\b\d+ (?:points|ok|agree|minutes)\b"
