@@ -1,13 +1,34 @@
 """Clips whose frames show their number, so that a picture says which frame it is."""
 
 from fractions import Fraction
+from itertools import chain
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 WIDTH, HEIGHT, BITS = 128, 96, 12
 STEADY = np.arange(560) * 125  # ms: 8 fps, 70 s
 JUMPY = np.append(0, np.cumsum(np.random.default_rng(0).integers(20, 230, 559)))  # ms: variable rate
+
+COUNT, FPS = 400, 8
+EVEN = np.arange(COUNT)
+OPEN = {
+    "libx264": {"preset": "superfast", "x264-params": "open-gop=1:keyint=20:bframes=3:b-adapt=0:scenecut=0"},
+    "libx265": {
+        "preset": "ultrafast",
+        "x265-params": "log-level=none:pools=1:keyint=20:open-gop=1:bframes=3",
+    },
+    "mpeg2video": {"g": "12", "bf": "2", "qmin": "2", "qmax": "4"},
+}
+FAST = {
+    "libx264": {"preset": "ultrafast", "g": "20"},
+    "libx265": {"preset": "ultrafast", "x265-params": "log-level=none:pools=1:keyint=20:open-gop=0"},
+    "libsvtav1": {"preset": "12", "g": "20", "svtav1-params": "lp=1"},
+    "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8", "g": "20"},
+    "libvpx": {"deadline": "realtime", "cpu-used": "8", "g": "20"},
+    "mpeg4": {"g": "20", "bf": "2"},
+}
 
 
 def paint(number):
@@ -43,6 +64,46 @@ def film(path, shown_at, gop=30, b_frames=0, codec="libx264", tick=Fraction(1, 1
             box.mux(stream.encode(frame))
         box.mux(stream.encode())
     return path
+
+
+def write(
+    target, codec="libx264", shown_at=EVEN, options=None, pixels="yuv420p", picture=paint, tick=None, **more
+):
+    """Write a film: frame n shows `picture(n)` at shown_at[n] ticks, of an eighth of a second by default.
+
+    more  `tags` of the codec context, `rotation` in degrees, `cover` and `tracks`, all else for the muxer
+    """
+    tick = tick or Fraction(1, FPS)
+    named = {name: more.pop(name, None) for name in ("tags", "rotation", "cover", "tracks", "format")}
+    first = picture(0)
+    with av.open(target, "w", format=named["format"], options={k: str(v) for k, v in more.items()}) as box:
+        if named["cover"]:
+            still = box.add_stream("mjpeg", rate=1, width=320, height=320, pix_fmt="yuvj420p")
+            still.disposition = Disposition.attached_pic
+        streams = []
+        for _ in range(named["tracks"] or 1):
+            stream = box.add_stream(
+                codec, rate=FPS, pix_fmt=pixels, width=first.shape[1], height=first.shape[0]
+            )
+            stream.options = FAST.get(codec, {}) if options is None else options
+            stream.codec_context.time_base = stream.time_base = tick
+            stream.codec_context.thread_count = 1
+            for name, value in (named["tags"] or {}).items():
+                setattr(stream.codec_context, name, value)
+            if named["rotation"]:
+                stream.set_display_rotation(named["rotation"])
+            streams.append(stream)
+        if named["cover"]:
+            frame = av.VideoFrame.from_ndarray(np.full((320, 320, 3), 200, np.uint8))
+            box.mux(chain(still.encode(frame.reformat(format="yuvj420p")), still.encode()))
+        for number, ticks in enumerate(shown_at):
+            for track, stream in enumerate(streams):
+                frame = av.VideoFrame.from_ndarray(picture(number + 1000 * track), format="rgb24")
+                frame.pts, frame.time_base = int(ticks), tick
+                box.mux(stream.encode(frame))
+        for stream in streams:
+            box.mux(stream.encode())
+    return target
 
 
 def shift(source, path, seconds):
