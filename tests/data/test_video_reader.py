@@ -97,6 +97,20 @@ def test_sample_times_cover_the_video_evenly():
     assert sample_times(10.0, fps=2.0, max_frames=16).tolist() == (np.arange(16) * 10 / 16).tolist()
 
 
+@pytest.mark.parametrize("seconds", [30.0, 117.0, 240.0])
+def test_looks_stand_at_the_start_of_each_share_and_not_at_both_ends_as_the_official_ones(seconds):
+    """By the official rule for 30 frames a second: round(k x rate), or 64 of them with the last one at the end."""
+    ours, rate = sample_times(seconds), 30
+    if seconds <= 64:
+        theirs = np.round(np.arange(int(seconds)) * rate) / rate
+        assert np.abs(ours - theirs).max() <= 0.5 / rate
+        return
+    theirs = np.linspace(0, seconds * rate - 1, 64) / rate
+    earlier = theirs - ours
+    assert np.abs(earlier - np.arange(64) * seconds / 4032).max() <= 1 / rate
+    assert seconds / 64 - 1 / rate - 1e-9 <= earlier.max() <= seconds / 64
+
+
 def test_scaled_frames_show_the_same_numbers(clips):
     with Reader(size=(64, 48), max_frames=16) as reader:
         for kind in ("variable rate", "avi"):

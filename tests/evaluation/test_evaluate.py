@@ -19,6 +19,7 @@ from vsr1.config import InputError
 from vsr1.data import annotations, clip_cache, video_reader
 from vsr1.data.annotations import Query
 from vsr1.evaluation import evaluate, metrics, run_batches, soft_token_sweep
+from vsr1.experiments import common
 from vsr1.loop import episode, runner, sqr
 from vsr1.loop.records import read_episodes
 from vsr1.mini import architecture, renderer
@@ -220,6 +221,15 @@ def test_walking_down_equals_the_stored_ranking_and_zs_its_first_video(world, ag
             shown = [turn.shown_id for turn in one.turns]
             assert shown == [vectors.video_ids[column] for column in order[row[query.id], :looks]]
             assert sum(turn.refine_cost.engine_calls for turn in one.turns) == 0
+
+
+def test_a_sample_walks_as_the_same_queries_of_a_whole_run(world, agent, run, queries):
+    """Evenly spaced over the split, in the same turns as without the others beside them."""
+    whole = {one.desc_id: plain(one) for one in metrics.headline(world, run(agent, "walkdown"))}
+    studies = dataclasses.replace(world.studies, sample_queries=3)
+    sample = common.run_sample(dataclasses.replace(world, studies=studies), "charades", "walkdown")
+    assert [one.desc_id for one in sample] == [queries[at].id for at in (0, 2, 5)] and len(queries) == 8
+    assert [plain(one) for one in sample] == [whole[one.desc_id] for one in sample]
 
 
 def test_feedback_takes_a_part_of_each_rejected_video_off_the_query(world, agent, run, queries, monkeypatch):

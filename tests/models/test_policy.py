@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from transformers import Qwen3VLModel
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from vsr1 import config
+from vsr1.data import decoder, video_reader
+from vsr1.evaluation import evaluate
 from vsr1.loop import sqr
 from vsr1.mini import architecture
 from vsr1.models import decoding, engine, inputs, policy, prompt_text, soft_heads
-from vsr1.training import common
+from vsr1.training import common, grpo, sft
 
 
 def profile(**changes):
@@ -59,6 +62,29 @@ def test_released_policies_are_shown_frame_numbers_as_times(made):
     released = changed(made, settings=soft_heads.Settings(time_axis="frame_index"))
     text = released.tokenizer.decode(released.prompt("S", "a", clip(4)).ids)
     assert "<0.5 seconds>" in text and "<2.5 seconds>" in text and "<1.2 seconds>" not in text
+
+
+def test_above_64_seconds_the_times_shown_are_when_the_frames_were_seen():
+    """By the scene: frames of a 256 s film stand four seconds apart, whatever their numbers are."""
+    looks = decoder.sample_times(256.0)
+    film = video_reader.Clip(np.zeros((64, 32, 32, 3), np.uint8), looks, 256.0, None)
+    one = random_policy()
+    text = one.tokenizer.decode(one.prompt("S", "a", film).ids)
+    shown = [float(time) for time in re.findall("<([0-9.]+) seconds>", text)]
+    assert shown == [8.0 * pair + 2 for pair in range(32)] != [2 * pair + 0.5 for pair in range(32)]
+
+
+@pytest.mark.parametrize(("name", "most"), [("paper", 196), ("paper-24gb", 32)])
+def test_the_policy_sees_frames_of_one_size_in_every_stage(name, most):
+    """Counted in the prompt, over shapes of frames; the official code shows 64 tokens in GRPO alone."""
+    one = changed(random_policy(), max_frame_pixels=config.load(name).max_frame_pixels)
+    pad, counts = one.tokenizer.convert_tokens_to_ids("<|video_pad|>"), []
+    for height, width in ((448, 448), (256, 512), (720, 1280), (240, 320), (1080, 608)):
+        film = video_reader.Clip(np.zeros((2, height, width, 3), np.uint8), np.arange(2.0), 2.0, None)
+        counts.append(one.prompt("S", "a", film).ids.count(pad))
+    assert max(counts) == most
+    sized = [field.name for field in dataclasses.fields(config.Profile) if "frame_pixels" in field.name]
+    assert sized == ["max_frame_pixels"] and {*sized} <= {*sft.KNOBS} & {*grpo.KNOBS} & {*evaluate.KNOBS}
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------

@@ -232,6 +232,35 @@ def test_stage_2_makes_sure_that_stage_1_is_current(monkeypatch, tmp_path, profi
 # --- rollouts --------------------------------------------------------------------------------------------------------
 
 
+def test_stage_2_asks_as_stage_1_does(walked):
+    """Token by token, each video that the rollouts were shown, as the batches of stage 1 lay it out."""
+    made, rows = walked
+    for row in rows:
+        told = {"query": row.query.text, "shown": row.shown, "caption": None}
+        (prompt,) = sft.Collator(made.policy, made.clips)._prompts([told])
+        assert row.prompt.ids == prompt.ids and torch.equal(row.prompt.video.patches, prompt.video.patches)
+
+
+def test_a_reward_that_is_switched_off_counts_nothing_and_soft_tokens_learn_as_before(
+    profile, search, vectors, starts
+):
+    """The same rollouts with and without it: what heads learn from is InfoNCE, which is no reward."""
+    rewarded, heads = {}, {}
+    for off in ((), ("retrieval",)):
+        made = sampler(dataclasses.replace(profile, disabled_rewards=off), search, vectors, "vsr1")
+        members = [dataclasses.replace(starts[0], member=m) for m in range(4)]
+        rewarded[off] = [row for rows in made.rollout(members, [1]) for row in rows]
+        _, grads = learned(made, rewarded[off])
+        heads[off] = {name: grad for name, grad in grads.items() if name.startswith("heads.")}
+    weight = rewards.REWARD_WEIGHTS["charades"].retrieval
+    for one, other in zip(rewarded[()], rewarded["retrieval",], strict=True):
+        assert one.ids == other.ids and one.reward_parts == pytest.approx(other.reward_parts)
+        assert one.reward - other.reward == pytest.approx(weight * one.reward_parts["retrieval"])
+    assert any(row.reward_parts["retrieval"] for row in rewarded[()]) and len(heads[()]) > 6
+    for name, grad in heads[()].items():
+        torch.testing.assert_close(heads["retrieval",][name], grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
 def test_rows_are_read_again_with_the_log_probabilities_they_were_sampled_with(walked):
     made, rows = walked
     assert {row.t for row in rows} == {1, 2} and {row.latents is None for row in rows} == {True, False}
