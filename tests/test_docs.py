@@ -1,5 +1,7 @@
 """Pages that a person reads: links and pictures lead somewhere, and measured numbers are generated, not typed."""
 
+import ast
+import dataclasses
 import json
 import re
 from functools import cache
@@ -12,12 +14,14 @@ from test_setup import text, tracked
 from typer.main import get_command
 
 from vsr1 import __main__ as cli
+from vsr1 import config
 from vsr1.config import ROOT
+from vsr1.report import html_report
 
 PAGES = sorted(path for path in tracked() if path.suffix == ".md" and path.exists())
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHOWN = [ROOT / "results/mini/report.html", ROOT / "results/mini/qualitative/index.html"]
-LINK = re.compile(r"\]\(<?([^)>\s]+)>?\)|(?:src|href)=\"([^\"]+)\"")
+LINK = re.compile(r"\]\(<?([^)>\s]+)>?(?: \"[^\"]*\")?\)|(?:src|href)=\"([^\"]+)\"")
 
 
 def prose(path):
@@ -200,3 +204,81 @@ def test_the_citation_is_complete():
     citation = yaml.safe_load(text("CITATION.cff"))
     assert {"cff-version", "message", "title", "authors", "references"} <= citation.keys()
     assert citation["references"][0]["title"].startswith("VideoSearch-R1")
+
+
+# --- Departures from the paper
+
+
+@cache
+def functions(path):
+    """The names of the functions of a file."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def faults(departures):
+    """What is wrong with the tests that departures name."""
+    found, areas = [], {}
+    for one in departures.values():
+        areas.setdefault(one.test, set()).add(one.area)
+    for name, one in departures.items():
+        file, _, test = one.test.partition("::")
+        if one.test == "none":
+            found += [f"{name}: none, without a reason"] * (not one.why)
+        elif not (ROOT / file).exists():
+            found.append(f"{name}: no file {file}")
+        elif test not in functions(file):
+            found.append(f"{name}: no {test} in {file}")
+        elif len(areas[one.test]) > 1 and not one.why:
+            found.append(f"{name}: {test} is that of another area too")
+    return found
+
+
+def test_every_departure_names_the_test_that_holds_it():
+    assert not faults(html_report.departures())
+
+
+def test_a_lost_test_of_a_departure_is_found():
+    known = html_report.departures()
+    lost = (
+        {"test": "tests/test_docs.py::test_of_old"},
+        {"test": "tests/test_gone.py::test_a"},
+        {"test": "none"},
+    )
+    lost += ({"test": known["grpo-2"].test},)
+    for change, word in zip(
+        lost, ("no test_of_old", "no file", "without a reason", "another area"), strict=True
+    ):
+        broken = known | {"eval-2": dataclasses.replace(known["eval-2"], **change)}
+        found = faults(broken)
+        assert found and word in found[0], change
+        assert not faults({key: dataclasses.replace(one, why="both") for key, one in broken.items()}) == (
+            word in ("without a reason", "another area")
+        )
+
+
+# What a profile may choose for itself: where its videos and models come from, how large its world and its studies are,
+# and what changes no result but for the rounding of sums. Sizes of frames and stamps of the engine go by one word.
+FREE = {*config.NO_RESULT, "data_source", "engine", "engine_large", "policy", "world", "sft_data", "dtype"}
+FREE |= {"batch_tokens", "eval_batch", "two_stage"}
+
+
+@pytest.mark.parametrize("name", ["mini", "paper", "paper-24gb"])
+def test_every_knob_that_is_not_the_official_value_stands_in_a_departure(name):
+    said = " ".join(one.ours for one in html_report.departures().values())
+    knobs = yaml.safe_load(text(f"vsr1/profiles/{name}.yaml"))
+    changed = {knob for knob in knobs if not knob.startswith("engine_")} - FREE
+    assert "`engine_*`" in said and changed
+    assert not [knob for knob in changed if not re.search(rf"`([^`]*\W)?{knob}\b", said)]
+
+
+def test_what_a_departure_names_in_our_code_is_there():
+    sources = [path for path in tracked() if path.suffix in (".py", ".yaml") and "vsr1" in path.parts]
+    code = " ".join(path.read_text(encoding="utf-8") for path in sources if path.exists())
+    departures = html_report.departures()
+    for name, one in departures.items():
+        for words in re.findall(r"`([^`]+)`", f"{one.ours} {one.effect}"):
+            first = re.match(r"[\w./<>@-]+", words)[0]
+            known = all(re.search(rf"(?<!\w){re.escape(part)}", code) for part in first.split("."))
+            places = (ROOT / place for place in (first, f"vsr1/{first}", f"vsr1/profiles/{first}.yaml"))
+            assert known or first in departures or any(map(Path.exists, places)), f"{name}: {words}"

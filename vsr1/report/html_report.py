@@ -10,12 +10,13 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import quote
 
 import pandas as pd
 import yaml
 from PIL import Image
+from pydantic import Field
 
 from vsr1 import config
 from vsr1.config import Profile
@@ -259,6 +260,18 @@ class Departure:
     theirs: str
     ours: str
     effect: str
+    test: Annotated[str, Field(pattern=r"^(none|tests/[\w/]+\.py::test_\w+)$")]
+    why: str = ""
+
+    @property
+    def test_file(self) -> str:
+        """The file of its test; empty without one."""
+        return "" if self.test == "none" else self.test.partition("::")[0]
+
+    @property
+    def test_name(self) -> str:
+        """The function of its test; empty without one."""
+        return self.test.partition("::")[2]
 
 
 def departures() -> dict[str, Departure]:
