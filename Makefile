@@ -1,11 +1,11 @@
 # `make help` lists the targets. PROFILE, DATASETS and SEED are make variables: make paper DATASETS=charades SEED=7
-# A run of some data sets or of another seed reports below runs/ and leaves the committed results/PROFILE as it is.
+# A run on some of the data sets, or with another seed, reports below runs/ and does not touch results/PROFILE.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .SUFFIXES:
 
 PROFILE  := mini
-# Empty: those of the profile, and its seed.
+# Empty: the data sets and the seed of the profile.
 DATASETS :=
 SEED     :=
 SEEDS    := 42 1 2
@@ -22,7 +22,7 @@ VSR1  := $(PY) -m vsr1
 ONE   := --profile $(PROFILE) $(if $(SEED),--seed $(SEED))
 ALL   := $(ONE) $(if $(DATASETS),--datasets $(subst $(comma), ,$(DATASETS)))
 
-demo: setup  ## show one search on a few rendered videos, turn by turn, with a policy that ships (a minute)
+demo: setup  ## show one search on a few rendered videos, turn by turn, with the policy that ships (a minute)
 	@$(VSR1) demo
 
 paper: START := $(shell date +%s)
@@ -35,26 +35,26 @@ test: setup  ## run lint, unit tests, docstring examples, and all notebooks on t
 	@$(PY) -m ruff format --check .
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # a file stays in one process; long ones first
 
-lab: setup  ## open JupyterLab on the notebooks: this machine only, with a token (PORT=8888)
+lab: setup  ## open JupyterLab on the notebooks, for this machine only, with a token (PORT=8888)
 	@$(VSR1) lab --port $(PORT)
 
-seeds: setup  ## retrain and evaluate both stages with SEEDS (hours), and add them to the report
+seeds: setup  ## retrain and evaluate both stages with SEEDS (hours), and add the results to the report
 	@$(VSR1) seeds --seeds $(SEEDS) $(ALL)
 	@$(VSR1) report $(ALL)
 
-ablations: setup  ## run longer studies beyond the paper (hours), and add them to the report
+ablations: setup  ## run longer studies beyond the paper (hours), and add the results to the report
 	@$(VSR1) ablations $(ALL)
 	@$(VSR1) report $(ALL)
 
-premise: setup  ## measure all baselines that do not iterate (an hour), and add them to the report
+premise: setup  ## measure all baselines without a loop (an hour), and add the results to the report
 	@$(VSR1) premise $(ALL)
 	@$(VSR1) report $(ALL)
 
-exam: setup  ## claims that were written before, on fresh rendered videos, once (a quarter of an hour); in the report
+exam: setup  ## test claims written in advance on freshly rendered videos, once (15 minutes), and add them to the report
 	@$(VSR1) exam $(ALL)
 	@$(VSR1) report $(ALL)
 
-archives: setup  ## when does a look pay? a rendered world of ours (an hour); committed in results/archives
+archives: setup  ## measure when looking at videos pays off, in a second rendered world (an hour), into results/archives
 	@$(VSR1) archives $(if $(SEED),--seed $(SEED))
 
 doctor: setup  ## show what this machine can reproduce, and what is missing
@@ -66,10 +66,10 @@ check: setup  ## compare every measured number with its expected value: ok, clos
 readme: setup  ## refresh the generated parts of README.md and docs/ from results/PROFILE
 	@$(VSR1) readme --profile $(PROFILE)
 
-publish: setup  ## copy executed notebooks into results/PROFILE, small enough to commit; then all that `readme` does
+publish: setup  ## copy executed notebooks into results/PROFILE, small enough to commit, then do the same as readme
 	@$(VSR1) publish --profile $(PROFILE)
 
-bench: setup  ## measure the speed claims side by side on this machine, into results/bench
+bench: setup  ## measure the speed claims on this machine, into results/bench
 	@$(PY) -m benchmarks.speed
 	@$(PY) -m benchmarks.index
 

@@ -25,14 +25,16 @@ LISTS = {
     "--iou": VALUES,
 }  # options of several words
 
-Profile = Annotated[str, Option("--profile", help="Name in vsr1/profiles/, or a path to a .yaml.")]
+Profile = Annotated[str, Option("--profile", help="Name of a file in vsr1/profiles/, or path to a .yaml.")]
 Seed = Annotated[int | None, Option("--seed", min=0, help="Seed of the experiment; default: the profile's.")]
 Datasets = Annotated[
     list[str] | None,
-    Option("--datasets", "--dataset", help="charades didemo activitynet; default: the profile's."),
+    Option("--datasets", "--dataset", help="Any of charades didemo activitynet; default: the profile's."),
 ]
-Dataset = Annotated[str, Option("--dataset", metavar="NAME", help="charades, didemo or activitynet.")]
-Jobs = Annotated[int | None, Option("--jobs", min=1, help="Steps to run at once; default: the profile's.")]
+Dataset = Annotated[str, Option("--dataset", metavar="NAME", help="One of charades, didemo and activitynet.")]
+Jobs = Annotated[
+    int | None, Option("--jobs", min=1, help="Number of steps to run at once; default: the profile's.")
+]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="VideoSearch-R1, reproduced.")
 
@@ -118,7 +120,7 @@ def train(
     stage: Annotated[
         Literal["sft", "ft", "grpo"], Option(help="sft: stage 1; ft: its baseline; grpo: stage 2.")
     ],
-    variant: Annotated[str, Option(help="A name of rollout.VARIANTS, for --stage grpo.")] = "vsr1",
+    variant: Annotated[str, Option(help="With --stage grpo: one of rollout.VARIANTS.")] = "vsr1",
     profile: Profile = "mini",
     seed: Seed = None,
 ):
@@ -134,7 +136,7 @@ def evaluate(
     dataset: Dataset,
     systems: Annotated[
         list[str],
-        Argument(help="One of evaluate.RECIPES or runner.SYSTEMS, sft-released or vsr1-released."),
+        Argument(help="Names in evaluate.RECIPES or runner.SYSTEMS, or sft-released, vsr1-released."),
     ],
     profile: Profile = "mini",
     seed: Seed = None,
@@ -187,13 +189,13 @@ def ablations(profile: Profile = "mini", seed: Seed = None, datasets: Datasets =
 
 @app.command()
 def premise(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None, jobs: Jobs = None):
-    """Measure all baselines that do not iterate, for tables P1 and P2."""
+    """Measure all baselines without a loop, for tables P1 and P2."""
     return _per_dataset("premise", pipeline.premise, profile, seed, datasets, jobs)
 
 
 @app.command()
 def exam(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None, jobs: Jobs = None):
-    """Hold claims that were written before against fresh rendered videos, once, for table X1."""
+    """Test claims written in advance on freshly rendered videos, once, for table X1."""
     return _per_dataset("exam", pipeline.exam, profile, seed, datasets, jobs)
 
 
@@ -202,10 +204,10 @@ def archives(
     profile: Profile = "archives",
     seed: Seed = None,
     cells: Annotated[
-        list[str] | None, Option(help="same-whole same-half casts-whole casts-half; else all.")
+        list[str] | None, Option(help="Any of same-whole same-half casts-whole casts-half; default: all.")
     ] = None,
 ):
-    """Measure when a look pays, in a rendered world of ours, and print what was measured."""
+    """Measure when looking at videos pays off, in a second rendered world, and print the results."""
     from vsr1.experiments.archives import study
     from vsr1.mini.archives import corpus
 
@@ -222,7 +224,7 @@ def archives(
 
 @app.command()
 def report(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None):
-    """Write numbers, tables, figures and report.html, and print where."""
+    """Write numbers, tables, figures and report.html, and print where they are."""
     from vsr1.report import html_report, results
 
     part = _load("report", profile, seed, _split(datasets))
@@ -250,7 +252,7 @@ def readme(profile: Profile = "mini"):
 
 @app.command()
 def publish(profile: Profile = "mini"):
-    """Copy executed notebooks into results/ with small pictures, and refresh its index and all generated pages."""
+    """Copy executed notebooks into results/ with small pictures, and refresh all generated pages."""
     from vsr1.report import readme as page
 
     loaded = _load("publish", profile)
@@ -268,16 +270,16 @@ def doctor(profile: Profile = "mini", seed: Seed = None):
 
 
 @app.command()
-def lab(port: Annotated[int, Option(help="Port on this machine; no other machine can connect.")] = 8888):
+def lab(port: Annotated[int, Option(help="Port; only this machine can connect.")] = 8888):
     """Open JupyterLab on the notebooks."""
     notebooks.lab(port)
 
 
 @app.command()
 def search(
-    videos: Annotated[Path, Option(metavar="DIR", help="Folder to search, with everything below it.")],
+    videos: Annotated[Path, Option(metavar="DIR", help="Folder to search, including subfolders.")],
     query: Annotated[
-        str | None, Option(help="What to look for, in words; without it you are asked for queries.")
+        str | None, Option(help="What to look for; without it, you are asked for queries.")
     ] = None,
     queries: Annotated[
         Path | None, Option(metavar="FILE", help="File of queries, one per line; - reads from a pipe.")
@@ -285,10 +287,10 @@ def search(
     top: Annotated[int, Option(min=1, help="Number of moments to list.")] = 5,
     verdicts: Annotated[
         int | None,
-        Option(min=0, help="Let the policy also judge this many of the best; 0: the engine alone."),
+        Option(min=0, help="Let the policy also judge this many of the best moments; 0: engine only."),
     ] = None,
     export: Annotated[
-        Path | None, Option(metavar="DIR", help="Cut each accepted moment into a file in this folder.")
+        Path | None, Option(metavar="DIR", help="Save each accepted moment as a file in this folder.")
     ] = None,
     profile: Profile = "mini",
     dataset: Annotated[str | None, Option(help="Use the policy trained on this data set.")] = None,
@@ -302,9 +304,11 @@ def search(
         int | None, Option(min=1, help="Maximum number of turns; default: the profile's max_turns.")
     ] = None,
     index: Annotated[
-        Path | None, Option(metavar="DIR", help="Where index and pages are kept; default: indexes/PROFILE.")
+        Path | None, Option(metavar="DIR", help="Folder for index and pages; default: in indexes/PROFILE.")
     ] = None,
-    retry: Annotated[bool, Option("--retry", help="Retry files that could not be read before.")] = False,
+    retry: Annotated[
+        bool, Option("--retry", help="Also retry unreadable files that have not changed.")
+    ] = False,
     as_json: Annotated[
         bool, Option("--json", help="Print one JSON object per query on stdout, everything else on stderr.")
     ] = False,
@@ -324,9 +328,9 @@ def search(
 def inspect(
     video: Annotated[Path, Argument(help="One video file.")],
     profile: Profile = "mini",
-    png: Annotated[Path | None, Option(metavar="FILE", help="Write the frames as one picture.")] = None,
+    png: Annotated[Path | None, Option(metavar="FILE", help="Write the frames as one image.")] = None,
     npz: Annotated[Path | None, Option(metavar="FILE", help="Write frames and timestamps.")] = None,
-    as_json: Annotated[bool, Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object on stdout.")] = False,
 ):
     """Show how a video is read, by which decoder and why, and the frames that the models see."""
     from vsr1.apps import inspect_video
@@ -345,9 +349,9 @@ def demo(profile: Profile = "mini"):
 @app.command()
 def ship(
     profile: Profile = "mini",
-    into: Annotated[Path | None, Option(help="Default: the folder that `demo` reads.")] = None,
+    into: Annotated[Path | None, Option(help="Folder to write; default: the one that `demo` reads.")] = None,
 ):
-    """Write the policy trained by `make paper` as the adapters that `demo` searches with."""
+    """Replace the adapters that `demo` searches with by those that `make paper` trained."""
     from vsr1.apps import demo as films
 
     print(films.ship(_load("ship", profile), into or ROOT / films.WEIGHTS))
@@ -355,9 +359,9 @@ def ship(
 
 @app.command()
 def score(
-    submission: Annotated[Path, Argument(help="Ranked predictions for all queries, json.")],
-    groundtruth: Annotated[Path, Argument(help="FIG or TVR annotations, one query per line.")],
-    iou: Annotated[list[str] | None, Option(help="Thresholds; default: 0.3 0.5 0.7.")] = None,
+    submission: Annotated[Path, Argument(help="JSON file with ranked predictions for all queries.")],
+    groundtruth: Annotated[Path, Argument(help="FIG or TVR annotations, one JSON object per line.")],
+    iou: Annotated[list[str] | None, Option(help="IoU thresholds; default: 0.3 0.5 0.7.")] = None,
     float32: Annotated[bool, Option("--float32", help="Round like TVR's evaluator.")] = False,
 ):
     """Score a submission to a FIG benchmark."""
@@ -369,10 +373,12 @@ def score(
 @app.command("download-release")
 def download_release(
     dataset: Dataset,
-    source: Annotated[str | None, Option(help="A folder with manifest.json and shards/, or hf://...")] = None,
+    source: Annotated[
+        str | None, Option(help="Folder with manifest.json, or hf://...; default: the hub.")
+    ] = None,
     profile: Profile = "paper",
 ):
-    """Download what the authors released, without its frames."""
+    """Download the authors' release, without its frames."""
     from vsr1.apps import download_release as release
 
     release.main(config.load(profile), config.check_dataset(dataset, "--dataset"), source)
@@ -381,10 +387,12 @@ def download_release(
 @app.command()
 def foundation(
     profile: Profile = "mini",
-    recipes: Annotated[Path | None, Option(help="File of phases; default: vsr1/mini/recipes.yaml.")] = None,
-    into: Annotated[Path | None, Option(help="Where the models go; default: vsr1/mini/weights/.")] = None,
+    recipes: Annotated[
+        Path | None, Option(help="File with the training phases; default: vsr1/mini/recipes.yaml.")
+    ] = None,
+    into: Annotated[Path | None, Option(help="Folder for the models; default: vsr1/mini/weights/.")] = None,
 ):
-    """Pretrain the mini models that ship with the package, and measure the engines: 2 hours on 2 cores, resumed."""
+    """Pretrain the mini models that ship with the package, and measure the engines (2 hours on 2 cores)."""
     from vsr1.mini import attribute_probe, pretraining
 
     phases = pretraining.read_recipes(recipes or pretraining.RECIPES)
