@@ -92,8 +92,8 @@ def test_rewrites_say_what_became_of_the_query_or_why_nothing_did():
         1,
     )
     assert table["the query becomes"].tolist() == [
-        "what it was",
-        "what it was and 8 latents",
+        "the same",
+        "the same and 8 soft tokens",
         "a red dog",
         "nothing: no readable update",
         "nothing: the video was accepted",

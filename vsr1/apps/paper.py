@@ -41,7 +41,6 @@ READ_BY = {
         "sample sqr-untrained": (("embed engine",), 0.5),
         **{f"sample {system}": (("embed engine",), 0.5) for system in REWRITES},
         **{f"sample {system}-append": (("embed engine",), 0.5) for system in REWRITES},
-        "bound": (("embed engine",), 1.3),
     },
     "06b_is_it_the_loop": {
         "adapt adapter-vec": (("embed engine",), 0.2),
@@ -52,6 +51,7 @@ READ_BY = {
         "retry sqr": (("train vsr1",), 0.4),
         "intervene": (("retry sqr",), 0.5),
     },
+    "06c_upper_bound": {"bound": (("embed engine",), 1.3)},
     "07_ablations": {
         "ablate no-ret": (("train sft",), 4.0),
         "ablate no-verif": (("train sft",), 4.0),

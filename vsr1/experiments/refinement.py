@@ -1,4 +1,4 @@
-"""Compare ways to refine a query: one query latent by latent, and all of them on a sample (notebook 06)."""
+"""Compare ways to refine a query: one query, soft token by soft token, and all of them on a sample (notebook 06)."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def pick_query(episodes: list[Episode]) -> tuple[Episode, str]:
 
 
 def sweep_series(dataset: str, sweeps: dict[str, Sweep]) -> dict[str, list]:
-    """Return rank and cosines by number of latents, per policy (S2)."""
+    """Return rank and cosines by number of soft tokens, per policy (S2)."""
     return {
         f"S2/{dataset}/{name}/{key}": [[n, value] for n, value in enumerate(values)]
         for name, sweep in sweeps.items()
@@ -66,8 +66,8 @@ def refined_query(turn: records.Turn) -> str:
         accepted = turn.reply is not None and turn.reply.matched
         return "nothing: the video was accepted" if accepted else "nothing: no readable update"
     if turn.refine_kind == "walkdown":
-        return "what it was"
-    return turn.update_text or f"what it was and {turn.refine_tokens} latents"
+        return "the same"
+    return turn.update_text or f"the same and {turn.refine_tokens} soft tokens"
 
 
 # --- All queries of the sample
