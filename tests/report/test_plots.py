@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from vsr1 import config
 from vsr1.config import ROOT
 from vsr1.evaluation.statistics import Estimate
+from vsr1.mini import drawing, world
 from vsr1.report import canvas, plots, results
 
 
@@ -25,6 +27,29 @@ def pixels(path):
         np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3), axis=0, return_counts=True
     )
     return {tuple(map(int, value)): int(count) for value, count in zip(values, counts, strict=True)}
+
+
+def test_a_night_scene_is_printed_in_colours_that_can_be_named_and_others_as_they_are():
+    (scene, *_) = world.make_scenes("charades", "test", 1, 3)
+
+    def drawn(**changed):
+        moment = replace(scene.moments[0], object="ball", **changed)
+        return drawing.draw_frame(moment, True, 0.3, scene.extras, 64)
+
+    for light in ("day", "dusk"):
+        frame = drawn(colour="pink", light=light)
+        assert canvas.brighten_night(frame) is frame
+    dark = np.random.default_rng(0).integers(0, 120, (64, 64, 3), dtype=np.uint8)  # of no rendered scene
+    assert canvas.brighten_night(dark) is dark
+    for name, colour in world.COLOURS.items():
+        frame = drawn(colour=name, light="night")
+        other = drawn(colour="red" if name != "red" else "blue", light="night")
+        ball = (frame != other).any(axis=2)
+        before, after = (
+            np.abs(np.median(one[ball], axis=0) - colour).sum()
+            for one in (frame, canvas.brighten_night(frame))
+        )
+        assert after < before, name
 
 
 def test_a_contact_sheet_shows_every_frame_of_every_clip(tmp_path):

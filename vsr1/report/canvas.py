@@ -12,6 +12,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from vsr1.config import Profile
+from vsr1.mini.drawing import LIGHTS
 from vsr1.report import plots, results
 from vsr1.report.plots import BLACK, DARK, GREEN, GREY, RED, SHADES
 
@@ -23,6 +24,21 @@ DASHED = {
 }  # the right video and moment
 MARGIN, COLUMN, GAP = 0.15, 4.25, 0.2  # inches: two columns
 COLUMNS = (MARGIN, MARGIN + COLUMN + GAP)
+TINT, MOON = np.array(LIGHTS["night"][0]), np.array(LIGHTS["night"][2][2])
+BRIGHTENED = "Night scenes are brightened for print; models see them as they are."
+
+
+def brighten_night(frame: np.ndarray) -> np.ndarray:
+    """Return a rendered night scene (H, W, 3) nearly without its tint, and any other frame as it is.
+
+    The tint makes pink and mauve alike, and white and lavender. It is known by two signs: nothing is as red as the sun
+    of day and dusk, and there is a moon in this tint. So frames of real videos stay as they are.
+    """
+    pixels = frame.reshape(-1, 3)
+    moon = (np.abs(pixels - MOON * TINT).max(axis=1) < 16).mean() > 0.001
+    if not moon or np.percentile(pixels[:, 0], 99.5) > 232:
+        return frame
+    return np.clip(0.9 * frame / TINT, 0, 255).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -77,7 +93,7 @@ class Canvas:
     def frames(self, x: float, y: float, strip: Strip, each: float, gap=0.05, dashed=False) -> float:
         """Draw frames side by side, `each` inch wide, with their seconds below; return the y below them.
 
-        Frames inside the span are underlined. dashed: a dashed green frame around all of them.
+        Frames inside the span are underlined, and night scenes are brightened. dashed: a dashed green frame around all.
         """
         if strip.frames is None:
             reason = [(f"cannot be read: {strip.problem}", {"color": RED})]
@@ -87,7 +103,7 @@ class Canvas:
         for n, (frame, seconds) in enumerate(zip(strip.frames, strip.timestamps, strict=True)):
             left = x + n * (each + gap)
             place = (left, left + each, y + high, y)
-            self.axes.imshow(frame, extent=place, aspect="auto", interpolation="nearest")
+            self.axes.imshow(brighten_night(frame), extent=place, aspect="auto", interpolation="nearest")
             inside = strip.span is not None and strip.span[0] <= seconds <= strip.span[1]
             props = {"size": 7.5, "ha": "center", "weight": "bold" if inside else "normal"}
             self.axes.text(left + each / 2, y + high + 0.15, f"{seconds:.1f} s", **props)
@@ -139,8 +155,12 @@ def contact_sheet(strips: list[Strip], columns: int = 6) -> Figure:
 
 def save_sheet(strips: list[Strip], folder: Path, name: str, caption: str) -> Path:
     """Save a contact sheet and return the path of its png; an svg would only wrap the same pixels."""
-    inside = any(strip.span for strip in strips)
-    words = f"{caption}.{' Underlined frames lie inside the moment.' * inside}"
+    words = f"{caption}."
+    if any(strip.span for strip in strips):
+        words += " Underlined frames lie inside the moment."
+    frames = (frame for strip in strips if strip.frames is not None for frame in strip.frames)
+    if any(brighten_night(frame) is not frame for frame in frames):
+        words += f" {BRIGHTENED}"
     return plots.save(contact_sheet(strips), folder, name, words, kinds=("png",))
 
 

@@ -17,7 +17,7 @@ from vsr1.data import video_reader
 from vsr1.evaluation import metrics
 from vsr1.loop import records
 from vsr1.loop.records import Episode
-from vsr1.report import plots, qualitative, results, search_panels
+from vsr1.report import canvas, plots, qualitative, results, search_panels
 from vsr1.report.search_panels import FrameSource
 
 HARD = "hqr-reasoned-sample"  # the episodes of HQR that SQR is compared with
@@ -33,7 +33,8 @@ LEGEND = (
 RENDERED = (
     "Bold in the query: what the first video lacks. Bold in a reply: what it finds amiss. Vermillion, struck "
 )
-RENDERED += "through: what is false of the closest moment of the shown video, with the truth in brackets."
+RENDERED += "through: what is false of the closest moment of the shown video, with the truth in brackets. "
+RENDERED += canvas.BRIGHTENED
 
 # --- Rules
 
