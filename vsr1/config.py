@@ -95,7 +95,7 @@ class TwoStageConfig:
 
 @dataclass(frozen=True)
 class BoundConfig:
-    """The upper bound on soft tokens of notebook 06: as much as a minute or so on one core allows. All ours."""
+    """The upper bound on soft tokens of notebook 06c: as much as a minute or so on one core allows. All ours."""
 
     free_queries: Count = 32  # test queries, evenly spread, whose soft tokens are optimised freely
     free_steps: CountOrZero = 14
