@@ -192,8 +192,8 @@ def time_needed(profile) -> Check:
     if profile.world is not None:
         return Check("hours", "ok", "nobody has published a run of this profile")
     parts = {name: sum(estimate_hours(profile, one)[name] for one in profile.datasets) for name in PARTS}
-    told = ", ".join(f"{name} {value:.0f}" for name, value in parts.items())
-    found = f"about {sum(parts.values()):.0f} on one GPU: {told}; never run, {FLOPS / 1e12:.0f} TFLOP/s and "
+    each = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
+    found = f"about {sum(parts.values()):.0f} on one GPU: {each}; never run, {FLOPS / 1e12:.0f} TFLOP/s and "
     return Check("hours", "limited", f"{found}{1000 * DECODED:.0f} ms a decoded token assumed")
 
 
