@@ -1,32 +1,29 @@
 """Test the premise: is it the look at the wrong video and the loop, or would a trained query adapter do the same?
 
 P1 compares systems that do not iterate with the loop, at equal numbers of videos looked at; what is "over" another is
-paired over the same queries, in points. P2 changes what the policy
-has before it at the moment of refinement. What was predicted before the run stands in `PREDICTIONS`.
+paired over the same queries, in points. P2 changes what the policy has before it at the moment of refinement. What was
+predicted before the run stands in `PREDICTIONS`.
 
 results/<profile>/premise/<dataset>.json     what `make premise` measured beyond `make paper`, committed
 """
 
-import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 
-from vsr1 import cache
 from vsr1.config import Profile
-from vsr1.data import annotations, clip_cache
-from vsr1.evaluation import evaluate, metrics, statistics
+from vsr1.data import annotations
+from vsr1.evaluation import evaluate, interventions, metrics, statistics
+from vsr1.evaluation.interventions import INTERVENTIONS
 from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments import ablations, common, retrieval, retry
-from vsr1.loop import records, runner, sqr
+from vsr1.loop import records
 from vsr1.loop.moments import span_iou
 from vsr1.loop.records import Episode, Turn
 from vsr1.mini import teacher
-from vsr1.models import embedding, loading, search_index
 from vsr1.training import grpo, query_adapters
 
 # What `make paper` measures; `make premise` measures the rest.
@@ -156,106 +153,13 @@ def answers_right(turn: Turn | None, episode: Episode, threshold: float = 0.5) -
 
 # --- P2: interventions at the moment of refinement
 
-INTERVENTIONS = {
-    "sqr": "the video that was rejected",
-    "sqr-other-video": "a random wrong video",
-    "sqr-right-video": "the right video",
-    "sqr-no-video": "no video",
-    "sqr-no-reply": "no reply",
-    "sqr-query-alone": "no video and no reply",
-    "sqr-other-reply": "the reply to another query",
-    "sqr-asked-corrupted": "its reply with other colours asked for",  # needs rendered truth
-}
-
 
 def intervene(profile: Profile, dataset: str) -> dict:
-    """Refine failed queries of the sample once for each of INTERVENTIONS, unless that is current.
-
-    Return {"ids", "videos": of the queries, "ranks": {intervention: of the right video}}. Rejected videos and replies
-    are those of the retry study (A2). Queries whose first video cannot be read are left out.
-    """
-    weights, folder = str(grpo.train(profile, dataset)), embedding.embed_corpus(profile, dataset, "test")
+    """Return `interventions.intervene` of the rejected videos and replies of the retry study (A2)."""
+    weights = str(grpo.train(profile, dataset))
     episodes = retry.run_retries(profile, dataset, "sqr", weights)
-    inputs = {
-        "vectors": cache.metadata(folder).get("key"),
-        "policy": loading.version(weights),
-        "knobs": [getattr(profile, knob) for knob in (*evaluate.KNOBS, "seed")]
-        + [profile.studies.sample_queries],
-        "replies": [[one.desc_id, list(one.turns[0].reply.ids)] for one in episodes if one.problem is None],
-        "rendered": profile.world is not None,
-        "code": cache.source_digest(__name__),
-    }
-    work = functools.partial(_intervene, profile, dataset, weights, folder, episodes)
-    target = cache.build(profile.runs(dataset) / "interventions", inputs, work)
-    return json.loads((target / "ranks.json").read_text(encoding="utf-8"))
-
-
-@torch.no_grad()
-def _intervene(profile, dataset, weights, vectors_folder, episodes, folder):
-    vectors = search_index.load_vectors(vectors_folder)
-    engine, policy = runner.load_pair(profile, runner.SYSTEMS["sqr"], weights)
-    rejected = {episode.desc_id: episode.turns[0] for episode in episodes if episode.problem is None}
-    corpus = profile.data_dir(dataset) / "corpus" / "test.jsonl"
-    queries = [query for query in annotations.read_fig(corpus) if query.id in rejected]
-    turns = [rejected[query.id] for query in queries]
-    shown = [turn.shown_id for turn in turns]
-    ids = [[token for token in turn.reply.ids if token != policy.refine_token_id] for turn in turns]
-    with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
-        functions = runner.EpisodeRunner(profile, runner.SYSTEMS["sqr"], engine, policy, vectors, clips)
-        ranks = {}
-        for name in INTERVENTIONS:
-            if name != "sqr-asked-corrupted" or profile.world is not None:
-                seen = _changed(name, profile, policy, queries, shown, ids, vectors)
-                ranks[name] = _refined_ranks(profile, functions, queries, *seen)
-    result = {"ids": [query.id for query in queries], "videos": [query.video for query in queries]}
-    cache.write_json(folder / "ranks.json", result | {"ranks": ranks})
-
-
-def _changed(name, profile, policy, queries, shown, ids, vectors):
-    """([id of the video or None], [ids of the reply]) that stand before <REFINE> in an intervention."""
-    videos, replies = list(shown), list(ids)
-    rngs = [np.random.default_rng([profile.seed, 26, query.id]) for query in queries]
-    if name == "sqr-other-video":
-        known = [
-            [video for video in vectors.video_ids if video not in (query.video, seen)]
-            for query, seen in zip(queries, shown, strict=True)
-        ]
-        videos = [str(rng.choice(others)) for rng, others in zip(rngs, known, strict=True)]
-    elif name == "sqr-right-video":
-        videos = [query.video for query in queries]
-    elif name in ("sqr-no-video", "sqr-query-alone"):
-        videos = [None] * len(queries)
-    if name in ("sqr-no-reply", "sqr-query-alone"):
-        replies = [[] for _ in queries]
-    elif name == "sqr-other-reply":
-        replies = ids[1:] + ids[:1]
-    elif name == "sqr-asked-corrupted":
-        texts = [
-            policy.tokenizer.decode([token for token in row if token != policy.stop_token_id]) for row in ids
-        ]
-        texts = [teacher.corrupt_asked(text, rng) for text, rng in zip(texts, rngs, strict=True)]
-        replies = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    return videos, replies
-
-
-def _refined_ranks(profile, functions, queries, videos, replies):
-    """Ranks of the right videos after the soft tokens behind these videos and replies."""
-    policy, ranks = functions.policy, []
-    for at in range(0, len(queries), profile.eval_batch):
-        rows = range(at, min(at + profile.eval_batch, len(queries)))
-        wanted = sorted({videos[row] for row in rows} - {None})
-        clips = dict(zip(wanted, functions.clips.get(wanted), strict=True)) | {None: None}
-        texts = [queries[row].text for row in rows]
-        prompts = [
-            policy.prompt(functions.prompt, text, clips[videos[row]])
-            for row, text in zip(rows, texts, strict=True)
-        ]
-        contexts = [context for _, context in policy.append_refine(prompts, [replies[row] for row in rows])]
-        latents = sqr.soft_tokens(policy, contexts, policy.settings.n_soft)
-        vecs = sqr.soft_query(functions.engine, policy.heads, texts, latents).cpu().numpy()
-        right = [queries[row].video for row in rows]
-        ranks += [ranking.rank for ranking in runner.rank_gallery(functions.vectors, vecs, right, 1)]
-    return ranks
+    corrupt = teacher.corrupt_asked if profile.world is not None else None
+    return interventions.intervene(profile, dataset, weights, episodes, corrupt)
 
 
 def intervention_numbers(profile: Profile, dataset: str, found: dict) -> dict[str, Estimate]:
