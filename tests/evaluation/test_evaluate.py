@@ -220,6 +220,8 @@ def test_walking_down_equals_the_stored_ranking_and_zs_its_first_video(world, ag
         for query, one in zip(queries, run(agent, system), strict=True):
             shown = [turn.shown_id for turn in one.turns]
             assert shown == [vectors.video_ids[column] for column in order[row[query.id], :looks]]
+            ranks = {rank for turn in one.turns for rank in (turn.rank_in, turn.rank_out)}
+            assert ranks <= {one.rank_orig, None}, "no ranking changes"
             assert sum(turn.refine_cost.engine_calls for turn in one.turns) == 0
 
 

@@ -2,11 +2,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from vsr1 import config
 from vsr1.data.annotations import Query
 from vsr1.evaluation import metrics
 from vsr1.experiments import common, retrieval
+from vsr1.mini import attribute_heads, attribute_probe, world
 from vsr1.models import search_index
 
 QUERIES = [Query(7, "one", "b", (2.0, 4.0), "o", 10.0), Query(3, "two", "a", (0.0, 9.0), "t", 8.0)]
@@ -58,6 +60,15 @@ def test_headroom_keeps_missing_what_real_video_cannot_give(first):
     )
     assert missing == {f"H1/charades/{name}" for name in names}
     assert numbers["H1/charades/walkdown/vr@1_failed"].value == 50.0  # "four" at rank 2, "three" nowhere
+
+
+def test_the_study_of_headroom_starts_from_the_same_first_search(first):
+    readable = [query for query in QUERIES if VECTORS.has_video(query.video)]
+    moment = world.Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night")
+    probe = torch.ones(len(attribute_heads.attribute_ids()), 3)
+    numbers = attribute_probe._probe_numbers(probe, (VECTORS, readable, [moment] * len(readable)))
+    share = 100 * first.hits()[first.ranks != metrics.UNRANKED].mean()
+    assert numbers["n"] == len(readable) and numbers["plain_r1"] == pytest.approx(share, abs=0.01)
 
 
 def test_families_decide_what_a_near_duplicate_is(first):
