@@ -25,7 +25,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTED = sorted((ROOT / "results" / "mini" / "notebooks").glob("*.ipynb"))
 OWN_INPUT = {"10_your_videos"}  # asks for a folder of the reader's videos: not part of `make paper`
 # The tables of a second data set. All notebooks of a third, by the command and in kernels: test_real_paper.
-ALSO_CHARADES = ("01_corpus_embedding", "03_sft_cold_start", "04_grpo_training", "05_evaluation")
+ALSO_CHARADES = ("01_corpus_embedding", "03_sft_cold_start", "04_grpo_training", "05b_two_stage")
 
 
 def runs():

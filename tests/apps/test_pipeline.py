@@ -150,3 +150,16 @@ def test_notebooks_of_a_data_set_keep_their_order_and_one_about_all_is_the_last(
     second = listed["notebook 02_verify_and_ground didemo"].needs
     assert {"notebook 01_corpus_embedding didemo", "evaluate walkdown didemo"} < second
     assert not [name for name in second if "charades" in name]
+
+
+def test_a_notebook_that_runs_anew_forgets_what_it_recorded_last_time(tmp_path, monkeypatch):
+    """A number that has moved to another notebook would be found twice."""
+    profile = config.load("smoke", None, ["didemo"])
+    monkeypatch.setattr(type(profile), "runs", lambda self, dataset: tmp_path / dataset)
+    monkeypatch.setattr("vsr1.apps.kernels.execute", lambda source, copy, parameters: copy.write_text("{}"))
+    (tmp_path / "didemo" / "numbers").mkdir(parents=True)
+    parts = ("05_evaluation", "05_unseen", "05b_two_stage", "06_tokens")
+    for part in parts:
+        (tmp_path / "didemo" / "numbers" / f"{part}.json").write_text("{}")
+    notebooks.Run("05_evaluation", "smoke", profile, "didemo").execute()
+    assert sorted(path.stem for path in (tmp_path / "didemo" / "numbers").iterdir()) == [*parts[2:]]

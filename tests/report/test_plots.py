@@ -274,3 +274,12 @@ def test_every_curve_of_a_training_run_is_one_that_the_notebooks_record():
     for table, panels in (("E1", plots.STAGE_1), ("E2", plots.STAGE_2)):
         names = {f"{table}/charades/{name}" for curves in panels.values() for name in curves}
         assert names <= recorded.keys() and all(recorded[name] for name in names)
+
+
+def test_a_difference_is_filled_where_its_interval_leaves_0_out_and_published_ones_stand_apart():
+    here = {"a": results.Estimate(3.0, 9, (1.0, 5.0)), "b": results.Estimate(1.0, 9, (-1.0, 3.0))}
+    figure = plots.differences([{"here": here | {"c": results.Estimate(None)}, "the paper": {"a": 2.0}}])
+    measured, paper = figure.axes
+    dots = [line for line in measured.lines if line.get_marker() == "o"]
+    assert [dot.get_markerfacecolor() for dot in dots] == [plots.BLACK, "white"]
+    assert [line.get_marker() for line in paper.lines][1:] == ["s"] and paper.get_ylim() == (2.5, -0.5)

@@ -69,10 +69,20 @@ class Run:
             return
         self.copy.parent.mkdir(parents=True, exist_ok=True)
         inputs = self._inputs()
+        self._forget_numbers()
         from vsr1.apps import kernels
 
         kernels.execute(find(self.name), self.copy, self.parameters())
         cache.write_json(self._record, {"inputs": inputs, "steps": self._steps()})
+
+    def _forget_numbers(self):
+        """Remove what the last run recorded: a number that has moved to another notebook would be found twice."""
+        self._record.unlink(missing_ok=True)  # so a run that is stopped here is not current
+        number = self.name.partition("_")[0]
+        for part in (
+            (self.profile.runs(self.dataset) / "numbers").glob(f"{number}_*.json") if self.dataset else ()
+        ):
+            part.unlink()
 
     @property
     def _record(self):
@@ -139,11 +149,16 @@ def find(name: str) -> Path:
     return source
 
 
-def parameters(source) -> set[str]:
-    """Return the names assigned in the cells tagged `parameters` of a notebook file."""
+def parameters(source) -> dict:
+    """Return {name: value} of the literals assigned in the cells tagged `parameters` of a notebook file."""
     tagged = [cell["source"] for cell in _cells(source) if "parameters" in cell["metadata"].get("tags", [])]
     statements = ast.parse("".join(itertools.chain(*tagged))).body
-    return {target.id for node in statements if isinstance(node, ast.Assign) for target in node.targets}
+    return {
+        target.id: getattr(node.value, "value", None)
+        for node in statements
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+    }
 
 
 def _cells(source):
@@ -159,13 +174,14 @@ def _cells(source):
 def publish(profile: Profile) -> list[Path]:
     """Write executed notebooks with small outputs to results/<profile>/notebooks/, and return their paths.
 
-    They are those of the first data set and of all of them, as the last run left them, and `ONE_SEARCH`, executed for
-    this. Raises InputError where a run has left none, and for real videos, whose frames stay out of git.
+    They are those of one data set and of all of them, as the last run left them, and `ONE_SEARCH`, executed for this.
+    The one data set is that of a notebook's parameters if the profile has it, else the first. Raises InputError where
+    a run has left none, and for real videos, whose frames stay out of git.
     """
     if profile.world is None:
         raise InputError(f"profile {profile.name}: frames of real video stay out of git; leave --profile out")
     runs = [
-        Run(path.stem, profile.name, profile, profile.datasets[0] if takes_dataset(path.stem) else None)
+        Run(path.stem, profile.name, profile, _shown_dataset(profile, path))
         for path in sorted((config.ROOT / "notebooks").glob("*.ipynb"))
         if "videos" not in parameters(path)  # a folder of the reader's
     ]
@@ -182,6 +198,11 @@ def publish(profile: Profile) -> list[Path]:
         text = json.dumps(book, indent=1, ensure_ascii=False) + "\n"
         cache.write_text(home / f"{run.name}.ipynb", text)
     return sorted(home.glob("*.ipynb"))
+
+
+def _shown_dataset(profile, path):
+    named = parameters(path).get("dataset")
+    return profile.datasets[0] if named and named not in profile.datasets else named
 
 
 def small_copy(book: dict) -> dict:

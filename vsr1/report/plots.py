@@ -202,6 +202,46 @@ def _series(axes, points, line="-", **props):
         axes.plot(*np.array(points, dtype=float).T, line, **{"markersize": 4} | props)
 
 
+# --- Differences between systems, in notebooks
+
+
+@style()
+def differences(rows: list[dict[str, dict]], xlabel: str = "points") -> Figure:
+    """Draw differences and their 95 % intervals: a filled dot where the interval leaves 0 out, a hollow one elsewhere.
+
+    rows   of panels {title: {label: Estimate, or a published value}}. Panels of a row share their labels. Panels of a
+           column share their axis, so what was measured and what is published stand in columns of their own.
+    """
+    lengths = [len({label for values in panels.values() for label in values}) for panels in rows]
+    size, shape = (WIDTH, 0.5 + sum(0.45 + 0.27 * n for n in lengths)), (len(rows), len(rows[0]))
+    figure = Figure(figsize=size, layout="constrained")
+    options = {"sharex": "col", "sharey": "row", "height_ratios": lengths, "squeeze": False}
+    grid = figure.subplots(*shape, **options)
+    for line, panels in zip(grid, rows, strict=True):
+        labels = list({label: None for values in panels.values() for label in values})
+        for axes, (title, values) in zip(line, panels.items(), strict=True):
+            axes.axvline(0, color=GREY, linewidth=1)
+            for label, number in values.items():
+                _difference(axes, labels.index(label), number)
+            axes.set_title(title)
+            axes.set_yticks(range(len(labels)), labels)
+            axes.set_ylim(len(labels) - 0.5, -0.5)
+    for axes in grid[-1]:
+        axes.set_xlabel(xlabel)
+    return figure
+
+
+def _difference(axes, place, number):
+    """Draw one difference; a published value has no interval, and a missing one no dot."""
+    if not hasattr(number, "ci"):
+        axes.plot(number, place, "s", color=ORANGE)
+    elif number.value is not None:
+        low, high = number.ci or (number.value, number.value)
+        axes.plot((low, high), (place, place), color=BLACK, linewidth=1)
+        fill = BLACK if low > 0 or high < 0 else "white"
+        axes.plot(number.value, place, "o", color=BLACK, markerfacecolor=fill)
+
+
 # --- Retrieval: one search
 
 
