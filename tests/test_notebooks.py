@@ -108,6 +108,15 @@ def test_a_notebook_stays_readable(book):
     assert book["cells"][-1]["cell_type"] == "code", "the last cell prints the answer"
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_records_carries_its_number(path):
+    """For a notebook that runs anew removes what carries its number, see `notebooks.Run`."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = "\n".join(source(cell) for cell in cells if cell["cell_type"] == "code")
+    for part in re.findall(r'results\.record\(\s*profile,\s*dataset,\s*"(\w+)"', code):
+        assert part.partition("_")[0] == path.stem.partition("_")[0], part
+
+
 def test_a_notebook_does_not_touch_its_surroundings(book):
     text = "\n".join(source(cell) for cell in book["cells"] if cell["cell_type"] == "code")
     for phrase in ("!pip", "%pip", "%cd", "sys.path", "autoreload", "os.chdir", "/home/"):
