@@ -90,7 +90,7 @@ class TwoStageConfig:
     videos: Count = 2000  # train videos whose windows the head learns from, at most; it bounds the cost
     epochs: Count = 50
     lr: Positive = 3e-3  # the highest of one cycle
-    width: Count = 128  # channels: about 175,000 weights beside the mini engine
+    width: Count = 128  # channels: about 150,000 weights beside the mini engine
 
 
 @dataclass(frozen=True)

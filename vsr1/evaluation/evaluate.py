@@ -31,7 +31,7 @@ RECIPES = {
     "sft": Recipe("sqr", "sft"),
     "walkdown-ft": Recipe("walkdown", "ft"),
     **{name: Recipe("sqr", name) for name in rollout.VARIANTS},
-    # Baselines that do not iterate (docs/premise.md): the same policies, the first ranking made another way.
+    # Baselines without a loop (docs/premise.md): the same policies, the first ranking made another way.
     **{f"{name}-walkdown": Recipe("walkdown", name) for name in ("sft", "vsr1")},
     **{
         f"{first}-{name}": Recipe("walkdown", name, first)

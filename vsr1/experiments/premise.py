@@ -1,6 +1,6 @@
 """Test the premise: is it the look at the wrong video and the loop, or would a trained query adapter do the same?
 
-P1 compares systems that do not iterate with the loop, at equal numbers of videos looked at; what is "over" another is
+P1 compares systems without a loop with the loop, at equal numbers of videos watched; what is "over" another is
 paired over the same queries, in points. P2 changes what the policy has before it at the moment of refinement. What was
 predicted before the run stands in `PREDICTIONS`.
 
