@@ -25,6 +25,13 @@ SUMMARY = {  # claim: in the words of somebody who reads about it for the first 
     "turn-3": "A third turn adds next to nothing (VCMR)",
     "skip-walkdown": "*Ours:* the loop that shows no video twice beats FT with rank fallback (VCMR)",
 }
+PREMISE = {  # in the same table: a number of the premise, (table, system, metric), in points
+    "*Ours:* no loop, soft tokens from the query alone, then down the ranking, beats the loop (VCMR, three videos)": (
+        "P1",
+        "adapter-soft-vsr1",
+        "over-vsr1",
+    )
+}
 TALLY = {  # verdict: how many cells have it, in words
     "agrees": "{} agree",
     "disagrees": "{} disagree",
@@ -89,6 +96,8 @@ def _summary(profile, numbers):
     judged = verdicts.judge(numbers, profile.datasets)
     named = {name: [verdict for verdict in judged if verdict.name == name] for name in CLAIMS}
     rows = {words: [_of_paper(named[name]), *map(_brief, named[name])] for name, words in SUMMARY.items()}
+    for words, place in PREMISE.items():
+        rows[words] = ["—", *(_gain(numbers, dataset, *place) for dataset in profile.datasets)]
     claims = [name for name, claim in CLAIMS.items() if claim.group == "paper"]
     tally = Counter(_word(verdict) for name in claims for verdict in named[name])
     return templates.render(
@@ -113,6 +122,12 @@ def _brief(verdict):
     """Return the difference without its interval, and the verdict."""
     value, word, _ = verdicts.best_known(verdict)
     return word.partition(":")[0] if value == "—" else f"{value.partition(' ')[0]} {word}"
+
+
+def _gain(numbers, dataset, table, *place):
+    """Return a difference of the premise without its interval, and which side is ahead."""
+    entry = results.row(numbers, table, dataset, *place)
+    return "`make premise`" if entry is None else f"{entry['value']:+.1f} {verdicts.side(entry)}"
 
 
 def _word(verdict):

@@ -43,9 +43,17 @@ ANSWERS = {  # what is asked: (a system, its control), each (table, system, metr
         ("P1", "adapter-soft-vsr1", "vcmr@0.5_t3"),
         ("P1", "vsr1", "vcmr@0.5_t3"),
     ),
+    "Soft tokens that never look, with rank fallback, against the loop without repeats (VCMR, three videos)": (
+        ("P1", "adapter-soft-vsr1", "vcmr@0.5_t3"),
+        ("P1", "skip", "vcmr@0.5_t3"),
+    ),
     "The loop's own policy with rank fallback, against the loop (VCMR, three videos)": (
         ("P1", "vsr1-walkdown", "vcmr@0.5_t3"),
         ("P1", "vsr1", "vcmr@0.5_t3"),
+    ),
+    "The loop's own policy with rank fallback, against the loop without repeats (VCMR, three videos)": (
+        ("P1", "vsr1-walkdown", "vcmr@0.5_t3"),
+        ("P1", "skip", "vcmr@0.5_t3"),
     ),
     "Soft tokens first, then the loop that shows no video twice, against the loop (VCMR, three videos)": (
         ("P1", "vsr1-first", "vcmr@0.5_t3"),
@@ -288,10 +296,12 @@ def against(numbers: pd.DataFrame, dataset: str, first, other) -> str:
         return "MISSING"
     text = f"{digits(pair[0]['value'])} against {digits(pair[1]['value'])}"
     gain = results.row(numbers, first[0], dataset, first[1], f"over-{other[1]}")
-    if gain is None:
-        return text
-    word = "ahead" if gain["low"] > 0 else "behind" if gain["high"] < 0 else "not clear"
-    return f"{text}: {points(gain)} {word}"
+    return text if gain is None else f"{text}: {points(gain)} {side(gain)}"
+
+
+def side(gain) -> str:
+    """Say on which side of 0 the interval of a difference lies."""
+    return "ahead" if gain["low"] > 0 else "behind" if gain["high"] < 0 else "not clear"
 
 
 def answers(numbers: pd.DataFrame, datasets) -> dict[str, list[str]]:
