@@ -99,6 +99,11 @@ def test_the_second_cell_holds_the_parameters_as_literals(book):
         )
 
 
+def test_cells_have_ids_of_their_own(book):
+    ids = [cell["id"] for cell in book["cells"]]
+    assert len(ids) == len(set(ids))
+
+
 def test_a_notebook_stays_readable(book):
     """At most 40 cells, of 25 lines, 6 in the median; and prose between any two code cells after the first three."""
     lengths = [len(source(cell).splitlines()) for cell in book["cells"] if cell["cell_type"] == "code"]
