@@ -36,8 +36,9 @@ READ_BY = {
         "evaluate vsr1": (("train vsr1",), 0.8),
         "validate vsr1": (("train vsr1",), 0.4),
     },
-    "05_evaluation": {},
+    # Before 05, which shows its row.
     "05b_two_stage": {"two-stage": (("embed engine",), 1.0)},
+    "05_evaluation": {},
     "06_sqr_vs_hqr": {
         "sample sqr-untrained": (("embed engine",), 0.5),
         **{f"sample {system}": (("embed engine",), 0.5) for system in REWRITES},
