@@ -253,7 +253,9 @@ def test_numbers_are_shares_of_the_right_queries(tmp_path, monkeypatch):
     )
     assert value("held-scaled-n4-r8/vr@1") == 50.0 and value("held-scaled-n4-r8/vr@1_failed") == 100.0
     assert value("held-scaled-n4-r8/vr@1_kept") == 0.0 and value("held-walkdown/vr@1_failed") == 50.0
-    results.record(PROFILE, "charades", "06c_upper_bound", numbers, soft_token_bound.series("charades", systems))
+    results.record(
+        PROFILE, "charades", "06c_upper_bound", numbers, soft_token_bound.series("charades", systems)
+    )
     assert soft_token_bound.series("charades", systems)["L1/charades/free-raw/vr@1"][2] == [2, 92.5]
 
 
