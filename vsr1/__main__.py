@@ -173,7 +173,7 @@ def seeds(
     seed: Seed = None,
     jobs: Jobs = None,
 ):
-    """Retrain and evaluate with other seeds, for tables R1 and R2."""
+    """Retrain and evaluate with other seeds, for tables R1, R2 and R4."""
     words = _split(seeds)
     if not all(word.isdecimal() for word in words):
         raise InputError(f"--seeds {' '.join(words)}: expected whole numbers from 0 up")

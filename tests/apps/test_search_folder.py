@@ -339,6 +339,13 @@ def test_every_text_on_the_page_is_escaped(odd):
     assert "<script" not in text and "<img" not in text and text.count(escape(HOSTILE)) > 10
 
 
+@pytest.mark.parametrize(("best", "ends"), [("b.mp4", "b.mp4"), ("a.mp4", "not shown again")])
+def test_a_refinement_that_leaves_the_rejected_video_first_says_why_another_is_shown(best, ends):
+    look = {"video": "a.mp4", "reasoning": "", "accepted": False}
+    look["next"] = {"kind": "sqr", "soft_tokens": 8, "words": None, "best": best}
+    assert search_page.turn_texts(look)[1].endswith(ends)
+
+
 def test_a_film_shows_the_seconds_that_it_names(films, tmp_path):
     clip = video_reader.Reader().read(films[0])
     filmer = video_reader.Reader()

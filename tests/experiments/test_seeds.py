@@ -21,6 +21,13 @@ def hits(rng, ids=IDS):
     return {"ids": list(ids)} | columns | {"vr@1_orig": "".join(str(key % 2) for key in ids)}
 
 
+def looks(rng):
+    """Made up answers of one system by the number of videos; which query stands where differs."""
+    return {"ids": rng.permutation(IDS).tolist()} | {
+        f"vcmr@0.5_t{n}": "".join(map(str, rng.integers(0, 2, len(IDS)))) for n in (1, 2, 3)
+    }
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Files of three seeds for each data set; HQR was asked every third query only."""
@@ -39,6 +46,7 @@ def run(tmp_path, monkeypatch):
             system_hits |= {f"latents-{part}": hits(rng, shared) for part in ("0", "half", "all")}
             content = {"seed": seed, "profile": run.digest(), "commit": "c", "hits": system_hits}
             content["families"] = {key: f"f{key // 2}" for key in IDS}
+            content["looks"] = {name: looks(rng) for name in seeds.LOOKED}
             (folder / f"{dataset}-{seed}.json").write_text(json.dumps(content))
     return run
 
@@ -87,6 +95,36 @@ def test_a_claim_is_the_mean_over_seeds_of_what_queries_gain(run, name):
         assert (points_of["points"]["n"], points_of["points"]["seeds"]) == (count, [1, 2, 3])
     means = [np.mean(by_loop(run, dataset, claims.CLAIMS[name])[0]) for dataset in run.datasets]
     assert recorded[f"R1/mean/{name}/points"]["value"] == pytest.approx(np.mean(means))
+
+
+@pytest.mark.parametrize("name", seeds.LOOKED)
+def test_what_a_system_is_over_a_loop_is_paired_by_seed_and_query(run, name):
+    recorded, place = numbers(run), f"R4/charades/{name}"
+    paths = [run.results() / "seeds" / f"charades-{seed}.json" for seed in (1, 2, 3)]
+    found = [json.loads(path.read_text())["looks"] for path in paths]
+    by_looks = [
+        np.mean([int(hit) for one in found for hit in one[name][f"vcmr@0.5_t{n}"]]) for n in (1, 2, 3)
+    ]
+    assert [recorded[f"{place}/vcmr@0.5_t{n}"]["value"] for n in (1, 2, 3)] == pytest.approx(
+        [100 * part for part in by_looks]
+    )
+    for control in seeds.CONTROLS:
+        if control == name:
+            assert f"{place}/over-{control}" not in recorded
+            continue
+        points = []
+        for one in found:
+            gained = 0
+            for place_a, key in enumerate(one[name]["ids"]):
+                place_b = one[control]["ids"].index(key)
+                gained += int(one[name]["vcmr@0.5_t3"][place_a]) - int(one[control]["vcmr@0.5_t3"][place_b])
+            points.append(100 * gained / len(IDS))
+        over = recorded[f"{place}/over-{control}"]
+        assert over["value"] == pytest.approx(np.mean(points)) and over["seeds"] == [1, 2, 3]
+        assert over["ci"][0] <= over["value"] <= over["ci"][1]
+        if control == "vsr1":
+            ends = [recorded[f"{place}/over-vsr1_{key}"]["value"] for key in ("lowest", "highest")]
+            assert ends == pytest.approx([min(points), max(points)])
 
 
 def test_the_numbers_reach_the_report_and_not_those_of_other_knobs(run, capsys):

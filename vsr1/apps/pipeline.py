@@ -189,7 +189,7 @@ def _record(profile, dataset, name, path):
 
 
 def seeds(profile, dataset: str, numbers: list[int]) -> None:
-    """Train and evaluate with every seed in `numbers`, and write tables R1 and R2 of all seeds so far after each."""
+    """Train and evaluate with every seed in `numbers`, and write R1, R2 and R4 of all seeds so far after each."""
     from vsr1.experiments import seeds as study
 
     for seed in numbers:
@@ -220,7 +220,9 @@ def premise(profile, dataset: str) -> None:
 
     for name in studies.run(profile, dataset):
         print(f"premise {name} {dataset}: done", flush=True)
-    bounds = functools.partial(oracles.numbers, optimise=optimise)
+    found = studies.intervene(profile, dataset)
+    refined = dict(zip(found["ids"], found["ranks"]["sqr"], strict=True))
+    bounds = functools.partial(oracles.numbers, optimise=optimise, refined=refined)
     for name, measure in {"oracles": bounds, "galleries": gallery_sizes.numbers}.items():
         longer.record(profile, dataset, measure(profile, dataset), "premise")
         print(f"premise {name} {dataset}: done", flush=True)

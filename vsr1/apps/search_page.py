@@ -73,7 +73,10 @@ def turn_texts(look: dict) -> tuple[str, str]:
         return reasoning, f"{verdict}; goes down the ranking"
     added = f"adds {refinement['soft_tokens']} soft tokens to the query"
     change = added if refinement["words"] is None else f"searches for: {refinement['words']}"
-    return reasoning, plain(f"{verdict}; {change}; best now: {refinement['best']}")
+    best = refinement["best"]
+    if best == look["video"]:
+        best = f"still {best}, but what was rejected is not shown again"
+    return reasoning, plain(f"{verdict}; {change}; best now: {best}")
 
 
 def lines(result: dict) -> Iterator[str]:

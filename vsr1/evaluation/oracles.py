@@ -28,12 +28,13 @@ CANDIDATES = 64  # words that each place is chosen from
 MARKS = ".,;:!?\"'()"  # around words
 
 
-def numbers(profile, dataset: str, optimise: Callable) -> dict[str, Estimate]:
+def numbers(profile, dataset: str, optimise: Callable, refined: dict[int, int]) -> dict[str, Estimate]:
     """Measure R@1 of rewrites of failed queries, and how often the searches for a wrong video put that one first (P4).
 
     The queries are those that interventions refine (P2).
 
     optimise(engine, texts, gallery (V, D), columns (Q,))  ranks (Q,) of these videos once soft tokens were optimised
+    refined  {id of a query: rank of its right video after SQR}, which trained words are compared with
     """
     folder = embedding.embed_corpus(profile, dataset, "test")
     vectors = search_index.load_vectors(folder)
@@ -64,6 +65,10 @@ def numbers(profile, dataset: str, optimise: Callable) -> dict[str, Estimate]:
     for name in ("hqr-oracle", "soft-oracle"):  # over its null, paired
         gain = statistics.difference(hits[name], hits[f"{name}-wrong"], families, profile)
         numbers[f"P4/{dataset}/{name}/over-{name}-wrong"] = gain
+    both = [row for row, query in enumerate(queries) if query.id in refined]
+    soft = [refined[queries[row].id] == 1 for row in both]
+    gain = statistics.difference(hits["hqr-trained"][both], soft, [families[row] for row in both], profile)
+    numbers[f"P4/{dataset}/hqr-trained/over-sqr"] = gain
     return numbers
 
 

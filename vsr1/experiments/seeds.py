@@ -1,7 +1,7 @@
 """Train both stages again with other seeds, on the same corpora and vectors, to tell a result from luck.
 
 results/<profile>/seeds/<dataset>-<N>.json    what each system got right, query by query, and the commit that did it
-results/<profile>/seeds/numbers.json          tables R1 and R2, read by `results.collect` like any other part
+results/<profile>/seeds/numbers.json          tables R1, R2 and R4, read by `results.collect` like any other part
 """
 
 import json
@@ -13,12 +13,17 @@ import numpy as np
 from vsr1 import cache
 from vsr1.config import Profile
 from vsr1.data import annotations
-from vsr1.evaluation import claims
+from vsr1.evaluation import claims, metrics
 from vsr1.evaluation.claims import CLAIMS, KEPT, VARIANTS
 from vsr1.evaluation.statistics import Estimate
-from vsr1.experiments import ablations, common, retrieval, two_stage
+from vsr1.experiments import ablations, common, premise, retrieval, two_stage
+from vsr1.loop.records import Episode
 from vsr1.models import embedding, search_index
 from vsr1.report import provenance, results
+
+CONTROLS = ("vsr1", "skip")  # the paper's loop, and the one that shows no video twice
+# With and without a loop, at equal numbers of videos (R4).
+LOOKED = (*CONTROLS, "vsr1-first", "walkdown-ft", "vsr1-walkdown", "adapter-soft-ft", "adapter-soft-vsr1")
 
 
 def run(profile: Profile, dataset: str, seed: int) -> Path:
@@ -33,6 +38,7 @@ def run(profile: Profile, dataset: str, seed: int) -> Path:
         profile, dataset, runs
     )
     hits["hits"]["twostage"] = _two_stage_hits(seeded, dataset)
+    hits["looks"] = {name: look_hits(premise.looks_of(seeded, dataset, name)) for name in LOOKED}
     path = profile.results() / "seeds" / f"{dataset}-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     cache.write_json(path, hits)
@@ -50,11 +56,20 @@ def _two_stage_hits(profile, dataset):
     return {"ids": [query.id for query in queries]} | digits
 
 
+def look_hits(episodes: list[Episode]) -> dict:
+    """Return what one system gets right by the number of videos that it may look at, in the form of `claims.hits`."""
+    budgets = range(1, episodes[0].run.max_turns + 1)
+    hits = {
+        f"vcmr@0.5_t{n}": claims.digits(metrics.vcmr_hits(metrics.within(episodes, n), 0.5)) for n in budgets
+    }
+    return {"ids": [episode.desc_id for episode in episodes]} | hits
+
+
 # --- The tables
 
 
 def summarize(profile: Profile) -> Path:
-    """Write R1 and R2 of all seeds that have a file and were run with this profile.
+    """Write R1, R2 and R4 of all seeds that have a file and were run with this profile.
 
     Several processes may do so at once: the last one to write has read all files.
     """
@@ -66,6 +81,7 @@ def summarize(profile: Profile) -> Path:
             note = _note(runs[dataset])
             numbers |= claims.compare(profile, f"R1/{dataset}", runs[dataset], note=note)
             numbers |= mean_numbers(profile, dataset, runs[dataset])
+            numbers |= look_numbers(profile, dataset, runs[dataset])
         if runs.keys() >= set(profile.datasets):
             numbers |= mean_of_datasets(profile, numbers)
         plain = {name: results.plain(asdict(number)) for name, number in numbers.items()}
@@ -96,6 +112,37 @@ def mean_numbers(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, 
             values = np.array([[hits[key] for key in ids] for hits in by_query])
             mean, _ = claims.mean_over_runs(profile, values, ids, runs, note=_note(runs))
             numbers[f"R2/{dataset}/{system}/{metric}"] = mean
+    return numbers
+
+
+def look_numbers(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, Estimate]:
+    """Measure VCMR at IoU 0.5 by the number of videos that a system may look at, mean over seeds (R4).
+
+    over-vsr1, over-skip   with all of them less that of each loop, paired by seed and query; of the former also the
+                           lowest and the highest seed
+    """
+    numbers, note = {}, _note(runs)
+    ids = runs[0]["looks"]["vsr1"]["ids"]
+
+    def values(name, metric):  # (runs, Q)
+        found = [claims.by_query(run["looks"][name], metric) for run in runs]
+        return np.array([[hits[key] for key in ids] for hits in found])
+
+    for name in LOOKED:
+        place = f"R4/{dataset}/{name}"
+        looks = [metric for metric in runs[0]["looks"][name] if metric != "ids"]
+        for metric in looks:
+            mean, _ = claims.mean_over_runs(profile, values(name, metric), ids, runs, note=note)
+            numbers[f"{place}/{metric}"] = mean
+        for control in CONTROLS:
+            if control != name:
+                gains = values(name, looks[-1]) - values(control, looks[-1])
+                mean, _ = claims.mean_over_runs(profile, gains, ids, runs, "points", note)
+                numbers[f"{place}/over-{control}"] = mean
+                if control == "vsr1" and len(runs) > 1:
+                    each = [metrics.percent(row) for row in gains]
+                    for key, value in {"lowest": min(each), "highest": max(each)}.items():
+                        numbers[f"{place}/over-vsr1_{key}"] = replace(mean, value=value, ci=None)
     return numbers
 
 

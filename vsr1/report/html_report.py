@@ -186,6 +186,7 @@ def report(profile: Profile) -> Path:
             for words, cells in verdicts.answers(numbers, profile.datasets).items()
             if {*cells} != {"MISSING"}
         },
+        basis=verdicts.basis(profile, numbers),
         legend=tables.legend(profile),
         samples=qualitative.samples(profile),
         outcomes=qualitative.OUTCOMES,

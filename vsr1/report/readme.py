@@ -126,7 +126,7 @@ def _brief(verdict):
 
 def _gain(numbers, dataset, table, *place):
     """Return a difference of the premise without its interval, and which side is ahead."""
-    entry = results.row(numbers, table, dataset, *place)
+    entry = results.best_row(numbers, table, dataset, *place)
     return "`make premise`" if entry is None else f"{entry['value']:+.1f} {verdicts.side(entry)}"
 
 
@@ -141,7 +141,7 @@ def _answers(profile, numbers):
     lines = [f"|  | {' | '.join(profile.datasets)} |", "| --- |" + " ---: |" * len(profile.datasets)]
     for words, cells in verdicts.answers(numbers, profile.datasets).items():
         lines.append(f"| {words} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", verdicts.basis(profile, numbers)])
 
 
 def extra_systems() -> list[str]:
@@ -239,8 +239,7 @@ def _measured(numbers, dataset, system):
     """Return the METRICS of a system, over seeds where it is trained, else of this run."""
     values = []
     for metric in METRICS:
-        run, seeds = (results.row(numbers, table, dataset, system, metric) for table in ("T1", "R2"))
-        entry = run if seeds is None else seeds
+        entry = results.best_row(numbers, "T1", dataset, system, metric)
         values.append(tables.cell(None if entry is None else entry.to_dict()))
     return " / ".join(values)
 

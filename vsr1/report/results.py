@@ -26,6 +26,7 @@ EXPECTED = ROOT / "results" / "expected"
 NAME = re.compile(r"[A-Z]\d+(/[a-z0-9.-]+){2}/[a-z0-9@._-]+")
 KEY = ["table", "dataset", "system", "metric"]  # the parts of a name
 COLUMNS = [*KEY, *"low high value n seeds unit note measured paper verdict expected".split()]
+OVER_SEEDS = {"T1": "R2", "R3": "R1", "P1": "R4"}  # table of this run: the same, mean over seeds
 JUDGED = ("PAGE", "FIGURE", "FILES")  # sources that give verdicts; second-hand values give none
 
 # --- Record
@@ -301,6 +302,12 @@ def row(numbers: pd.DataFrame, *key: str) -> pd.Series | None:
     """Return the row of (table, dataset, system, metric) whose value is known, None where there is none."""
     name = "/".join(key)
     return numbers.loc[name] if name in numbers.index and numbers.at[name, "value"] is not None else None
+
+
+def best_row(numbers: pd.DataFrame, table: str, *key: str) -> pd.Series | None:
+    """Return `row` of the mean over seeds where they were run, else of this run."""
+    found = row(numbers, OVER_SEEDS.get(table, table), *key)
+    return row(numbers, table, *key) if found is None else found
 
 
 def was_run(profile: Profile, dataset: str) -> bool:

@@ -291,17 +291,28 @@ def against(numbers: pd.DataFrame, dataset: str, first, other) -> str:
     The difference is paired over queries, with its 95 % interval: the number `over-<system>` of the first one's row.
     Neither is ahead where the interval holds 0. Without that number nothing is said of it.
     """
-    pair = [results.row(numbers, table, dataset, *place) for table, *place in (first, other)]
+    pair = [results.best_row(numbers, table, dataset, *place) for table, *place in (first, other)]
     if any(entry is None for entry in pair):
         return "MISSING"
     text = f"{digits(pair[0]['value'])} against {digits(pair[1]['value'])}"
-    gain = results.row(numbers, first[0], dataset, first[1], f"over-{other[1]}")
+    gain = results.best_row(numbers, first[0], dataset, first[1], f"over-{other[1]}")
     return text if gain is None else f"{text}: {points(gain)} {side(gain)}"
 
 
 def side(gain) -> str:
     """Say on which side of 0 the interval of a difference lies."""
     return "ahead" if gain["low"] > 0 else "behind" if gain["high"] < 0 else "not clear"
+
+
+def basis(profile: Profile, numbers: pd.DataFrame) -> str:
+    """Say which seeds the answers to the premise rest on."""
+    seeds = sorted({seed for row in numbers[numbers.table == "R4"].seeds for seed in row})
+    over = (
+        f"VCMR: means over seeds {', '.join(map(str, seeds))}, whose intervals draw seeds too. "
+        if seeds
+        else ""
+    )
+    return f"{over}{'All else: seed' if seeds else 'Seed'} {profile.seed}."
 
 
 def answers(numbers: pd.DataFrame, datasets) -> dict[str, list[str]]:
