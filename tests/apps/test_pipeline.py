@@ -165,3 +165,20 @@ def test_a_notebook_that_runs_anew_forgets_what_it_recorded_last_time(tmp_path, 
         (tmp_path / "didemo" / "numbers" / f"{part}.json").write_text("{}")
     notebooks.Run("05_evaluation", "smoke", profile, "didemo").execute()
     assert sorted(path.stem for path in (tmp_path / "didemo" / "numbers").iterdir()) == [*parts[2:]]
+
+
+@pytest.mark.parametrize("dataset", ["didemo", None])
+def test_a_notebook_is_not_current_once_the_premise_was_measured_again(dataset, tmp_path, monkeypatch):
+    """06b and 09 read what `make premise` commits."""
+    profile = config.load("smoke", None, ["didemo"])
+    monkeypatch.setattr(type(profile), "runs", lambda self, dataset: tmp_path / f"runs-{dataset}")
+    monkeypatch.setattr(type(profile), "run_root", lambda self: tmp_path)
+    monkeypatch.setattr(type(profile), "results", lambda self: tmp_path / "results")
+    monkeypatch.setattr("vsr1.apps.kernels.execute", lambda source, copy, parameters: copy.write_text("{}"))
+    run = notebooks.Run("06b_is_it_the_loop" if dataset else "09_paper", "smoke", profile, dataset)
+    run.execute()
+    assert run.is_current()
+    measured = tmp_path / "results" / "premise" / "didemo.json"
+    measured.parent.mkdir(parents=True)
+    measured.write_text("{}")
+    assert not run.is_current()

@@ -78,18 +78,18 @@ class Run:
     def _forget_numbers(self):
         """Remove what the last run recorded: a number that has moved to another notebook would be found twice."""
         self._record.unlink(missing_ok=True)  # so a run that is stopped here is not current
-        number = self.name.partition("_")[0]
-        for part in (
-            (self.profile.runs(self.dataset) / "numbers").glob(f"{number}_*.json") if self.dataset else ()
-        ):
-            part.unlink()
+        if self.dataset:
+            number = self.name.partition("_")[0]
+            for part in (self.profile.runs(self.dataset) / "numbers").glob(f"{number}_*.json"):
+                part.unlink()
 
     @property
     def _record(self):
         return self.copy.with_name(f".{self.name}.json")
 
     def _inputs(self):
-        others = () if self.dataset else _inputs_of_all(self.profile)
+        committed = self.profile.results() / "premise" / f"{self.dataset}.json"
+        others = (committed,) if self.dataset else _inputs_of_all(self.profile)
         if self.name == ONE_SEARCH:
             others = (SHIPPED,)
         return {
@@ -127,7 +127,7 @@ def _inputs_of_all(profile):
     """List what a notebook about all data sets reads: numbers and figures of the others, committed values and texts."""
     folders = [profile.runs(name) / part for name in profile.datasets for part in ("numbers", "figures")]
     paths = [path for folder in folders for path in sorted(folder.glob("*")) if path.name != "09_paper.json"]
-    for part in ("seeds", "ablations"):
+    for part in ("seeds", "ablations", "premise"):
         paths += sorted((profile.results() / part).glob("*.json"))
     return [*paths, config.ROOT / "results" / "expected"]
 
