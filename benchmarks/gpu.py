@@ -44,8 +44,9 @@ SHAPES = {  # of Qwen3-VL-2B-Instruct and Qwen3-VL-Embedding-2B, as their config
     },
 }  # fmt: skip
 SIZE, RATE = (480, 854), 24  # ours: pixels and frames a second of the video
-# `paper-24gb` works on the rows of a step one by one: with fewer of them its memory is the same, and a CPU is in time.
-LESS = {"sft_accumulate": 1, "grpo_prompts_per_step": 1, "grpo_group": 2}
+# Fewer rows, so that a CPU is in time. `paper-24gb` trains on one row at a time: its memory is the same. Embedding and
+# evaluation work on several videos at once where memory allows it; here on one.
+LESS = {"sft_accumulate": 1, "grpo_prompts_per_step": 1, "grpo_group": 2, "eval_batch": 1}
 VIDEOS = 64  # ours: size of the gallery; searching it is no part of what is measured
 REPLY = "<think> the query asks for a blue box, the video shows none </think> <answer>not_matched</answer>"
 
@@ -89,8 +90,8 @@ def make_video(path: Path, seconds: float, size: tuple[int, int]) -> None:
 class BenchFixture:
     """What parts are measured on: a profile, its engine, a video in memory, queries, a gallery of random vectors."""
 
-    def __init__(self, profile, path: Path):
-        self.profile, self.path, self.engine = profile, path, engine.load(profile)
+    def __init__(self, profile, path: Path, shard: int):
+        self.profile, self.path, self.engine, self.shard = profile, path, engine.load(profile), shard
         with video_reader.reader_for(profile) as reader:
             self.clip = reader.read(path)
         assert self.clip.problem is None, self.clip.problem
@@ -131,7 +132,8 @@ def timed(work, rounds: int) -> list[float]:
 
 def measure_embedding(bench: BenchFixture, rounds: int):
     """Time videos to vectors, shard by shard as `embedding.embed_corpus` does it; decoding alone; the engine alone."""
-    profile, size = bench.profile, embedding.SHARD_SIZE
+    profile = bench.profile
+    size = bench.shard
     reader, paths = video_reader.reader_for(profile), [bench.path] * (2 * size)
 
     def decode():
@@ -221,14 +223,19 @@ PARTS = {
 }
 
 
-def measure(part: str, profile, folder: Path, reply_tokens: int, rounds: int) -> list[Measurement]:
-    """Measure a part with the models and the video in `folder`; a row without numbers where it does not fit."""
+def measure(
+    part: str, profile, folder: Path, reply_tokens: int, rounds: int, shard: int
+) -> list[Measurement]:
+    """Measure a part with the models and the video in `folder`; a row without numbers where it does not fit.
+
+    shard  videos that the engine is handed at once
+    """
     models = {"policy": str(folder / "policy"), "engine": str(folder / "engine")}
     profile = replace(profile, **models, max_new_tokens=reply_tokens)
     learns = f"adapters of rank {profile.lora_rank}" if profile.lora_rank else "all weights"
     facts = profile.name, learns if part.startswith("stage") else "nothing"
     try:
-        model, prompt_tokens, times = PARTS[part](BenchFixture(profile, folder / "video.mp4"), rounds)
+        model, prompt_tokens, times = PARTS[part](BenchFixture(profile, folder / "video.mp4", shard), rounds)
     except torch.OutOfMemoryError:
         return [Measurement(f"{part}: does not fit", *facts, "", 0, reply_tokens, 0, None, None, None)]
     peak = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else common.peak_gb()
@@ -265,13 +272,14 @@ def main(argv: list[str] | None = None) -> None:
         make_video(folder / "video.mp4", seconds, SIZE)
         common.alone(make_models, folder, SHAPES, "bfloat16", "cpu" if args.cpu else "cuda")
         for profile, part in product(profiles, args.parts):
-            measured = common.alone(measure, part, profile, folder, args.reply_tokens, args.rounds)
+            shard = 1 if args.cpu else embedding.SHARD_SIZE
+            measured = common.alone(measure, part, profile, folder, args.reply_tokens, args.rounds, shard)
             for row in measured:
                 print(f"{row.profile}  {row.what}: {row.seconds} s a round, {row.peak_gb} GB", flush=True)
-            rows += measured
-    facts = {"seconds": "of the clock", "minutes": round((time.time() - started) / 60, 1)}
-    facts |= {"rows_a_step": LESS} if args.cpu else {"device": provenance.device()["gpu"]}
-    common.write(rows, config.ROOT / "results" / "bench", "cpu" if args.cpu else "gpu", **facts)
+            rows += measured  # written after each part: the next one may end for lack of memory
+            facts = {"seconds": "of the clock", "minutes": round((time.time() - started) / 60, 1)}
+            facts |= {"rows_a_step": LESS} if args.cpu else {"device": provenance.device()["gpu"]}
+            common.write(rows, config.ROOT / "results" / "bench", "cpu" if args.cpu else "gpu", **facts)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from benchmarks import common, gpu
 from vsr1 import config
 from vsr1.data import video_reader
-from vsr1.models import embedding, engine
+from vsr1.models import engine
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def profile(monkeypatch):
-    monkeypatch.setattr(embedding, "SHARD_SIZE", 2)
     small = {"max_frames": 4, "eval_batch": 2, "grpo_group": 3, "grpo_prompts_per_step": 2, "max_turns": 3}
     return dataclasses.replace(config.load("smoke"), **small, sft_batch=2, sft_accumulate=2)
 
@@ -49,7 +48,7 @@ def test_the_video_is_as_long_as_it_claims_and_moves(folder):
     ("part", "rank"), [*((part, 0) for part in gpu.PARTS), ("stage 1", 4), ("stage 2", 4)]
 )
 def test_each_part_is_measured_by_the_code_that_does_it(folder, profile, part, rank):
-    rows = gpu.measure(part, dataclasses.replace(profile, lora_rank=rank), folder, 6, 1)
+    rows = gpu.measure(part, dataclasses.replace(profile, lora_rank=rank), folder, 6, 1, 2)
     told = {"embedding": [4, 2, 4], "evaluation": [2], "stage 1": [4]}
     counts = [row.count for row in rows]
     assert (
@@ -67,7 +66,7 @@ def test_what_does_not_fit_is_a_row_without_numbers(folder, profile, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(engine.Engine, "embed_clips", full)
-    (row,) = gpu.measure("embedding", profile, folder, 6, 1)
+    (row,) = gpu.measure("embedding", profile, folder, 6, 1, 2)
     assert row.what == "embedding: does not fit" and row.seconds is row.per_second is row.peak_gb is None
     common.write([row], tmp_path, "gpu", device="a card")
     told = json.loads((tmp_path / "gpu.json").read_text())
