@@ -177,8 +177,8 @@ def _run(profile, numbers):
     return (
         f"`make paper` ends with `report: results/{profile.name}/report.html`, "
         f"and `make check` then prints `{checked}`. "
-        f"The steps of the committed run add up to {minutes:.0f} minutes, waits included, on {device}, "
-        f"{origin['device']['gpu'] or 'no GPU'}, commit {origin['commit'][:7]}."
+        f"The steps of the committed run add up to {minutes:.0f} minutes, {profile.parallel_steps} at a time, "
+        f"on {device}, {origin['device']['gpu'] or 'no GPU'}, commit {origin['commit'][:7]}."
     )
 
 
