@@ -280,6 +280,21 @@ def _deviations(*_):
     return templates.render("deviations.txt", groups=groups)
 
 
+def _shapes(*_):
+    """Show the memory that parts of a run took at 2B shapes on a CPU, from results/bench/cpu.json."""
+    measured = json.loads((config.ROOT / "results" / "bench" / "cpu.json").read_text(encoding="utf-8"))
+    lines = [
+        "| profile | what | how many | prompt + reply, tokens | most memory, GB | seconds there |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in measured["rows"]:
+        tokens = f"{row['prompt_tokens']:,} + {row['reply_tokens']}"
+        cells = f"`{row['profile']}`", row["what"], str(row["count"]), tokens, str(row["peak_gb"])
+        lines.append(f"| {' | '.join(cells)} | {row['seconds']:.0f} |")
+    device = "{cpu}, {cores} cores, {memory_gb} GB".format(**measured["machine"])
+    return "\n".join([*lines, "", f"{device}, no GPU; commit {measured['commit'][:7]}."])
+
+
 PAGES = {  # page: {its generated parts: what generates them}
     "README.md": {"picture": _picture, "summary": _summary, "run": _run},
     "docs/results.md": {"results": _results},
@@ -287,5 +302,6 @@ PAGES = {  # page: {its generated parts: what generates them}
     "results/mini/README.md": {"index": _index},
     "docs/premise.md": {"answers": _answers, "cost": _cost},
     "docs/reproducibility.md": {"time": _time},
+    "docs/scaling.md": {"shapes": _shapes},
     "DEVIATIONS.md": {"deviations": _deviations},
 }
