@@ -1,4 +1,4 @@
-"""What a 2B policy and a 2B engine cost on one GPU: `python benchmarks/gpu.py`, into results/bench/gpu.{json,csv}.
+"""What a 2B policy and a 2B engine cost on one GPU: `python -m benchmarks.gpu`, into results/bench/gpu.{json,csv}.
 
 With `--cpu` the same on a CPU, for the memory: into results/bench/cpu.{json,csv}, steps of few rows (`LESS`).
 

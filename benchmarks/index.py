@@ -1,4 +1,4 @@
-"""Measure a search among a million videos: `python benchmarks/index.py`, into results/bench/large.json.
+"""Measure a search among a million videos: `python -m benchmarks.index`, into results/bench/large.json.
 
 The vectors are made up, in the width of Qwen3-VL-Embedding-2B. How alike those of a million real videos are is not
 known, so the kind case, in which a query has neighbours, stands beside two harder ones.

@@ -1,4 +1,4 @@
-"""Measure the speed claims side by side: `python benchmarks/speed.py`, into results/bench/agent.{json,csv}.
+"""Measure the speed claims side by side: `python -m benchmarks.speed`, into results/bench/agent.{json,csv}.
 
 Each claim is two ways to the same result, checked to be the same and timed in turn. Two sizes with random weights: the
 mini policy's, and about 200 M parameters, where the sums weigh more than Python does.

@@ -1,11 +1,14 @@
 """The comparison of two clones: what a command takes, and the table of steps."""
 
 import json
+import re
+import subprocess
 import sys
 
 import pytest
 
 from benchmarks import paper
+from vsr1.config import ROOT
 
 
 def test_a_command_is_measured_with_all_that_it_starts(tmp_path):
@@ -35,3 +38,15 @@ def test_steps_of_all_data_sets_and_of_older_names_are_one_row(tmp_path):
     frame = paper.table(old, new)
     assert frame.ratio["soft_token_bound"] == 0.5 and frame.old["soft_token_bound"] == 4.0
     assert frame.ratio["no-ret/grpo/vsr1"] == 0.33 and frame.old["make paper, processor"] == 15.0
+
+
+def test_benchmarks_are_named_as_modules_since_a_script_by_its_path_does_not_find_the_others():
+    texts = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.py")]
+    commands = {
+        c for path in texts for c in re.findall(r"python (?:-m )?benchmarks\S+?(?=`| )", path.read_text())
+    }
+    assert {f"python -m benchmarks.{name}" for name in ("gpu", "index", "paper", "speed")} == commands
+    shown = subprocess.run(
+        [sys.executable, "-m", "benchmarks.index", "--help"], cwd=ROOT, capture_output=True
+    )
+    assert shown.returncode == 0, shown.stderr
