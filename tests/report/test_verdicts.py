@@ -2,15 +2,19 @@
 
 import dataclasses
 
+from vsr1.config import load
 from vsr1.evaluation.statistics import Estimate
 from vsr1.report import results, verdicts
 
 
-def judge(numbers):
-    """Verdicts of Estimates by name, as numbers.json would hold them."""
+def frame(numbers):
+    """Estimates by name, as numbers.json would hold them."""
     rest = {"measured": True, "paper": None, "verdict": None}
-    frame = results.frame({name: dataclasses.asdict(number) | rest for name, number in numbers.items()})
-    return verdicts.judge(frame, ["charades"])
+    return results.frame({name: dataclasses.asdict(number) | rest for name, number in numbers.items()})
+
+
+def judge(numbers):
+    return verdicts.judge(frame(numbers), ["charades"])
 
 
 def difference(value, low, high, p=0.001, table="R3", name="refined"):
@@ -34,6 +38,23 @@ def test_the_verdict_over_seeds_stands_before_that_of_this_run():
         "2.5",
     )
     assert verdicts.cell(told) == "+4.0 (-1.0 to +9.0), seeds -0.1 to +8.0 inconclusive"
+
+
+def test_an_answer_to_the_premise_is_over_seeds_where_they_were_run_and_the_page_says_where():
+    profile, numbers = load("mini"), {}
+    for table, value, seeds in (("P1", 40.0, (42,)), ("R4", 44.0, (42, 1, 2))):
+        for system in ("walkdown-ft", "vsr1"):
+            numbers[f"{table}/didemo/{system}/vcmr@0.5_t3"] = Estimate(value, 9, seeds=seeds)
+        numbers[f"{table}/didemo/walkdown-ft/over-vsr1"] = Estimate(
+            value / 10, 9, (1.0, 9.0), seeds, "points"
+        )
+    pair = ("P1", "walkdown-ft", "vcmr@0.5_t3"), ("P1", "vsr1", "vcmr@0.5_t3")
+    words = verdicts.against(frame(numbers), "didemo", *pair)
+    assert words == "44.0 against 44.0: +4.4 (+1.0 to +9.0) ahead"
+    assert verdicts.basis(profile, frame(numbers)).startswith("VCMR on didemo: means over seeds 1, 2, 42,")
+    one_seed = frame({name: number for name, number in numbers.items() if name[0] == "P"})
+    assert verdicts.against(one_seed, "didemo", *pair) == "40.0 against 40.0: +4.0 (+1.0 to +9.0) ahead"
+    assert verdicts.basis(profile, one_seed) == "Seed 42."
 
 
 def test_a_claim_that_does_not_survive_the_correction_says_so_beside_the_plain_verdict():

@@ -306,13 +306,14 @@ def side(gain) -> str:
 
 def basis(profile: Profile, numbers: pd.DataFrame) -> str:
     """Say which seeds the answers to the premise rest on."""
-    seeds = sorted({seed for row in numbers[numbers.table == "R4"].seeds for seed in row})
-    over = (
-        f"VCMR: means over seeds {', '.join(map(str, seeds))}, whose intervals draw seeds too. "
-        if seeds
-        else ""
-    )
-    return f"{over}{'All else: seed' if seeds else 'Seed'} {profile.seed}."
+    rows = numbers[numbers.table == "R4"]
+    if rows.empty:
+        return f"Seed {profile.seed}."
+    seeds = sorted({seed for row in rows.seeds for seed in row})
+    measured = [dataset for dataset in profile.datasets if (rows.dataset == dataset).any()]
+    where = "" if measured == list(profile.datasets) else f" on {', '.join(measured)}"
+    means = f"VCMR{where}: means over seeds {', '.join(map(str, seeds))}, whose intervals draw seeds too."
+    return f"{means} All else: seed {profile.seed}."
 
 
 def answers(numbers: pd.DataFrame, datasets) -> dict[str, list[str]]:
