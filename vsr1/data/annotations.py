@@ -103,23 +103,23 @@ def parse_json(text, path, line=None, kind=typing.Any):
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-    where = f"{path}, line {line}" if line else str(path)
+    source = f"{path}, line {line}" if line else str(path)
     if fault["type"] == "json_invalid":
-        message, _, place = fault["ctx"]["error"].rpartition(" at line ")
-        line = line or place.split()[0]
+        message, _, position = fault["ctx"]["error"].rpartition(" at line ")
+        line = line or position.split()[0]
         raise InputError(f"{path}, line {line}: not JSON ({message}); take the file anew")
     message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    found = "" if fault["type"] == "missing" else f", found {fault['input']!r:.60}"
-    raise InputError(f"{where}{_place(fault['loc'])}: {message}{found}")
+    actual = "" if fault["type"] == "missing" else f", found {fault['input']!r:.60}"
+    raise InputError(f"{source}{_key_path(fault['loc'])}: {message}{actual}")
 
 
 _adapter = functools.cache(TypeAdapter)
 
 
-def _place(keys):
-    """Where in a JSON value a fault is.
+def _key_path(keys):
+    """Say where in a JSON value a fault is.
 
-    >>> _place((3, "meta", "times", 0))
+    >>> _key_path((3, "meta", "times", 0))
     ", entry 4: 'meta.times[0]'"
     """
     entry = f", entry {keys[0] + 1}" if keys and isinstance(keys[0], int) else ""
@@ -140,7 +140,7 @@ def numbered_lines(text):
 
 def warn_repairs(path, counts):
     """Warn once about all that was repaired in a file; silent when nothing was."""
-    repairs = [f"{n} {what}" for what, n in counts.items() if n]
+    repairs = [f"{n} {repair}" for repair, n in counts.items() if n]
     if repairs:
         warnings.warn(f"{path}: {', '.join(repairs)}", CorpusWarning, stacklevel=3)
 
@@ -211,14 +211,14 @@ def read_fig(path) -> list[Query]:
 
 def warn_oddities(path, queries) -> None:
     """Warn once about what is odd in a FIG file and is kept, since the ground truth is never changed."""
-    odd = {
+    counts = {
         "empty spans, which no answer overlaps": sum(q.span[0] == q.span[1] for q in queries),
         "spans that begin before the video": sum(q.span[0] < 0 for q in queries),
         "spans that begin behind its end": sum(q.span[0] >= q.duration for q in queries),
         "queries without a coarse caption": sum(not q.coarse for q in queries),
         "videos of two durations": len({(q.video, q.duration) for q in queries}) - len(gallery_ids(queries)),
     }
-    warn_repairs(path, {f"{what}: kept": count for what, count in odd.items()})
+    warn_repairs(path, {f"{oddity}: kept": count for oddity, count in counts.items()})
 
 
 def write_fig(path, queries):
@@ -250,10 +250,10 @@ def write_gallery(corpus: Path, split: str, videos: list[str]) -> None:
     )
 
 
-def split_validation(queries, share, families=None):
-    """Return (queries to learn from, queries held out); every 1/share-th family is held out, with all its queries.
+def split_validation(queries, fraction, families=None):
+    """Return (queries to learn from, queries held out): all those of a `fraction` of the families.
 
-    Large and small families are held out alike. A corpus of fewer than half of 1/share families is split by video.
+    Large and small families are held out alike. Where the fraction is less than half a family, it is one of videos.
 
     families  {video: family}, see `vsr1.data.source`; a video that is not in it is its own family
     """
@@ -262,9 +262,9 @@ def split_validation(queries, share, families=None):
     for video in videos:
         members.setdefault(families.get(video, video), []).append(video)
     groups = sorted(members.values(), key=lambda group: (len(group), group))
-    if share * len(groups) < 0.5:
+    if fraction * len(groups) < 0.5:
         groups = [[video] for video in videos]
-    count = round(share * len(groups))
+    count = round(fraction * len(groups))
     chosen = (groups[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count))
     held_out = {video for group in chosen for video in group}
     return [q for q in queries if q.video not in held_out], [q for q in queries if q.video in held_out]

@@ -72,14 +72,14 @@ def decode(path, times, fps, max_frames, size, second=False):
     Returns frames (T, H, W, 3) uint8, their own timestamps (T,), the seconds of the whole video, and facts about the
     file and its reading, {name: text or number}. Raises Unreadable, or an error of the two libraries.
     """
-    with _open(path) as (box, stream):
-        facts, claimed = _describe(box, stream), _claimed_seconds(box, stream)
-        claimed_frames, track = stream.frames, _list_packets(box, stream)
+    with _open(path) as (container, stream):
+        facts, claimed = _describe(container, stream), _claimed_seconds(container, stream)
+        claimed_frames, track = stream.frames, _list_packets(container, stream)
 
     def choose(track):
         ends = _checked_ends(path, track, claimed, claimed_frames)
-        looks = sample_times(ends[-1], fps, max_frames) if times is None else times
-        return _frame_indices(path, track, looks, ends), float(ends[-1])
+        wanted = sample_times(ends[-1], fps, max_frames) if times is None else times
+        return _frame_indices(path, track, wanted, ends), float(ends[-1])
 
     try:
         if np.isnan(track.names[0]):
@@ -114,30 +114,30 @@ def decode(path, times, fps, max_frames, size, second=False):
 
 @contextmanager
 def _open(path):
-    """Open a file and choose its film: (container, stream)."""
+    """Open a file and choose its video stream: (container, stream)."""
     import av
 
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         raise Unreadable("the file is empty")
-    with av.open(path, metadata_errors="ignore") as box:
-        films = [stream for stream in box.streams.video if not int(stream.disposition) & COVERS]
-        if not films:
-            cover = ", only a cover picture" if box.streams.video else ""
+    with av.open(path, metadata_errors="ignore") as container:
+        streams = [stream for stream in container.streams.video if not int(stream.disposition) & COVERS]
+        if not streams:
+            cover = ", only a cover picture" if container.streams.video else ""
             raise Unreadable(f"no video stream in the file{cover}")
-        best = box.streams.best("video")
-        stream = next((stream for stream in films if stream == best), films[0])
+        best = container.streams.best("video")
+        stream = next((stream for stream in streams if stream == best), streams[0])
         if stream.codec_context is None:
             raise Unreadable("no decoder here for the codec of its pictures")
         stream.thread_count = 1  # other files are decoded beside it
-        yield box, stream
+        yield container, stream
 
 
-def _describe(box, stream):
+def _describe(container, stream):
     """Return facts about a file and the stream that is read, {name: text or number}."""
     shape = stream.sample_aspect_ratio or 1
-    video = [other for other in box.streams.video if not int(other.disposition) & COVERS]
+    video = [other for other in container.streams.video if not int(other.disposition) & COVERS]
     facts = {
-        "container": box.format.name,
+        "container": container.format.name,
         "codec": stream.codec_context.codec.canonical_name,
         "pixels": stream.codec_context.pix_fmt,
         "stored_size": f"{stream.codec_context.width}x{stream.codec_context.height}",
@@ -153,17 +153,17 @@ def _describe(box, stream):
     return facts
 
 
-def _claimed_seconds(box, stream):
+def _claimed_seconds(container, stream):
     """Return how long the container says that the stream lasts, 0 if it does not say."""
     seconds = (stream.duration or 0) * stream.time_base
-    if not seconds and box.duration:  # Matroska: of the whole file, counted from zero
-        seconds = box.duration / 1e6 - (stream.start_time or 0) * stream.time_base
+    if not seconds and container.duration:  # Matroska: of the whole file, counted from zero
+        seconds = container.duration / 1e6 - (stream.start_time or 0) * stream.time_base
     return float(seconds)
 
 
 @dataclass(frozen=True)
 class Track:
-    """The frames of a film in the order in which they are shown."""
+    """The frames of a video in the order in which they are shown."""
 
     starts: np.ndarray  # (F,) seconds after the first frame at which they appear
     durations: np.ndarray  # (F,) seconds, as the file says; 0: it does not
@@ -175,14 +175,14 @@ class Track:
     closed: bool = False  # True: a plain clock, and no frame needs one from beyond a keyframe
 
 
-def _list_packets(box, stream):
+def _list_packets(container, stream):
     """Return the Track that the packets of a stream announce."""
     import av
 
     tick, rows, keys = float(stream.time_base), [], []
     is_keyframe = _keyframe_test(stream.codec_context)
     with suppress(av.error.InvalidDataError, av.error.EOFError):  # the rest is missing: its length tells
-        for packet in box.demux(stream):
+        for packet in container.demux(stream):
             if packet.size:
                 rows.append((packet.pts, packet.dts, packet.duration, packet.is_discard))
                 keys.append(packet.is_keyframe and is_keyframe(packet))
@@ -191,13 +191,16 @@ def _list_packets(box, stream):
     pts, dts, durations, hidden = np.array(rows, dtype=float).T  # in ticks; NaN: none
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     if np.isnan(pts).any():
-        known = not np.isnan(dts).any() and (np.diff(dts) > 0).all()
-        starts = (dts - dts[0]) * tick if known else np.arange(len(dts)) / rate
+        increasing = not np.isnan(dts).any() and (np.diff(dts) > 0).all()
+        starts = (dts - dts[0]) * tick if increasing else np.arange(len(dts)) / rate
         # NaN: no decoded frame has such a name, so the frames themselves are listed.
         return Track(
-            starts, durations * 0, np.full(len(starts), np.nan), clock="of decoding" if known else "counted"
+            starts,
+            durations * 0,
+            np.full(len(starts), np.nan),
+            clock="of decoding" if increasing else "counted",
         )
-    leap = CLOCK_JUMP / tick if box.format.flags & TS_DISCONT else np.inf
+    leap = CLOCK_JUMP / tick if container.format.flags & TS_DISCONT else np.inf
     steps = np.diff(dts)
     parts = np.append(0, np.cumsum((steps < 0) | (steps > leap)))  # NaN is neither
     order = np.lexsort((pts, parts))
@@ -213,8 +216,8 @@ def _list_packets(box, stream):
     plain = len(np.unique(pts)) == len(pts) and not hidden.any()
     closed = plain and len(proven) and proven[0] == 0 and len(proven) == len(keys)
     closed = closed and (pts[keys] == after[keys]).all()
-    places = np.where(np.isnan(dts), pts, dts)[proven]
-    jumps = np.stack([proven, pts[proven], places], axis=1) if plain else ()
+    offsets = np.where(np.isnan(dts), pts, dts)[proven]
+    jumps = np.stack([proven, pts[proven], offsets], axis=1) if plain else ()
     return Track(starts, durations[order] * tick, pts[order], jumps, clock, closed=bool(closed))
 
 
@@ -230,10 +233,10 @@ def _keyframe_test(codec):
     length = (setup[21 if hevc else 4] & 3) + 1 if framed else 0
 
     def kinds(data):
-        at = 0
-        while framed and at + length < len(data):
-            yield data[at + length]
-            at += length + int.from_bytes(data[at : at + length])
+        start = 0
+        while framed and start + length < len(data):
+            yield data[start + length]
+            start += length + int.from_bytes(data[start : start + length])
         for piece in () if framed else data.split(b"\0\0\1")[1:]:
             yield from piece[:1]
 
@@ -258,10 +261,10 @@ def _join(times, parts, period):
 
 def _list_frames(path, announced):
     """Return the Track of the frames that PyAV decodes, all of them, in order."""
-    with _open(path) as (box, stream):
+    with _open(path) as (container, stream):
         tick, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 25)
-        leap = CLOCK_JUMP / tick if box.format.flags & TS_DISCONT else np.inf
-        packets = Packets(box, stream)
+        leap = CLOCK_JUMP / tick if container.format.flags & TS_DISCONT else np.inf
+        packets = Packets(container, stream)
         rows = [(frame.pts, frame.duration, torn) for frame, torn in _frames(packets)]
     if not rows:
         raise Unreadable("not one picture could be decoded: damaged data")
@@ -315,21 +318,21 @@ def _frame_indices(path, track, times, ends):
 
 
 def _survey(path):
-    """Return when the last of all streams ends (seconds after the film's start), and whether bytes belong to none."""
+    """Return when the last of all streams ends (seconds after the video's start), and whether bytes belong to none."""
     import av
 
-    last, places = 0.0, []
-    with _open(path) as (box, stream), suppress(av.error.InvalidDataError, av.error.EOFError):
+    last, extents = 0.0, []
+    with _open(path) as (container, stream), suppress(av.error.InvalidDataError, av.error.EOFError):
         start = float((stream.start_time or 0) * stream.time_base)
-        for packet in box.demux():
+        for packet in container.demux():
             if packet.size and packet.pts is not None:
                 last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base) - start)
             if packet.size and packet.pos is not None and packet.pos >= 0:
-                places.append((packet.pos, packet.size))
-    places = np.array(sorted(places)).reshape(-1, 2)
-    between = places[1:, 0] - places[:-1].sum(axis=1)
+                extents.append((packet.pos, packet.size))
+    extents = np.array(sorted(extents)).reshape(-1, 2)
+    between = extents[1:, 0] - extents[:-1].sum(axis=1)
     # Ours: headers between two packets take less, and so does a sound frame or two.
-    return last, bool(len(between) and between.max() > max(4096, 4 * np.median(places[:, 1])))
+    return last, bool(len(between) and between.max() > max(4096, 4 * np.median(extents[:, 1])))
 
 
 # --- The pictures
@@ -338,8 +341,8 @@ def _survey(path):
 class Packets:
     """The packets of a stream in decoding order; it can go on at a keyframe further on."""
 
-    def __init__(self, box, stream):
-        self.box, self.stream, self.number, self.ahead = box, stream, 0, box.demux(stream)
+    def __init__(self, container, stream):
+        self.container, self.stream, self.number, self.ahead = container, stream, 0, container.demux(stream)
         self.failures = 0  # packets that did not decode since the last one that gave a frame
 
     def __iter__(self):
@@ -350,15 +353,15 @@ class Packets:
         self.number += packet.size > 0
         return packet
 
-    def jump(self, number, pts, place):
+    def jump(self, number, pts, offset):
         """Go on at the packet with this timestamp. Raises Mispredicted if seeking does not lead there."""
-        self.box.seek(int(place), stream=self.stream)
-        for packet in self.box.demux(self.stream):
+        self.container.seek(int(offset), stream=self.stream)
+        for packet in self.container.demux(self.stream):
             if packet.pts is None or packet.pts >= pts:
                 break
         if packet.pts != pts:
             raise Mispredicted
-        self.number, self.ahead = int(number), chain([packet], self.box.demux(self.stream))
+        self.number, self.ahead = int(number), chain([packet], self.container.demux(self.stream))
 
 
 def _frames(packets):
@@ -368,20 +371,20 @@ def _frames(packets):
     """
     import av
 
-    torn, seen = 0, False
+    torn, started = 0, False
     for packet in packets:
         try:
             frames = packet.decode()
         except av.error.FFmpegError:
             # A recording may begin in the middle: nothing can be seen before its first keyframe.
-            torn = int(seen)
+            torn = int(started)
             packets.failures += torn
             continue
         packets.failures *= not (frames and packet.size)  # an empty packet gives what was decoded before
         for frame in frames:
             torn = 1 if frame.is_corrupt else 2 * torn if frame.key_frame else torn
             yield frame, torn
-            seen, torn = True, torn % 2
+            started, torn = True, torn % 2
 
 
 def _decode(path, wanted, first, jumps, size, facts):
@@ -391,8 +394,8 @@ def _decode(path, wanted, first, jumps, size, facts):
     Raises Mispredicted where a frame does not come, and adds what it sees to `facts`.
     """
     frames, todo, last = None, deque(np.unique(wanted).tolist()), -np.inf
-    with _open(path) as (box, stream):
-        packets, painter = Packets(box, stream), Painter(size, facts, len(wanted))
+    with _open(path) as (container, stream):
+        packets, painter = Packets(container, stream), Painter(size, facts, len(wanted))
         for number, (frame, torn) in enumerate(_frames(packets)):
             name = number if first is None else frame.pts
             if name is None or (number == 0 and first not in (None, name)) or name > todo[0] or name <= last:
@@ -503,8 +506,8 @@ def _decode_by_decord(path, index, size, starts):
 
     decord.logging.set_level(decord.logging.QUIET)
     video = decord.VideoReader(path, num_threads=1)
-    seen = video.get_frame_timestamp(np.arange(len(video)))[:, 0].astype(float)
-    if len(seen) != len(starts) or np.abs(seen - seen[0] - starts).max() > TIME_EPS:
+    timestamps = video.get_frame_timestamp(np.arange(len(video)))[:, 0].astype(float)
+    if len(timestamps) != len(starts) or np.abs(timestamps - timestamps[0] - starts).max() > TIME_EPS:
         return None
     frames = video.get_batch(index).asnumpy()
     if size is None:

@@ -92,9 +92,9 @@ def prepare(profile, dataset: str) -> None:
     inputs = {"videos": links, "missing": missing}
     folder = cache.build(profile.data_dir(dataset) / "videos", inputs, link)
     if missing and cache.dist_state().is_main_process:
-        share = f"{len(missing)} of {len(counts)} videos are missing ({len(missing) / len(counts):.1%})"
-        test = [sum(split == "test" for _, split, *_ in rows) for rows in (missing, counts)]
-        print(f"{dataset}: {share}, {test[0]} of {test[1]} in test: {folder / 'missing.csv'}", flush=True)
+        summary = f"{len(missing)} of {len(counts)} videos are missing ({len(missing) / len(counts):.1%})"
+        lacking, total = (sum(split == "test" for _, split, *_ in rows) for rows in (missing, counts))
+        print(f"{dataset}: {summary}, {lacking} of {total} in test: {folder / 'missing.csv'}", flush=True)
 
 
 def reply_writer(profile, dataset: str) -> None:

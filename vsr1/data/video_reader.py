@@ -145,15 +145,15 @@ def reader_for(profile) -> Reader:
     return Reader(profile.video_fps, profile.max_frames, timeout=profile.decode_timeout)
 
 
-def read_videos(paths, like: Reader | None = None, workers=1) -> Iterator[Clip]:
-    """Yield one Clip per path, in order, read with the settings of `like`; `workers` children decode ahead.
+def read_videos(paths, template: Reader | None = None, workers=1) -> Iterator[Clip]:
+    """Yield one Clip per path, in order, read with the settings of `template`; `workers` children decode ahead.
 
     A pair of a path and times asks for the frames on screen then.
 
     Beyond the clip in the caller's hands at most `workers + 2` are decoded or being decoded, and only as many as take
     WAITING_BYTES if all are as large as the largest so far; always one.
     """
-    with reader_pool(like, workers) as read:
+    with reader_pool(template, workers) as read:
         waiting, ahead, largest = deque(), 1, 0
         for path in paths:
             waiting.append(read(*path) if isinstance(path, tuple) else read(path))
@@ -167,7 +167,7 @@ def read_videos(paths, like: Reader | None = None, workers=1) -> Iterator[Clip]:
 
 
 @contextmanager
-def reader_pool(like: Reader | None = None, workers=1):
+def reader_pool(template: Reader | None = None, workers=1):
     """Give a function from a path, and times if wanted, to the Future of its Clip.
 
     `workers` children decode until the block ends.
@@ -175,7 +175,7 @@ def reader_pool(like: Reader | None = None, workers=1):
     with ExitStack() as stack:
         idle = SimpleQueue()
         for _ in range(workers):
-            idle.put(stack.enter_context(replace(like or Reader())))
+            idle.put(stack.enter_context(replace(template or Reader())))
 
         def read(path, times):
             reader = idle.get()
