@@ -30,9 +30,8 @@ MIN_COMPLETENESS = 0.95
 MIN_JUMP = 48
 CLOCK_JUMP = 10.0  # s; a broadcast's clock that leaps ahead by more starts a new part, as in ffmpeg
 TS_DISCONT = 0x200  # of formats: clocks may leap, as in broadcasts
-MAX_BYTES = (
-    64 * 1088 * 1920 * 3
-)  # ours: all frames of a video, 64 of 1080p; larger ones are shrunk as they are decoded
+# Ours: all frames of a video, 64 of 1080p; larger ones are shrunk as they are decoded.
+MAX_BYTES = 64 * 1088 * 1920 * 3
 COVERS = 0x400 | 0x800  # dispositions of a cover picture, and of thumbnails
 # Transfer characteristics of HDR pictures: PQ and HLG.
 HDR = {16: "PQ", 18: "HLG"}
@@ -95,10 +94,8 @@ def decode(path, times, fps, max_frames, size, second=False):
         if frames is None:
             jumps = () if second else track.jumps
             frames = _decode(path, track.names[index], track.names[0], jumps, size, facts)
-            decoder, why = (
-                "PyAV",
-                f"in order, but for {facts['jumps']} jumps to keyframes proven by the packets",
-            )
+            decoder = "PyAV"
+            why = f"in order, but for {facts['jumps']} jumps to keyframes proven by the packets"
     except Mispredicted:
         track = _list_frames(path, track)
         index, seconds = choose(track)
@@ -120,22 +117,26 @@ def _open(path):
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         raise Unreadable("the file is empty")
     with av.open(path, metadata_errors="ignore") as container:
-        streams = [stream for stream in container.streams.video if not int(stream.disposition) & COVERS]
+        streams = _video_streams(container)
         if not streams:
             cover = ", only a cover picture" if container.streams.video else ""
             raise Unreadable(f"no video stream in the file{cover}")
         best = container.streams.best("video")
-        stream = next((stream for stream in streams if stream == best), streams[0])
+        stream = best if best in streams else streams[0]
         if stream.codec_context is None:
             raise Unreadable("no decoder here for the codec of its pictures")
         stream.thread_count = 1  # other files are decoded beside it
         yield container, stream
 
 
+def _video_streams(container):
+    """List the video streams of a file that are no cover picture."""
+    return [stream for stream in container.streams.video if not int(stream.disposition) & COVERS]
+
+
 def _describe(container, stream):
     """Return facts about a file and the stream that is read, {name: text or number}."""
     shape = stream.sample_aspect_ratio or 1
-    video = [other for other in container.streams.video if not int(other.disposition) & COVERS]
     facts = {
         "container": container.format.name,
         "codec": stream.codec_context.codec.canonical_name,
@@ -146,8 +147,9 @@ def _describe(container, stream):
         "jumps": 0,
         "notes": [],
     }
-    if len(video) > 1:
-        facts["notes"].append(f"{len(video)} video tracks; track {stream.index} is read")
+    tracks = len(_video_streams(container))
+    if tracks > 1:
+        facts["notes"].append(f"{tracks} video tracks; track {stream.index} is read")
     if "a" in (facts["pixels"] or "").replace("gray", ""):
         facts["notes"].append("transparency is left out")
     return facts
@@ -175,11 +177,18 @@ class Track:
     closed: bool = False  # True: a plain clock, and no frame needs one from beyond a keyframe
 
 
+def _clock(container, stream):
+    """Return the seconds of a tick, the frames a second, and how many ticks a clock leaps to start a new part."""
+    tick = float(stream.time_base)
+    leap = CLOCK_JUMP / tick if container.format.flags & TS_DISCONT else np.inf
+    return tick, float(stream.average_rate or stream.guessed_rate or 25), leap
+
+
 def _list_packets(container, stream):
     """Return the Track that the packets of a stream announce."""
     import av
 
-    tick, rows, keys = float(stream.time_base), [], []
+    rows, keys = [], []
     is_keyframe = _keyframe_test(stream.codec_context)
     with suppress(av.error.InvalidDataError, av.error.EOFError):  # the rest is missing: its length tells
         for packet in container.demux(stream):
@@ -189,7 +198,7 @@ def _list_packets(container, stream):
     if not rows:
         raise Unreadable("not one picture in the file")
     pts, dts, durations, hidden = np.array(rows, dtype=float).T  # in ticks; NaN: none
-    rate = float(stream.average_rate or stream.guessed_rate or 25)
+    tick, rate, leap = _clock(container, stream)
     if np.isnan(pts).any():
         increasing = not np.isnan(dts).any() and (np.diff(dts) > 0).all()
         starts = (dts - dts[0]) * tick if increasing else np.arange(len(dts)) / rate
@@ -200,7 +209,6 @@ def _list_packets(container, stream):
             np.full(len(starts), np.nan),
             clock="of decoding" if increasing else "counted",
         )
-    leap = CLOCK_JUMP / tick if container.format.flags & TS_DISCONT else np.inf
     steps = np.diff(dts)
     parts = np.append(0, np.cumsum((steps < 0) | (steps > leap)))  # NaN is neither
     order = np.lexsort((pts, parts))
@@ -210,15 +218,20 @@ def _list_packets(container, stream):
     starts, clock = _join(pts[order] * tick, parts[order], 1 / rate)
     if parts[-1]:  # two frames may have one timestamp
         return Track(starts, durations[order] * tick, np.full(len(order), np.nan), clock=clock)
-    before, after = np.maximum.accumulate(pts), np.minimum.accumulate(pts[::-1])[::-1]
-    keys = np.flatnonzero(keys)
-    proven = keys[(keys == 0) | (before[keys - 1] < pts[keys])]
     plain = len(np.unique(pts)) == len(pts) and not hidden.any()
-    closed = plain and len(proven) and proven[0] == 0 and len(proven) == len(keys)
-    closed = closed and (pts[keys] == after[keys]).all()
+    jumps, closed = _jumps(pts, dts, np.flatnonzero(keys)) if plain else ((), False)
+    return Track(starts, durations[order] * tick, pts[order], jumps, clock, closed=closed)
+
+
+def _jumps(pts, dts, keys):
+    """Return `jumps` and `closed` of a Track from the timestamps of its packets and the numbers of its keyframes."""
+    latest_so_far, earliest_to_come = np.maximum.accumulate(pts), np.minimum.accumulate(pts[::-1])[::-1]
+    # A decoder may start where all packets before are shown before.
+    proven = keys[(keys == 0) | (latest_so_far[keys - 1] < pts[keys])]
+    closed = len(keys) > 0 and len(proven) == len(keys) and proven[0] == 0
+    closed = closed and (pts[keys] == earliest_to_come[keys]).all()
     offsets = np.where(np.isnan(dts), pts, dts)[proven]
-    jumps = np.stack([proven, pts[proven], offsets], axis=1) if plain else ()
-    return Track(starts, durations[order] * tick, pts[order], jumps, clock, closed=bool(closed))
+    return np.stack([proven, pts[proven], offsets], axis=1), bool(closed)
 
 
 def _keyframe_test(codec):
@@ -232,24 +245,26 @@ def _keyframe_test(codec):
     framed = setup[:1] == b"\1"  # lengths before the units, and no start codes between them
     length = (setup[21 if hevc else 4] & 3) + 1 if framed else 0
 
-    def kinds(data):
+    def headers(data):
+        """Yield the first byte of each unit."""
+        if not framed:
+            yield from (unit[0] for unit in data.split(b"\0\0\1")[1:] if unit)
+            return
         start = 0
-        while framed and start + length < len(data):
+        while start + length < len(data):
             yield data[start + length]
             start += length + int.from_bytes(data[start : start + length])
-        for piece in () if framed else data.split(b"\0\0\1")[1:]:
-            yield from piece[:1]
 
     def test(packet):
-        units = [unit >> 1 & 63 if hevc else unit & 31 for unit in kinds(bytes(packet))]
-        picture = next((unit for unit in units if (unit < 32 if hevc else 1 <= unit <= 5)), None)
+        kinds = [header >> 1 & 63 if hevc else header & 31 for header in headers(bytes(packet))]
+        picture = next((kind for kind in kinds if (kind < 32 if hevc else 1 <= kind <= 5)), None)
         return picture is not None and (16 <= picture <= 23 if hevc else picture == 5)
 
     return test
 
 
 def _join(times, parts, period):
-    """Return seconds after the first frame where each part goes on when the one before it ends, and a word on it."""
+    """Return seconds after the first frame, each part going on where the last one ends, and the name of the clock."""
     starts, shift, breaks = times - times[0], 0.0, []
     for part in np.unique(parts)[1:]:
         first = np.searchsorted(parts, part)
@@ -262,8 +277,7 @@ def _join(times, parts, period):
 def _list_frames(path, announced):
     """Return the Track of the frames that PyAV decodes, all of them, in order."""
     with _open(path) as (container, stream):
-        tick, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 25)
-        leap = CLOCK_JUMP / tick if container.format.flags & TS_DISCONT else np.inf
+        tick, rate, leap = _clock(container, stream)
         packets = Packets(container, stream)
         rows = [(frame.pts, frame.duration, torn) for frame, torn in _frames(packets)]
     if not rows:
