@@ -148,7 +148,7 @@ def test_broken_files_are_named_with_a_reason_and_the_run_goes_on(clips, tmp_pat
         "hole.mkv": "pictures are missing around second",
     }
     paths = [path for name in reasons for path in (tmp_path / name, good)]
-    read = list(read_videos(paths, workers=2))
+    read = list(read_videos(paths, Reader(), workers=2))
     for name, bad, after in zip(reasons, read[::2], read[1::2], strict=True):
         assert bad.frames is None and bad.timestamps is None, name
         assert all(part in bad.problem for part in reasons[name].split("...")), (name, bad.problem)
@@ -285,7 +285,7 @@ with Reader() as reader:
         pids.add(reader._child.pid)
     assert len(pids) == 1
     assert "torch" not in open(f"/proc/{{pids.pop()}}/maps").read()
-print(sum(clip.problem is None for clip in read_videos([{str(clips["avi"])!r}] * 3, workers=2)))
+print(sum(clip.problem is None for clip in read_videos([{str(clips["avi"])!r}] * 3, Reader(), workers=2)))
 """)
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     done = subprocess.run(

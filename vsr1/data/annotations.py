@@ -46,11 +46,8 @@ CONTAINERS = (
 ).split(" ")
 # What the tokenizer reads as one of the models' own tokens: a turn, a frame, the request to search again.
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|<REFINE>")
-
-
-GALLERY = (
-    "{}_gallery.txt"  # in the corpus: ids of all videos that are searched in a split; a corpus may lack it
-)
+# In the corpus: ids of all videos that are searched in a split; a corpus may lack it.
+GALLERY = "{}_gallery.txt"
 
 
 class CorpusWarning(UserWarning):
@@ -122,8 +119,9 @@ def _key_path(keys):
     >>> _key_path((3, "meta", "times", 0))
     ", entry 4: 'meta.times[0]'"
     """
-    entry = f", entry {keys[0] + 1}" if keys and isinstance(keys[0], int) else ""
-    keys = keys[bool(entry) :]
+    entry = ""
+    if keys and isinstance(keys[0], int):
+        entry, keys = f", entry {keys[0] + 1}", keys[1:]
     path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
     return f"{entry}: {path!r}" if path else entry
 
@@ -238,9 +236,11 @@ def gallery_ids(queries, corpus=None, split=None):
 
     corpus, split  where `write_gallery` may have listed videos that no query asks for
     """
-    listed = Path(corpus or "", GALLERY.format(split))
-    more = read_text(listed).split("\n")[:-1] if corpus and listed.exists() else []
-    return sorted({query.video for query in queries}.union(more))
+    ids = {query.video for query in queries}
+    if corpus is not None:
+        path = corpus / GALLERY.format(split)
+        ids.update(read_text(path).split("\n")[:-1] if path.exists() else [])
+    return sorted(ids)
 
 
 def write_gallery(corpus: Path, split: str, videos: list[str]) -> None:

@@ -29,9 +29,8 @@ HUB = "hf://buckets/VideoSearchR1/data/datasets"
 RELEASED = {"charades": "charades-sta", "didemo": "didemo", "activitynet": "activitynet"}
 RECORD, REPLIES = "release.json", "sft_data/train_oneturn.json"
 HEADER = 2**14  # bytes of one request for a header, ours: 20 MB of frames may follow
-MAX_MEMBER = (
-    2**30
-)  # bytes, ours: the largest wanted file, vectors of 37,261 queries, has less than a third of it
+# Bytes, ours: the largest wanted file, vectors of 37,261 queries, has less than a third of it.
+MAX_MEMBER = 2**30
 # Queries and videos of train and test (docs/data.md section 1; DiDeMo's and ActivityNet's train videos: their sources).
 COUNTS = {"charades": (16128, 6672), "didemo": (36916, 9397), "activitynet": (54227, 14894)}
 VECTOR_BYTES = 2048 * 4
@@ -268,13 +267,13 @@ class QueryMeta(BaseModel):
     qid: Annotated[str, StringConstraints(pattern=r"^[0-9]+_fig$")]
 
 
-def read_vectors(profile, dataset: str, split: str = "test") -> tuple:
-    """Return the released (video ids, video vectors (V, D), query ids, query vectors (Q, D)) of a split.
+def read_vectors(profile, dataset: str) -> tuple:
+    """Return the released (video ids, video vectors (V, D), query ids, query vectors (Q, D)) of the test split.
 
     Vectors are float32, of length one. InputError where ids or shapes do not fit the annotations.
     """
     folder = ROOT / profile.data / dataset
-    query_file, meta, video_file, rows = (folder / name for name in vector_files(split))
+    query_file, meta, video_file, rows = (folder / name for name in vector_files("test"))
     query_ids = []
     for number, line in annotations.numbered_lines(annotations.read_text(meta))[0]:
         row = annotations.parse_json(line, meta, number, QueryMeta)
@@ -283,8 +282,8 @@ def read_vectors(profile, dataset: str, split: str = "test") -> tuple:
     video_ids = sorted(row_of, key=row_of.get)
     if sorted(row_of.values()) != list(range(len(row_of))):
         raise InputError(f"{rows}: not one row for each video, from 0; {ANEW}")
-    file = real_datasets.annotation_files(profile, dataset)[SPLITS.index(split)]
-    _check_ids(meta, annotations.read_fig(file), query_ids, video_ids)
+    _, test_file = real_datasets.annotation_files(profile, dataset)
+    _check_ids(meta, annotations.read_fig(test_file), query_ids, video_ids)
     video_vecs = _matrix(video_file, len(video_ids))
     return video_ids, video_vecs, query_ids, _matrix(query_file, len(query_ids), video_vecs.shape[1])
 

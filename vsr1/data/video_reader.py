@@ -37,9 +37,8 @@ class Clip:
     timestamps: np.ndarray | None  # (T,) seconds after the first frame at which the frames appear
     seconds: float | None  # end of the last frame of the video; None: unknown
     problem: str | None  # None: fine
-    facts: dict = field(
-        default_factory=dict
-    )  # {name: text or number} about file and reading; see `inspect_video`
+    # {name: text or number} about file and reading; see `inspect_video`
+    facts: dict = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +88,10 @@ class Reader:
         )
 
     def _attempt(self, path, times, timeout, second):
-        """Ask the child for a Clip; how it died, or None after `timeout` seconds without an answer, and no child."""
+        """Ask the child for a Clip. Return it, or how the child died, or None if it did not answer in time.
+
+        A child that gave no Clip is closed.
+        """
         if self._child is None or self._child.poll() is not None:
             self._start()
         clip = None
@@ -145,7 +147,7 @@ def reader_for(profile) -> Reader:
     return Reader(profile.video_fps, profile.max_frames, timeout=profile.decode_timeout)
 
 
-def read_videos(paths, template: Reader | None = None, workers=1) -> Iterator[Clip]:
+def read_videos(paths, template: Reader, workers=1) -> Iterator[Clip]:
     """Yield one Clip per path, in order, read with the settings of `template`; `workers` children decode ahead.
 
     A pair of a path and times asks for the frames on screen then.
@@ -167,7 +169,7 @@ def read_videos(paths, template: Reader | None = None, workers=1) -> Iterator[Cl
 
 
 @contextmanager
-def reader_pool(template: Reader | None = None, workers=1):
+def reader_pool(template: Reader, workers=1):
     """Give a function from a path, and times if wanted, to the Future of its Clip.
 
     `workers` children decode until the block ends.
@@ -175,7 +177,7 @@ def reader_pool(template: Reader | None = None, workers=1):
     with ExitStack() as stack:
         idle = SimpleQueue()
         for _ in range(workers):
-            idle.put(stack.enter_context(replace(template or Reader())))
+            idle.put(stack.enter_context(replace(template)))
 
         def read(path, times):
             reader = idle.get()
