@@ -134,7 +134,7 @@ def test_the_margin_of_a_verdict_is_that_of_a_full_forward_at_the_first_one_behi
         )
         if places:
             logp = all_log_probs(spoken, prompt, reply.ids)[places[0], list(spoken.verdict_tokens)]
-            assert reply.verdict.place == places[0]
+            assert reply.verdict.position == places[0]
             assert reply.verdict.margin == pytest.approx(float(logp[0] - logp[1]), abs=1e-5)
             found += 1
     assert 3 < found < 18
@@ -288,7 +288,7 @@ def test_words_that_all_begin_with_are_read_once_with_the_same_states_and_gradie
     asked = [*prompts[:2], made.prompt(prompt_text.SYSTEM, "Who?")]
     found, grads = [], []
     for share in (True, False):
-        context, now = made.prefill(asked, share=share)
+        context, now = made.prefill(asked, share_prefix=share)
         context, _, post = decoding.extend(
             made.model, context.rows(torch.tensor([2, 0, 1, 1])), now[[2, 0, 1, 1], None]
         )

@@ -96,8 +96,8 @@ def resolve_checkpoint(name: str, profile) -> str:
         return name
     match = re.fullmatch(f"{AUTHORS}({'|'.join(config.DATASETS)})-(stage[12])(@.+)?", name)
     if not match:
-        known = ", ".join(released_name(dataset, stage) for dataset in config.DATASETS for stage in (1, 2))
-        raise InputError(f"{name}: no released checkpoint; there are {known}")
+        names = ", ".join(released_name(dataset, stage) for dataset in config.DATASETS for stage in (1, 2))
+        raise InputError(f"{name}: no released checkpoint; there are {names}")
     if profile.sft_data is None:
         raise InputError(
             f"{name}: its system prompt stands in the released sft_data/train_oneturn.json; name that file as "

@@ -62,8 +62,8 @@ class KVCache:
     def __init__(self, layers):
         self.layers = list(layers)
 
-    def place(self, columns: torch.Tensor) -> int:
-        """Return how many columns there are with `columns` (B, L), which must be the next ones."""
+    def reserve(self, columns: torch.Tensor) -> int:
+        """Let the next update append `columns` (B, L); return how many columns the cache then has."""
         return self.layers[0][0].shape[2] + columns.shape[1]
 
     def update(self, keys, values, layer, *_):
@@ -81,7 +81,7 @@ class InplaceKVCache(KVCache):
         super().__init__(layers)
         self.buffers, self.columns, self.end = list(layers), None, layers[0][0].shape[2]
 
-    def place(self, columns: torch.Tensor) -> int:
+    def reserve(self, columns: torch.Tensor) -> int:
         """Let the next update write to `columns` (B, L); return how many columns the cache then has."""
         width, end = self.buffers[0][0].shape[2], int(columns.max()) + 1
         if end > width:
@@ -92,8 +92,8 @@ class InplaceKVCache(KVCache):
 
     def update(self, keys, values, layer, *_):
         rows = torch.arange(len(keys), device=keys.device)[:, None]
-        for buffer, new in zip(self.buffers[layer], (keys, values), strict=True):
-            buffer[rows, :, self.columns] = new.transpose(1, 2).to(buffer)  # autocast may mix precisions
+        for buffer, states in zip(self.buffers[layer], (keys, values), strict=True):
+            buffer[rows, :, self.columns] = states.transpose(1, 2).to(buffer)  # autocast may mix precisions
         self.layers[layer] = tuple(buffer[:, :, : self.end] for buffer in self.buffers[layer])
         return self.layers[layer]
 
@@ -145,12 +145,12 @@ def prefill_prefix(model, ids: list[int], rows: int) -> DynamicCache:
     return cache
 
 
-def prefill(model, prompts: list[inputs.Prompt], pad: int, share=True) -> tuple[Context, torch.Tensor]:
+def prefill(model, prompts: list[inputs.Prompt], pad: int, share_prefix=True) -> tuple[Context, torch.Tensor]:
     """Read prompts with their videos; return the context and the last hidden states (B, H), after the final norm.
 
-    share  read the common prefix once; False, for comparison: row by row
+    share_prefix  read the common prefix once; False, for comparison: row by row
     """
-    prefix = common_prefix(prompts, model.config.vision_start_token_id) if share else []
+    prefix = common_prefix(prompts, model.config.vision_start_token_id) if share_prefix else []
     cache = prefill_prefix(model, prefix, len(prompts))
     batch = inputs.collate(prompts, model, pad, len(prefix), pixels=False)
     features = _video_features(model, [prompt.video for prompt in prompts if prompt.video is not None])
@@ -185,11 +185,11 @@ def _read(model, context, embeds, columns, cache):
 
     Return the hidden states before and after the final norm.
     """
-    core, prompt = _backbone(model).language_model, context.attention_mask
-    width = cache.place(columns)
-    seen = torch.arange(width, device=embeds.device) <= columns[..., None]  # (B, L, width)
-    mask = (seen & F.pad(prompt, (0, width - prompt.shape[1]), value=True)[:, None])[:, None]
-    positions = context.last_position[:, None] + columns + 1 - prompt.shape[1]  # (B, L)
+    core, context_mask = _backbone(model).language_model, context.attention_mask
+    width = cache.reserve(columns)
+    causal = torch.arange(width, device=embeds.device) <= columns[..., None]  # (B, L, width)
+    mask = (causal & F.pad(context_mask, (0, width - context_mask.shape[1]), value=True)[:, None])[:, None]
+    positions = context.last_position[:, None] + columns + 1 - context_mask.shape[1]  # (B, L)
     options = {"attention_mask": mask, "position_ids": positions.expand(3, -1, -1), "past_key_values": cache}
     with _final_norm_inputs(core) as pre_norm:
         post_norm = core(inputs_embeds=embeds, **options).last_hidden_state
@@ -312,9 +312,9 @@ class Drafter:
         if len(self.following) > self.MOST:
             self.following.clear()
         padded, first = [None] * max(self.ORDERS) + ids, max(self.ORDERS)
-        for place in range(first + start, len(padded)):
+        for position in range(first + start, len(padded)):
             for order in self.ORDERS:
-                self.following[tuple(padded[place - order : place])] = padded[place]
+                self.following[tuple(padded[position - order : position])] = padded[position]
 
     def guess(self, ids: list[int]) -> list[int]:
         """Return at most `LENGTH` tokens that may come next."""
@@ -352,9 +352,9 @@ def decode(
     while True:
         logp = log_probs(model.lm_head(hidden), params)  # (B, L, vocabulary)
         tokens = _sample_step(logp, draws, rows, ids)  # (B, L)
-        found = logp.gather(2, tokens[..., None])[..., 0].tolist()
-        beside = logp[..., list(params.watched_tokens)].tolist()  # (B, L, W)
-        sampled_now = zip(rows, tokens.tolist(), found, beside, guesses, strict=True)
+        token_logps = logp.gather(2, tokens[..., None])[..., 0].tolist()
+        watched_logps = logp[..., list(params.watched_tokens)].tolist()  # (B, L, W)
+        sampled_now = zip(rows, tokens.tolist(), token_logps, watched_logps, guesses, strict=True)
         for reply, sampled, values, others, guessed in sampled_now:
             before = len(ids[reply])
             for token, value, other, guess in zip(sampled, values, others, [*guessed, None], strict=False):
@@ -373,9 +373,9 @@ def decode(
             if not open_rows:
                 break
             rows = [rows[row] for row in open_rows]
-            kept = torch.tensor(open_rows, device=device)
-            cache = inplace_cache(grown.rows(kept))
-            context = Context((), context.attention_mask[kept], context.last_position[kept])
+            index = torch.tensor(open_rows, device=device)
+            cache = inplace_cache(grown.rows(index))
+            context = Context((), context.attention_mask[index], context.last_position[index])
         guesses = [drafter.guess(ids[reply]) if going(reply) else [] for reply in rows]
         longest = max(map(len, guesses))
         guesses = [guess + [params.stop_token_id] * (longest - len(guess)) for guess in guesses]

@@ -44,7 +44,7 @@ def embed_corpus(profile, dataset: str, split: str, which: str = "engine") -> Pa
 
 def _embed(profile, dataset, split, which, folder):
     """Fill `folder` with what `embed_corpus` promises; several processes share the shards of videos."""
-    home, ranks = profile.data_dir(dataset), cache.dist_state()
+    home, processes = profile.data_dir(dataset), cache.dist_state()
     queries = annotations.read_fig(home / "corpus" / f"{split}.jsonl")
     gallery = annotations.gallery_ids(queries, home / "corpus", split)
     videos = annotations.find_videos(home / "videos", gallery)
@@ -52,8 +52,8 @@ def _embed(profile, dataset, split, which, folder):
     shards = [videos[start : start + SHARD_SIZE] for start in range(0, len(videos), SHARD_SIZE)]
     files = [folder / f"shard-{number:05}.npz" for number in range(len(shards))]
     _embed_shards(profile, loaded, home / "videos", shards, files, f"embed {dataset} {split}")
-    ranks.wait_for_everyone()
-    if not ranks.is_main_process:
+    processes.wait_for_everyone()
+    if not processes.is_main_process:
         return
     video_ids = [str(video_id) for ids in _arrays(files, "ids") for video_id in ids]
     if not video_ids:
@@ -76,16 +76,16 @@ def _embed(profile, dataset, split, which, folder):
         file.unlink()
 
 
-def _embed_shards(profile, loaded, folder, shards, files, what):
+def _embed_shards(profile, loaded, folder, shards, files, title):
     """Embed the shards of this process that have no file yet."""
-    ranks = cache.dist_state()
-    share = range(ranks.process_index, len(shards), ranks.num_processes)
-    todo = [number for number in share if not files[number].exists()]
+    processes = cache.dist_state()
+    numbers = range(processes.process_index, len(shards), processes.num_processes)
+    todo = [number for number in numbers if not files[number].exists()]
     # A video without a file is read under the name it should have: the reader says what is wrong with it.
     paths = [video.path or folder / f"{video.id}.mp4" for number in todo for video in shards[number]]
     reader = video_reader.reader_for(profile)
     clips = video_reader.read_videos(paths, reader, profile.decode_workers)
-    clips = iter(cache.progress(clips, what, len(paths)))
+    clips = iter(cache.progress(clips, title, len(paths)))
     for number in todo:
         _embed_shard(loaded, shards[number], clips, files[number])
 
@@ -140,9 +140,13 @@ def _write_skipped(files, split, path):
 
 def _write_lengths(queries, seconds, path):
     """Write the videos whose file is another one than was annotated, by its length; return how many, and warn."""
-    told = {query.video: query.duration for query in queries if query.duration is not None}
-    rows = [(video, told[video], round(float(found), 2)) for video, found in seconds.items() if video in told]
-    rows = [row for row in rows if abs(row[2] - row[1]) > max(LENGTH_SECONDS, LENGTH_SHARE * row[1])]
+    annotated = {query.video: query.duration for query in queries if query.duration is not None}
+    lengths = {video: round(float(length), 2) for video, length in seconds.items() if video in annotated}
+    rows = [
+        (video, annotated[video], length)
+        for video, length in lengths.items()
+        if abs(length - annotated[video]) > max(LENGTH_SECONDS, LENGTH_SHARE * annotated[video])
+    ]
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("video", "annotated seconds", "seconds of the file"), *rows])
     annotations.warn_repairs(path, {"videos are of another length than annotated": len(rows)})

@@ -23,7 +23,7 @@ from vsr1.models import decoding, inputs, prompt_text, soft_heads
 class Verdict:
     """Where a reply decides between matched and not_matched, and how clearly."""
 
-    place: int  # of the first token in which the two words differ, among the tokens of the reply
+    position: int  # of the first token in which the two words differ, among the tokens of the reply
     margin: float  # log P(matched) - log P(not_matched), by these two tokens; nats
 
 
@@ -71,10 +71,10 @@ class Policy:
         self.stop_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.refine_token_id = None if heads is None else find_refine_token(tokenizer, model)
         self.banned_tokens = self._find_banned_tokens()
-        words = [self._encode(f"<answer>{word}") for word in ("matched", "not_matched")]
-        shared = next(n for n, (a, b) in enumerate(zip(*words, strict=False)) if a != b)
-        self.verdict_lead, self.matched_ids = tokenizer.decode(words[0][:shared]), words[0][shared:]
-        self.verdict_tokens = tuple(word[shared] for word in words)
+        matched, not_matched = (self._encode(f"<answer>{word}") for word in ("matched", "not_matched"))
+        shared = next(n for n, (a, b) in enumerate(zip(matched, not_matched, strict=False)) if a != b)
+        self.verdict_lead, self.matched_ids = tokenizer.decode(matched[:shared]), matched[shared:]
+        self.verdict_tokens = matched[shared], not_matched[shared]
 
     def _encode(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -173,23 +173,23 @@ class Policy:
 
     def _verdict(self, ids, watched):
         """Return the first verdict behind the reasoning of a reply; None without one."""
-        for place, token in enumerate(ids):
-            before = (
-                self.tokenizer.decode(ids[max(0, place - 8) : place]) if token in self.verdict_tokens else ""
-            )
-            if before.endswith(self.verdict_lead) and "</think>" not in self.tokenizer.decode(ids[place:]):
-                matched, not_matched = watched[place]
-                return Verdict(place, matched - not_matched)
+        for position, token in enumerate(ids):
+            if token not in self.verdict_tokens:
+                continue
+            before = self.tokenizer.decode(ids[max(0, position - 8) : position])
+            if before.endswith(self.verdict_lead) and "</think>" not in self.tokenizer.decode(ids[position:]):
+                matched, not_matched = watched[position]
+                return Verdict(position, matched - not_matched)
         return None
 
     def reply_if_matched(
         self, prompts: list[inputs.Prompt], completions: list[Completion], max_new_tokens: int
     ) -> list[str]:
         """Return the text of replies, all with a verdict, after `matched` in its place: the spans they would name."""
-        kept = [one.ids[: one.verdict.place] + self.matched_ids for one in completions]
-        prompts = [replace(prompt, ids=prompt.ids + ids) for prompt, ids in zip(prompts, kept, strict=True)]
+        starts = [reply.ids[: reply.verdict.position] + self.matched_ids for reply in completions]
+        prompts = [replace(prompt, ids=prompt.ids + ids) for prompt, ids in zip(prompts, starts, strict=True)]
         ends = self.reply(prompts, max_new_tokens=max_new_tokens)
-        return [self.tokenizer.decode(ids) + end.text for ids, end in zip(kept, ends, strict=True)]
+        return [self.tokenizer.decode(ids) + end.text for ids, end in zip(starts, ends, strict=True)]
 
     def replay(
         self, prompts: list[inputs.Prompt], replies: list[list[int]], *, group=1, temperature=0.0
@@ -214,10 +214,12 @@ class Policy:
         return list(zip(replies, self.replay(prompts, replies).refine_contexts, strict=True))
 
     def prefill(
-        self, prompts: list[inputs.Prompt], group=1, share=True
+        self, prompts: list[inputs.Prompt], group=1, share_prefix=True
     ) -> tuple[decoding.Context, torch.Tensor]:
         """Read prompts; return the context and the last hidden states (B, H), each repeated `group` times."""
-        context, last_hidden = decoding.prefill(self.model, prompts, self.tokenizer.pad_token_id, share)
+        context, last_hidden = decoding.prefill(
+            self.model, prompts, self.tokenizer.pad_token_id, share_prefix
+        )
         counts = torch.tensor(_counts(group, prompts), device=last_hidden.device)
         rows = torch.arange(len(prompts), device=last_hidden.device).repeat_interleave(counts)
         return context.rows(rows), last_hidden[rows]

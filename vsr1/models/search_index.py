@@ -155,12 +155,12 @@ def _to_gpu(index):
     return index
 
 
-def _lookup(places: dict, key, kind: str) -> int:
-    if key not in places:
+def _lookup(rows: dict, key, kind: str) -> int:
+    if key not in rows:
         raise InputError(
             f"{kind} {key!r} has no vector; its video may be unreadable (skipped.csv), or run `embed` again"
         )
-    return places[key]
+    return rows[key]
 
 
 # --- Ranks
@@ -259,7 +259,7 @@ def recalls(rows: np.ndarray, true_rows: np.ndarray) -> np.ndarray:
     array([1. , 0.5])
     """
     pairs = zip(rows, true_rows, strict=True)
-    return np.array([len(np.intersect1d(found, true)) for found, true in pairs]) / true_rows.shape[1]
+    return np.array([len(np.intersect1d(row, true)) for row, true in pairs]) / true_rows.shape[1]
 
 
 def search_exact(vecs: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
