@@ -179,9 +179,8 @@ def test_rows_that_end_early_leave_the_others_as_they_are(made, prompts):
     draws = torch.from_numpy(np.random.default_rng(0).random((12, 24)))
     for row, reply in enumerate(together):
         context, now = quick.prefill([prompts[row // 4]])
-        alone = decoding.decode(
-            quick.model, context, now, quick.sampling_params(24, COLD), draws[row : row + 1]
-        )[0]
+        params = quick.sampling_params(24, COLD)
+        [alone] = decoding.decode(quick.model, context, now, params, draws[row : row + 1], decoding.Drafter())
         assert alone.ids == reply.ids
         np.testing.assert_allclose(alone.logps, reply.logps, atol=1e-5 / COLD)
         assert (

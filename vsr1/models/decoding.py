@@ -252,11 +252,9 @@ class SamplingParams:
     stop_token_id: int  # the token that ends a reply
     banned_tokens: torch.Tensor  # (vocabulary,) True where a token may not be sampled
     max_new_tokens: int
-    temperature: float = 0.0  # 0: greedy
-    top_p: float = 1.0  # only the likeliest tokens that together hold this much of the mass are sampled
-    watched_tokens: tuple[
-        int, ...
-    ] = ()  # W tokens whose log-probabilities are recorded beside the sampled one's
+    temperature: float  # 0: greedy
+    top_p: float  # only the likeliest tokens that together hold this much of the mass are sampled; 1: all
+    watched_tokens: tuple[int, ...]  # W tokens whose log-probabilities are recorded beside the sampled one's
 
 
 @dataclass(frozen=True)
@@ -331,34 +329,35 @@ class Drafter:
 
 @torch.no_grad()
 def decode(
-    model, context: Context, last_hidden: torch.Tensor, params: SamplingParams, draws=None, drafter=None
+    model, context: Context, last_hidden: torch.Tensor, params: SamplingParams, draws, drafter: Drafter
 ) -> list[Generation]:
     """Sample a reply for every row in step, from the hidden state (B, H) of its last token to the stop token.
 
     draws    (B, max_new_tokens) float64, uniform in [0, 1), for sampling; each row has its own, so that no row depends
              on the others; None: greedy
-    drafter  guesses the next tokens; None: a new one
+    drafter  guesses the next tokens
 
     Each step reads a row's latest token and the guesses behind it, and samples a token after each of them. Samples
     count up to the first that was guessed wrongly, so they are those of token after token (speculative decoding).
 
     When more than half of the rows have ended, the others continue alone: one endless reply costs a row, not a batch.
     """
-    drafter, device, start = drafter or Drafter(), last_hidden.device, context.attention_mask.shape[1]
-    ids, logps, watched, contexts = *([[] for _ in last_hidden] for _ in range(3)), {}
-    rows, guesses = list(range(len(last_hidden))), [[] for _ in last_hidden]  # the replies that are decoded
+    device, start = last_hidden.device, context.attention_mask.shape[1]
+    ids, logps, watched = ([[] for _ in last_hidden] for _ in range(3))
+    contexts = {}  # {number of a reply that has ended: the context and the row in which it was read}
+    active, guesses = list(range(len(ids))), [[] for _ in ids]  # numbers of the replies in the batch
+    positions = torch.zeros(len(ids), 1, dtype=torch.long)  # (B, L) of the next samples in their replies
     cache, hidden = inplace_cache(context), last_hidden[:, None]  # (B, L, H)
-    going = lambda reply: not ids[reply] or _goes_on(ids[reply], params)  # noqa: E731
     while True:
         logp = log_probs(model.lm_head(hidden), params)  # (B, L, vocabulary)
-        tokens = _sample_step(logp, draws, rows, ids)  # (B, L)
+        tokens = _sample_step(logp, draws, active, positions)  # (B, L)
         token_logps = logp.gather(2, tokens[..., None])[..., 0].tolist()
         watched_logps = logp[..., list(params.watched_tokens)].tolist()  # (B, L, W)
-        sampled_now = zip(rows, tokens.tolist(), token_logps, watched_logps, guesses, strict=True)
-        for reply, sampled, values, others, guessed in sampled_now:
+        samples = zip(active, tokens.tolist(), token_logps, watched_logps, guesses, strict=True)
+        for reply, sampled, values, others, guessed in samples:
             before = len(ids[reply])
-            for token, value, other, guess in zip(sampled, values, others, [*guessed, None], strict=False):
-                if not going(reply):
+            for token, value, other, guess in zip(sampled, values, others, [*guessed, None], strict=True):
+                if not _goes_on(ids[reply], params):
                     break
                 ids[reply].append(token)
                 logps[reply].append(value)
@@ -366,22 +365,24 @@ def decode(
                 if token != guess:
                     break
             drafter.learn(ids[reply], before)
-        open_rows = [row for row, reply in enumerate(rows) if going(reply)]
-        if 2 * len(open_rows) < len(rows):
+        open_rows = [row for row, reply in enumerate(active) if _goes_on(ids[reply], params)]
+        if 2 * len(open_rows) < len(active):
             grown = _grown(context, cache, cache.layers[0][0].shape[2])
-            contexts |= {reply: (grown, row) for row, reply in enumerate(rows) if not going(reply)}
+            contexts |= {reply: (grown, row) for row, reply in enumerate(active) if row not in open_rows}
             if not open_rows:
                 break
-            rows = [rows[row] for row in open_rows]
+            active = [active[row] for row in open_rows]
             index = torch.tensor(open_rows, device=device)
             cache = inplace_cache(grown.rows(index))
             context = Context((), context.attention_mask[index], context.last_position[index])
-        guesses = [drafter.guess(ids[reply]) if going(reply) else [] for reply in rows]
+        guesses = [drafter.guess(ids[reply]) if _goes_on(ids[reply], params) else [] for reply in active]
         longest = max(map(len, guesses))
         guesses = [guess + [params.stop_token_id] * (longest - len(guess)) for guess in guesses]
-        latest = torch.tensor([[ids[reply][-1], *guess] for reply, guess in zip(rows, guesses, strict=True)])
-        places = torch.tensor([[len(ids[reply])] for reply in rows]) + torch.arange(longest + 1)
-        columns = (start - 1 + places).to(device)
+        latest = torch.tensor(
+            [[ids[reply][-1], *guess] for reply, guess in zip(active, guesses, strict=True)]
+        )
+        positions = torch.tensor([[len(ids[reply])] for reply in active]) + torch.arange(longest + 1)
+        columns = (start - 1 + positions).to(device)
         embeds = model.get_input_embeddings()(latest.to(device))
         _, hidden = _read(model, context, embeds, columns, cache)
     return [
@@ -391,16 +392,17 @@ def decode(
 
 
 def _goes_on(ids, params):
-    return ids[-1] != params.stop_token_id and len(ids) < params.max_new_tokens
+    """Return whether a reply takes another token."""
+    return not ids or (ids[-1] != params.stop_token_id and len(ids) < params.max_new_tokens)
 
 
-def _sample_step(logp, draws, rows, ids):
-    """Sample (B, L) tokens behind those that each reply has, each with the draw of its place."""
+def _sample_step(logp, draws, active, positions):
+    """Sample tokens (B, L) at `positions` (B, L) of the `active` replies, each with the draw of its position."""
     if draws is None:
         return sample_token(logp, None)
-    places = torch.tensor([[len(ids[reply])] for reply in rows]) + torch.arange(logp.shape[1])
-    places = places.clamp(max=draws.shape[1] - 1)  # a guess behind the limit is never kept
-    return sample_token(logp, draws[torch.tensor(rows)[:, None].to(draws.device), places.to(draws.device)])
+    positions = positions.clamp(max=draws.shape[1] - 1)  # a guess behind the limit is never kept
+    rows = torch.tensor(active)[:, None]
+    return sample_token(logp, draws[rows.to(draws.device), positions.to(draws.device)])
 
 
 def replay(model, context: Context, last_hidden: torch.Tensor, ids: torch.Tensor, params: SamplingParams):

@@ -234,8 +234,9 @@ class Policy:
         self, max_new_tokens: int, temperature: float, top_p: float = 1.0
     ) -> decoding.SamplingParams:
         """Return how this policy's replies are sampled."""
-        limits = self.stop_token_id, self.banned_tokens, max_new_tokens
-        return decoding.SamplingParams(*limits, temperature, top_p, self.verdict_tokens)
+        return decoding.SamplingParams(
+            self.stop_token_id, self.banned_tokens, max_new_tokens, temperature, top_p, self.verdict_tokens
+        )
 
 
 def _counts(group, prompts):
