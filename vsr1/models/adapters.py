@@ -25,12 +25,10 @@ def save(policy: Policy, base: str, folder: Path) -> dict[str, int]:
     model, _ = loading.load(Qwen3VLForConditionalGeneration, base)
     before, after = model.state_dict(), policy.model.state_dict()
     row, differences = _refine_row(policy, before), {}
+    embedding = policy.model.get_input_embeddings().weight
     for name, weight in after.items():
         difference = weight.float().cpu() - before[name]
-        if (
-            difference.any()
-            and not weight.data_ptr() == policy.model.get_input_embeddings().weight.data_ptr()
-        ):
+        if difference.any() and weight.data_ptr() != embedding.data_ptr():
             differences[name.removesuffix(".weight")] = _factors(name, difference)
     ranks = {name: len(down) for name, (down, _) in differences.items()}
     adapted = PeftModel(model, _config(base, ranks, policy.refine_token_id))
@@ -62,10 +60,8 @@ def _factors(name, difference):
 
 def _refine_row(policy, before):
     """Return the embedding of <REFINE>, (1, H); every other row must be the base's."""
-    weight, name = (
-        policy.model.get_input_embeddings().weight.detach().float().cpu(),
-        _embedding_name(policy.model),
-    )
+    weight = policy.model.get_input_embeddings().weight.detach().float().cpu()
+    name = _embedding_name(policy.model)
     changed = (weight != before[f"{name}.weight"]).any(dim=1).nonzero().flatten().tolist()
     if changed != [policy.refine_token_id]:
         raise InputError(

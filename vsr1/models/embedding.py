@@ -1,6 +1,7 @@
 """Embed one split of a data set: the step that leaves vectors and an index."""
 
 import csv
+import functools
 from pathlib import Path
 
 import faiss
@@ -21,8 +22,8 @@ def embed_corpus(profile, dataset: str, split: str, which: str = "engine") -> Pa
 
     The corpus is made current first. Videos that cannot be read are listed with the reason in `skipped.csv`. They have
     no vector, and their queries stay in every denominator as failures. Files of another length than their annotation
-    says are used, and listed in `lengths.csv`. From `search_index.LARGE` videos on the index is
-    an IVF index, and `notes.json` holds its recall against exact search; ranks in evaluation are exact at any size.
+    says are used, and listed in `lengths.csv`. From `search_index.LARGE` videos on the index is an IVF index, and
+    `notes.json` holds its recall against exact search; ranks in evaluation are exact at any size.
 
     which  the knob that names the engine: engine or engine_large
     """
@@ -38,7 +39,7 @@ def embed_corpus(profile, dataset: str, split: str, which: str = "engine") -> Pa
         "pixels": vars(engine.pixel_rule(profile)),
         "limits": [profile.max_query_tokens, profile.dtype],
     }
-    work = lambda folder: _embed(profile, dataset, split, which, folder)  # noqa: E731
+    work = functools.partial(_embed, profile, dataset, split, which)
     return cache.build(home / "embed" / which / split, inputs, work, distributed=True)
 
 

@@ -27,11 +27,8 @@ class Engine:
     def __init__(self, profile, model: Qwen3VLModel, tokenizer, name: str):
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.instruction, self.max_query_tokens = _sentence(profile.instruction), profile.max_query_tokens
-        self.pixels, self.clock, self.batch_tokens = (
-            pixel_rule(profile),
-            profile.engine_clock,
-            profile.batch_tokens,
-        )
+        self.pixels, self.clock = pixel_rule(profile), profile.engine_clock
+        self.batch_tokens = profile.batch_tokens
         self.width = self.model.config.text_config.hidden_size
         self.tail = self.tokenizer(TAIL, add_special_tokens=False)["input_ids"]
         self.num_truncated = 0  # query texts shortened to max_query_tokens so far
@@ -102,13 +99,11 @@ class Engine:
         return torch.nn.functional.normalize(states[:, -1].float(), dim=-1)
 
     @torch.no_grad()
-    def embed_texts(
-        self, texts: list[str], soft: torch.Tensor | None = None, what="embed queries"
-    ) -> np.ndarray:
+    def embed_texts(self, texts: list[str], soft: torch.Tensor | None = None) -> np.ndarray:
         """Embed queries, each with its own soft tokens (Q, N, D) if given; return (Q, D)."""
         lengths = [len(self.tokenizer(text)["input_ids"]) + 16 for text in texts]
         vecs = np.zeros((len(texts), self.width), np.float32)
-        for rows in cache.progress(batching.batches(lengths, self.batch_tokens), what):
+        for rows in cache.progress(batching.batches(lengths, self.batch_tokens), "embed queries"):
             part = self.text_vecs([texts[row] for row in rows], None if soft is None else soft[rows])
             vecs[rows] = part.cpu().numpy()
         return vecs

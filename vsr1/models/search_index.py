@@ -80,9 +80,8 @@ class Vectors:
         if self.index_file is not None and total >= LARGE:
             return self._best(query_vecs, self.index.search(query_vecs, 2 * k)[1], k, scores)
         scores = self.scores(query_vecs) if scores is None else scores
-        rounding = (
-            query_vecs.shape[1] * np.finfo(np.float32).eps
-        )  # two float32 products of unit vectors are this near
+        # Two float32 products of unit vectors are this near.
+        rounding = query_vecs.shape[1] * np.finfo(np.float32).eps
         count = 2 * k + 8
         while count < min(total, MAX_CANDIDATES):
             proposed, columns = self.index.search(query_vecs, count)
