@@ -61,10 +61,12 @@ def _run_turn(t, episodes, search, ask, refine, run):
     does not need memory for two.
     """
     shown = [(episode, video) for episode in episodes if (video := _next_video(episode, run))]
-    new = [(episode, video) for episode, video in shown if not (run.reuse and _reuse_turn(episode, t, video))]
-    verifications = _call(ask, [(episode.query, video) for episode, video in new])
+    unseen = [
+        (episode, video) for episode, video in shown if not (run.reuse and _reuse_turn(episode, t, video))
+    ]
+    verifications = _call(ask, [(episode.query, video) for episode, video in unseen])
     rejected = []
-    for (episode, video), verification in zip(new, verifications, strict=True):
+    for (episode, video), verification in zip(unseen, verifications, strict=True):
         episode.turns.append(_verified_turn(episode, t, video, verification))
         episode.stop = _stop_reason(verification, refine is not None)
         if episode.stop is None:
@@ -156,8 +158,8 @@ def _verified_turn(episode, t, video, verification):
     grounding = {"span_ms": None if span is None else moments.span_ms(span), "iou": iou}
     forced = _clamp(verification.forced_span, verification.video_seconds)
     grounding |= {"forced_span_ms": None if forced is None else moments.span_ms(forced)}
-    found = _present_ranking(episode) | {"verdict_margin": verification.margin}
-    return records.Turn(t, video, right, reply=reply, verify_cost=verification.cost, **found, **grounding)
+    fields = _present_ranking(episode) | {"verdict_margin": verification.margin}
+    return records.Turn(t, video, right, reply=reply, verify_cost=verification.cost, **fields, **grounding)
 
 
 def _clamp(span, seconds):
@@ -213,5 +215,5 @@ def _refined_turn(turn, step, rankings):
 
 def _finish(episode, run):
     query, stop = episode.query, episode.stop or "budget"
-    asked = (query.id, query.text, query.video, moments.span_ms(query.span))
-    return records.Episode(run, *asked, episode.rank_orig, tuple(episode.turns), stop, episode.problem)
+    gt = (query.id, query.text, query.video, moments.span_ms(query.span))
+    return records.Episode(run, *gt, episode.rank_orig, tuple(episode.turns), stop, episode.problem)

@@ -92,9 +92,9 @@ class EpisodeRunner:
 
     def search(self, pairs) -> list[Ranking]:
         """Rank the gallery by each query's vector; of an oracle system `top` holds what it shows."""
-        states = [self.vectors.query_vec(q.id) if state is ORIGINAL else state.vec for q, state in pairs]
+        vecs = [self.vectors.query_vec(q.id) if state is ORIGINAL else state.vec for q, state in pairs]
         right_videos = [query.video for query, _ in pairs]
-        rankings = rank_gallery(self.vectors, np.stack(states), right_videos, self.top_k)
+        rankings = rank_gallery(self.vectors, np.stack(vecs), right_videos, self.top_k)
         return [
             replace(ranking, top=self._shown_first(query, ranking.top))
             for (query, _), ranking in zip(pairs, rankings, strict=True)
@@ -109,14 +109,14 @@ class EpisodeRunner:
     def ask(self, pairs) -> list[Verification]:
         """Let the policy verify and ground each query in its video; decoding the video is not in the seconds."""
         clips = self.clips.get([video for _, video in pairs])
-        good = [row for row, clip in enumerate(clips) if clip.problem is None]
-        prompts = [self.policy.prompt(self.prompt, pairs[row][0].text, clips[row]) for row in good]
+        readable = [row for row, clip in enumerate(clips) if clip.problem is None]
+        prompts = [self.policy.prompt(self.prompt, pairs[row][0].text, clips[row]) for row in readable]
         verifications = [Verification(None, problem=clip.problem) for clip in clips]
         completions, seconds = self._reply(prompts)
-        spans = self._forced_spans([pairs[row] for row in good], prompts, completions)
+        spans = self._forced_spans([pairs[row] for row in readable], prompts, completions)
         if self.system.append_refine and prompts:
             completions = self._append_refine(prompts, completions)
-        for row, prompt, completion, span in zip(good, prompts, completions, spans, strict=True):
+        for row, prompt, completion, span in zip(readable, prompts, completions, spans, strict=True):
             # It holds the KV cache of its whole batch: only where soft tokens are decoded from it.
             context = completion.refine_context if self.system.refine == "sqr" else None
             verifications[row] = Verification(
@@ -127,21 +127,21 @@ class EpisodeRunner:
                 forced_span=span,
                 state=(context, clips[row], pairs[row][1]),
             )
-        return verifications if self.system.accepts else [_rejection(one) for one in verifications]
+        return verifications if self.system.accepts else list(map(_rejection, verifications))
 
     def _forced_spans(self, pairs, prompts, completions):
         """The span that each reply would name if it accepted; None unless it rejects the right video."""
         spans = [None] * len(pairs)
         rows = [
             row
-            for row, ((query, video), one) in enumerate(zip(pairs, completions, strict=True))
-            if query.video == video and one.verdict and not self._read(one).matched
+            for row, ((query, video), completion) in enumerate(zip(pairs, completions, strict=True))
+            if query.video == video and completion.verdict and not self._read(completion).matched
         ]
         if rows:
-            chosen = [prompts[row] for row in rows], [completions[row] for row in rows]
-            for row, text in zip(
-                rows, self.policy.reply_if_matched(*chosen, self.max_new_tokens), strict=True
-            ):
+            texts = self.policy.reply_if_matched(
+                [prompts[row] for row in rows], [completions[row] for row in rows], self.max_new_tokens
+            )
+            for row, text in zip(rows, texts, strict=True):
                 spans[row] = read_reply(text, ()).span
         return spans
 
@@ -162,8 +162,10 @@ class EpisodeRunner:
         """The same completions with <REFINE> at their end."""
         appended = self.policy.append_refine(prompts, [completion.ids for completion in completions])
         return [
-            replace(old, ids=ids, text=f"{old.text} {prompt_text.REFINE}", refine_context=context)
-            for old, (ids, context) in zip(completions, appended, strict=True)
+            replace(
+                completion, ids=ids, text=f"{completion.text} {prompt_text.REFINE}", refine_context=context
+            )
+            for completion, (ids, context) in zip(completions, appended, strict=True)
         ]
 
     def refine_by_feedback(self, rejected) -> list[Refinement]:
@@ -233,8 +235,8 @@ class EpisodeRunner:
         ]
         completions, seconds = self._reply(prompts)
         return [
-            (read_reply(one.text, one.ids, ended=one.ended).update, _cost(prompt, one, seconds))
-            for prompt, one in zip(prompts, completions, strict=True)
+            (read_reply(reply.text, reply.ids, ended=reply.ended).update, _cost(prompt, reply, seconds))
+            for prompt, reply in zip(prompts, completions, strict=True)
         ]
 
     def _tokens(self, text):
@@ -249,10 +251,11 @@ def rank_gallery(vectors, query_vecs: np.ndarray, right_videos: list[str], top_k
     ranks, ties = search_index.ranks(scores, right), search_index.ties(scores, right)
     rankings = []
     for row, video in enumerate(right_videos):
-        top, top1 = tuple(vectors.video_ids[column] for column in best[row]), float(scores[row, best[row, 0]])
+        top = tuple(vectors.video_ids[column] for column in best[row])
+        top1 = float(scores[row, best[row, 0]])
         if vectors.has_video(video):
-            place = int(ranks[row]), int(ties[row])
-            rankings.append(Ranking(*place, top, float(scores[row, right[row]]), top1))
+            score = float(scores[row, right[row]])
+            rankings.append(Ranking(int(ranks[row]), int(ties[row]), top, score, top1))
         else:
             rankings.append(Ranking(None, None, top, None, top1))
     return rankings

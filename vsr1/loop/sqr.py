@@ -82,13 +82,13 @@ def prefix_queries(
 def check_fit(policy: Policy, engine) -> None:
     """Raise InputError unless the policy's soft tokens were trained for an engine like this one."""
     settings = policy.settings
-    for what, trained_for, found in (
+    for name, trained_for, actual in (
         ("width", policy.heads.width, engine.width),
         ("instruction", settings.instruction, engine.instruction),
         ("max_query_tokens", settings.max_query_tokens, engine.max_query_tokens),
     ):
-        if trained_for != found:
+        if trained_for != actual:
             raise InputError(
-                f"{policy.name}: its soft tokens are for an engine of {what} {trained_for!r}, but {engine.name} has "
-                f"{found!r}; let the profile name an engine and a policy that belong together"
+                f"{policy.name}: its soft tokens are for an engine of {name} {trained_for!r}, but {engine.name} has "
+                f"{actual!r}; let the profile name an engine and a policy that belong together"
             )
