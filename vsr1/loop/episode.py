@@ -76,7 +76,7 @@ def _run_turn(t, episodes, search, ask, refine, run):
     _search_again([episode for episode, _ in rejected], refinements, search)
 
 
-def select_video(top, rejected, display_rule="top1") -> str | None:
+def select_video(top, rejected, display_rule) -> str | None:
     """Return the video to show: the best one (the paper), or None where nothing is left. Ranks are never altered.
 
     skip_rejected   the best one not yet rejected in this episode; with a refinement that changes nothing this is
@@ -100,31 +100,33 @@ def rank_fallback(rejected) -> list[records.Refinement]:
 
 
 def _call(function, items):
-    """One result of `function` for each item; it is not called without any."""
+    """Return one result of `function` for each item; it is not called without any."""
     results = function(items) if items else []
     assert len(results) == len(items), f"{len(results)} results for {len(items)} items"
     return results
 
 
 def _start(query, ranking):
-    """An episode at its first ranking; one whose right video has no vector ends there."""
-    missing = ranking.rank is None
-    problem = f"{query.video}: the right video has no vector" if missing else None
-    return EpisodeState(query, ranking.rank, ranking, stop="problem" if missing else None, problem=problem)
+    """Return an episode at its first ranking; one whose right video has no vector ends there."""
+    episode = EpisodeState(query, ranking.rank, ranking)
+    if ranking.rank is None:
+        episode.stop, episode.problem = "problem", f"{query.video}: the right video has no vector"
+    return episode
 
 
 def _next_video(episode, run):
-    """The video an episode shows next; None if it has ended, or ends here because no video is left."""
+    """Return the video an episode shows next; None if it has ended, or ends here because no video is left."""
     if episode.stop is not None:
         return None
     rejected = [turn.shown_id for turn in episode.turns]
     video = select_video(episode.ranking.top, rejected, run.display_rule)
-    episode.stop = "exhausted" if video is None else None
+    if video is None:
+        episode.stop = "exhausted"
     return video
 
 
 def _reuse_turn(episode, t, video):
-    """Whether an earlier turn showed `video`; it is then recorded once more, at the query's present ranking."""
+    """Record the turn that showed `video` earlier once more, at the present ranking; return whether there is one."""
     for turn, (query_state, ranking) in zip(episode.turns, episode.after, strict=True):
         if turn.shown_id == video:
             changes = _present_ranking(episode) | NO_COST | {"reused": True}
@@ -139,37 +141,46 @@ def _reuse_turn(episode, t, video):
 
 
 def _present_ranking(episode):
-    """The fields of a turn that say how its video was found."""
+    """Return the fields of a turn that say how its video was found."""
     ranking = episode.ranking
-    scores = {"score_gt": ranking.score_gt, "score_top1": ranking.score_top1}
-    return {"rank_in": ranking.rank, "ties_in": ranking.ties} | scores
+    return {
+        "rank_in": ranking.rank,
+        "ties_in": ranking.ties,
+        "score_gt": ranking.score_gt,
+        "score_top1": ranking.score_top1,
+    }
 
 
 def _verified_turn(episode, t, video, verification):
-    """The first half of a turn: the video that was shown, the verdict and the span."""
-    reply, problem = verification.reply, verification.problem
-    assert (reply is None) == (problem is not None), verification
-    right, span = video == episode.query.video, None
-    if problem is not None:
-        episode.problem = f"{video}: {problem}"
-    else:
-        span = _clamp(reply.span, verification.video_seconds)
-    iou = float(moments.span_iou(span, episode.query.span)) if right and span is not None else 0.0
-    grounding = {"span_ms": None if span is None else moments.span_ms(span), "iou": iou}
-    forced = _clamp(verification.forced_span, verification.video_seconds)
-    grounding |= {"forced_span_ms": None if forced is None else moments.span_ms(forced)}
-    fields = _present_ranking(episode) | {"verdict_margin": verification.margin}
-    return records.Turn(t, video, right, reply=reply, verify_cost=verification.cost, **fields, **grounding)
+    """Return the first half of a turn: the video that was shown, the verdict and the span."""
+    reply, seconds = verification.reply, verification.video_seconds
+    assert (reply is None) == (verification.problem is not None), verification
+    if reply is None:
+        episode.problem = f"{video}: {verification.problem}"
+    right = video == episode.query.video
+    span = None if reply is None else _clamp(reply.span, seconds)
+    return records.Turn(
+        t,
+        video,
+        right,
+        **_present_ranking(episode),
+        reply=reply,
+        span_ms=moments.span_ms(span),
+        iou=float(moments.span_iou(span, episode.query.span)) if right and span is not None else 0.0,
+        verify_cost=verification.cost,
+        verdict_margin=verification.margin,
+        forced_span_ms=moments.span_ms(_clamp(verification.forced_span, seconds)),
+    )
 
 
 def _clamp(span, seconds):
-    """A span inside a video of so many seconds, if they are known; None without a span."""
+    """Return a span inside a video of so many seconds, if they are known; None without a span."""
     end = float("inf") if seconds is None else seconds
     return None if span is None else [min(max(time, 0.0), end) for time in span]
 
 
 def _stop_reason(verification, can_refine):
-    """Why an episode ends after a verification; None: it goes on to refine."""
+    """Return why an episode ends after a verification; None: it goes on to refine."""
     if verification.problem is not None:
         return "problem"
     if verification.reply.matched:
@@ -178,17 +189,15 @@ def _stop_reason(verification, can_refine):
 
 
 def _search_again(episodes, refinements, search):
-    """The second half of a turn: search with each refined query, and each step of its prefix sweep, in one call."""
+    """Search with each refined query, and each step of its prefix sweep, in one call: the second half of a turn."""
     states = [() if step.state is None else (*step.by_depth[:-1], step.state) for step in refinements]
     pairs = [
         (episode.query, state) for episode, sweep in zip(episodes, states, strict=True) for state in sweep
     ]
     results = iter(_call(search, pairs))
     for episode, step, sweep in zip(episodes, refinements, states, strict=True):
-        rankings = [
-            episode.ranking,
-            *islice(results, len(sweep)),
-        ]  # with no latents of this turn, with 1, 2, ..
+        # With no latents of this turn, with 1, 2, ..
+        rankings = [episode.ranking, *islice(results, len(sweep))]
         episode.turns[-1] = _refined_turn(episode.turns[-1], step, rankings)
         if step.state is None:
             episode.stop = "no_refine"
@@ -198,7 +207,7 @@ def _search_again(episodes, refinements, search):
 
 
 def _refined_turn(turn, step, rankings):
-    """A turn with its second half: how the query was refined, and what the search with it gave."""
+    """Return a turn with its second half: how the query was refined, and what the search with it gave."""
     turn = replace(
         turn,
         refine_kind=step.kind,
@@ -208,12 +217,25 @@ def _refined_turn(turn, step, rankings):
         refine_tokens_tagged=step.tokens_tagged,
     )
     if step.by_depth:
-        ranks = tuple(ranking.rank for ranking in rankings)
-        turn = replace(turn, rank_by_depth=ranks, top1_by_depth=tuple(r.top[0] for r in rankings))
+        turn = replace(
+            turn,
+            rank_by_depth=tuple(ranking.rank for ranking in rankings),
+            top1_by_depth=tuple(ranking.top[0] for ranking in rankings),
+        )
     return turn if step.state is None else records.with_refined_ranking(turn, rankings[-1])
 
 
 def _finish(episode, run):
-    query, stop = episode.query, episode.stop or "budget"
-    gt = (query.id, query.text, query.video, moments.span_ms(query.span))
-    return records.Episode(run, *gt, episode.rank_orig, tuple(episode.turns), stop, episode.problem)
+    """Return the record of an episode; one that was not stopped has used up its turns."""
+    query = episode.query
+    return records.Episode(
+        run,
+        query.id,
+        query.text,
+        query.video,
+        moments.span_ms(query.span),
+        episode.rank_orig,
+        tuple(episode.turns),
+        stop_reason=episode.stop or "budget",
+        problem=episode.problem,
+    )

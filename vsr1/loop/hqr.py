@@ -4,6 +4,8 @@ import copy
 
 from vsr1.models import prompt_text
 
+MAX_TOKENS = 512  # of a query with its update in words, and the engine's template around it
+
 
 def rewrite_prompt(variant: str) -> tuple[str, bool]:
     """Return (system prompt, whether the rejected video is shown with it); `reasoned` judges and rewrites at once.
@@ -27,8 +29,8 @@ def compose_query(query: str, update: str, mode: str) -> str:
     return f"{query} {update}" if mode == "append" else update
 
 
-def with_query_limit(engine, tokens: int = 512):
-    """Return the same engine with a higher limit of tokens, so that updates are not cut where queries are."""
+def with_query_limit(engine):
+    """Return the same engine with a limit of MAX_TOKENS, so that updates are not cut where queries are."""
     other = copy.copy(engine)
-    other.max_query_tokens, other.num_truncated = tokens, 0
+    other.max_query_tokens, other.num_truncated = MAX_TOKENS, 0
     return other

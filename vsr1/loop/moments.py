@@ -12,13 +12,13 @@ def milliseconds(seconds) -> np.ndarray:
     return np.rint(np.asarray(seconds, dtype=np.float64) * 1000).astype(np.int64)
 
 
-def span_ms(span) -> tuple[int, int]:
-    """Return one moment in seconds as whole milliseconds, as records hold it.
+def span_ms(span) -> tuple[int, int] | None:
+    """Return one moment in seconds as whole milliseconds, as records hold it; None for None.
 
     >>> span_ms((2.5, 9.5))
     (2500, 9500)
     """
-    return tuple(milliseconds(span).tolist())
+    return None if span is None else tuple(milliseconds(span).tolist())
 
 
 def overlap(a: np.ndarray, b: np.ndarray):

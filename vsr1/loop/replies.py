@@ -80,6 +80,6 @@ def inside(tag: str, text: str) -> str | None:
 
 
 def _number(text):
-    """The first finite number in a text; None without one. `1:30` is 1, `nan` and `1e999` are none."""
+    """Return the first finite number in a text; None without one. `1:30` is 1, `nan` and `1e999` are none."""
     numbers = (float(match[0]) for match in NUMBER.finditer(text or ""))
     return next((number for number in numbers if abs(number) < float("inf")), None)

@@ -23,17 +23,13 @@ MIN_COSINE, COMPARED_QUERIES = 0.999, 8  # docs/method.md section 8: lowest cosi
 class System:
     """What a system does where systems differ."""
 
-    refine: str | None = (
-        None  # walkdown, rocchio, sqr, or an HQR variant: blind, seen, reasoned; None: it has one turn
-    )
+    # walkdown, rocchio, sqr, or an HQR variant: blind, seen, reasoned; None: it has one turn
+    refine: str | None = None
     mode: str = "replace"  # of HQR: the update instead of the query; append: after the query
     display_rule: str | None = None  # None: the profile's
-    first: str = (
-        "ranked"  # what the first search shows; "right", "wrong": the oracle video, the best wrong one
-    )
-    append_refine: bool = (
-        False  # <REFINE> is appended to every reply: for heads of a model that never says it
-    )
+    # What the first search shows: "ranked", or the oracle video: "right", or "wrong", the best wrong one.
+    first: str = "ranked"
+    append_refine: bool = False  # <REFINE> ends every reply: for heads of a model that never says it
     accepts: bool = True  # False: every verdict counts as a rejection, for a choice among all that was shown
     feedback: float = 0.0  # of rocchio: how much of a rejected video's vector is taken off the query's
 
@@ -82,8 +78,12 @@ class EpisodeRunner:
         if system.refine == "reasoned":
             self.prompt, self.layout = prompt_text.SYSTEM_HQR, "hqr"
         self.rewrite_engine = hqr.with_query_limit(engine)
-        functions = {None: None, "walkdown": episode.rank_fallback, "sqr": self.refine_soft}
-        functions |= {"rocchio": self.refine_by_feedback}
+        functions = {
+            None: None,
+            "walkdown": episode.rank_fallback,
+            "rocchio": self.refine_by_feedback,
+            "sqr": self.refine_soft,
+        }
         self.refine = functions.get(system.refine, self.refine_hard)
 
     def run(self, queries, record: records.Run) -> list[records.Episode]:
@@ -101,7 +101,7 @@ class EpisodeRunner:
         ]
 
     def _shown_first(self, query, top):
-        """The best videos, or the right one alone, or all but the right one."""
+        """Return the best videos, or the right one alone, or all but the right one."""
         if self.system.first == "right":
             return (query.video,)
         return tuple(v for v in top if v != query.video) if self.system.first == "wrong" else top
@@ -130,7 +130,7 @@ class EpisodeRunner:
         return verifications if self.system.accepts else list(map(_rejection, verifications))
 
     def _forced_spans(self, pairs, prompts, completions):
-        """The span that each reply would name if it accepted; None unless it rejects the right video."""
+        """Return the span that each reply would name if it accepted; None unless it rejects the right video."""
         spans = [None] * len(pairs)
         rows = [
             row
@@ -146,7 +146,7 @@ class EpisodeRunner:
         return spans
 
     def _reply(self, prompts):
-        """(completions, seconds of each), decoded greedily as one batch."""
+        """Decode greedily as one batch; return (completions, seconds of each)."""
         if not prompts:
             return [], 0.0
         started = time.perf_counter()
@@ -154,12 +154,12 @@ class EpisodeRunner:
         return completions, (time.perf_counter() - started) / len(completions)
 
     def _read(self, completion):
-        """A completion, parsed in the layout that was asked for."""
+        """Parse a completion in the layout that was asked for."""
         options = {"layout": self.layout, "refine_id": self.policy.refine_token_id, "ended": completion.ended}
         return read_reply(completion.text, completion.ids, **options)
 
     def _append_refine(self, prompts, completions):
-        """The same completions with <REFINE> at their end."""
+        """Return the same completions with <REFINE> at their end."""
         appended = self.policy.append_refine(prompts, [completion.ids for completion in completions])
         return [
             replace(
@@ -190,9 +190,8 @@ class EpisodeRunner:
         texts = [query.text for query in queries]
         latents = sqr.soft_tokens(self.policy, [shown.state[0] for shown in verifications], n)  # (B, N, D)
         earlier = [() if state is ORIGINAL else state.carried for state in states]
-        blocks = [
-            torch.stack(turn) for turn in zip(*earlier, strict=True)
-        ]  # all episodes are at the same turn
+        # All episodes are at the same turn.
+        blocks = [torch.stack(turn) for turn in zip(*earlier, strict=True)]
         soft = sqr.stack_blocks([*blocks, latents], self.carry)  # (B, up to C * N, D)
         vecs = sqr.soft_query(self.engine, heads, texts, soft).cpu().numpy()
         cost = Cost((time.perf_counter() - started) / len(rows), n, n, 1)  # the last latent is not read again
@@ -225,7 +224,7 @@ class EpisodeRunner:
         return refinements
 
     def _updates(self, rejected):
-        """(update in words or None, its cost) of each: from the reply itself (reasoned), or from another call."""
+        """Return (update in words or None, its cost) of each, from the reply itself (reasoned) or from another call."""
         if self.system.refine == "reasoned":
             return [(verification.reply.update, Cost()) for _, verification, _ in rejected]
         prompt, sees_video = hqr.rewrite_prompt(self.system.refine)
@@ -268,7 +267,7 @@ def move_away(vecs: np.ndarray, rejected_vecs: np.ndarray, feedback: float) -> n
 
 
 def _rejection(verification):
-    """The same verification with `not_matched` as its verdict."""
+    """Return the same verification with `not_matched` as its verdict."""
     reply = verification.reply
     return verification if reply is None else replace(verification, reply=replace(reply, matched=False))
 
