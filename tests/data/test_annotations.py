@@ -152,8 +152,8 @@ def test_videos_are_found_by_whole_name_whatever_the_container(tmp_path):
     ids = ["c", "v_*", "a", "-b_@N00", "d", "e", "b", "f", "g", "nowhere", "a"]
     videos = find_videos(tmp_path, ids)
     assert [video.id for video in videos] == ids
-    found = ["c.MOV", "v_*.webm", "a.mkv", "-b_@N00.mp4", "d.", "e", None, None, None, None, "a.mkv"]
-    assert [video.path and video.path.name for video in videos] == found
+    file_names = ["c.MOV", "v_*.webm", "a.mkv", "-b_@N00.mp4", "d.", "e", None, None, None, None, "a.mkv"]
+    assert [video.path and video.path.name for video in videos] == file_names
 
 
 def test_of_two_files_of_one_video_mp4_comes_first_and_then_the_name(tmp_path):

@@ -86,14 +86,14 @@ def read_annotations(path):
 
 def assert_gets(path, gets, read):
     """One line of an error, or a warning, that names the file."""
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", annotations.CorpusWarning)
         try:
             read(path)
-            words = "; ".join(str(one.message) for one in told)
+            text = "; ".join(str(warning.message) for warning in caught)
         except InputError as error:
-            words = str(error)
-    assert re.search(gets, words) and str(path) in words and "\n" not in words, words
+            text = str(error)
+    assert re.search(gets, text) and str(path) in text and "\n" not in text, text
 
 
 # name: (bytes of a file called clip.mp4, why it cannot be read)
@@ -198,9 +198,9 @@ CHECKPOINTS = {
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoints(name, tmp_path):
     damage, gets = CHECKPOINTS[name]
-    made = random_policy(seed=3)
-    made.model.save_pretrained(tmp_path)
-    made.tokenizer.save_pretrained(tmp_path)
+    policy = random_policy(seed=3)
+    policy.model.save_pretrained(tmp_path)
+    policy.tokenizer.save_pretrained(tmp_path)
     damage(tmp_path)
     with pytest.raises(InputError, match=gets) as caught:
         checkpoints.load(str(tmp_path), config.load("smoke"))
@@ -209,10 +209,10 @@ def test_checkpoints(name, tmp_path):
 
 def test_an_embedding_model_needs_no_head(tmp_path):
     """Qwen3-VL-Embedding-8B has none, and its config.json says that it is not shared."""
-    made = random_engine()
-    made.model.save_pretrained(tmp_path)
-    made.tokenizer.save_pretrained(tmp_path)
+    engine = random_engine()
+    engine.model.save_pretrained(tmp_path)
+    engine.tokenizer.save_pretrained(tmp_path)
     edit("config.json", untie)(tmp_path)
     loaded, _ = loading.load(Qwen3VLModel, str(tmp_path))
-    for key, tensor in made.model.state_dict().items():
+    for key, tensor in engine.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor), key

@@ -6,6 +6,7 @@ painted into each frame; what a container did to the clock is said where the cli
 
 import io
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -29,13 +30,14 @@ def check(reader, path, seconds=None, numbers=None, upright=lambda frames: frame
     clip = reader.read(path)
     assert clip.problem is None, (path, clip.problem)
     few = seconds[[len(seconds) * 4 // 5, 0, len(seconds) // 2]] + 0.01
-    for wanted, found in ((sample_times(clip.seconds), clip), (few, reader.read(path, few))):
+    few_clip = reader.read(path, few)
+    for wanted, actual in ((sample_times(clip.seconds), clip), (few, few_clip)):
         on_screen = np.searchsorted(seconds, wanted + 2e-3, side="right") - 1
-        shown = numbers_in(upright(found.frames))
+        shown = numbers_in(upright(actual.frames))
         assert (shown == numbers[on_screen]).all(), (path, clip.facts, shown - numbers[on_screen])
-        assert np.abs(found.timestamps - seconds[on_screen]).max() < 2e-3, (path, clip.facts)
+        assert np.abs(actual.timestamps - seconds[on_screen]).max() < 2e-3, (path, clip.facts)
     assert 0 < clip.seconds - seconds[-1] < 0.3, (clip.seconds, seconds[-1])
-    return clip, found
+    return clip, few_clip
 
 
 @pytest.mark.parametrize("codec", OPEN)
@@ -98,9 +100,12 @@ def test_clocks_that_start_again_or_leap(codec, options, reader, tmp_path):
     later = write(
         str(tmp_path / "b.ts"), codec, EVEN[:200] + 80000, options, picture=lambda n: paint(n + 200)
     )
-    with open(first, "rb") as one, open(later, "rb") as two:
-        one, two = one.read(), two.read()
-    for name, content in (("twice.ts", one + one), ("leap.ts", one + two), ("back.m2ts", two + one)):
+    first, later = (Path(path).read_bytes() for path in (first, later))
+    for name, content in (
+        ("twice.ts", first + first),
+        ("leap.ts", first + later),
+        ("back.m2ts", later + first),
+    ):
         (tmp_path / name).write_bytes(content)
     check(reader, tmp_path / "twice.ts", EVEN / FPS, np.tile(EVEN[:200], 2))
     check(reader, tmp_path / "leap.ts", EVEN / FPS, EVEN)

@@ -40,18 +40,18 @@ def lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def fig(asked):
+def fig(video_of):
     fixed = {"duration": 9.0, "cog_desc": "c", "fig_desc": "f", "fig_desc_score": 0.5}
     return lines(
-        {"video": video, "time": [0, 4], "desc_id": number} | fixed for number, video in asked.items()
+        {"video": video, "time": [0, 4], "desc_id": number} | fixed for number, video in video_of.items()
     )
 
 
-def split(name, asked, seed):
-    videos = sorted(set(asked.values()), reverse=True)
-    meta = lines({"qid": f"{number}_fig", "query": "f"} for number in asked)
+def split(name, video_of, seed):
+    videos = sorted(set(video_of.values()), reverse=True)
+    meta = lines({"qid": f"{number}_fig", "query": "f"} for number in video_of)
     return {
-        f"{name}/query_embedding/query_embeddings.{name}.npy": npy(unit(len(asked), seed)),
+        f"{name}/query_embedding/query_embeddings.{name}.npy": npy(unit(len(video_of), seed)),
         f"{name}/query_embedding/query_meta.{name}.jsonl": meta,
         f"{name}/video_embedding_1fps/segment_embeds.npy": npy(unit(len(videos), seed + 1)),
         f"{name}/video_embedding_1fps/docid2row.json": json.dumps(
@@ -62,7 +62,9 @@ def split(name, asked, seed):
     }
 
 
-TEXTS = {f"raw_annotation/{name}.jsonl": fig(asked) for name, asked in (("train", TRAIN), ("test", TEST))}
+TEXTS = {
+    f"raw_annotation/{name}.jsonl": fig(video_of) for name, video_of in (("train", TRAIN), ("test", TEST))
+}
 TEXTS["sft_data/train_oneturn.json"] = b"[]"
 VECTORS = (
     split("train", TRAIN, 0) | split("test", TEST, 2) | {"train/hard_negatives.json": b'{"1_fig": ["BBBBB"]}'}
@@ -133,13 +135,13 @@ def home(tmp_path):
     return tmp_path / "data" / "charades"
 
 
-def there(home):
+def files_below(home):
     return {str(path.relative_to(home)): path.read_bytes() for path in home.rglob("*") if path.is_file()}
 
 
 def arrived(home):
     """All files but the record, which must be there."""
-    files = there(home)
+    files = files_below(home)
     assert files.pop("release.json")
     return files
 
@@ -163,7 +165,7 @@ EXPECTED = {
 
 def test_the_wanted_files_arrive_whole_and_nothing_else_does(profile, whole, home, monkeypatch):
     assert download(profile, whole) == []
-    got = there(home)
+    got = files_below(home)
     assert json.loads(got.pop("release.json"))["source"] == str(whole)
     assert got == EXPECTED and set(EXPECTED) == set(official_release.wanted("charades").values())
     monkeypatch.setattr(official_release, "connect", None)  # a second call needs no source
@@ -180,11 +182,11 @@ def test_what_is_fetched_is_where_others_look(profile, whole, home):
 
 
 def test_a_file_that_was_there_before_stays_as_it_is(profile, whole, home):
-    own = home / "annotations" / "charades_fig_test.jsonl"
-    own.parent.mkdir(parents=True)
-    own.write_bytes(b"mine")
+    file = home / "annotations" / "charades_fig_test.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"mine")
     download(profile, whole)
-    assert there(home)["annotations/charades_fig_test.jsonl"] == b"mine"
+    assert files_below(home)["annotations/charades_fig_test.jsonl"] == b"mine"
 
 
 def test_what_the_release_lacks_is_named(profile, tmp_path):
@@ -199,23 +201,23 @@ class Hub:
     """A bucket as the hub serves it, on loopback: its description, its listing, and ranges of its files."""
 
     def __init__(self, folder):
-        self.asked, self.sent, self.marks, place = [], 0, {}, "datasets/charades-sta"
+        self.requests, self.sent, self.marks, prefix = [], 0, {}, "datasets/charades-sta"
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(handler):
                 path = unquote(handler.path.partition("?")[0])
-                self.asked.append(path)
+                self.requests.append(path)
                 if path == "/api/buckets/VideoSearchR1/data":
-                    known = {"id": "VideoSearchR1/data", "private": False, "size": 1, "totalFiles": 1}
+                    bucket = {"id": "VideoSearchR1/data", "private": False, "size": 1, "totalFiles": 1}
                     return self.answer(
-                        handler, json.dumps(known | {"createdAt": "2026-07-01T00:00:00.000Z"}).encode()
+                        handler, json.dumps(bucket | {"createdAt": "2026-07-01T00:00:00.000Z"}).encode()
                     )
                 if path.startswith("/api/buckets/VideoSearchR1/data/tree"):
-                    below = path.partition("/data/tree/")[2].removeprefix(place).strip("/")
+                    below = path.partition("/data/tree/")[2].removeprefix(prefix).strip("/")
                     files = sorted((folder / below).iterdir())
-                    entries = [self.entry(file, f"{place}/{below}") for file in files]
+                    entries = [self.entry(file, f"{prefix}/{below}") for file in files]
                     return self.answer(handler, json.dumps(entries).encode())
-                file = folder / path.removeprefix(f"/buckets/VideoSearchR1/data/resolve/{place}/")
+                file = folder / path.removeprefix(f"/buckets/VideoSearchR1/data/resolve/{prefix}/")
                 if not file.is_file():
                     return handler.send_error(404)
                 content, span = file.read_bytes(), handler.headers["Range"]
@@ -231,8 +233,8 @@ class Hub:
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def entry(self, file, place):
-        path = f"{place.rstrip('/')}/{file.name}"
+    def entry(self, file, folder):
+        path = f"{folder.rstrip('/')}/{file.name}"
         if file.is_dir():
             return {"type": "directory", "path": path}
         return {
@@ -252,20 +254,20 @@ class Hub:
 
 @pytest.fixture
 def hub(whole, monkeypatch):
-    made = Hub(whole)
+    bucket = Hub(whole)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    address = f"http://127.0.0.1:{made.server.server_port}"
-    there = {"endpoint": address, "token": False, "skip_instance_cache": True}
-    monkeypatch.setattr(official_release, "connect", lambda source: huggingface_hub.HfFileSystem(**there))
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
+    address = f"http://127.0.0.1:{bucket.server.server_port}"
+    options = {"endpoint": address, "token": False, "skip_instance_cache": True}
+    monkeypatch.setattr(official_release, "connect", lambda source: huggingface_hub.HfFileSystem(**options))
+    yield bucket
+    bucket.server.shutdown()
+    bucket.server.server_close()
 
 
 def test_the_hub_gives_the_same_and_the_frames_stay_there(profile, hub, home, whole):
     """Through the library's own code for buckets; only its address is another."""
     assert download(profile) == []
-    got = there(home)
+    got = files_below(home)
     record = json.loads(got.pop("release.json"))
     assert record["source"] == "hf://buckets/VideoSearchR1/data/datasets/charades-sta"
     assert record["files"]["texts.tar"] == [(whole / "shards" / "texts.tar").stat().st_size, "a" * 64]
@@ -277,7 +279,7 @@ def test_no_shard_is_opened_that_holds_nothing_wanted(profile, hub, home, whole)
     (whole / "shards" / "frames.tar").write_bytes(tar(STILLS))
     (whole / "shards" / "texts.tar").write_bytes(tar(TEXTS | GRPO))
     assert download(profile) == []
-    assert hub.asked and not any("frames" in path for path in hub.asked)
+    assert hub.requests and not any("frames" in path for path in hub.requests)
 
 
 def test_another_revision_is_refused(profile, hub, home, monkeypatch):
@@ -293,7 +295,7 @@ def test_another_revision_is_refused(profile, hub, home, monkeypatch):
     monkeypatch.setattr(official_release, "_read_shard", once)
     with pytest.raises(RuntimeError, match="stopped"):
         download(profile)
-    assert len(there(home)) > 1
+    assert len(files_below(home)) > 1
     hub.marks["vectors.1"] = "b" * 64
     assert re.search(
         r"shards/vectors\.1: not of the revision begun with.*to begin anew delete", refused(profile)
@@ -353,8 +355,8 @@ def test_after_an_interruption_the_next_call_goes_on(number, profile, whole, hom
     assert {path: path.stat().st_mtime_ns for path in before} == before, "fetched twice"
 
 
-def spoilt(content, at, by=b"\xff"):
-    return content[:at] + by + content[at + len(by) :]
+def spoilt(content, offset, by=b"\xff"):
+    return content[:offset] + by + content[offset + len(by) :]
 
 
 GOOD = tar(TEXTS | VECTORS)
@@ -370,13 +372,13 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_a_damaged_shard_is_one_line_and_what_was_fetched_stays(what, profile, home, tmp_path):
-    folder = lay(tmp_path / "copy", grpo=tar(GRPO), other=BAD[what], big=tar(STILLS))
+@pytest.mark.parametrize("damage", BAD)
+def test_a_damaged_shard_is_one_line_and_what_was_fetched_stays(damage, profile, home, tmp_path):
+    folder = lay(tmp_path / "copy", grpo=tar(GRPO), other=BAD[damage], big=tar(STILLS))
     assert re.search(r"shards/other\.tar: cut short, damaged, or no tar \(.*again$", refused(profile, folder))
-    kept = there(home)
-    kept.pop("release.json", None)
-    whole = {name: content for name, content in kept.items() if not name.endswith(".partial")}
+    files = files_below(home)
+    files.pop("release.json", None)
+    whole = {name: content for name, content in files.items() if not name.endswith(".partial")}
     assert all(EXPECTED[name] == content for name, content in whole.items()), "half a file"
     (folder / "shards" / "other.tar").write_bytes(tar(TEXTS | VECTORS))
     assert download(profile, folder) == []
@@ -388,7 +390,7 @@ def test_a_missing_part_is_named_where_it_matters(profile, whole, home):
     assert re.search(
         r"shards/vectors\.1: not there, and still missing is .*test/.*; copy or", refused(profile, whole)
     )
-    assert "annotations/charades_fig_test.jsonl" in there(home)
+    assert "annotations/charades_fig_test.jsonl" in files_below(home)
     (whole / "shards" / "vectors.1").write_bytes(in_three(tar(VECTORS, "charades-sta/"))[1])
     assert download(profile) == []
 
@@ -407,7 +409,7 @@ def test_another_source_halfway_is_refused(profile, whole, home, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("manifest", "said"),
+    ("manifest", "message"),
     [
         (
             None,
@@ -419,12 +421,12 @@ def test_another_source_halfway_is_refused(profile, whole, home, tmp_path):
         ('{"shards": [{"name": "../../secret"}]}', r"copy/shards/secret: not there"),
     ],
 )
-def test_a_folder_that_is_no_release_is_one_line(manifest, said, profile, tmp_path):
+def test_a_folder_that_is_no_release_is_one_line(manifest, message, profile, tmp_path):
     (tmp_path / "copy" / "shards").mkdir(parents=True)
     (tmp_path / "secret").write_bytes(tar(TEXTS))
     if manifest is not None:
         (tmp_path / "copy" / "manifest.json").write_text(manifest)
-    assert re.search(said, refused(profile, tmp_path / "copy"))
+    assert re.search(message, refused(profile, tmp_path / "copy"))
 
 
 NAME, LINK = "raw_annotation/train.jsonl", {"linkname": "/etc/passwd"}
@@ -448,13 +450,13 @@ HOSTILE = {
 }
 
 
-def with_size(content, at, size):
-    """The size in the header at a byte replaced, with the right checksum."""
-    head = bytearray(content[at : at + 512])
+def with_size(content, offset, size):
+    """The size in the header at an offset replaced, with the right checksum."""
+    head = bytearray(content[offset : offset + 512])
     head[124:136] = size
     head[148:156] = b" " * 8
     head[148:156] = b"%06o\0 " % sum(head)
-    return content[:at] + bytes(head) + content[at + 512 :]
+    return content[:offset] + bytes(head) + content[offset + 512 :]
 
 
 def negative(content):
@@ -469,14 +471,14 @@ def test_a_wanted_file_of_absurd_size_is_refused_before_it_is_read(profile, tmp_
     )
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_a_hostile_tar_writes_nothing_where_it_likes(what, profile, home, tmp_path):
-    content = tar(HOSTILE[what])
-    if what == "longer than the tar":
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_a_hostile_tar_writes_nothing_where_it_likes(attack, profile, home, tmp_path):
+    content = tar(HOSTILE[attack])
+    if attack == "longer than the tar":
         content = with_size(content, 0, b"00000100000\0")
-    if what == "a negative size":
+    if attack == "a negative size":
         content = negative(content)
-    if what == "a header of headers":  # each of them is read by a call inside the call before
+    if attack == "a header of headers":  # each of them is read by a call inside the call before
         content = content[: 512 * 4] * 1000
     folder = lay(tmp_path / "copy", one=content)
     before = {path for path in tmp_path.rglob("*")}
@@ -499,14 +501,14 @@ def test_links_and_strange_names_beside_good_files_do_no_harm(profile, home, tmp
 def test_the_first_search_by_released_vectors_is_that_of_a_plain_computation(profile, whole, home, capsys):
     assert cli.main(["download-release", "--dataset", "charades", "--source", str(whole)]) == 0
     queries, videos, order = unit(4, 2), unit(3, 3), ["EEEEE", "DDDDD", "CCCCC"]
-    places = [
+    ranks = [
         sorted(order, key=lambda video: -float(query @ videos[order.index(video)])).index(right) + 1
         for query, right in zip(queries, TEST.values(), strict=True)
     ]
-    share = 100 * places.count(1) / 4
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith("first search by the released vectors, 4 queries (paper): R@1 ")
-    assert f"R@1 {share:.1f} (21.6), R@5 100.0 (41.8)" in said and 0 < share < 100
+    recall = 100 * ranks.count(1) / 4
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("first search by the released vectors, 4 queries (paper): R@1 ")
+    assert f"R@1 {recall:.1f} (21.6), R@5 100.0 (41.8)" in line and 0 < recall < 100
 
 
 def replace_in(path, old, new):

@@ -43,12 +43,12 @@ def test_annotations_and_videos_arrive_and_a_missing_video_is_named(profile, cap
         ("BBBBB", "f", (1, 3)),
         ("CCCCC", "f", (1, 4)),
     ]
-    found = annotations.find_videos(folder, annotations.gallery_ids(queries))
-    assert found[0].path.read_bytes() == b"two" and found[1].path is None
+    videos = annotations.find_videos(folder, annotations.gallery_ids(queries))
+    assert videos[0].path.read_bytes() == b"two" and videos[1].path is None
     with open(folder / "missing.csv", newline="") as file:
         assert list(csv.reader(file)) == [["video", "split", "queries"], ["CCCCC", "test", "1"]]
-    said = f"charades: 1 of 3 videos are missing (33.3%), 1 of 2 in test: {folder / 'missing.csv'}\n"
-    assert capsys.readouterr().out == said
+    line = f"charades: 1 of 3 videos are missing (33.3%), 1 of 2 in test: {folder / 'missing.csv'}\n"
+    assert capsys.readouterr().out == line
 
 
 def test_a_video_that_arrives_later_changes_the_step_and_nothing_else_does(home, profile, capsys):
@@ -107,10 +107,10 @@ def test_of_several_files_the_first_by_a_rule_is_taken_and_they_are_counted(home
 def test_downloads_of_activitynet_may_lack_the_mark_of_their_ids(tmp_path):
     for name in ("v_aaaaaaaaaaa.mp4", "-bbbbbbbbb_.mkv", "v_ccccccccc.mp4"):
         (tmp_path / name).write_bytes(b"")
-    found = real_datasets.locate(
+    located = real_datasets.locate(
         tmp_path, ["v_aaaaaaaaaaa", "v_-bbbbbbbbb_", "v_v_ccccccccc", "v_dddddddddd"]
     )
-    assert {id: [file.name for file in files] for id, files in found.items()} == {
+    assert {id: [file.name for file in files] for id, files in located.items()} == {
         "v_aaaaaaaaaaa": ["v_aaaaaaaaaaa.mp4"],
         "v_-bbbbbbbbb_": ["-bbbbbbbbb_.mkv"],
         "v_v_ccccccccc": ["v_ccccccccc.mp4"],

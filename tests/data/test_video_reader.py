@@ -29,21 +29,21 @@ def reader():
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     """Good clips by name; all but the last three have timestamps of their own."""
-    at = tmp_path_factory.mktemp("clips")
+    folder = tmp_path_factory.mktemp("clips")
     clips = {
-        "keyframe every 250": film(at / "k250.mp4", STEADY, gop=250),
-        "keyframe every 30": film(at / "k30.mp4", STEADY, movflags="+faststart"),
-        "variable rate": film(at / "vfr.mp4", JUMPY, gop=250),
-        "B-frames": film(at / "b.mp4", JUMPY, b_frames=3, movflags="+faststart"),
-        "late start, mp4": film(at / "late.mp4", STEADY + 5400),
-        "late start, mkv, B-frames": film(at / "late.mkv", STEADY + 5400, b_frames=2),
-        "late start, ts": film(at / "late.ts", STEADY + 540),
-        "wmv": film(at / "a.wmv", STEADY, codec="wmv2"),
-        "mpg": film(at / "a.mpg", np.arange(560), codec="mpeg2video", tick=Fraction(1, 25)),
-        "mp4 called avi": film(at / "a.mp4", JUMPY).rename(at / "mp4.avi"),
-        "avi": film(at / "h264.avi", np.arange(560), tick=Fraction(1, 8)),
+        "keyframe every 250": film(folder / "k250.mp4", STEADY, gop=250),
+        "keyframe every 30": film(folder / "k30.mp4", STEADY, movflags="+faststart"),
+        "variable rate": film(folder / "vfr.mp4", JUMPY, gop=250),
+        "B-frames": film(folder / "b.mp4", JUMPY, b_frames=3, movflags="+faststart"),
+        "late start, mp4": film(folder / "late.mp4", STEADY + 5400),
+        "late start, mkv, B-frames": film(folder / "late.mkv", STEADY + 5400, b_frames=2),
+        "late start, ts": film(folder / "late.ts", STEADY + 540),
+        "wmv": film(folder / "a.wmv", STEADY, codec="wmv2"),
+        "mpg": film(folder / "a.mpg", np.arange(560), codec="mpeg2video", tick=Fraction(1, 25)),
+        "mp4 called avi": film(folder / "a.mp4", JUMPY).rename(folder / "mp4.avi"),
+        "avi": film(folder / "h264.avi", np.arange(560), tick=Fraction(1, 8)),
     }
-    clips["cut without recoding"] = shift(clips["B-frames"], at / "cut.mp4", 1.3)
+    clips["cut without recoding"] = shift(clips["B-frames"], folder / "cut.mp4", 1.3)
     return clips
 
 
@@ -100,13 +100,13 @@ def test_sample_times_cover_the_video_evenly():
 @pytest.mark.parametrize("seconds", [30.0, 117.0, 240.0])
 def test_looks_stand_at_the_start_of_each_share_and_not_at_both_ends_as_the_official_ones(seconds):
     """By the official rule for 30 frames a second: round(k x rate), or 64 of them with the last one at the end."""
-    ours, rate = sample_times(seconds), 30
+    times, rate = sample_times(seconds), 30
     if seconds <= 64:
-        theirs = np.round(np.arange(int(seconds)) * rate) / rate
-        assert np.abs(ours - theirs).max() <= 0.5 / rate
+        official = np.round(np.arange(int(seconds)) * rate) / rate
+        assert np.abs(times - official).max() <= 0.5 / rate
         return
-    theirs = np.linspace(0, seconds * rate - 1, 64) / rate
-    earlier = theirs - ours
+    official = np.linspace(0, seconds * rate - 1, 64) / rate
+    earlier = official - times
     assert np.abs(earlier - np.arange(64) * seconds / 4032).max() <= 1 / rate
     assert seconds / 64 - 1 / rate - 1e-9 <= earlier.max() <= seconds / 64
 

@@ -1,4 +1,4 @@
-"""The loop without a model: queries are words, videos are letters, and what a walk needs stands in a table."""
+"""The loop without a model: queries are words, videos are letters, and what an episode needs stands in a table."""
 
 import dataclasses
 import itertools
@@ -14,8 +14,8 @@ import pytest
 from vsr1.config import InputError
 from vsr1.data.annotations import Query
 from vsr1.evaluation import metrics
-from vsr1.loop import episode, records
-from vsr1.loop.episode import run_episodes
+from vsr1.loop import records
+from vsr1.loop.episode import rank_fallback, run_episodes
 from vsr1.loop.records import ORIGINAL, Cost, Ranking, Refinement, Run, Verification, read_episodes
 from vsr1.loop.replies import read_reply
 
@@ -132,8 +132,8 @@ def test_reading_never_fails_and_never_believes_what_is_not_there():
     for _ in range(3000):
         text = "".join(rng.choices(parts, k=rng.randrange(20)))
         reply = read(text)
-        said = text.rpartition("</think>")[2]
-        assert reply.matched is None or ("<answer>" in said and "</answer>" in said)
+        answer = text.rpartition("</think>")[2]
+        assert reply.matched is None or ("<answer>" in answer and "</answer>" in answer)
         assert reply.span is None or reply.span[0] <= reply.span[1]
         assert reply.has_refine == ("<REFINE>" in text)
         if reply.strict:
@@ -148,35 +148,36 @@ class World:
     """Rankings by (text, state), replies by (text, video); counts what it was asked."""
 
     def __init__(self, rankings, replies, broken=()):
-        self.rankings, self.replies, self.broken, self.asked, self.refined = rankings, replies, broken, [], []
+        self.rankings, self.replies, self.broken = rankings, replies, broken
+        self.verified, self.refined = [], []
 
     def search(self, pairs):
         assert pairs
-        found = [(query, self.rankings[query.text, state]) for query, state in pairs]
+        orders = [(query, self.rankings[query.text, state]) for query, state in pairs]
         return [
             Ranking(word.index(query.video) + 1 if query.video in word else None, 0, tuple(word), 0.5, 0.9)
-            for query, word in found
+            for query, word in orders
         ]
 
     def ask(self, pairs):
         assert pairs
-        self.asked += [(query.text, video) for query, video in pairs]
-        looks = []
+        self.verified += [(query.text, video) for query, video in pairs]
+        verifications = []
         for query, video in pairs:
             text = self.replies.get((query.text, video), REJECTED)
             if video in self.broken:
-                looks.append(Verification(None, problem="no video stream in the file"))
+                verifications.append(Verification(None, problem="no video stream in the file"))
             else:
-                looks.append(Verification(read(text), 8.0, Cost(1.0, 6, 100, 0), state=video))
-        return looks
+                verifications.append(Verification(read(text), 8.0, Cost(1.0, 6, 100, 0), state=video))
+        return verifications
 
     def refine(self, rejected):
         """The state grows by the video that was rejected, as it would by its latents; C = 1 keeps the latest."""
         assert rejected
-        self.refined += [(query.text, look.state) for query, look, _ in rejected]
+        self.refined += [(query.text, verification.state) for query, verification, _ in rejected]
         steps = []
-        for _, look, _ in rejected:
-            state = (look.state,) if look.reply.has_refine else None
+        for _, verification, _ in rejected:
+            state = (verification.state,) if verification.reply.has_refine else None
             sweep = () if state is None else (state, state)
             steps.append(Refinement("sqr", state, 8, 9, cost=Cost(0.5, 8, 8, 1), by_depth=sweep))
         return steps
@@ -190,19 +191,19 @@ def run(turns=3, **options):
     return Run("charades", "test", "sqr", turns, 1, 42, **options)
 
 
-def walk(world, queries, turns=3, **options):
+def episodes_of(world, queries, turns=3, **options):
     return run_episodes(queries, world.search, world.ask, world.refine, run(turns, **options))
 
 
-def seen(one):
-    return "".join(turn.shown_id for turn in one.turns)
+def shown(episode):
+    return "".join(turn.shown_id for turn in episode.turns)
 
 
 def test_a_match_ends_the_walk_and_a_rejection_sends_the_query_back_to_search():
     world = World({("q", ()): "abc", ("q", ("a",)): "bac"}, {("q", "b"): MATCHED})
-    (one,) = walk(world, [query("q", "b")])
-    first, second = one.turns
-    assert (one.stop_reason, one.rank_orig, seen(one)) == ("matched", 2, "ab")
+    (episode,) = episodes_of(world, [query("q", "b")])
+    first, second = episode.turns
+    assert (episode.stop_reason, episode.rank_orig, shown(episode)) == ("matched", 2, "ab")
     assert (first.rank_in, first.rank_out, first.top1_out, first.shown_is_gt) == (2, 1, "b", False)
     assert (second.rank_in, second.rank_out, second.shown_is_gt) == (1, None, True)
     assert second.span_ms == (2500, 8000)  # 9.5 lies behind the video and is cut there
@@ -211,8 +212,9 @@ def test_a_match_ends_the_walk_and_a_rejection_sends_the_query_back_to_search():
 
 
 def test_a_span_in_a_wrong_video_overlaps_nothing():
-    (one,) = walk(World({("q", ()): "ab"}, {("q", "a"): MATCHED}), [query("q", "b")])
-    assert one.turns[0].span_ms == (2500, 8000) and one.turns[0].iou == 0.0 and one.stop_reason == "matched"
+    (episode,) = episodes_of(World({("q", ()): "ab"}, {("q", "a"): MATCHED}), [query("q", "b")])
+    assert episode.turns[0].span_ms == (2500, 8000) and episode.turns[0].iou == 0.0
+    assert episode.stop_reason == "matched"
 
 
 def test_refine_is_handed_the_state_that_the_query_is_in():
@@ -221,19 +223,19 @@ def test_refine_is_handed_the_state_that_the_query_is_in():
     world = World({("q", state): order for state, order in orders.items()}, {})
 
     def carry(rejected):
-        return [Refinement("sqr", (*state, look.state), 8, 9) for _, look, state in rejected]
+        return [Refinement("sqr", (*state, verification.state), 8, 9) for _, verification, state in rejected]
 
     rules = dataclasses.replace(run(reuse=False), carry_blocks=3)
-    (one,) = run_episodes([query("q", "c")], world.search, world.ask, carry, rules)
-    assert seen(one) == "aba" and [turn.rank_out for turn in one.turns] == [3, 2, 1]
+    (episode,) = run_episodes([query("q", "c")], world.search, world.ask, carry, rules)
+    assert shown(episode) == "aba" and [turn.rank_out for turn in episode.turns] == [3, 2, 1]
 
 
 def test_the_last_turn_refines_and_nobody_looks():
     world = World({("q", ()): "ab", ("q", ("a",)): "ba", ("q", ("b",)): "ab"}, {})
-    (one,) = walk(world, [query("q", "b")], 2)
-    assert (one.stop_reason, seen(one)) == ("budget", "ab")
-    assert (one.turns[-1].top1_out, one.turns[-1].rank_out) == ("a", 2)
-    assert world.asked == [("q", "a"), ("q", "b")]
+    (episode,) = episodes_of(world, [query("q", "b")], 2)
+    assert (episode.stop_reason, shown(episode)) == ("budget", "ab")
+    assert (episode.turns[-1].top1_out, episode.turns[-1].rank_out) == ("a", 2)
+    assert world.verified == [("q", "a"), ("q", "b")]
 
 
 def test_what_a_verification_holds_is_freed_before_the_next_turn_asks():
@@ -250,10 +252,10 @@ def test_what_a_verification_holds_is_freed_before_the_next_turn_asks():
         return [Verification(read(REJECTED), 8.0, state=cache) for cache in caches]
 
     def refine(rejected):
-        return [Refinement("sqr", (str(shown.state),), 8, 9) for _, shown, _ in rejected]
+        return [Refinement("sqr", (str(verification.state),), 8, 9) for _, verification, _ in rejected]
 
-    (one,) = run_episodes([query("q", "b")], world.search, ask, refine, run(3, reuse=False))
-    assert seen(one) == "aba"
+    (episode,) = run_episodes([query("q", "b")], world.search, ask, refine, run(3, reuse=False))
+    assert shown(episode) == "aba"
 
 
 def test_an_unknown_verdict_goes_on_and_a_reply_without_the_token_ends_it():
@@ -265,50 +267,50 @@ def test_an_unknown_verdict_goes_on_and_a_reply_without_the_token_ends_it():
             ("u", "b"): MATCHED,
         },
     )
-    unknown, without = walk(world, [query("u", "b"), query("n", "b")])
-    assert unknown.turns[0].reply.matched is None and seen(unknown) == "ab"
-    assert (without.stop_reason, seen(without), without.turns[0].rank_out) == ("no_refine", "a", None)
+    unknown, without = episodes_of(world, [query("u", "b"), query("n", "b")])
+    assert unknown.turns[0].reply.matched is None and shown(unknown) == "ab"
+    assert (without.stop_reason, shown(without), without.turns[0].rank_out) == ("no_refine", "a", None)
     assert without.turns[0].refine_cost.generated == 8  # what was spent in vain is counted
 
 
 def test_the_plain_baseline_looks_once():
     world = World({("q", ()): "ab"}, {})
-    (one,) = run_episodes([query("q", "b")], world.search, world.ask, None, run(1))
-    assert (one.stop_reason, seen(one), one.turns[0].refine_kind) == ("no_refine", "a", None)
+    (episode,) = run_episodes([query("q", "b")], world.search, world.ask, None, run(1))
+    assert (episode.stop_reason, shown(episode), episode.turns[0].refine_kind) == ("no_refine", "a", None)
 
 
 def test_walking_down_shows_the_first_ranking_in_its_order_until_a_match():
     world = World({("q", ()): "abcd", ("r", ()): "abcd"}, {("q", "c"): MATCHED})
     rules = run(3, display_rule="skip_rejected", reuse=False)
     queries = [query("q", "c"), query("r", "d")]
-    ones = run_episodes(queries, world.search, world.ask, episode.rank_fallback, rules)
-    assert [seen(one) for one in ones] == ["abc", "abc"]
-    assert [one.stop_reason for one in ones] == ["matched", "budget"]
-    assert {turn.rank_in for turn in ones[0].turns} == {3}, "ranks are never altered by what is shown"
+    episodes = run_episodes(queries, world.search, world.ask, rank_fallback, rules)
+    assert [shown(episode) for episode in episodes] == ["abc", "abc"]
+    assert [episode.stop_reason for episode in episodes] == ["matched", "budget"]
+    assert {turn.rank_in for turn in episodes[0].turns} == {3}, "ranks are never altered by what is shown"
 
 
 def test_a_gallery_that_is_exhausted_ends_the_walk():
     world = World({("q", ()): "ab"}, {})
     rules = run(3, display_rule="skip_rejected", reuse=False)
-    (one,) = run_episodes([query("q", "b")], world.search, world.ask, episode.rank_fallback, rules)
-    assert (seen(one), one.stop_reason) == ("ab", "exhausted")
+    (episode,) = run_episodes([query("q", "b")], world.search, world.ask, rank_fallback, rules)
+    assert (shown(episode), episode.stop_reason) == ("ab", "exhausted")
 
 
 def test_a_fixed_point_is_recorded_again_without_asking_and_equals_asking_again():
     rankings = {("q", ()): "abc", ("q", ("a",)): "acb"}
     rankings |= {("r", ()): "abc", ("r", ("a",)): "bac", ("r", ("b",)): "abc"}
     queries = [query("q", "b"), query("r", "c")]
-    reused, asked = World(rankings, {}), World(rankings, {})
-    ours = walk(reused, queries, 4)
-    plain = walk(asked, queries, 4, reuse=False)
-    assert [seen(one) for one in ours] == ["aaaa", "abab"]
-    assert [turn.reused for turn in ours[0].turns] == [False, True, True, True]
-    assert len(reused.asked) == 3 and len(asked.asked) == 8 and len(reused.refined) == 3
+    reusing, asking = World(rankings, {}), World(rankings, {})
+    reused = episodes_of(reusing, queries, 4)
+    plain = episodes_of(asking, queries, 4, reuse=False)
+    assert [shown(episode) for episode in reused] == ["aaaa", "abab"]
+    assert [turn.reused for turn in reused[0].turns] == [False, True, True, True]
+    assert len(reusing.verified) == 3 and len(asking.verified) == 8 and len(reusing.refined) == 3
     free = {"reused": False, "verify_cost": Cost(), "refine_cost": Cost()}
-    for one, other in zip(ours, plain, strict=True):
-        for a, b in zip(one.turns, other.turns, strict=True):
+    for episode, other in zip(reused, plain, strict=True):
+        for a, b in zip(episode.turns, other.turns, strict=True):
             assert dataclasses.replace(a, **free) == dataclasses.replace(b, **free)
-    assert [turn.rank_in for turn in ours[0].turns[:2]] == [2, 3]  # where it stands now, not where it stood
+    assert [turn.rank_in for turn in reused[0].turns[:2]] == [2, 3]  # where it stands now, not where it stood
 
 
 def test_older_blocks_forbid_reuse():
@@ -319,12 +321,12 @@ def test_older_blocks_forbid_reuse():
 
 def test_a_video_that_cannot_be_read_and_a_right_video_without_vector_are_recorded_failures():
     world = World({("q", ()): "ab", ("gone", ()): "ab"}, {}, broken="a")
-    broken, gone = walk(world, [query("q", "b"), query("gone", "z")])
+    broken, gone = episodes_of(world, [query("q", "b"), query("gone", "z")])
     assert (broken.stop_reason, broken.problem) == ("problem", "a: no video stream in the file")
     assert broken.turns[0].reply is None and broken.turns[0].shown_id == "a"
     assert (gone.stop_reason, gone.turns, gone.rank_orig) == ("problem", (), None)
     assert "no vector" in gone.problem
-    assert world.asked == [("q", "a")]
+    assert world.verified == [("q", "a")]
 
 
 def test_the_depth_sweep_starts_with_the_ranking_before_and_ends_with_the_refined_one():
@@ -334,45 +336,45 @@ def test_the_depth_sweep_starts_with_the_ranking_before_and_ends_with_the_refine
     def sweep(rejected):
         return [Refinement("sqr", (2,), 2, 3, by_depth=((1,), (2,))) for _ in rejected]
 
-    (one,) = run_episodes([query("q", "b")], world.search, world.ask, sweep, run(1))
-    assert one.turns[0].rank_by_depth == (3, 2, 1) and one.turns[0].top1_by_depth == ("c", "a", "b")
-    assert one.turns[0].rank_out == 1
+    (episode,) = run_episodes([query("q", "b")], world.search, world.ask, sweep, run(1))
+    assert episode.turns[0].rank_by_depth == (3, 2, 1) and episode.turns[0].top1_by_depth == ("c", "a", "b")
+    assert episode.turns[0].rank_out == 1
 
 
-def a_world(seed, queries=40):
+def a_world(seed, count=40):
     """A random world: every ranking and every reply drawn once."""
     rng = random.Random(seed)
     letters = "abcdef"
-    texts = [f"query {i}" for i in range(queries)]
+    texts = [f"query {i}" for i in range(count)]
     shuffled = lambda: "".join(rng.sample(letters, len(letters)))  # noqa: E731
     rankings = {(t, state): shuffled() for t in texts for state in [(), *[(letter,) for letter in letters]]}
     says = [MATCHED, REJECTED, REJECTED, "<answer>hm</answer> <REFINE>", "<answer>not_matched</answer>"]
     replies = {(t, letter): rng.choice(says) for t in texts for letter in letters}
-    asked = [query(t, rng.choice(letters + "z"), key=i) for i, t in enumerate(texts)]
-    return World(rankings, replies, broken="f"), asked
+    queries = [query(t, rng.choice(letters + "z"), key=i) for i, t in enumerate(texts)]
+    return World(rankings, replies, broken="f"), queries
 
 
 @pytest.mark.parametrize("how", ["top1", "skip_rejected"])
 def test_all_queries_in_step_equal_each_alone_and_in_another_order(how):
     world, queries = a_world(1)
-    together = walk(world, queries, display_rule=how)
-    assert {one.stop_reason for one in together} == {"matched", "no_refine", "budget", "problem"}
-    assert [walk(world, [one], display_rule=how)[0] for one in queries] == together
-    assert walk(world, queries[::-1], display_rule=how)[::-1] == together
+    together = episodes_of(world, queries, display_rule=how)
+    assert {episode.stop_reason for episode in together} == {"matched", "no_refine", "budget", "problem"}
+    assert [episodes_of(world, [query], display_rule=how)[0] for query in queries] == together
+    assert episodes_of(world, queries[::-1], display_rule=how)[::-1] == together
 
 
 def test_the_loop_in_step_equals_the_method_s_lines_for_one_query():
     """docs/method.md section 2, line by line, for one query at a time."""
     world, queries = a_world(2)
-    for asked, one in zip(queries, walk(world, queries), strict=True):
+    for query, episode in zip(queries, episodes_of(world, queries), strict=True):
         state, stop, trail = ORIGINAL, "budget", []
         for _ in range(3):
-            ranked = world.rankings[asked.text, state]
-            if asked.video not in ranked:
+            ranked = world.rankings[query.text, state]
+            if query.video not in ranked:
                 stop = "problem"
                 break
-            text = world.replies[asked.text, ranked[0]]
-            trail.append((ranked[0], ranked.index(asked.video) + 1))
+            text = world.replies[query.text, ranked[0]]
+            trail.append((ranked[0], ranked.index(query.video) + 1))
             if ranked[0] == "f":
                 stop = "problem"
             elif "<answer>matched" in text:
@@ -382,15 +384,16 @@ def test_the_loop_in_step_equals_the_method_s_lines_for_one_query():
             if stop != "budget":
                 break
             state = (ranked[0],)
-        assert ([(turn.shown_id, turn.rank_in) for turn in one.turns], one.stop_reason) == (trail, stop)
+        assert [(turn.shown_id, turn.rank_in) for turn in episode.turns] == trail
+        assert episode.stop_reason == stop
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3])
 def test_a_smaller_budget_is_read_off_a_longer_run(budget):
     world, queries = a_world(3)
-    cut = metrics.within(walk(world, queries, 3), budget)
-    direct = walk(world, queries, budget)
-    assert [one.run for one in cut] == [one.run for one in direct]
+    cut = metrics.within(episodes_of(world, queries, 3), budget)
+    direct = episodes_of(world, queries, budget)
+    assert [episode.run for episode in cut] == [episode.run for episode in direct]
     assert cut == direct
 
 
@@ -403,16 +406,16 @@ def test_the_loop_runs_without_torch():
 
 
 @pytest.fixture
-def kept(tmp_path):
+def episode_file(tmp_path):
     world, queries = a_world(5)
-    episodes = walk(world, queries)
+    episodes = episodes_of(world, queries)
     path = tmp_path / "sqr.jsonl"
     records.write_episodes(path, run(), episodes)
     return path, episodes
 
 
-def test_what_was_written_is_read_back(kept):
-    path, episodes = kept
+def test_what_was_written_is_read_back(episode_file):
+    path, episodes = episode_file
     assert read_episodes(path) == episodes
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -442,16 +445,16 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("message", DAMAGE)
-def test_a_damaged_file_is_one_line_that_names_it(kept, message):
-    path, _ = kept
+def test_a_damaged_file_is_one_line_that_names_it(episode_file, message):
+    path, _ = episode_file
     path.write_text("".join(line + "\n" for line in DAMAGE[message](path.read_text().splitlines())))
     with pytest.raises(InputError, match=re.escape(message)) as caught:
         read_episodes(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_file_cut_anywhere_is_an_error_and_never_a_shorter_run(kept):
-    path, _ = kept
+def test_a_file_cut_anywhere_is_an_error_and_never_a_shorter_run(episode_file):
+    path, _ = episode_file
     content = path.read_bytes()
     for end in itertools.chain(range(0, 400, 7), range(400, len(content) - 1, 997)):
         path.write_bytes(content[:end])

@@ -11,7 +11,7 @@ from vsr1.models import decoding, prompt_text, soft_heads
 
 
 @pytest.fixture(scope="module")
-def made():
+def policy():
     return random_policy(seed=5)
 
 
@@ -21,23 +21,23 @@ def search():
 
 
 @pytest.fixture(scope="module")
-def prompts(made):
-    return [made.prompt(prompt_text.SYSTEM, query, clip(4 + 2 * n, n)) for n, query in enumerate(QUERIES)]
+def prompts(policy):
+    return [policy.prompt(prompt_text.SYSTEM, query, clip(4 + 2 * n, n)) for n, query in enumerate(QUERIES)]
 
 
 REPLIES = ([5, 9, "R"], [11, "R", 12, 13, "R", 40, 41], ["R", 300, 7, 8, 9, 10])
 
 
 @pytest.fixture(scope="module")
-def replies(made):
+def replies(policy):
     """Replies of different lengths with <REFINE> at the end, twice, and right at the start."""
-    return [[made.refine_token_id if token == "R" else token for token in reply] for reply in REPLIES]
+    return [[policy.refine_token_id if token == "R" else token for token in reply] for reply in REPLIES]
 
 
 @pytest.fixture(scope="module")
-def branches(made, prompts, replies):
+def branches(policy, prompts, replies):
     with torch.no_grad():
-        return made.replay(prompts, replies).refine_contexts
+        return policy.replay(prompts, replies).refine_contexts
 
 
 # --- soft ------------------------------------------------------------------------------------------------------------
@@ -45,38 +45,42 @@ def branches(made, prompts, replies):
 
 @torch.no_grad()
 def test_soft_tokens_by_cache_equal_full_forwards_for_rows_of_different_lengths(
-    made, prompts, replies, branches
+    policy, prompts, replies, branches
 ):
-    tokens = sqr.soft_tokens(made, branches, 8)
+    tokens = sqr.soft_tokens(policy, branches, 8)
     for prompt, reply, row in zip(prompts, replies, tokens, strict=True):
-        torch.testing.assert_close(row, speed.by_full_forwards(made, prompt, reply, 8), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            row, speed.by_full_forwards(policy, prompt, reply, 8), atol=1e-5, rtol=1e-5
+        )
     assert (tokens[:, 1:] - tokens[:, :-1]).abs().amax(dim=2).min() > 0.05, (
         "tokens that hardly differ test little"
     )
 
 
 @torch.no_grad()
-def test_a_row_alone_equals_the_row_in_a_batch_and_in_another_order(made, branches):
-    together = sqr.soft_tokens(made, branches, 8)
+def test_a_row_alone_equals_the_row_in_a_batch_and_in_another_order(policy, branches):
+    together = sqr.soft_tokens(policy, branches, 8)
     for row, branch in enumerate(branches):
-        torch.testing.assert_close(sqr.soft_tokens(made, [branch], 8)[0], together[row], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            sqr.soft_tokens(policy, [branch], 8)[0], together[row], atol=1e-5, rtol=1e-5
+        )
     torch.testing.assert_close(
-        sqr.soft_tokens(made, branches[::-1], 8).flip(0), together, atol=1e-5, rtol=1e-5
+        sqr.soft_tokens(policy, branches[::-1], 8).flip(0), together, atol=1e-5, rtol=1e-5
     )
 
 
 @torch.no_grad()
-def test_any_number_of_soft_tokens_is_a_beginning_of_sixteen(made, branches):
-    sixteen = sqr.soft_tokens(made, branches, 16)
+def test_any_number_of_soft_tokens_is_a_beginning_of_sixteen(policy, branches):
+    sixteen = sqr.soft_tokens(policy, branches, 16)
     for n in range(17):
-        some = sqr.soft_tokens(made, branches, n)
-        assert some.shape == (3, n, made.heads.width) and some.dtype == torch.float32
+        some = sqr.soft_tokens(policy, branches, n)
+        assert some.shape == (3, n, policy.heads.width) and some.dtype == torch.float32
         torch.testing.assert_close(some, sixteen[:, :n], atol=1e-6, rtol=1e-6)
 
 
-def test_rollout_and_replay_give_the_same_soft_tokens(made, prompts):
+def test_rollout_and_replay_give_the_same_soft_tokens(policy, prompts):
     """Sampled replies that say the token once, twice or never, and end at different steps."""
-    quick = coming_to_an_end(made, prompts)
+    quick = coming_to_an_end(policy, prompts)
     rolled = sampled(quick, prompts, 4, temperature=COLD)
     again = quick.replay(prompts, [reply.ids for reply in rolled], group=4)
     replayed = again.refine_contexts
@@ -89,10 +93,10 @@ def test_rollout_and_replay_give_the_same_soft_tokens(made, prompts):
     torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
 
 
-def test_a_reply_cut_right_at_the_token_can_still_refine(made, prompts, replies):
+def test_a_reply_cut_right_at_the_token_can_still_refine(policy, prompts, replies):
     """The limit may fall on <REFINE> itself, which decoding then never reads."""
-    said = sampled(made, prompts[:1], limit=3)[0].ids
-    quick = changed(made, refine_token_id=said[-1])
+    ids = sampled(policy, prompts[:1], limit=3)[0].ids
+    quick = changed(policy, refine_token_id=ids[-1])
     cut = sampled(quick, prompts[:1], limit=3)[0]
     assert not cut.ended and cut.ids[-1] == quick.refine_token_id
     tokens = sqr.soft_tokens(quick, [cut.refine_context], 3)[0]
@@ -101,33 +105,33 @@ def test_a_reply_cut_right_at_the_token_can_still_refine(made, prompts, replies)
     )
 
 
-def test_a_refinement_reads_one_token_per_latent_and_no_prompt(made, branches, monkeypatch):
-    read, run = [], made.model.model.language_model.forward
+def test_a_refinement_reads_one_token_per_latent_and_no_prompt(policy, branches, monkeypatch):
+    read, run = [], policy.model.model.language_model.forward
 
     def counted(**inputs):
         read.append(inputs["inputs_embeds"].shape[1])
         return run(**inputs)
 
-    monkeypatch.setattr(made.model.model.language_model, "forward", counted)
-    sqr.soft_tokens(made, branches, 8)
+    monkeypatch.setattr(policy.model.model.language_model, "forward", counted)
+    sqr.soft_tokens(policy, branches, 8)
     assert read == [1] * 8
 
 
 @torch.no_grad()
-def test_the_first_soft_token_reads_the_state_before_the_norm(made, branches):
-    first = sqr.soft_tokens(made, branches, 1)[:, 0]
-    words = made.model.get_input_embeddings().weight[made.refine_token_id].expand(3, 1, -1)
-    states = decoding.extend(made.model, decoding.stack_contexts(branches), words)[1][:, 0]
-    torch.testing.assert_close(first, made.heads.project(states), atol=1e-6, rtol=1e-6)
-    normed = made.heads.project(made.model.model.language_model.norm(states))
+def test_the_first_soft_token_reads_the_state_before_the_norm(policy, branches):
+    first = sqr.soft_tokens(policy, branches, 1)[:, 0]
+    embeds = policy.model.get_input_embeddings().weight[policy.refine_token_id].expand(3, 1, -1)
+    states = decoding.extend(policy.model, decoding.stack_contexts(branches), embeds)[1][:, 0]
+    torch.testing.assert_close(first, policy.heads.project(states), atol=1e-6, rtol=1e-6)
+    normed = policy.heads.project(policy.model.model.language_model.norm(states))
     assert (first - normed).abs().max() > 0.01
 
 
-def loss_of(made, search, prompts, replies, target):
+def loss_of(policy, search, prompts, replies, target):
     """A ranking loss as training will have it: cosine of the refined queries with given vectors."""
-    branches = made.replay(prompts, replies).refine_contexts
-    latents = sqr.soft_tokens(made, branches, 4)
-    return (sqr.soft_query(search, made.heads, QUERIES, latents) * target).sum()
+    branches = policy.replay(prompts, replies).refine_contexts
+    latents = sqr.soft_tokens(policy, branches, 4)
+    return (sqr.soft_query(search, policy.heads, QUERIES, latents) * target).sum()
 
 
 @pytest.mark.parametrize(
@@ -142,37 +146,39 @@ def loss_of(made, search, prompts, replies, target):
         "model.model.visual.blocks.0.mlp.linear_fc1.weight",
     ],
 )
-def test_gradients_reach_heads_language_model_and_eyes(made, search, prompts, replies, name):
+def test_gradients_reach_heads_language_model_and_eyes(policy, search, prompts, replies, name):
     """Autograd against central differences of fourth order, along the gradient itself."""
-    weight = (made.heads if name.startswith("heads") else made.model).get_parameter(name.partition(".")[2])
+    weight = (policy.heads if name.startswith("heads") else policy.model).get_parameter(
+        name.partition(".")[2]
+    )
     target = torch.nn.functional.normalize(
         torch.randn(3, search.width, generator=torch.manual_seed(0)), dim=-1
     )
-    made.model.zero_grad(), made.heads.zero_grad()
-    loss_of(made, search, prompts, replies, target).backward()
+    policy.model.zero_grad(), policy.heads.zero_grad()
+    loss_of(policy, search, prompts, replies, target).backward()
     slope, direction = weight.grad.norm(), weight.grad / weight.grad.norm()
     assert slope > 1e-6
     step, start, change = 0.003 / float(slope), weight.detach().clone(), 0.0
     with torch.no_grad():
-        for steps, share in ((-2, 1), (-1, -8), (1, 8), (2, -1)):
+        for steps, factor in ((-2, 1), (-1, -8), (1, 8), (2, -1)):
             weight.copy_(start + steps * step * direction)
-            change += share * loss_of(made, search, prompts, replies, target)
+            change += factor * loss_of(policy, search, prompts, replies, target)
         weight.copy_(start)
     torch.testing.assert_close(change / (12 * step), slope, rtol=0.01, atol=0)
 
 
-def test_no_soft_tokens_are_exactly_the_plain_query(made, search, branches):
-    none = sqr.soft_tokens(made, branches, 0)
+def test_no_soft_tokens_are_exactly_the_plain_query(policy, search, branches):
+    none = sqr.soft_tokens(policy, branches, 0)
     np.testing.assert_allclose(
-        sqr.soft_query(search, made.heads, QUERIES, none).detach(), search.embed_texts(QUERIES), atol=1e-6
+        sqr.soft_query(search, policy.heads, QUERIES, none).detach(), search.embed_texts(QUERIES), atol=1e-6
     )
 
 
 @torch.no_grad()
-def test_soft_tokens_stand_right_after_the_query_s_last_word(made, search):
+def test_soft_tokens_stand_right_after_the_query_s_last_word(policy, search):
     """Latents that B turns into the embeddings of words equal those words written at the end of the text."""
     ids = search.tokenizer(" in the kitchen")["input_ids"]
-    words = search.model.get_input_embeddings().weight[torch.tensor(ids)].expand(3, -1, -1)
+    embeds = search.model.get_input_embeddings().weight[torch.tensor(ids)].expand(3, -1, -1)
     copycat = soft_heads.SoftHeads(4, search.width)
     copycat.refine_append_input_projector = torch.nn.Sequential(
         torch.nn.Identity(), torch.nn.Linear(192, 192)
@@ -180,22 +186,22 @@ def test_soft_tokens_stand_right_after_the_query_s_last_word(made, search):
     copycat.refine_append_input_projector[1].weight.copy_(torch.eye(192))
     copycat.refine_append_input_projector[1].bias.zero_()
     written = search.embed_texts([query + " in the kitchen" for query in QUERIES])
-    np.testing.assert_allclose(sqr.soft_query(search, copycat, QUERIES, words), written, atol=1e-5)
+    np.testing.assert_allclose(sqr.soft_query(search, copycat, QUERIES, embeds), written, atol=1e-5)
 
 
 @torch.no_grad()
-def test_the_sweep_over_depths_equals_one_query_each_and_keeps_what_is_carried(made, search, branches):
-    old, new = sqr.soft_tokens(made, branches, 2), sqr.soft_tokens(made, branches[::-1], 3)
-    sweep = sqr.prefix_queries(search, made.heads, QUERIES, new)
+def test_the_sweep_over_depths_equals_one_query_each_and_keeps_what_is_carried(policy, search, branches):
+    earlier, latest = sqr.soft_tokens(policy, branches, 2), sqr.soft_tokens(policy, branches[::-1], 3)
+    sweep = sqr.prefix_queries(search, policy.heads, QUERIES, latest)
     np.testing.assert_allclose(sweep[:, 0], search.embed_texts(QUERIES), atol=1e-6)
     for depth in range(4):
-        one = sqr.soft_query(search, made.heads, QUERIES, sqr.soft_tokens(made, branches[::-1], depth))
-        torch.testing.assert_close(sweep[:, depth], one, atol=1e-5, rtol=0)
-    carried = sqr.prefix_queries(search, made.heads, QUERIES, new, carried=old)
-    both = sqr.soft_query(search, made.heads, QUERIES, sqr.stack_blocks([new, old, new], 2))
+        vecs = sqr.soft_query(search, policy.heads, QUERIES, sqr.soft_tokens(policy, branches[::-1], depth))
+        torch.testing.assert_close(sweep[:, depth], vecs, atol=1e-5, rtol=0)
+    carried = sqr.prefix_queries(search, policy.heads, QUERIES, latest, carried=earlier)
+    both = sqr.soft_query(search, policy.heads, QUERIES, sqr.stack_blocks([latest, earlier, latest], 2))
     torch.testing.assert_close(carried[:, -1], both, atol=1e-5, rtol=0)
-    assert torch.equal(sqr.stack_blocks([old, new], 1), new)
-    assert torch.equal(sqr.stack_blocks([old, new], 5), torch.cat([old, new], dim=1))
+    assert torch.equal(sqr.stack_blocks([earlier, latest], 1), latest)
+    assert torch.equal(sqr.stack_blocks([earlier, latest], 5), torch.cat([earlier, latest], dim=1))
 
 
 @torch.no_grad()
@@ -215,12 +221,14 @@ def test_zero_heads_insert_the_same_soft_tokens_whatever_was_seen(search):
 # --- hard ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_three_rewriters_see_what_they_should(made):
+def test_the_three_rewriters_see_what_they_should(policy):
     film = clip(4)
     texts = []
     for variant in ("blind", "seen", "reasoned"):
-        system, looks = hqr.rewrite_prompt(variant)
-        texts.append(made.tokenizer.decode(made.prompt(system, "a dog", film if looks else None).ids))
+        system, sees_video = hqr.rewrite_prompt(variant)
+        texts.append(
+            policy.tokenizer.decode(policy.prompt(system, "a dog", film if sees_video else None).ids)
+        )
     blind, seen, reasoned = texts
     assert prompt_text.REWRITE in blind and "<|video_pad|>" not in blind
     assert prompt_text.REWRITE in seen and "<|video_pad|>" in seen

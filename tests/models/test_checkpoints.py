@@ -14,17 +14,18 @@ from transformers import Qwen3VLModel
 
 from vsr1 import config
 from vsr1.mini import architecture
-from vsr1.models import checkpoints, policy, prompt_text, soft_heads
+from vsr1.models import checkpoints, prompt_text, soft_heads
+from vsr1.models import policy as policies
 
 
 @pytest.fixture(scope="module")
-def made():
+def policy():
     return random_policy()
 
 
 @pytest.fixture(scope="module")
-def prompts(made):
-    return [made.prompt(prompt_text.SYSTEM, query, clip(4 + 2 * n, n)) for n, query in enumerate(QUERIES)]
+def prompts(policy):
+    return [policy.prompt(prompt_text.SYSTEM, query, clip(4 + 2 * n, n)) for n, query in enumerate(QUERIES)]
 
 
 def profile(**changes):
@@ -32,9 +33,9 @@ def profile(**changes):
 
 
 @pytest.fixture(scope="module")
-def saved(made, tmp_path_factory):
+def saved(policy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
-    checkpoints.save(made, folder)
+    checkpoints.save(policy, folder)
     return folder
 
 
@@ -42,19 +43,19 @@ def copy_of(folder, tmp_path):
     return shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
 
 
-def test_a_saved_policy_comes_back_with_heads_settings_and_the_same_replies(made, saved, prompts):
+def test_a_saved_policy_comes_back_with_heads_settings_and_the_same_replies(policy, saved, prompts):
     loaded = checkpoints.load(str(saved), profile())
-    assert loaded.settings == made.settings
-    for key, value in made.heads.state_dict().items():
+    assert loaded.settings == policy.settings
+    for key, value in policy.heads.state_dict().items():
         assert torch.equal(loaded.heads.state_dict()[key], value)
-    assert loaded.refine_token_id == made.refine_token_id
+    assert loaded.refine_token_id == policy.refine_token_id
     assert [r.ids for r in loaded.reply(prompts, max_new_tokens=5)] == [
-        r.ids for r in made.reply(prompts, max_new_tokens=5)
+        r.ids for r in policy.reply(prompts, max_new_tokens=5)
     ]
 
 
-def test_a_base_model_has_no_heads_and_can_reply(made, tmp_path, prompts):
-    base = policy.Policy(made.model, architecture.make_tokenizer(), None, None, 4096)
+def test_a_base_model_has_no_heads_and_can_reply(policy, tmp_path, prompts):
+    base = policies.Policy(policy.model, architecture.make_tokenizer(), None, None, 4096)
     checkpoints.save(base, tmp_path)
     loaded = checkpoints.load(str(tmp_path), profile())
     assert loaded.heads is loaded.settings is None
@@ -87,7 +88,7 @@ def drop_setting(folder, name):
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "message"),
     [
         (break_setting("n_latents", 8), "vsr1.json: settings were changed after training"),
         (break_setting("n_soft", 4), "vsr1.json: settings were changed after training"),
@@ -98,12 +99,12 @@ def drop_setting(folder, name):
         (lambda folder: (folder / "refine.safetensors").unlink(), "refine.safetensors: not the file"),
     ],
 )
-def test_a_damaged_checkpoint_is_one_line_that_names_file_and_key(saved, tmp_path, damage, words):
+def test_a_damaged_checkpoint_is_one_line_that_names_file_and_key(saved, tmp_path, damage, message):
     folder = copy_of(saved, tmp_path)
     damage(folder)
     with pytest.raises(config.InputError) as caught:
         checkpoints.load(str(folder), profile())
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +134,10 @@ def test_a_released_checkpoint_is_converted_and_then_loads_like_our_own(released
     checkpoints.save(converted, tmp_path)
     loaded = checkpoints.load(str(tmp_path), profile())
     assert loaded.settings == converted.settings
-    said = [reply.ids for reply in other.reply(prompts, max_new_tokens=5)]
+    replies = [reply.ids for reply in other.reply(prompts, max_new_tokens=5)]
     for read in (converted, loaded):
         assert all(torch.equal(read.heads.state_dict()[k], v) for k, v in other.heads.state_dict().items())
-        assert [reply.ids for reply in read.reply(prompts, max_new_tokens=5)] == said
+        assert [reply.ids for reply in read.reply(prompts, max_new_tokens=5)] == replies
 
 
 def as_engine(folder):
@@ -150,7 +151,7 @@ def plain_tokenizer(folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "message"),
     [
         (
             change_tensors(lambda t: t.pop("refine_projector.1.bias")),
@@ -189,12 +190,14 @@ def plain_tokenizer(folder):
         ),
     ],
 )
-def test_a_damaged_released_checkpoint_is_one_line_that_names_file_and_key(released, tmp_path, damage, words):
+def test_a_damaged_released_checkpoint_is_one_line_that_names_file_and_key(
+    released, tmp_path, damage, message
+):
     folder = copy_of(released[0], tmp_path)
     damage(folder)
     with pytest.raises(config.InputError) as caught:
         convert(folder)
-    assert re.search(words, str(caught.value)) and str(folder) in str(caught.value)
+    assert re.search(message, str(caught.value)) and str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -98,14 +98,14 @@ def test_positions_of_videos_follow_the_rule_of_the_paper_s_model(tiny):
     row = video_row(tiny, noise(4))
     positions = inputs.collate([row], model, tokenizer.pad_token_id)["position_ids"][:, 0]
     pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    expected, now, i = [], 0, 0
+    expected, position, i = [], 0, 0
     while i < len(row.ids):
         if row.ids[i] == pad:
-            expected += [(now, now + r, now + c) for r in range(2) for c in range(2)]
-            now, i = now + 2, i + 4
+            expected += [(position, position + r, position + c) for r in range(2) for c in range(2)]
+            position, i = position + 2, i + 4
         else:
-            expected.append((now, now, now))
-            now, i = now + 1, i + 1
+            expected.append((position, position, position))
+            position, i = position + 1, i + 1
     assert positions.T.tolist() == [list(p) for p in expected]
 
 
@@ -113,9 +113,9 @@ def test_black_frames_and_other_times_change_the_answer(tiny):
     """The cheapest detector of a video that never reached the model."""
     model, tokenizer = tiny
     answer = lambda row: model(**inputs.collate([row], model, tokenizer.pad_token_id)).logits[0, -1]  # noqa: E731
-    seen = answer(video_row(tiny, noise(4)))
-    assert (answer(video_row(tiny, np.zeros((4, 64, 64, 3), np.uint8))) - seen).abs().max() > 1e-3
-    assert (answer(video_row(tiny, noise(4), [0, 1, 7, 8])) - seen).abs().max() > 1e-3
+    logits = answer(video_row(tiny, noise(4)))
+    assert (answer(video_row(tiny, np.zeros((4, 64, 64, 3), np.uint8))) - logits).abs().max() > 1e-3
+    assert (answer(video_row(tiny, noise(4), [0, 1, 7, 8])) - logits).abs().max() > 1e-3
 
 
 def test_any_text_survives_the_mini_tokenizer_and_world_words_are_single_tokens(tiny):
@@ -210,7 +210,7 @@ def test_frames_shrunk_one_by_one_are_those_shrunk_at_once(size):
 
 
 @pytest.mark.parametrize(
-    ("installed", "dtype", "device", "found"),
+    ("installed", "dtype", "device", "choice"),
     [
         (True, "bfloat16", "cuda", "flash_attention_2"),
         (False, "bfloat16", "cuda", None),
@@ -218,13 +218,15 @@ def test_frames_shrunk_one_by_one_are_those_shrunk_at_once(size):
         (True, "bfloat16", "cpu", None),
     ],
 )
-def test_attention_is_chosen_by_what_is_there(monkeypatch, installed, dtype, device, found):
+def test_attention_is_chosen_by_what_is_there(monkeypatch, installed, dtype, device, choice):
     """All of an engine, but only the eyes of what reads on from a cache."""
     monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: installed)
     whole = loading.attention(Qwen3VLModel, dtype, device)
     part = loading.attention(Qwen3VLForConditionalGeneration, dtype, device)
-    assert whole == ({"attn_implementation": found} if found else {})
-    assert part == ({"attn_implementation": {"text_config": "sdpa", "vision_config": found}} if found else {})
+    assert whole == ({"attn_implementation": choice} if choice else {})
+    assert part == (
+        {"attn_implementation": {"text_config": "sdpa", "vision_config": choice}} if choice else {}
+    )
 
 
 def test_a_choice_by_side_reaches_both_sides_and_the_record(tiny, tmp_path, monkeypatch):
@@ -239,11 +241,11 @@ def test_a_choice_by_side_reaches_both_sides_and_the_record(tiny, tmp_path, monk
     other = loading.load(Qwen3VLForConditionalGeneration, str(tmp_path))[0]
     assert loading.model_facts(other)["attention"] == ["sdpa", "eager"]
     row = video_row(tiny, noise(4))
-    (context, now), (_, then) = (
-        decoding.prefill(one, [row], tokenizer.pad_token_id) for one in (plain, other)
+    (context, hidden), (_, other_hidden) = (
+        decoding.prefill(model, [row], tokenizer.pad_token_id) for model in (plain, other)
     )
-    torch.testing.assert_close(then, now, atol=1e-5, rtol=0)
-    assert decoding.extend(other, context, now[:, None])[0].attention_mask.shape[1] == len(row.ids) + 1
+    torch.testing.assert_close(other_hidden, hidden, atol=1e-5, rtol=0)
+    assert decoding.extend(other, context, hidden[:, None])[0].attention_mask.shape[1] == len(row.ids) + 1
 
 
 def test_work_that_does_not_fit_is_done_in_halves_from_then_on_once_and_loudly():

@@ -17,7 +17,8 @@ from vsr1.data import decoder, video_reader
 from vsr1.evaluation import evaluate
 from vsr1.loop import sqr
 from vsr1.mini import architecture
-from vsr1.models import decoding, engine, inputs, policy, prompt_text, soft_heads
+from vsr1.models import decoding, engine, inputs, prompt_text, soft_heads
+from vsr1.models import policy as policies
 from vsr1.training import common, grpo, sft
 
 
@@ -26,26 +27,26 @@ def profile(**changes):
 
 
 @pytest.fixture(scope="module")
-def made():
+def policy():
     return random_policy()
 
 
 @pytest.fixture(scope="module")
-def prompts(made):
-    return [made.prompt(prompt_text.SYSTEM, query, clip(4 + 2 * n, n)) for n, query in enumerate(QUERIES)]
+def prompts(policy):
+    return [policy.prompt(prompt_text.SYSTEM, query, clip(4 + 2 * n, n)) for n, query in enumerate(QUERIES)]
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_prompts_say_what_the_method_says(made):
-    text = made.tokenizer.decode(made.prompt("S", 'a "dog"', clip(4)).ids)
+def test_the_prompts_say_what_the_method_says(policy):
+    text = policy.tokenizer.decode(policy.prompt("S", 'a "dog"', clip(4)).ids)
     pads = "<|vision_start|>" + 4 * "<|video_pad|>" + "<|vision_end|>"
     assert text == (
         '<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQuery: "a "dog""\nRetrieved video: '
         f"<1.2 seconds>{pads}<5.2 seconds>{pads}<|im_end|>\n<|im_start|>assistant\n"
     )
-    blind = made.tokenizer.decode(made.prompt("S", "a dog").ids)
+    blind = policy.tokenizer.decode(policy.prompt("S", "a dog").ids)
     assert blind.endswith('<|im_start|>user\nQuery: "a dog"<|im_end|>\n<|im_start|>assistant\n')
     assert prompt_text.SYSTEM == (
         "You judge one retrieved video against a query. Inside <think> </think>, compare step by step what the "
@@ -58,18 +59,18 @@ def test_the_prompts_say_what_the_method_says(made):
     assert prompt_text.SYSTEM_ZS == without.replace(" <REFINE>", "")
 
 
-def test_released_policies_are_shown_frame_numbers_as_times(made):
-    released = changed(made, settings=soft_heads.Settings(time_axis="frame_index"))
+def test_released_policies_are_shown_frame_numbers_as_times(policy):
+    released = changed(policy, settings=soft_heads.Settings(time_axis="frame_index"))
     text = released.tokenizer.decode(released.prompt("S", "a", clip(4)).ids)
     assert "<0.5 seconds>" in text and "<2.5 seconds>" in text and "<1.2 seconds>" not in text
 
 
 def test_above_64_seconds_the_times_shown_are_when_the_frames_were_seen():
     """By the scene: frames of a 256 s film stand four seconds apart, whatever their numbers are."""
-    looks = decoder.sample_times(256.0)
-    film = video_reader.Clip(np.zeros((64, 32, 32, 3), np.uint8), looks, 256.0, None)
-    one = random_policy()
-    text = one.tokenizer.decode(one.prompt("S", "a", film).ids)
+    times = decoder.sample_times(256.0)
+    film = video_reader.Clip(np.zeros((64, 32, 32, 3), np.uint8), times, 256.0, None)
+    fresh = random_policy()
+    text = fresh.tokenizer.decode(fresh.prompt("S", "a", film).ids)
     shown = [float(time) for time in re.findall("<([0-9.]+) seconds>", text)]
     assert shown == [8.0 * pair + 2 for pair in range(32)] != [2 * pair + 0.5 for pair in range(32)]
 
@@ -77,11 +78,11 @@ def test_above_64_seconds_the_times_shown_are_when_the_frames_were_seen():
 @pytest.mark.parametrize(("name", "most"), [("paper", 196), ("paper-24gb", 32)])
 def test_the_policy_sees_frames_of_one_size_in_every_stage(name, most):
     """Counted in the prompt, over shapes of frames; the official code shows 64 tokens in GRPO alone."""
-    one = changed(random_policy(), max_frame_pixels=config.load(name).max_frame_pixels)
-    pad, counts = one.tokenizer.convert_tokens_to_ids("<|video_pad|>"), []
+    limited = changed(random_policy(), max_frame_pixels=config.load(name).max_frame_pixels)
+    pad, counts = limited.tokenizer.convert_tokens_to_ids("<|video_pad|>"), []
     for height, width in ((448, 448), (256, 512), (720, 1280), (240, 320), (1080, 608)):
         film = video_reader.Clip(np.zeros((2, height, width, 3), np.uint8), np.arange(2.0), 2.0, None)
-        counts.append(one.prompt("S", "a", film).ids.count(pad))
+        counts.append(limited.prompt("S", "a", film).ids.count(pad))
     assert max(counts) == most
     sized = [field.name for field in dataclasses.fields(config.Profile) if "frame_pixels" in field.name]
     assert sized == ["max_frame_pixels"] and {*sized} <= {*sft.KNOBS} & {*grpo.KNOBS} & {*evaluate.KNOBS}
@@ -90,97 +91,102 @@ def test_the_policy_sees_frames_of_one_size_in_every_stage(name, most):
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
-def test_greedy_replies_equal_the_library_s_own_generation(made, prompts):
-    replies = made.reply(prompts, max_new_tokens=12)
+def test_greedy_replies_equal_the_library_s_own_generation(policy, prompts):
+    replies = policy.reply(prompts, max_new_tokens=12)
     for prompt, reply in zip(prompts, replies, strict=True):
-        batch = inputs.collate([prompt], made.model, made.tokenizer.pad_token_id)
+        batch = inputs.collate([prompt], policy.model, policy.tokenizer.pad_token_id)
         batch.pop("position_ids")  # generate makes its own
-        banned = made.banned_tokens.nonzero()[:, 0].tolist()
-        ids = made.model.generate(**batch, do_sample=False, max_new_tokens=12, suppress_tokens=banned)
+        banned = policy.banned_tokens.nonzero()[:, 0].tolist()
+        ids = policy.model.generate(**batch, do_sample=False, max_new_tokens=12, suppress_tokens=banned)
         assert reply.ids == ids[0, len(prompt.ids) :].tolist()
 
 
-def all_log_probs(made, prompt, ids):
+def all_log_probs(policy, prompt, ids):
     """Log-probabilities (L, vocabulary) of a reply from one forward over everything, without a cache."""
     whole = dataclasses.replace(prompt, ids=prompt.ids + ids)
-    logits = made.model(**inputs.collate([whole], made.model, made.tokenizer.pad_token_id)).logits[0]
-    return logits[len(prompt.ids) - 1 : -1].masked_fill(made.banned_tokens, -torch.inf).log_softmax(-1)
+    logits = policy.model(**inputs.collate([whole], policy.model, policy.tokenizer.pad_token_id)).logits[0]
+    return logits[len(prompt.ids) - 1 : -1].masked_fill(policy.banned_tokens, -torch.inf).log_softmax(-1)
 
 
-def full_forward(made, prompt, ids):
-    return all_log_probs(made, prompt, ids)[torch.arange(len(ids)), ids]
+def full_forward(policy, prompt, ids):
+    return all_log_probs(policy, prompt, ids)[torch.arange(len(ids)), ids]
 
 
 @torch.no_grad()
 def test_the_margin_of_a_verdict_is_that_of_a_full_forward_at_the_first_one_behind_the_reasoning(
-    made, prompts
+    policy, prompts
 ):
     """Sampled from a few tokens alone, so that verdicts are met, with guesses in between."""
-    answer, *_, end = made.tokenizer("<answer> </think>")["input_ids"]
-    few = [answer, *made.verdict_tokens, end]
-    banned = torch.ones_like(made.banned_tokens).index_fill(0, torch.tensor(few), False)
-    spoken, found = changed(made, banned_tokens=banned), 0
+    answer, *_, end = policy.tokenizer("<answer> </think>")["input_ids"]
+    few = [answer, *policy.verdict_tokens, end]
+    banned = torch.ones_like(policy.banned_tokens).index_fill(0, torch.tensor(few), False)
+    spoken, verdicts = changed(policy, banned_tokens=banned), 0
     for prompt, reply in zip(
         [p for p in prompts for _ in range(6)], sampled(spoken, prompts, 6), strict=True
     ):
-        rest = reply.text.rpartition("</think>")[2]
-        places = [place for place in range(1, len(reply.ids)) if reply.ids[place - 1] == answer]
-        places = [place for place in places if reply.ids[place] in spoken.verdict_tokens]
-        places = [place for place in places if end not in reply.ids[place:]]
+        answer_text = reply.text.rpartition("</think>")[2]
+        positions = [position for position in range(1, len(reply.ids)) if reply.ids[position - 1] == answer]
+        positions = [position for position in positions if reply.ids[position] in spoken.verdict_tokens]
+        positions = [position for position in positions if end not in reply.ids[position:]]
         assert (
             (reply.verdict is None)
-            == (not places)
-            == ("<answer>matched" not in rest and "<answer>not" not in rest)
+            == (not positions)
+            == ("<answer>matched" not in answer_text and "<answer>not" not in answer_text)
         )
-        if places:
-            logp = all_log_probs(spoken, prompt, reply.ids)[places[0], list(spoken.verdict_tokens)]
-            assert reply.verdict.position == places[0]
+        if positions:
+            logp = all_log_probs(spoken, prompt, reply.ids)[positions[0], list(spoken.verdict_tokens)]
+            assert reply.verdict.position == positions[0]
             assert reply.verdict.margin == pytest.approx(float(logp[0] - logp[1]), abs=1e-5)
-            found += 1
-    assert 3 < found < 18
+            verdicts += 1
+    assert 3 < verdicts < 18
 
 
-def test_the_span_after_a_forced_match_is_what_the_model_goes_on_with(made, prompts):
+def test_the_span_after_a_forced_match_is_what_the_model_goes_on_with(policy, prompts):
     replies = [f"<think> {word} </think> <answer>not_matched</answer>" for word in ("no", "not at all")]
-    ids = [made.tokenizer(text)["input_ids"] for text in replies]
-    given = [
-        policy.Completion(one, [], True, "", None, made._verdict(one, [[0, 0]] * len(one))) for one in ids
+    ids = [policy.tokenizer(text)["input_ids"] for text in replies]
+    completions = [
+        policies.Completion(
+            reply_ids, [], True, "", None, policy._verdict(reply_ids, [[0, 0]] * len(reply_ids))
+        )
+        for reply_ids in ids
     ]
     for prompt, text, forced in zip(
-        prompts, replies, made.reply_if_matched(prompts[:2], given, 6), strict=False
+        prompts, replies, policy.reply_if_matched(prompts[:2], completions, 6), strict=False
     ):
-        kept = text.replace("not_matched</answer>", "matched")
-        longer = dataclasses.replace(prompt, ids=prompt.ids + made.tokenizer(kept)["input_ids"])
-        assert forced == kept + made.reply([longer], max_new_tokens=6)[0].text
+        prefix = text.replace("not_matched</answer>", "matched")
+        longer = dataclasses.replace(prompt, ids=prompt.ids + policy.tokenizer(prefix)["input_ids"])
+        assert forced == prefix + policy.reply([longer], max_new_tokens=6)[0].text
 
 
 @torch.no_grad()
-def test_recorded_log_probabilities_are_those_of_a_full_forward(made, prompts):
-    replies = sampled(made, prompts, 2)
+def test_recorded_log_probabilities_are_those_of_a_full_forward(policy, prompts):
+    replies = sampled(policy, prompts, 2)
     for prompt, reply in zip([p for p in prompts for _ in "ab"], replies, strict=True):
         torch.testing.assert_close(
-            torch.tensor(reply.logps), full_forward(made, prompt, reply.ids), atol=1e-5, rtol=0
+            torch.tensor(reply.logps), full_forward(policy, prompt, reply.ids), atol=1e-5, rtol=0
         )
 
 
 def shrinks(lengths):
     """How often a batch of replies of these lengths, sorted, goes on with less than half of its rows."""
     middle = lengths[len(lengths) // 2]
-    rest = [length for length in lengths if length > middle]
-    return 1 + shrinks(rest) if rest else 0
+    longer = [length for length in lengths if length > middle]
+    return 1 + shrinks(longer) if longer else 0
 
 
-def test_rows_that_end_early_leave_the_others_as_they_are(made, prompts):
+def test_rows_that_end_early_leave_the_others_as_they_are(policy, prompts):
     """Each alone against all in a batch that shrinks twice on the way."""
-    quick = coming_to_an_end(made, prompts)
+    quick = coming_to_an_end(policy, prompts)
     together = sampled(quick, prompts, 4, temperature=COLD)
     lengths = sorted(len(reply.ids) for reply in together)
     assert shrinks(lengths) >= 2, lengths
     draws = torch.from_numpy(np.random.default_rng(0).random((12, 24)))
     for row, reply in enumerate(together):
-        context, now = quick.prefill([prompts[row // 4]])
+        context, last_hidden = quick.prefill([prompts[row // 4]])
         params = quick.sampling_params(24, COLD)
-        [alone] = decoding.decode(quick.model, context, now, params, draws[row : row + 1], decoding.Drafter())
+        [alone] = decoding.decode(
+            quick.model, context, last_hidden, params, draws[row : row + 1], decoding.Drafter()
+        )
         assert alone.ids == reply.ids
         np.testing.assert_allclose(alone.logps, reply.logps, atol=1e-5 / COLD)
         assert (
@@ -190,29 +196,31 @@ def test_rows_that_end_early_leave_the_others_as_they_are(made, prompts):
         assert reply.ended or len(reply.ids) == 24
 
 
-def test_a_replayed_reply_has_the_log_probabilities_of_the_rollout_also_in_train_mode(made, prompts):
-    quick = coming_to_an_end(made, prompts)
+def test_a_replayed_reply_has_the_log_probabilities_of_the_rollout_also_in_train_mode(policy, prompts):
+    quick = coming_to_an_end(policy, prompts)
     for temperature in (1.0, COLD):
         replies = sampled(quick, prompts, 4, temperature=temperature)
-        made.model.train()
+        policy.model.train()
         again = quick.replay(prompts, [reply.ids for reply in replies], group=4, temperature=temperature)
-        made.model.eval()
+        policy.model.eval()
         for row, reply in enumerate(replies):
-            own = again.logps[row][again.completion_mask[row]].tolist()
-            np.testing.assert_allclose(own, reply.logps, atol=1e-5 / temperature)
+            replayed = again.logps[row][again.completion_mask[row]].tolist()
+            np.testing.assert_allclose(replayed, reply.logps, atol=1e-5 / temperature)
             assert (again.logps[row][~again.completion_mask[row]] == 0).all()
-    made.model.zero_grad()
+    policy.model.zero_grad()
     again.logps.sum().backward()
-    assert all(weight.grad.isfinite().all() for weight in made.model.parameters() if weight.grad is not None)
+    assert all(
+        weight.grad.isfinite().all() for weight in policy.model.parameters() if weight.grad is not None
+    )
 
 
-def test_sharing_a_prompt_gives_the_gradient_of_separate_prompts(made, prompts):
-    ids = [reply.ids for reply in sampled(made, prompts[:2], 3)]
+def test_sharing_a_prompt_gives_the_gradient_of_separate_prompts(policy, prompts):
+    ids = [reply.ids for reply in sampled(policy, prompts[:2], 3)]
     grads = []
     for rows, group in ((prompts[:2], 3), ([p for p in prompts[:2] for _ in range(3)], 1)):
-        made.model.zero_grad()
-        made.replay(rows, ids, group=group).logps.sum().backward()
-        grads.append([w.grad.clone() for w in made.model.parameters() if w.grad is not None])
+        policy.model.zero_grad()
+        policy.replay(rows, ids, group=group).logps.sum().backward()
+        grads.append([w.grad.clone() for w in policy.model.parameters() if w.grad is not None])
     for shared, separate in zip(*grads, strict=True):
         torch.testing.assert_close(shared, separate, atol=1e-4 * float(separate.abs().max() + 1), rtol=0)
 
@@ -221,129 +229,139 @@ def test_replies_follow_the_model_s_distribution():
     """20,000 draws of one token against its probabilities; a banned token is never drawn."""
     logp = torch.tensor([0.5, 0.2, 0.0, 0.3]).log()
     draws = torch.from_numpy(np.random.default_rng(0).random(20_000))
-    share = decoding.sample_token(logp.expand(20_000, -1), draws).bincount(minlength=4) / 20_000
-    torch.testing.assert_close(share, logp.exp(), atol=0.015, rtol=0)
+    frequencies = decoding.sample_token(logp.expand(20_000, -1), draws).bincount(minlength=4) / 20_000
+    torch.testing.assert_close(frequencies, logp.exp(), atol=0.015, rtol=0)
     edges = decoding.sample_token(logp.expand(2, -1), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
-    assert edges.tolist() == [0, 3] and share[2] == 0
+    assert edges.tolist() == [0, 3] and frequencies[2] == 0
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
-def test_top_p_keeps_the_tokens_that_the_library_keeps_and_shares_their_mass(made, prompts, top_p):
-    _, now = made.prefill(prompts)
-    logits = made.model.lm_head(now).masked_fill(made.banned_tokens, -torch.inf)
-    theirs = TopPLogitsWarper(top_p)(None, logits / 0.4).log_softmax(-1)
-    ours = decoding.log_probs(made.model.lm_head(now), made.sampling_params(1, 0.4, top_p))
-    assert 0 < (ours > -torch.inf).sum() < (~made.banned_tokens).sum() * len(prompts)
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+def test_top_p_keeps_the_tokens_that_the_library_keeps_and_shares_their_mass(policy, prompts, top_p):
+    _, last_hidden = policy.prefill(prompts)
+    logits = policy.model.lm_head(last_hidden).masked_fill(policy.banned_tokens, -torch.inf)
+    expected = TopPLogitsWarper(top_p)(None, logits / 0.4).log_softmax(-1)
+    logp = decoding.log_probs(policy.model.lm_head(last_hidden), policy.sampling_params(1, 0.4, top_p))
+    assert 0 < (logp > -torch.inf).sum() < (~policy.banned_tokens).sum() * len(prompts)
+    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
 
 
-def test_a_reply_with_its_own_rng_does_not_depend_on_those_beside_it(made, prompts):
-    own = lambda seed: np.random.default_rng([7, seed])  # noqa: E731
+def test_a_reply_with_its_own_rng_does_not_depend_on_those_beside_it(policy, prompts):
+    rng_of = lambda seed: np.random.default_rng([7, seed])  # noqa: E731
     sample = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.9}
-    together = made.reply(prompts, rng=[own(seed) for seed in range(len(prompts))], **sample)
+    together = policy.reply(prompts, rng=[rng_of(seed) for seed in range(len(prompts))], **sample)
     for seed, (prompt, reply) in enumerate(zip(prompts, together, strict=True)):
-        assert made.reply([prompt], rng=[own(seed)], **sample)[0].ids == reply.ids
+        assert policy.reply([prompt], rng=[rng_of(seed)], **sample)[0].ids == reply.ids
 
 
-def test_vision_ids_and_rows_without_a_token_are_never_said(made):
-    loud = torch.where(made.banned_tokens, 50.0, 0.0)
-    assert (decoding.log_probs(loud, made.sampling_params(1, 1.0))[made.banned_tokens] == -torch.inf).all()
-    names = made.tokenizer.convert_ids_to_tokens(made.banned_tokens.nonzero()[:, 0].tolist())
+def test_vision_ids_and_rows_without_a_token_are_never_said(policy):
+    loud = torch.where(policy.banned_tokens, 50.0, 0.0)
+    assert (
+        decoding.log_probs(loud, policy.sampling_params(1, 1.0))[policy.banned_tokens] == -torch.inf
+    ).all()
+    names = policy.tokenizer.convert_ids_to_tokens(policy.banned_tokens.nonzero()[:, 0].tolist())
     assert names[:4] == ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    assert int(made.banned_tokens.sum()) == 4 + 7, "eight spare rows, one of them taken by <REFINE>"
+    assert int(policy.banned_tokens.sum()) == 4 + 7, "eight spare rows, one of them taken by <REFINE>"
 
 
-def test_a_video_is_read_once_for_all_replies_to_it(made, prompts, monkeypatch):
-    shapes, see = [], made.model.model.visual.forward
+def test_a_video_is_read_once_for_all_replies_to_it(policy, prompts, monkeypatch):
+    shapes, see = [], policy.model.model.visual.forward
     counted = lambda pixels, **grid: shapes.append(len(pixels)) or see(pixels, **grid)  # noqa: E731
-    monkeypatch.setattr(made.model.model.visual, "forward", counted)
-    sampled(made, prompts, 4, limit=3)
+    monkeypatch.setattr(policy.model.model.visual, "forward", counted)
+    sampled(policy, prompts, 4, limit=3)
     assert shapes == [sum(math.prod(prompt.video.grid) for prompt in prompts)]
 
 
-def test_what_is_kept_of_a_video_is_what_the_eyes_see_again(made, prompts, monkeypatch):
+def test_what_is_kept_of_a_video_is_what_the_eyes_see_again(policy, prompts, monkeypatch):
     """Eyes that learn look each time; others once at a clip, however many prompts, replies and readings it has."""
-    looks, see = [], decoding._encode_videos
+    encoded, see = [], decoding._encode_videos
     monkeypatch.setattr(
-        decoding, "_encode_videos", lambda model, videos: looks.append(len(videos)) or see(model, videos)
+        decoding, "_encode_videos", lambda model, videos: encoded.append(len(videos)) or see(model, videos)
     )
     film, other = clip(6, 1), clip(6, 2)
-    asked = lambda one, *clips: [one.prompt(prompt_text.SYSTEM, "Who?", shown) for shown in clips]  # noqa: E731
-    replies = [[5, 6, made.stop_token_id], [6, 5, made.stop_token_id]]
-    learning = [made.replay(asked(made, film, other), replies).logps for _ in range(2)]
-    assert looks == [2, 2]
-    fixed = copy.deepcopy(made.model).requires_grad_(False)
-    still = policy.Policy(fixed, made.tokenizer, made.heads, made.settings, made.max_frame_pixels)
+    prompts_of = lambda reader, *clips: [reader.prompt(prompt_text.SYSTEM, "Who?", shown) for shown in clips]  # noqa: E731
+    replies = [[5, 6, policy.stop_token_id], [6, 5, policy.stop_token_id]]
+    learning = [policy.replay(prompts_of(policy, film, other), replies).logps for _ in range(2)]
+    assert encoded == [2, 2]
+    fixed = copy.deepcopy(policy.model).requires_grad_(False)
+    still = policies.Policy(fixed, policy.tokenizer, policy.heads, policy.settings, policy.max_frame_pixels)
     for _ in range(2):
-        again = still.replay([*asked(still, film, film), *asked(still, other)], [replies[0], *replies]).logps
+        again = still.replay(
+            [*prompts_of(still, film, film), *prompts_of(still, other)], [replies[0], *replies]
+        ).logps
         torch.testing.assert_close(again[1:], learning[0], atol=1e-5, rtol=0)
-    assert looks == [2, 2, 2]
-    assert not torch.allclose(again[0, 0], still.replay(asked(still, clip(6, 3)), replies[:1]).logps[0, 0])
-    assert looks == [2, 2, 2, 1]
+    assert encoded == [2, 2, 2]
+    assert not torch.allclose(
+        again[0, 0], still.replay(prompts_of(still, clip(6, 3)), replies[:1]).logps[0, 0]
+    )
+    assert encoded == [2, 2, 2, 1]
 
 
-def test_words_that_all_begin_with_are_read_once_with_the_same_states_and_gradients(made, prompts):
+def test_words_that_all_begin_with_are_read_once_with_the_same_states_and_gradients(policy, prompts):
     """By prompts of different lengths, two with a video; read row by row they give the same."""
-    asked = [*prompts[:2], made.prompt(prompt_text.SYSTEM, "Who?")]
-    found, grads = [], []
-    for share in (True, False):
-        context, now = made.prefill(asked, share_prefix=share)
+    mixed = [*prompts[:2], policy.prompt(prompt_text.SYSTEM, "Who?")]
+    states, grads = [], []
+    for share_prefix in (True, False):
+        context, last_hidden = policy.prefill(mixed, share_prefix=share_prefix)
         context, _, post = decoding.extend(
-            made.model, context.rows(torch.tensor([2, 0, 1, 1])), now[[2, 0, 1, 1], None]
+            policy.model, context.rows(torch.tensor([2, 0, 1, 1])), last_hidden[[2, 0, 1, 1], None]
         )
         parts = [
             decoding.stack_contexts([context.slice(row, context.attention_mask.shape[1])]) for row in range(4)
         ]
-        found.append(
-            [now, post, torch.cat([decoding.extend(made.model, part, now[:1, None])[1] for part in parts])]
+        states.append(
+            [
+                last_hidden,
+                post,
+                torch.cat([decoding.extend(policy.model, part, last_hidden[:1, None])[1] for part in parts]),
+            ]
         )
-        weights = made.model.model.parameters()
+        weights = policy.model.model.parameters()
         grads.append(
-            torch.autograd.grad(sum(one.square().sum() for one in found[-1]), weights, allow_unused=True)
+            torch.autograd.grad(sum(state.square().sum() for state in states[-1]), weights, allow_unused=True)
         )
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    for one, other in zip(*grads, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other, atol=1e-4 * float(other.abs().max() + 1), rtol=0)
+    for shared, separate in zip(*states, strict=True):
+        torch.testing.assert_close(shared, separate, atol=1e-4, rtol=1e-4)
+    for shared, separate in zip(*grads, strict=True):
+        assert (shared is None) == (separate is None)
+        if shared is not None:
+            torch.testing.assert_close(shared, separate, atol=1e-4 * float(separate.abs().max() + 1), rtol=0)
 
 
 def test_merged_adapters_speak_alike_and_leave_the_weights_as_they_were():
-    made = random_policy()
+    adapted = random_policy()
     prompts = [
-        made.prompt(prompt_text.SYSTEM, query, clip(4, n)) for n, query in enumerate(QUERIES)
+        adapted.prompt(prompt_text.SYSTEM, query, clip(4, n)) for n, query in enumerate(QUERIES)
     ]  # its eyes are fixed
-    common.add_lora(made, 4, seed=0)
+    common.add_lora(adapted, 4, seed=0)
     with torch.no_grad():
-        for name, weight in made.model.named_parameters():
+        for name, weight in adapted.model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.05)
-    before = {name: weight.clone() for name, weight in made.model.named_parameters()}
-    with made.adapters_disabled():
-        bare = sampled(made, prompts, 2)
-    apart = sampled(made, prompts, 2)
-    with made.adapters_merged():
-        merged = sampled(made, prompts, 2)
-        read = made.replay(prompts, [reply.ids for reply in merged], group=2, temperature=1.0).logps
-    for one, other, logps in zip(apart, merged, read.detach(), strict=True):
-        assert one.ids == other.ids
-        np.testing.assert_allclose(one.logps, other.logps, atol=1e-4)
-        np.testing.assert_allclose(logps[: len(one.ids)], one.logps, atol=1e-4)
-    assert [one.ids for one in bare] != [one.ids for one in apart]
-    assert all((weight == before[name]).all() for name, weight in made.model.named_parameters())
-    for one, other in zip(sampled(made, prompts, 2), apart, strict=True):  # guesses change the last bits
-        np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
+    before = {name: weight.clone() for name, weight in adapted.model.named_parameters()}
+    with adapted.adapters_disabled():
+        without = sampled(adapted, prompts, 2)
+    apart = sampled(adapted, prompts, 2)
+    with adapted.adapters_merged():
+        merged = sampled(adapted, prompts, 2)
+        read = adapted.replay(prompts, [reply.ids for reply in merged], group=2, temperature=1.0).logps
+    for reply, merged_reply, logps in zip(apart, merged, read.detach(), strict=True):
+        assert reply.ids == merged_reply.ids
+        np.testing.assert_allclose(reply.logps, merged_reply.logps, atol=1e-4)
+        np.testing.assert_allclose(logps[: len(reply.ids)], reply.logps, atol=1e-4)
+    assert [reply.ids for reply in without] != [reply.ids for reply in apart]
+    assert all((weight == before[name]).all() for name, weight in adapted.model.named_parameters())
+    for again, reply in zip(sampled(adapted, prompts, 2), apart, strict=True):  # guesses change the last bits
+        np.testing.assert_allclose(again.logps, reply.logps, atol=1e-5)
 
 
 def test_fresh_heads_take_the_mean_of_the_used_rows_and_need_a_spare_one():
-    one = random_policy(spare=2)
-    weight = one.model.get_input_embeddings().weight
-    torch.testing.assert_close(weight[one.refine_token_id], weight[: one.refine_token_id].mean(dim=0))
-    assert one.refine_token_id == len(one.tokenizer) - 1
+    fresh = random_policy(spare=2)
+    weight = fresh.model.get_input_embeddings().weight
+    torch.testing.assert_close(weight[fresh.refine_token_id], weight[: fresh.refine_token_id].mean(dim=0))
+    assert fresh.refine_token_id == len(fresh.tokenizer) - 1
     before = weight.clone()
-    again = policy.new_heads(one, one.settings, seed=9)
-    assert again.refine_token_id == one.refine_token_id and torch.equal(weight, before), (
+    again = policies.new_heads(fresh, fresh.settings, seed=9)
+    assert again.refine_token_id == fresh.refine_token_id and torch.equal(weight, before), (
         "a row that is in use is left alone"
     )
     with pytest.raises(config.InputError, match="leave none for <REFINE>"):
@@ -361,16 +379,16 @@ def test_fresh_heads_follow_the_method_and_the_seed():
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-def test_an_engine_of_another_width_or_instruction_is_refused(made):
+def test_an_engine_of_another_width_or_instruction_is_refused(policy):
     torch.manual_seed(0)
-    model_config = architecture.make_config(made.tokenizer)
+    model_config = architecture.make_config(policy.tokenizer)
     core = Qwen3VLModel(model_config)
-    sqr.check_fit(made, engine.Engine(profile(), core, made.tokenizer, "mine"))
-    other = engine.Engine(profile(instruction="Find it!"), core, made.tokenizer, "other")
+    sqr.check_fit(policy, engine.Engine(profile(), core, policy.tokenizer, "mine"))
+    other = engine.Engine(profile(instruction="Find it!"), core, policy.tokenizer, "other")
     with pytest.raises(
         config.InputError, match=r"instruction .* but other has 'Find it!'; let the profile name"
     ):
-        sqr.check_fit(made, other)
-    other.instruction, other.width = made.settings.instruction, 64
+        sqr.check_fit(policy, other)
+    other.instruction, other.width = policy.settings.instruction, 64
     with pytest.raises(config.InputError, match="an engine of width 192, but other has 64; let"):
-        sqr.check_fit(made, other)
+        sqr.check_fit(policy, other)

@@ -36,9 +36,9 @@ def hub(tmp_path_factory):
     with torch.no_grad():
         for weight in other.heads.parameters():  # identities and zeros would hide what is left out
             weight += 0.2 * torch.randn(weight.shape, generator=torch.manual_seed(4))
-    for made, place in ((other, folder), (search, folder / "query_embedder")):
-        made.model.save_pretrained(place)
-        made.tokenizer.save_pretrained(place)
+    for owner, path in ((other, folder), (search, folder / "query_embedder")):
+        owner.model.save_pretrained(path)
+        owner.tokenizer.save_pretrained(path)
     tensors = load_file(folder / "model.safetensors") | dict(other.heads.state_dict())
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (home / "refs").mkdir()
@@ -75,12 +75,14 @@ def by_hand(folder, film, reply):
         f'Query: "{QUERY}"\nRetrieved video: <0.5 seconds>{pads}<2.5 seconds>{pads}<|im_end|>\n<|im_start|>assistant\n'
     )  # frame numbers, not the seconds of the film
     ids, pad = tokenizer(text)["input_ids"] + reply, tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    places, now = [], 0
-    for at, token in enumerate(ids):
+    positions, position = [], 0
+    for i, token in enumerate(ids):
         if token != pad:
-            places, now = [*places, (now,) * 3], now + 1
-        elif ids[at - 1] != pad:  # a pair of frames: one time, two rows, two columns
-            places, now = places + [(now, now + r, now + c) for r in (0, 1) for c in (0, 1)], now + 2
+            positions.append((position,) * 3)
+            position += 1
+        elif ids[i - 1] != pad:  # a pair of frames: one time, two rows, two columns
+            positions += [(position, position + r, position + c) for r in (0, 1) for c in (0, 1)]
+            position += 2
     pixels = torch.from_numpy(film.frames).permute(0, 3, 1, 2) / 127.5 - 1
     corner = [(t, 32 * i + 16 * r, 32 * j + 16 * c) for t in (0, 2) for i in (0, 1) for j in (0, 1) for r in (0, 1) for c in (0, 1)]  # fmt: skip  # noqa: E501
     patches = [pixels[t : t + 2, :, y : y + 16, x : x + 16].transpose(0, 1).flatten() for t, y, x in corner]
@@ -89,8 +91,8 @@ def by_hand(folder, film, reply):
     model.model.language_model.layers[-1].register_forward_hook(lambda _, __, out: outs.append(out))
     embeds = model.get_input_embeddings()(torch.tensor([ids]))
     for _ in range(8):
-        where = torch.tensor(places + [(now + k,) * 3 for k in range(len(latents))]).T[:, None]
-        post = model.model(inputs_embeds=embeds, position_ids=where, **video).last_hidden_state[0, -1]
+        position_ids = torch.tensor(positions + [(position + k,) * 3 for k in range(len(latents))]).T[:, None]
+        post = model.model(inputs_embeds=embeds, position_ids=position_ids, **video).last_hidden_state[0, -1]
         latents.append(project(post if latents else outs[0][0, -1]))  # the first: before the final norm
         embeds = torch.cat([embeds, way_in("latent_input_", latents[-1])[None, None]], dim=1)
     search, tokenizer = (
@@ -102,37 +104,39 @@ def by_hand(folder, film, reply):
         for part in (head, "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>")
     )
     embeds = torch.cat([head, way_in("append_input_", torch.stack(latents)), tail])[None]
-    where = torch.arange(embeds.shape[1]).expand(3, 1, -1)
-    vec = search(inputs_embeds=embeds, position_ids=where).last_hidden_state[0, -1]
+    position_ids = torch.arange(embeds.shape[1]).expand(3, 1, -1)
+    vec = search(inputs_embeds=embeds, position_ids=position_ids).last_hidden_state[0, -1]
     return torch.stack(latents), vec / vec.norm()
 
 
 @torch.no_grad()
 def test_a_released_name_gives_the_latents_and_the_query_vector_made_by_hand(hub, profile):
     """From the hub's cache through conversion to refinement, with the engine that came along."""
-    made, agent = runner.load_pair(profile, runner.SYSTEMS["sqr"], NAME)
+    search, agent = runner.load_pair(profile, runner.SYSTEMS["sqr"], NAME)
     film, reply = clip(4), [40, 41, agent.refine_token_id]
-    assert made.name == agent.query_embedder and made.name.startswith(str(profile.runs("charades")))
+    assert search.name == agent.query_embedder and search.name.startswith(str(profile.runs("charades")))
     prompt = agent.prompt(agent.settings.system, QUERY, film)
     latents = sqr.soft_tokens(
         agent, agent.replay([prompt], [[*reply, agent.stop_token_id]]).refine_contexts, 8
     )
     wanted, vec = by_hand(hub, film, reply)
     torch.testing.assert_close(latents[0], wanted, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(sqr.soft_query(made, agent.heads, [QUERY], latents)[0], vec, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        sqr.soft_query(search, agent.heads, [QUERY], latents)[0], vec, atol=1e-5, rtol=0
+    )
     assert (wanted[1:] - wanted[:-1]).abs().amax(dim=1).min() > 0.05, "latents that hardly differ test little"
 
 
 def test_it_is_converted_once_and_again_for_another_prompt(hub, profile, monkeypatch):
-    convert, made = checkpoints.convert_released, []
-    monkeypatch.setattr(checkpoints, "convert_released", lambda *args: made.append(1) or convert(*args))
+    convert, calls = checkpoints.convert_released, []
+    monkeypatch.setattr(checkpoints, "convert_released", lambda *args: calls.append(1) or convert(*args))
     for _ in range(2):
         weights, system = search_folder.pick(profile, weights=NAME)
         assert system == "sqr" and checkpoints.load(weights, profile).settings.time_axis == "frame_index"
-        assert checkpoints.resolve_checkpoint(f"{NAME}@{COMMIT}", profile) == weights and made == [1]
+        assert checkpoints.resolve_checkpoint(f"{NAME}@{COMMIT}", profile) == weights and calls == [1]
     rows = config.ROOT / "data/charades/rows.json"
     rows.write_text(rows.read_text().replace("exact", "other"))
-    assert checkpoints.load(NAME, profile).settings.system == "The other prompt <REFINE>." and made == [1, 1]
+    assert checkpoints.load(NAME, profile).settings.system == "The other prompt <REFINE>." and calls == [1, 1]
 
 
 def test_our_own_checkpoint_on_the_hub_is_loaded_with_its_heads(hub, profile):
@@ -194,7 +198,7 @@ def test_a_pin_that_another_process_wrote_meanwhile_is_kept(hub, profile, monkey
 
 
 @pytest.mark.parametrize(
-    ("name", "knobs", "words"),
+    ("name", "knobs", "message"),
     [
         (
             "VideoSearchR1/charades-stage3",
@@ -213,8 +217,8 @@ def test_a_pin_that_another_process_wrote_meanwhile_is_kept(hub, profile, monkey
         ("/no/such/folder", {}, "^/no/such/folder: no such folder$"),
     ],
 )
-def test_a_name_that_leads_nowhere_is_one_line(profile, name, knobs, words):
-    with pytest.raises(config.InputError, match=words) as caught:
+def test_a_name_that_leads_nowhere_is_one_line(profile, name, knobs, message):
+    with pytest.raises(config.InputError, match=message) as caught:
         checkpoints.load(name, dataclasses.replace(profile, **knobs))
     assert "\n" not in str(caught.value)
 
@@ -225,20 +229,20 @@ def test_the_command_leaves_episodes_and_the_row_of_t1(hub, profile, tmp_path, m
     knobs |= {"datasets": ["charades"], "max_new_tokens": 4, "max_frames": 4, "eval_batch": 5}
     knobs["world"] |= {"train_videos": 2, "test_videos": 3}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(knobs))
-    words = ["--dataset", "charades", "--profile", str(tmp_path / "small.yaml")]
+    options = ["--dataset", "charades", "--profile", str(tmp_path / "small.yaml")]
     for command in (["corpus", "--jobs", "1"], ["embed", "--jobs", "1"], ["evaluate", "vsr1-released"]):
         with warnings.catch_warnings(action="error", category=UserWarning):  # the engines are the same
-            assert cli.main([*command, *words]) == 0, capsys.readouterr().err
+            assert cli.main([*command, *options]) == 0, capsys.readouterr().err
     small = config.load(str(tmp_path / "small.yaml"))
-    walked = records.read_episodes(small.runs("charades") / "episodes" / "vsr1-released.jsonl")
+    episodes = records.read_episodes(small.runs("charades") / "episodes" / "vsr1-released.jsonl")
     numbers = results.collect(small)
-    found = numbers.loc["T1/charades/vsr1-released/vr@1"]
-    assert found["measured"] and found["n"] == len(walked) > 4
-    assert found["value"] == pytest.approx(100 * np.mean([one.rank_orig == 1 for one in walked]))
+    row = numbers.loc["T1/charades/vsr1-released/vr@1"]
+    assert row["measured"] and row["n"] == len(episodes) > 4
+    assert row["value"] == pytest.approx(100 * np.mean([episode.rank_orig == 1 for episode in episodes]))
     vectors = search_index.load_vectors(small.data_dir("charades") / "embed" / "engine" / "test")
     queries = annotations.read_fig(small.data_dir("charades") / "corpus" / "test.jsonl")
-    told = r"a query's vector has cosine 0\.\d+ with .*; is the profile's engine the same"
-    with pytest.warns(UserWarning, match=told):
+    message = r"a query's vector has cosine 0\.\d+ with .*; is the profile's engine the same"
+    with pytest.warns(UserWarning, match=message):
         runner.warn_engine_mismatch(engine.load(config.load("smoke")), vectors, queries)
 
 

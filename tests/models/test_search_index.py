@@ -49,13 +49,13 @@ def test_the_index_proposes_what_is_shown():
     rng = np.random.default_rng(2)
     videos, queries = (unit(rng.standard_normal((n, 32))) for n in (400, 5))
     vectors = search_index.Vectors([str(n) for n in range(400)], videos, list(range(5)), queries)
-    vectors.index = asked = Asked(search_index.build_index(videos))
+    vectors.index = counting = CountingIndex(search_index.build_index(videos))
     best = vectors.search(queries, 4)[1]
-    assert asked.counts and max(asked.counts) < 400
+    assert counting.counts and max(counting.counts) < 400
     np.testing.assert_array_equal(best, np.argsort(-(queries @ videos.T), axis=1, kind="stable")[:, :4])
 
 
-class Asked:
+class CountingIndex:
     """An index that notes for how many candidates it was asked."""
 
     def __init__(self, index):
@@ -123,10 +123,10 @@ def test_the_recall_of_the_record_is_that_against_a_matrix_product_and_a_sort(bu
     np.testing.assert_array_equal(search_index.search_exact(vecs, queries, 10), best)
     index = search_index.open_ivf(path)
     scores, rows = index.search(queries, 10)
-    share = np.array([np.isin(found, true).mean() for found, true in zip(rows, best, strict=True)])
+    recalls = np.array([np.isin(row, true).mean() for row, true in zip(rows, best, strict=True)])
     surely = lambda part: part.mean() - 2 * part.std() / 50**0.5  # noqa: E731
     assert index.nprobe == measured["nprobe"] and measured["k"] == 10 and measured["queries"] == 50
-    assert measured["recall"] == pytest.approx(np.mean(share[1::2])) and surely(share[::2]) >= 0.95
+    assert measured["recall"] == pytest.approx(np.mean(recalls[1::2])) and surely(recalls[::2]) >= 0.95
     np.testing.assert_allclose(scores, np.take_along_axis(product, rows, 1), atol=2e-3)  # 16 bits
     index.nprobe = index.nprobe * 3 // 4
     fewer = search_index.recalls(index.search(queries[::2], 10)[1], best[::2])

@@ -75,16 +75,14 @@ def test_the_policy_is_asked_with_the_ids_of_the_paper_s_model_and_refine_is_one
     knowing = AutoTokenizer.from_pretrained(FOLDER)
     knowing.add_tokens([prompt_text.REFINE], special_tokens=True)
     assert len(tokenizer) == 151669 and policy.find_refine_token(knowing, model) == 151669
-    asked = (
-        policy.Policy(model, knowing, None, None, 200704).prompt("S <REFINE>", "A person waves.", clip).ids
-    )
+    ids = policy.Policy(model, knowing, None, None, 200704).prompt("S <REFINE>", "A person waves.", clip).ids
     space = [366]  # and the first sign of the video, as one token
-    assert asked == [*FIRST, 50, 220, 151669, *SECOND, *ASKED, *space, *VIDEO[1:], *LAST]
+    assert ids == [*FIRST, 50, 220, 151669, *SECOND, *ASKED, *space, *VIDEO[1:], *LAST]
     with pytest.raises(config.InputError, match="<REFINE> encodes to"):
         policy.find_refine_token(tokenizer, model)
 
 
 def test_what_a_reply_consists_of_is_read_and_written_the_same(tokenizer):
-    said = "<think> a </think> <answer>matched</answer> <start>11.6</start> <end>18.0</end>"
-    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(ids) == said and ids[0] == 151667 and 151668 in ids  # <think>, </think>
+    text = "<think> a </think> <answer>matched</answer> <start>11.6</start> <end>18.0</end>"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text and ids[0] == 151667 and 151668 in ids  # <think>, </think>

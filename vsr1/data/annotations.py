@@ -253,7 +253,7 @@ def write_gallery(corpus: Path, split: str, videos: list[str]) -> None:
 def split_validation(queries, fraction, families=None):
     """Return (queries to learn from, queries held out): all those of a `fraction` of the families.
 
-    Large and small families are held out alike. Where the fraction is less than half a family, it is one of videos.
+    Large and small families are held out alike. Where that is less than half a family, it is a fraction of the videos.
 
     families  {video: family}, see `vsr1.data.source`; a video that is not in it is its own family
     """
