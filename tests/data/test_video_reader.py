@@ -254,6 +254,23 @@ def test_an_error_that_nobody_foresaw_is_one_videos_problem(error, clips, monkey
     assert answer == (None, None, None, f"the decoder failed: {error.__name__}: of a strange file", {})
 
 
+def test_a_video_that_is_read_in_order_after_all_reports_no_jumps(clips, monkeypatch):
+    """The second of two jumps does not arrive, so all frames are decoded."""
+    jump, keyframes = decoder.Packets.jump, []
+
+    def misled(packets, *keyframe):
+        keyframes.append(keyframe)
+        if len(keyframes) == 2:
+            raise decoder.Mispredicted
+        jump(packets, *keyframe)
+
+    monkeypatch.setattr(decoder.Packets, "jump", misled)
+    times = np.array([0.0, 35.0, 56.0])
+    frames, *_, facts = decoder.decode(str(clips["keyframe every 30"]), times, 1.0, 64, None)
+    assert numbers_in(frames).tolist() == [0, 280, 448] and len(keyframes) == 2
+    assert facts["jumps"] == 0 and facts["why"].startswith("all frames in order")
+
+
 def test_after_such_an_error_the_same_child_reads_on(clips):
     with Reader(timeout=20) as reader:
         reader.read(clips["avi"], [0.0])

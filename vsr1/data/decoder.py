@@ -97,6 +97,7 @@ def decode(path, times, fps, max_frames, size, second=False):
             decoder = "PyAV"
             why = f"in order, but for {facts['jumps']} jumps to keyframes proven by the packets"
     except Mispredicted:
+        facts["jumps"] = 0  # whatever the first attempt did
         track = _list_frames(path, track)
         index, seconds = choose(track)
         frames = _decode(path, index, None, (), size, facts)
