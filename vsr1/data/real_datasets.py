@@ -55,15 +55,16 @@ def _preference(path):
     return ending != ".mp4", ending not in annotations.CONTAINERS, path
 
 
-def videos(profile, dataset: str, files) -> tuple[Counter, dict[str, list[Path]]]:
+def videos(profile, dataset: str, fig_files) -> tuple[Counter, dict[str, list[Path]]]:
     """Return ({(video, split): its queries}, {video: its files}), from the FIG files of train and test."""
     counts = Counter(
         (query.video, split)
-        for split, file in zip(SPLITS, files, strict=True)
+        for split, file in zip(SPLITS, fig_files, strict=True)
         for query in annotations.read_fig(file)
     )
     folder = ROOT / profile.data / dataset / "videos"
-    return counts, locate(folder, {video for video, _ in counts}) if folder.is_dir() else {}
+    files = locate(folder, {video for video, _ in counts}) if folder.is_dir() else {}
+    return counts, files
 
 
 def prepare(profile, dataset: str) -> None:

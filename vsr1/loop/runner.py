@@ -196,7 +196,7 @@ class EpisodeRunner:
         vecs = sqr.soft_query(self.engine, heads, texts, soft).cpu().numpy()
         cost = Cost((time.perf_counter() - started) / len(rows), n, n, 1)  # the last latent is not read again
         before = soft[:, : soft.shape[1] - n]  # of earlier turns
-        depths = range(1, n + 1)  # with the last, which is known, for one soft token has no other
+        depths = range(1, n + 1)  # the last is known; without it one soft token would leave none to embed
         sweep = sqr.prefix_queries(self.engine, heads, texts, latents, before, depths).cpu().numpy()
         for i, row in enumerate(rows):
             state = QueryState((*earlier[i], latents[i])[-self.carry :], vecs[i])

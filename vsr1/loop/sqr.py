@@ -74,7 +74,7 @@ def prefix_queries(
     """
     before = latents[:, :0] if carried is None else carried
     depths = range(latents.shape[1] + 1) if depths is None else depths
-    prefixes = [stack_blocks([before, latents[:, :depth]], 2) for depth in depths]
+    prefixes = [torch.cat([before, latents[:, :depth]], dim=1) for depth in depths]
     queries = engine.read_queries(texts)
     return torch.stack([engine.soft_vecs(queries, heads.to_engine(prefix)) for prefix in prefixes], dim=1)
 
