@@ -329,7 +329,12 @@ class Drafter:
 
 @torch.no_grad()
 def decode(
-    model, context: Context, last_hidden: torch.Tensor, params: SamplingParams, draws, drafter: Drafter
+    model,
+    context: Context,
+    last_hidden: torch.Tensor,
+    params: SamplingParams,
+    draws: torch.Tensor | None,
+    drafter: Drafter,
 ) -> list[Generation]:
     """Sample a reply for every row in step, from the hidden state (B, H) of its last token to the stop token.
 
