@@ -1,4 +1,4 @@
-"""What both training stages share: InfoNCE, LoRA, float32 weights for what learns, clips, and when to save."""
+"""Provide what both training stages share: train queries, groups, InfoNCE, LoRA, float32 weights, when to save."""
 
 import time
 
@@ -9,12 +9,32 @@ from peft import LoraConfig, LoraModel
 
 from vsr1 import cache
 from vsr1.config import InputError
+from vsr1.data import annotations, source
 from vsr1.models import prompt_text
 from vsr1.models.policy import Policy
 
 LORA_SCALE = 2  # ours: alpha over rank, how much an adapter's output counts
+LANGUAGE_LAYERS = r".*language_model\.layers\..*_proj"  # names of the linear layers that get adapters
 # Part of the keys of both stages.
 VISION_KNOBS = ("video_fps", "max_frames", "max_frame_pixels", "dtype", "seed")
+
+
+def split_train_queries(profile, dataset: str) -> tuple[list[annotations.Query], list[annotations.Query]]:
+    """Return (queries to learn from, validation queries) of the train split, by `annotations.split_validation`."""
+    queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl")
+    return annotations.split_validation(queries, profile.val_fraction, source.families(profile, dataset))
+
+
+def rows_by_group(groups) -> dict:
+    """Return {group: the numbers of its rows}, in the order in which groups first appear.
+
+    >>> rows_by_group("aba")
+    {'a': [0, 2], 'b': [1]}
+    """
+    rows = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(group, []).append(row)
+    return rows
 
 
 def info_nce(query_vecs, right_vecs, wrong_vecs, temperature: float) -> torch.Tensor:
@@ -35,7 +55,7 @@ def add_lora(policy: Policy, rank: int, seed: int, mergers=False) -> None:
     Only the row of <REFINE> learns beside them. It begins as the mean of all embeddings, so frozen its logit would be
     the mean logit, which is never the largest. The heads are not part of the model and learn in full.
     """
-    modules = r".*language_model\.layers\..*_proj" + r"|.*merger.*linear_fc\d" * mergers
+    modules = LANGUAGE_LAYERS + r"|.*merger.*linear_fc\d" * mergers
     rows = None if policy.refine_token_id is None else [policy.refine_token_id]
     if rows and not policy.model.config.tie_word_embeddings:
         raise InputError(

@@ -115,14 +115,15 @@ class GRPOTrainer:
         step_rewards = [step.reward for step in steps]
         reward_std = _std_everywhere(step_rewards)
         scale = reward_std if self.knobs.scale_rewards == "batch" else None
-        groups, decoupled = [_compared(step) for step in steps], self.knobs.grpo_advantages == "gdpo"
-        values = rewards.advantages(step_rewards, groups, scale)
+        groups, decoupled = [_group_of(step) for step in steps], self.knobs.grpo_advantages == "gdpo"
         options = self.worker.weights, groups, scale, decoupled
         components = rewards.component_advantages([step.reward_parts for step in steps], *options)
         if decoupled:
             values = [parts and sum(parts.values()) for parts in components]
             spread = _std_everywhere([value for value in values if value is not None]) or 0.0
             values = [value if value is None else value / (spread + rewards.EPS) for value in values]
+        else:
+            values = rewards.advantages(step_rewards, groups, scale)
         if self.knobs.shuffle_advantages:
             values = _shuffled(values, groups, [self.knobs.seed, 10, number])
         for step, advantage, parts in zip(steps, values, components, strict=True):
@@ -341,21 +342,19 @@ def _std_everywhere(values):
     return float(np.std(everywhere, ddof=1)) if len(everywhere) > 1 else None
 
 
-def _compared(step):
-    """What the steps have in common whose rewards are compared."""
+def _group_of(step):
+    """Return what the steps have in common whose rewards are compared."""
     return step.query.group, step.t, step.shown
 
 
 def _shuffled(values, groups, seed):
     """Deal out the values of each group anew among its members; the order of groups and processes does not matter."""
-    values, members = list(values), {}
-    for row, group in enumerate(groups):
-        members.setdefault(group, []).append(row)
-    for (group, t, _), rows in sorted(members.items()):
+    shuffled = list(values)
+    for (group, t, _), rows in common.rows_by_group(groups).items():
         order = np.random.default_rng([*seed, group, t]).permutation(len(rows))
-        for row, value in zip(rows, [values[rows[at]] for at in order], strict=True):
-            values[row] = value
-    return values
+        for row, position in zip(rows, order, strict=True):
+            shuffled[row] = values[rows[position]]
+    return shuffled
 
 
 # --- The log
@@ -489,7 +488,7 @@ def _continue(profile, dataset, stage_1, folder):
     prompts = prompts_with_replies(profile, dataset, vectors, prompts)
     count = profile.grpo_prompts_per_step
     steps = profile.grpo_steps or -(-len(prompts) // count)
-    rows = [row for at in range(steps) for row in draw(prompts, at + 1, count, profile.seed)]
+    rows = [row for step in range(1, steps + 1) for row in draw(prompts, step, count, profile.seed)]
     rates = {"sft_lr": profile.grpo_lr, "sft_head_lr": profile.grpo_head_lr, "sft_warmup": 0.0}
     knobs = dataclasses.replace(profile, sft_batch=count, sft_accumulate=1, **rates)
     search_engine, policy = engine.load(profile), checkpoints.load(str(stage_1), profile)
@@ -497,28 +496,21 @@ def _continue(profile, dataset, stage_1, folder):
     if profile.lora_rank:
         common.add_lora(policy, profile.lora_rank, profile.seed)
     common.upcast_trainable(policy.model.parameters())
-    with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
-        parts = policy, search_engine, vectors, rows, clips
-        trainer = sft.make_trainer(knobs, *parts, folder, f"sft-more {dataset}")
-        trainer.train(resume_from_checkpoint=sft.checkpoint(folder))
-    sft.detach_heads(policy)
-    cache.dist_state().wait_for_everyone()
-    if cache.dist_state().is_main_process:
-        checkpoints.save(policy, folder)
-        shutil.rmtree(folder / "steps", ignore_errors=True)
+    sft.train_policy(knobs, dataset, policy, search_engine, vectors, rows, folder, "sft-more")
 
 
 def prompts_with_replies(profile, dataset, vectors, prompts: list[RolloutPrompt]) -> list[SFTExample]:
     """Return the prompts as examples of stage 1. Soft tokens learn from those that show a wrong video."""
     writer = source.of(profile).reply_writer(profile, dataset)
     if writer is None:
-        known = {row.desc_id: row for row in sft_data.load(profile, dataset, vectors)}
-        if not any(prompt.id in known for prompt in prompts):
+        rows = {row.desc_id: row for row in sft_data.load(profile, dataset, vectors)}
+        examples = [rows[prompt.id] for prompt in prompts if prompt.id in rows]
+        if not examples:
             file = sft_data.reply_file(profile, dataset)
             raise InputError(
                 f"{file}: no replies to a query of stage 2, which sft-more imitates; take all rows"
             )
-        return [known[prompt.id] for prompt in prompts if prompt.id in known]
+        return examples
     return [
         SFTExample(
             prompt.id,

@@ -24,7 +24,7 @@ from peft import LoraConfig, LoraModel
 from torch import nn
 
 from vsr1 import cache
-from vsr1.data import annotations, source
+from vsr1.data import annotations
 from vsr1.loop import hqr, runner, sqr
 from vsr1.models import batching, embedding, loading, policy, search_index
 from vsr1.models import engine as engines
@@ -85,11 +85,8 @@ def read_first(profile, dataset: str, name: str | None, split: str) -> search_in
 
 def split_queries(profile, dataset: str) -> dict:
     """Read {"test", "held": queries}: all test queries, and the train queries that nothing is learned from."""
-    corpus = profile.data_dir(dataset) / "corpus"
-    train = annotations.read_fig(corpus / "train.jsonl")
-    families = source.families(profile, dataset)
-    held = annotations.split_validation(train, profile.val_fraction, families)[1]
-    return {"test": annotations.read_fig(corpus / "test.jsonl"), "held": held}
+    test = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
+    return {"test": test, "held": common.split_train_queries(profile, dataset)[1]}
 
 
 def _adapt(profile, dataset, name, weights, folders, folder):
@@ -106,8 +103,8 @@ def _adapt(profile, dataset, name, weights, folders, folder):
         embed = functools.partial(soft_vecs, engine, agent, size=profile.eval_batch)
     elif name == "hqr-fixed":
         engine, ids = hqr.with_query_limit(engine), {row.desc_id for row in rows}
-        train_queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl")
-        notes["wordings"] = wording_recalls(engine, train, [q for q in train_queries if q.id in ids])
+        learn, _ = common.split_train_queries(profile, dataset)
+        notes["wordings"] = wording_recalls(engine, train, [query for query in learn if query.id in ids])
         chosen = int(np.argmax(notes["wordings"]))
         embed = functools.partial(worded_vecs, engine, chosen)
     else:
@@ -212,8 +209,8 @@ class TunedEngine(nn.Module):
         super().__init__()
         self.device, self.engine = engine.model.device, engine
         rank = profile.lora_rank or 16  # ours, where stage 1 has no adapters
-        modules = r".*language_model\.layers\..*_proj"
-        config = LoraConfig(r=rank, lora_alpha=common.LORA_SCALE * rank, target_modules=modules)
+        modules, scale = common.LANGUAGE_LAYERS, common.LORA_SCALE
+        config = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=modules)
         self.adapters = LoraModel(engine.model, config, "default")
         common.upcast_trainable(self.adapters.parameters())
 

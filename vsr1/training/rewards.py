@@ -1,11 +1,11 @@
 """Reward the turns of an episode, and turn rewards into advantages."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
 from vsr1.loop import records
+from vsr1.training import common
 
 EPS = 1e-4  # beside a standard deviation, as in TRL
 
@@ -70,16 +70,16 @@ def advantages(rewards, groups, reward_std: float | None = None, over=None) -> l
     >>> [a and round(a, 2) for a in advantages([1.0, 3.0, 2.0, 5.0], ["a", "a", "b", "c"])]
     [-0.71, 0.71, None, None]
     """
-    count, values = Counter(groups), []
-    over = rewards if over is None else over
-    for reward, group in zip(rewards, groups, strict=True):
-        if count[group] == 1:
-            values.append(None)
+    assert len(rewards) == len(groups), f"{len(rewards)} rewards in {len(groups)} groups"
+    rewards = np.array(rewards)
+    over = rewards if over is None else np.array(over)
+    values = [None] * len(rewards)
+    for rows in common.rows_by_group(groups).values():
+        if len(rows) == 1:
             continue
-        own = [row for row, other in enumerate(groups) if other == group]
-        group_rewards = np.array([rewards[row] for row in own])
-        std = np.array([over[row] for row in own]).std(ddof=1) if reward_std is None else reward_std
-        values.append(float((reward - group_rewards.mean()) / (std + EPS)))
+        std = over[rows].std(ddof=1) if reward_std is None else reward_std
+        for row in rows:
+            values[row] = float((rewards[row] - rewards[rows].mean()) / (std + EPS))
     return values
 
 
@@ -104,14 +104,11 @@ def component_advantages(
     names = list(parts[0]) if parts else []
     weight = {name: getattr(weights, name) for name in names}
     totals = [sum(weight[name] * part[name] for name in names) for part in parts]
+    scale = () if decoupled else (reward_std, totals)
     columns = {}
     for name in names:
-        values = [part[name] for part in parts]
-        if decoupled:
-            found = advantages(values, groups)
-        else:
-            found = advantages(values, groups, reward_std, totals)
-        columns[name] = [value if value is None else weight[name] * value for value in found]
+        unweighted = advantages([part[name] for part in parts], groups, *scale)
+        columns[name] = [value if value is None else weight[name] * value for value in unweighted]
     rows = [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return [None if None in row.values() else row for row in rows]
 

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from vsr1.config import InputError
-from vsr1.data import annotations, source
+from vsr1.data import annotations
 from vsr1.loop import records, replies, runner, sqr
 from vsr1.loop.records import ORIGINAL, Refinement, Verification
 from vsr1.models import inputs, search_index
-from vsr1.training import rewards
-from vsr1.training.common import info_nce
+from vsr1.training import common, rewards
 
 # --- Variants
 
@@ -89,9 +88,7 @@ def choose_prompts(
     Raises InputError where `grpo_exclude_sft_queries` asks for queries that stage 1 did not learn from and there are
     none.
     """
-    queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl")
-    families = source.families(profile, dataset)
-    learn, validation = annotations.split_validation(queries, profile.val_fraction, families)
+    learn, validation = common.split_train_queries(profile, dataset)
     if profile.grpo_exclude_sft_queries:
         file = stage_1 / "rows.jsonl"
         lines = file.read_text(encoding="utf-8").split("\n")
@@ -102,9 +99,11 @@ def choose_prompts(
                 f"{file}: stage 1 learned from every query; set grpo_exclude_sft_queries: false in the "
                 "profile, or fewer sft_rows"
             )
-    options = {"negatives": profile.grpo_negatives, "seed": profile.seed}
-    prompts, validation = (make_prompts(queries, vectors, **options) for queries in (learn, validation))
-    return prompts, annotations.evenly_spaced(validation, profile.num_val_prompts)
+    prompts, val_prompts = (
+        make_prompts(queries, vectors, negatives=profile.grpo_negatives, seed=profile.seed)
+        for queries in (learn, validation)
+    )
+    return prompts, annotations.evenly_spaced(val_prompts, profile.num_val_prompts)
 
 
 # --- Rollouts
@@ -172,17 +171,14 @@ class RolloutWorker(runner.EpisodeRunner):
     def ask(self, pairs):
         """Sample one reply and its soft tokens for each pair; a prompt that several share is read once."""
         self.turn += 1
-        sharing = {}  # {(group, video): the pairs with that prompt}
-        for row, (prompt, video) in enumerate(pairs):
-            sharing.setdefault((prompt.group, video), []).append(row)
-        clips = dict(zip(sharing, self.clips.get([video for _, video in sharing]), strict=True))
+        rows_of = common.rows_by_group((prompt.group, video) for prompt, video in pairs)
+        clips = dict(zip(rows_of, self.clips.get([video for _, video in rows_of]), strict=True))
         verifications = [
             Verification(None, problem=clips[prompt.group, video].problem) for prompt, video in pairs
         ]
-        order = [row for key, rows in sharing.items() if clips[key].problem is None for row in rows]
-        for row, step, completion in zip(
-            order, *self._generate([pairs[row] for row in order], clips), strict=True
-        ):
+        order = [row for key, rows in rows_of.items() if clips[key].problem is None for row in rows]
+        steps, completions = self._generate([pairs[row] for row in order], clips)
+        for row, step, completion in zip(order, steps, completions, strict=True):
             self.steps[step.query.group, step.query.member].append(step)
             options = {"layout": self.layout, "refine_id": self.policy.refine_token_id}
             reply = replies.read_reply(completion.text, completion.ids, **options, ended=completion.ended)
@@ -265,7 +261,7 @@ class RolloutWorker(runner.EpisodeRunner):
         for vec, step in zip(vecs, steps, strict=True):
             columns = self.vectors.columns([step.query.video, *step.negatives])
             right, wrong = self.gallery_vecs[columns[:1]], self.gallery_vecs[columns[1:]]
-            losses.append(info_nce(vec[None], right, wrong[None], temperature)[0])
+            losses.append(common.info_nce(vec[None], right, wrong[None], temperature)[0])
         return torch.stack(losses)
 
     def refine_step(self, rejected):

@@ -350,6 +350,25 @@ def make_trainer(
     return trainer
 
 
+def train_policy(
+    profile, dataset, policy, engine, vectors, rows, folder, name, on_log=None, system: str | None = None
+) -> None:
+    """Train a policy on `rows`, in their order, and leave its checkpoint and log in `folder`. Resumes after a kill.
+
+    on_log, system  as of `make_trainer`
+    """
+    with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
+        parts = policy, engine, vectors, rows, clips
+        trainer = make_trainer(profile, *parts, folder, f"{name} {dataset}", on_log, system)
+        trainer.train(resume_from_checkpoint=checkpoint(folder))
+    detach_heads(policy)
+    dist = cache.dist_state()
+    dist.wait_for_everyone()  # each writes its random numbers below steps/
+    if dist.is_main_process:
+        checkpoints.save(policy, folder)
+        shutil.rmtree(folder / "steps")
+
+
 def attach_heads(policy) -> None:
     """Make the heads parts of the model, under the names of released checkpoints: the library trains one model."""
     if policy.heads is not None:
@@ -429,27 +448,19 @@ def train(profile, dataset: str, name: str = "sft", on_log=None) -> Path:
 
 
 def _train(profile, dataset, name, vectors, on_log, folder):
-    dist, vectors = cache.dist_state(), search_index.load_vectors(vectors)
+    vectors = search_index.load_vectors(vectors)
     rows = sft_data.load(profile, dataset, vectors)
     if name == "adapter-soft":
         rows = draw_queries(profile, rows)
     elif name == "hqr":
         rows = rewrites.with_updates(rows, rewrites.write(profile, dataset))
-    if dist.is_main_process:
+    if cache.dist_state().is_main_process:
         lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
         cache.write_text(folder / "rows.jsonl", "".join(lines))
     engine = engines.load(profile)
     policy = build_policy(profile, engine, heads=name not in WITHOUT_HEADS)
     system = prompt_text.SYSTEM_HQR if name == "hqr" else None
-    with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
-        parts = policy, engine, vectors, rows, clips
-        trainer = make_trainer(profile, *parts, folder, f"{name} {dataset}", on_log, system)
-        trainer.train(resume_from_checkpoint=checkpoint(folder))
-    detach_heads(policy)
-    dist.wait_for_everyone()  # each writes its random numbers below steps/
-    if dist.is_main_process:
-        checkpoints.save(policy, folder)
-        shutil.rmtree(folder / "steps")
+    train_policy(profile, dataset, policy, engine, vectors, rows, folder, name, on_log, system)
 
 
 def draw_queries(profile, rows: list[sft_data.SFTExample]) -> list[sft_data.SFTExample]:

@@ -14,9 +14,9 @@ import numpy as np
 
 from vsr1 import cache
 from vsr1.config import ROOT, InputError
-from vsr1.data import annotations, source
+from vsr1.data import source
 from vsr1.models import search_index
-from vsr1.training import released_replies, teacher_model
+from vsr1.training import common, released_replies, teacher_model
 from vsr1.training.sft_examples import SFTExample, choose_examples
 
 TEXT_ONLY_LEAD = 0.4  # ours: share of the text-only batches that come before any with a video
@@ -48,9 +48,7 @@ def load(profile, dataset: str, vectors: search_index.Vectors) -> list[SFTExampl
 
     Nothing comes from validation videos. `sft_text_only_rows` examples have words in place of their video.
     """
-    queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl")
-    families = source.families(profile, dataset)
-    learn, validation = annotations.split_validation(queries, profile.val_fraction, families)
+    learn, validation = common.split_train_queries(profile, dataset)
     writer = source.of(profile).reply_writer(profile, dataset)
     if writer is not None:
         return order_batches(profile, *_written(profile, learn, vectors, *writer))
@@ -60,9 +58,9 @@ def load(profile, dataset: str, vectors: search_index.Vectors) -> list[SFTExampl
             "set it to 0"
         )
     file = reply_file(profile, dataset)
-    examples = released_replies.read_released(file, queries, vectors, profile.sft_negatives)
-    hidden = {query.id for query in validation}
-    return order_batches(profile, [], [row for row in examples if row.desc_id not in hidden])
+    examples = released_replies.read_released(file, learn + validation, vectors, profile.sft_negatives)
+    learn_ids = {query.id for query in learn}
+    return order_batches(profile, [], [row for row in examples if row.desc_id in learn_ids])
 
 
 def _written(profile, queries, vectors, reply, caption):
