@@ -10,7 +10,7 @@ from tiny import QUERIES, VIDEOS, Shelf, random_engine, random_policy
 from vsr1 import config
 from vsr1.data.annotations import Query
 from vsr1.loop import sqr
-from vsr1.training import query_adapters, rewrites, sft, sft_data
+from vsr1.training import query_adapters, rewrites, sft
 from vsr1.training.sft_examples import SFTExample
 
 QUERY = [Query(n + 1, text, f"v{n}", (0.0, 1.0), text, 5.0) for n, text in enumerate(QUERIES)]
@@ -30,14 +30,16 @@ def rows():
 
 def test_training_decodes_the_soft_tokens_that_a_first_search_uses(tmp_path, profile, search, vectors, rows):
     agent = random_policy()
-    alone = [sft_data.query_alone(row) for row in rows]
+    profile = dataclasses.replace(profile, infonce_rows="all")
+    alone = sft.draw_queries(profile, rows)
     trainer = sft.make_trainer(profile, agent, search, vectors, alone, Shelf(), tmp_path, "test")
     trainer.current_gradient_accumulation_steps = 1
     batch = trainer.data_collator([dataclasses.asdict(row) for row in alone])
     trainer.compute_loss(agent.model, dict(batch))
     vecs = torch.from_numpy(query_adapters.soft_vecs(search, agent, QUERY, size=2))
-    found = trainer.infonce_losses(vecs, batch["rows"]).sum()
-    assert trainer.infonce.item() == pytest.approx(found.item(), abs=1e-4)
+    loss = trainer.contrast.infonce_losses(vecs, batch["rows"]).sum()
+    assert trainer.infonce.item() == pytest.approx(loss.item(), abs=1e-4)
+    assert len(alone) == len(rows)
     assert all(sft.uses_infonce(profile, dataclasses.asdict(row)) for row in alone)
 
 
@@ -82,27 +84,27 @@ def test_an_adapter_learns_to_find_and_begins_at_the_typed_query(profile, vector
 
 
 def test_the_fixed_wording_is_the_one_that_finds_most(search, vectors):
-    found = query_adapters.wording_recalls(search, vectors, QUERY)
-    assert len(found) == len(rewrites.wordings(QUERY[0].text))
+    recalls = query_adapters.wording_recalls(search, vectors, QUERY)
+    assert len(recalls) == len(rewrites.wordings(QUERY[0].text))
     for number in (0, 7):
         texts = [rewrites.wordings(query.text)[number] for query in QUERY]
         best = (search.embed_texts(texts) @ vectors.video_vecs.T).argmax(axis=1)
         right = [VIDEOS[row] == query.video for row, query in zip(best, QUERY, strict=True)]
-        assert found[number] == pytest.approx(100 * np.mean(right))
+        assert recalls[number] == pytest.approx(100 * np.mean(right))
     assert rewrites.wordings(QUERY[0].text)[0] == QUERY[0].text, "the query as typed can be chosen"
 
 
 def test_feedback_is_what_brings_most_failed_validation_queries_to_the_top(monkeypatch, profile, vectors):
     monkeypatch.setattr(query_adapters, "read_first", lambda *_: vectors)
     monkeypatch.setattr(query_adapters, "split_queries", lambda *_: {"held": QUERY})
-    found = {}
+    counts = {}
     for part in query_adapters.FEEDBACK:
-        found[part] = 0
+        counts[part] = 0
         for query in QUERY:
             vec, scores = vectors.query_vec(query.id), vectors.scores(vectors.query_vec(query.id))
             worst = int(scores.argmax())
             if vectors.video_ids[worst] != query.video:
                 again = vectors.video_vecs @ (vec - part * vectors.video_vecs[worst])
                 again[worst] = -9
-                found[part] += vectors.video_ids[int(again.argmax())] == query.video
-    assert query_adapters.choose_feedback(profile, "charades") == max(found, key=found.get)
+                counts[part] += vectors.video_ids[int(again.argmax())] == query.video
+    assert query_adapters.choose_feedback(profile, "charades") == max(counts, key=counts.get)

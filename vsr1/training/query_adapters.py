@@ -14,7 +14,6 @@ hqr-fixed       the one of `rewrites.wordings` that finds most of these train qu
 """
 
 import functools
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -241,8 +240,7 @@ def _fit_best(profile, name, engine, vectors, rows, held):
 
 def fit(profile, adapter, vectors: search_index.Vectors, rows: list, rate: float) -> list[float]:
     """Train an adapter on rows, in their order and batches as large as a step of stage 1; return the losses."""
-    contrast, losses = sft.GalleryContrast(), []
-    contrast.attach_gallery(profile, vectors, adapter.device)
+    contrast, losses = sft.GalleryContrast(profile, vectors, adapter.device), []
     weights = [weight for weight in adapter.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
     size = profile.sft_batch * profile.sft_accumulate
@@ -287,8 +285,3 @@ def choose_feedback(profile, dataset: str) -> float:
         return (search_index.ranks(scores, right[failed]) == 1).mean()
 
     return max(FEEDBACK, key=hits)
-
-
-def read_notes(folder: Path) -> dict:
-    """Read the notes of a step of `adapt`."""
-    return json.loads((folder / "notes.json").read_text(encoding="utf-8"))

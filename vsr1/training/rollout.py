@@ -137,7 +137,7 @@ class RolloutWorker(runner.EpisodeRunner):
 
     def __init__(self, profile, dataset: str, variant: Variant, engine, policy, vectors, clips):
         super().__init__(profile, runner.SYSTEMS["sqr"], engine, policy, vectors, clips)
-        self.knobs, self.dataset, self.variant, self.refine = profile, dataset, variant, self.refine_step
+        self.knobs, self.dataset, self.variant = profile, dataset, variant
         disabled = dict.fromkeys(profile.disabled_rewards, 0.0)
         self.weights = dataclasses.replace(rewards.REWARD_WEIGHTS[dataset], **disabled)
         self.gallery_vecs = torch.from_numpy(vectors.video_vecs).to(policy.model.device)
@@ -264,7 +264,7 @@ class RolloutWorker(runner.EpisodeRunner):
             losses.append(common.info_nce(vec[None], right, wrong[None], temperature)[0])
         return torch.stack(losses)
 
-    def refine_step(self, rejected):
+    def refine_soft(self, rejected):
         """Search next with the query and the soft tokens that were made when the reply was given."""
         n = self.policy.settings.n_soft
         vecs = [verification.state.query_vec for _, verification, _ in rejected]

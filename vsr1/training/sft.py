@@ -121,8 +121,7 @@ class GalleryContrast:
     Rows are dictionaries with the keys of `sft_data.SFTExample`.
     """
 
-    def attach_gallery(self, profile, vectors: search_index.Vectors, device) -> None:
-        """Hand over the knobs of the loss, and the vectors of the train gallery."""
+    def __init__(self, profile, vectors: search_index.Vectors, device):
         self.knobs, self.vectors = profile, vectors
         self.gallery_vecs = torch.from_numpy(vectors.video_vecs).to(device)  # (V, D)
 
@@ -164,15 +163,15 @@ class GalleryContrast:
 # --- The trainer
 
 
-class Trainer(GalleryContrast, SFTTrainer):
+class Trainer(SFTTrainer):
     """TRL's trainer with InfoNCE beside its own loss."""
 
     def attach_retrieval(
         self, policy: Policy, engine: engines.Engine, vectors: search_index.Vectors, profile
     ) -> None:
         """Hand over what InfoNCE needs: policy, frozen engine and the vectors of the train gallery."""
-        self.policy, self.engine = policy, engine
-        self.attach_gallery(profile, vectors, policy.model.device)
+        self.policy, self.engine, self.knobs = policy, engine, profile
+        self.contrast = GalleryContrast(profile, vectors, policy.model.device)
         self.infonce_sums = []  # since the last log, over rows: InfoNCE, probability over one half, rows
         self.num_label_columns = 0  # columns of a batch that have labels; 0: all
         self.model.register_forward_pre_hook(self.prefix_hook, with_kwargs=True)
@@ -213,14 +212,14 @@ class Trainer(GalleryContrast, SFTTrainer):
         n, texts = latents.shape[1], [row["query"] for row in self.rows]
         depths = [*(depth for depth in self.knobs.infonce_prefixes if depth < n), n]
         vecs = sqr.prefix_queries(self.engine, self.policy.heads, texts, latents, depths=depths)
-        losses = torch.stack([self.infonce_losses(part, self.rows) for part in vecs.unbind(dim=1)])
+        losses = torch.stack([self.contrast.infonce_losses(part, self.rows) for part in vecs.unbind(dim=1)])
         learned = torch.tensor([uses_infonce(self.knobs, row) for row in self.rows])
         self.infonce = outputs["loss"] = (losses.mean(dim=0) * learned.to(losses.device)).sum()
         self._count_infonce(losses[-1].detach().cpu()[learned], losses.device)
         return outputs
 
     def _latents(self, inputs):
-        """Soft tokens (B, N, D) of each row, decoded from the cache that the forward has filled."""
+        """Decode the soft tokens (B, N, D) of each row from the cache that the forward has filled."""
         layers = inputs["past_key_values"].layers
         kv_cache = tuple((layer.keys, layer.values) for layer in layers)
         context = decoding.Context(
@@ -237,8 +236,8 @@ class Trainer(GalleryContrast, SFTTrainer):
 
     def rows_of_step(self):
         """Return how many rows the current step learns from, over all batches and processes: fewer in the last."""
-        most = self.knobs.sft_batch * self.knobs.sft_accumulate
-        return min(most, self.num_rows - self.state.global_step * most)
+        size = self.knobs.sft_batch * self.knobs.sft_accumulate
+        return min(size, self.num_rows - self.state.global_step * size)
 
     def _save(self, output_dir=None, state_dict=None):
         """Save what learns, and no more. The library's own refuses the tied row of <REFINE>."""
@@ -255,7 +254,7 @@ class Trainer(GalleryContrast, SFTTrainer):
         assert not result.unexpected_keys, result.unexpected_keys
 
     def _get_train_sampler(self, *_):
-        """Rows come in the order of `sft_data.order_batches`."""
+        """Keep the rows in the order of `sft_data.order_batches`."""
         return SequentialSampler(self.train_dataset)
 
     def log(self, logs, *args):
@@ -466,10 +465,12 @@ def _train(profile, dataset, name, vectors, on_log, folder):
 def draw_queries(profile, rows: list[sft_data.SFTExample]) -> list[sft_data.SFTExample]:
     """Return rows of queries alone: as many as soft tokens learn from in stage 1, the first in its order.
 
-    They are of all queries, failed or not, because an adapter searches first. None shows a video or has a reply.
+    They are of all queries, failed or not, because an adapter searches first. None shows a video or has a reply:
+    <REFINE> stands right behind the query.
     """
     count = sum(uses_infonce(profile, vars(row)) for row in rows)
-    return [sft_data.query_alone(row) for row in rows[:count]]
+    alone = {"shown": "", "caption": "", "reply": "", "contrast": True}
+    return [dataclasses.replace(row, **alone) for row in rows[:count]]
 
 
 def build_policy(profile, engine: engines.Engine, heads=True) -> Policy:

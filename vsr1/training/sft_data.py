@@ -97,9 +97,4 @@ def _batches(rows, size):
 
 def _shuffled(rows, count, seed):
     orders = (np.random.default_rng([*seed, epoch]).permutation(len(rows)) for epoch in range(count))
-    return [rows[at] for at in islice(chain.from_iterable(orders), count)]
-
-
-def query_alone(row: SFTExample) -> SFTExample:
-    """Return the row with <REFINE> right behind its query: nothing is shown and nothing said, soft tokens learn."""
-    return replace(row, shown="", caption="", reply="", contrast=True)
+    return [rows[row] for row in islice(chain.from_iterable(orders), count)]
