@@ -17,6 +17,7 @@ from vsr1.evaluation import evaluate, metrics, statistics
 from vsr1.evaluation.statistics import Estimate
 from vsr1.loop import records
 from vsr1.models import embedding, search_index
+from vsr1.training import query_adapters
 
 # The policy of both stages judges and grounds in all, but for the one whose rewriting in words is trained.
 SYSTEMS = ("vsr1-walkdown", "adapter-soft-vsr1", "hqr-trained", "vsr1")
@@ -25,62 +26,56 @@ QUERIES = 400  # ours, at most, spread evenly: about as many as the mini test sp
 
 
 def numbers(profile, dataset: str) -> dict[str, Estimate]:
-    """Measure VCMR at IoU 0.5 of SYSTEMS with all looks, in galleries of each of `sizes` (P3).
+    """Measure VCMR at IoU 0.5 of SYSTEMS with all turns, in galleries of each of `sizes` (P3).
 
     typed   R@1 of the first search as typed
     videos  of the gallery
     """
     folder = embedding.embed_corpus(profile, dataset, "test")
-    asked, by_size = _queries(profile, dataset), sizes(profile, dataset)
-    ids, right = [query.id for query in asked], [query.video for query in asked]
-    families, found = statistics.clusters(profile, dataset, right), {}
-    for level, size in by_size.items():
+    queries, estimates = _queries(profile, dataset), {}
+    ids = [query.id for query in queries]
+    families = statistics.clusters(profile, dataset, [query.video for query in queries])
+    for level, size in sizes(profile, dataset).items():
         gallery = None if level == "test" else make_gallery(profile, dataset, size)
         vectors = search_index.load_vectors(gallery or folder)
-        hits = {"typed": first_hits(vectors, ids, right)}
+        hits = {"typed": query_adapters.first_hits(vectors, vectors.vecs_of(ids), queries)}
         for name in SYSTEMS:
             options = {} if gallery is None else {"gallery": gallery, "count": QUERIES}
             episodes = records.read_episodes(evaluate.run_system(profile, dataset, name, **options))
             by_id = {episode.desc_id: episode for episode in episodes}
             hits[name] = metrics.vcmr_hits([by_id[key] for key in ids], 0.5)
-        found |= {
+        estimates |= {
             f"P3/{dataset}/{name}/{level}": statistics.estimate(values, families, profile)
             for name, values in hits.items()
         }
-        found[f"P3/{dataset}/videos/{level}"] = Estimate(size, len(ids), unit="videos")
-    return found
+        estimates[f"P3/{dataset}/videos/{level}"] = Estimate(size, len(ids), unit="videos")
+    return estimates
 
 
 def _queries(profile, dataset):
-    """The queries that all galleries are asked for."""
+    """Read the queries that are searched in all galleries."""
     corpus = profile.data_dir(dataset) / "corpus" / "test.jsonl"
     return annotations.evenly_spaced(annotations.read_fig(corpus), QUERIES)
 
 
-def first_hits(vectors: search_index.Vectors, ids: list[int], right: list[str]) -> np.ndarray:
-    """Return whether the first search of each query as typed has its right video on rank 1, (Q,)."""
-    ranks = search_index.ranks(vectors.scores(vectors.vecs_of(ids)), vectors.columns(right, missing=0))
-    return (ranks == 1) & [vectors.has_video(video) for video in right]
-
-
 def sizes(profile, dataset: str) -> dict[str, int]:
     """Return {level: videos}: those that are asked for, twice and four times as many, "test", and with "train"."""
-    asked, test, train = _videos(profile, dataset)
-    levels = {"asked": len(asked), "x2": 2 * len(asked), "x4": 4 * len(asked)}
+    right, test, train = _videos(profile, dataset)
+    levels = {"asked": len(right), "x2": 2 * len(right), "x4": 4 * len(right)}
     levels = {level: size for level, size in levels.items() if size < len(test)}
     return levels | {"test": len(test), "train": len(test) + len(train)}
 
 
 def _videos(profile, dataset):
-    """(videos that are asked for, all of test with these first, those of train), in orders that no seed changes."""
+    """Return (right videos, all of test with these first, those of train), in orders that no seed changes."""
     test, train = (
         search_index.load_vectors(embedding.embed_corpus(profile, dataset, split)).video_ids
         for split in ("test", "train")
     )
-    asked = sorted({query.video for query in _queries(profile, dataset)} & set(test))
+    right = sorted({query.video for query in _queries(profile, dataset)} & set(test))
     rng = np.random.default_rng(28)
-    others = rng.permutation(sorted(set(test) - set(asked))).tolist()
-    return asked, asked + others, rng.permutation(sorted(set(train) - set(test))).tolist()
+    others = rng.permutation(sorted(set(test) - set(right))).tolist()
+    return right, right + others, rng.permutation(sorted(set(train) - set(test))).tolist()
 
 
 def make_gallery(profile, dataset: str, size: int) -> Path:
@@ -97,13 +92,11 @@ def make_gallery(profile, dataset: str, size: int) -> Path:
 
 def _make_gallery(profile, dataset, size, folders, folder):
     test, train = (search_index.load_vectors(folders[split]) for split in ("test", "train"))
-    _, first, more = _videos(profile, dataset)
-    videos, known = (first + more)[:size], set(test.video_ids)
-    vecs = [
-        vectors.video_vecs[vectors.columns([video for video in videos if (video in known) == mine])]
-        for vectors, mine in ((test, True), (train, False))
-    ]
+    _, test_videos, train_videos = _videos(profile, dataset)
+    test_videos = test_videos[:size]
+    train_videos = train_videos[: size - len(test_videos)]
+    vecs = [test.video_vecs[test.columns(test_videos)], train.video_vecs[train.columns(train_videos)]]
     np.save(folder / "video_vecs.npy", np.concatenate(vecs))
     shutil.copy(folders["test"] / "query_vecs.npy", folder)
     ids = json.loads((folders["test"] / "ids.json").read_text(encoding="utf-8"))
-    cache.write_json(folder / "ids.json", ids | {"videos": videos})
+    cache.write_json(folder / "ids.json", ids | {"videos": test_videos + train_videos})

@@ -17,6 +17,7 @@ from vsr1.loop.records import Cost
 CUT = 100  # a list of predictions is cut here before anything else
 VR_KS = (1, 5, 10, 100)  # K of R@K
 THRESHOLDS = (0.3, 0.5, 0.7)  # m of IoU=m
+RANDOM_DRAWS = 100  # of the floor of random spans
 UNRANKED = np.iinfo(np.int64).max  # the place of an answer that is not in the list
 # Times lie on a 0.1 s grid, so overlaps fall exactly on a threshold often, and float64 puts some of them just
 # below it. An overlap of times in whole milliseconds that is not on a threshold is much farther from it.
@@ -135,14 +136,14 @@ def whole_video_floor(durations, truth):
     return grounding(np.stack([np.zeros_like(durations), durations], axis=1), truth)
 
 
-def random_span_floor(durations, truth, draws=100, *, rng):
-    """Return `grounding` of an answer with two uniform times in [0, duration], a mean over `draws`."""
+def random_span_floor(durations, truth, *, rng):
+    """Return `grounding` of an answer with two uniform times in [0, duration], a mean over RANDOM_DRAWS draws."""
     durations = np.asarray(durations, dtype=np.float64)
     trials = [
         grounding(np.sort(rng.random((len(durations), 2)), axis=1) * durations[:, None], truth)
-        for _ in range(draws)
+        for _ in range(RANDOM_DRAWS)
     ]
-    return {name: sum(trial[name] for trial in trials) / draws for name in trials[0]}
+    return {name: sum(trial[name] for trial in trials) / RANDOM_DRAWS for name in trials[0]}
 
 
 # --- Episodes: the last executed turn counts
@@ -205,11 +206,11 @@ def ranks_at_depth(episodes, depth):
 
     depth(n)  how many of the n soft tokens
     """
-    found = true_ranks(episodes, "orig")
+    ranks = true_ranks(episodes, "orig")
     for row, episode in enumerate(episodes):
         if episode.turns and (by_depth := episode.turns[0].rank_by_depth):
-            found[row] = by_depth[depth(len(by_depth) - 1)]
-    return found
+            ranks[row] = by_depth[depth(len(by_depth) - 1)]
+    return ranks
 
 
 def vr_hits(episodes, k, which="final"):
@@ -284,9 +285,9 @@ def hits(episodes, ks=VR_KS):
     The plain names are the headline variants. `vr@1_failed` is about the queries whose first search failed: its
     array is shorter, and empty where there are none.
     """
-    found = {f"vcmr@{m}": vcmr_hits(episodes, m) for m in THRESHOLDS}
-    found |= {"ver": ver_hits(episodes), "ver_turn1": ver_hits(episodes, 0)}
-    found["right_last"] = right_last(episodes)
+    values = {f"vcmr@{m}": vcmr_hits(episodes, m) for m in THRESHOLDS}
+    values |= {"ver": ver_hits(episodes), "ver_turn1": ver_hits(episodes, 0)}
+    values["right_last"] = right_last(episodes)
     for which, suffix in {"final": "", "orig": "_orig"}.items():
-        found |= {f"vr@{k}{suffix}": vr_hits(episodes, k, which) for k in ks}
-    return found | {"vr@1_failed": vr_hits(failed(episodes), 1)}
+        values |= {f"vr@{k}{suffix}": vr_hits(episodes, k, which) for k in ks}
+    return values | {"vr@1_failed": vr_hits(failed(episodes), 1)}

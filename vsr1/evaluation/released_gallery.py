@@ -19,8 +19,8 @@ def find(profile, dataset: str) -> Path | None:
     holds how near our own vectors of a few videos and queries come to them, and one line says so.
     """
     files = [config.ROOT / profile.data / dataset / name for name in official_release.vector_files("test")]
-    wanted = profile.search_released_vectors and profile.world is None
-    if not (wanted and all(file.exists() for file in files)):
+    is_real = profile.world is None
+    if not (profile.search_released_vectors and is_real and all(file.exists() for file in files)):
         return None
     source.of(profile).prepare(profile, dataset)
     home = profile.data_dir(dataset)
@@ -47,32 +47,31 @@ def _write(profile, dataset, folder):
     vectors = search_index.Vectors(video_ids, video_vecs, query_ids, query_vecs)
     cosines = compare(profile, dataset, vectors, engine.load(profile))
     cache.write_json(folder / "notes.json", cosines)
-    told = [f"{kind} {min(found):.3f} to {max(found):.3f}" for kind, found in cosines.items() if found]
+    ranges = [f"{kind} {min(values):.3f} to {max(values):.3f}" for kind, values in cosines.items() if values]
     print(
-        f"{dataset}: released vectors are searched; cosine of our own with them: {', '.join(told)}",
+        f"{dataset}: released vectors are searched; cosine of our own with them: {', '.join(ranges)}",
         flush=True,
     )
 
 
-def compare(profile, dataset: str, vectors: search_index.Vectors, own: engine.Engine) -> dict:
-    """Return {videos, queries: cosines of a few vectors that `own` makes with those in `vectors`}.
+def compare(profile, dataset: str, vectors: search_index.Vectors, search_engine: engine.Engine) -> dict:
+    """Return {videos, queries: cosines of the vectors of a few, by `search_engine`, with those in `vectors`}.
 
     Videos without a file, or that cannot be read, are left out.
     """
     home = profile.data_dir(dataset)
     queries = annotations.read_fig(home / "corpus" / "test.jsonl")
     queries = annotations.evenly_spaced(queries, COMPARED)
-    there = [video for video in annotations.find_videos(home / "videos", vectors.video_ids) if video.path]
-    there = annotations.evenly_spaced(there, COMPARED)
-    clips = video_reader.read_videos([video.path for video in there], video_reader.reader_for(profile))
-    read = [(video.id, clip) for video, clip in zip(there, clips, strict=True) if clip.problem is None]
-    found = {"videos": [], "queries": []}
-    if read:
-        theirs = vectors.video_vecs[vectors.columns([video for video, _ in read])]
-        found["videos"] = cosines(own.embed_clips([clip for _, clip in read]), theirs)
-    texts = own.embed_texts([query.text for query in queries])
-    found["queries"] = cosines(texts, vectors.vecs_of([query.id for query in queries]))
-    return found
+    videos = [video for video in annotations.find_videos(home / "videos", vectors.video_ids) if video.path]
+    videos = annotations.evenly_spaced(videos, COMPARED)
+    clips = video_reader.read_videos([video.path for video in videos], video_reader.reader_for(profile))
+    clips = {video.id: clip for video, clip in zip(videos, clips, strict=True) if clip.problem is None}
+    released_vecs = vectors.video_vecs[vectors.columns(clips)]
+    query_vecs = search_engine.embed_texts([query.text for query in queries])
+    return {
+        "videos": cosines(search_engine.embed_clips(list(clips.values())), released_vecs) if clips else [],
+        "queries": cosines(query_vecs, vectors.vecs_of([query.id for query in queries])),
+    }
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> list[float]:

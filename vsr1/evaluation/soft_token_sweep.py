@@ -21,9 +21,6 @@ class Sweep:
     vecs: np.ndarray  # (N + 1, D)
     ranks: np.ndarray  # (N + 1,) of the right video
     cosines: dict[str, np.ndarray]  # (N + 1,) with the right, the shown, the best video, the original query
-    lengths: np.ndarray  # (N,) of the latents inside the policy
-    appended: np.ndarray  # (N,) of the soft tokens that stand in the query for them
-    words: np.ndarray  # (L,) of the engine's embeddings of the query's own tokens
 
 
 @torch.no_grad()
@@ -46,17 +43,8 @@ def sweep(
     scores = vectors.scores(vecs)  # (N + 1, V)
     right, shown = vectors.column(episode.gt_video), vectors.column(episode.turns[0].shown_id)
     cosines = {"right": scores[:, right], "shown": scores[:, shown], "best": scores.max(axis=1)}
-    query_prompt, _ = engine.query_prompt(episode.query)
-    words = engine.model.get_input_embeddings()(torch.tensor(query_prompt.ids, device=latents.device))
-    lengths = lambda tokens: tokens.float().norm(dim=-1).cpu().numpy()  # noqa: E731
-    return Sweep(
-        vecs,
-        search_index.ranks(scores, np.full(n + 1, right)),
-        cosines | {"typed": vecs @ vecs[0]},
-        lengths(latents[0]),
-        lengths(policy.heads.to_engine(latents)[0]),
-        lengths(words),
-    )
+    cosines["typed"] = vecs @ vecs[0]
+    return Sweep(vecs, search_index.ranks(scores, np.full(n + 1, right)), cosines)
 
 
 def sweep_policies(
@@ -88,7 +76,10 @@ def write_ranks(profile: Profile, dataset: str, episodes: list[Episode]) -> Path
     inputs = {
         "vectors": cache.metadata(vectors).get("key"),
         "policy": cache.file_digest(weights),
-        "episodes": [[one.desc_id, one.turns[0].shown_id, list(one.turns[0].reply.ids)] for one in episodes],
+        "episodes": [
+            [episode.desc_id, episode.turns[0].shown_id, list(episode.turns[0].reply.ids)]
+            for episode in episodes
+        ],
         "code": cache.source_digest(__name__),
     }
 
@@ -105,9 +96,8 @@ def ranks_by_depth(profile: Profile, dataset: str, weights: str, episodes: list[
     The videos are those that are best with some number of soft tokens, in that order, and the right one.
     """
     vectors = search_index.load_vectors(profile.data_dir(dataset) / "embed" / "engine" / "test")
-    sweeps = sweep_policies(
-        profile, dataset, vectors, {one.desc_id: ("sqr", weights, one) for one in episodes}
-    )
+    policies = {episode.desc_id: ("sqr", weights, episode) for episode in episodes}
+    sweeps = sweep_policies(profile, dataset, vectors, policies)
     ranks = {}
     for episode in episodes:
         scores = vectors.scores(sweeps[episode.desc_id].vecs)  # (N + 1, V)

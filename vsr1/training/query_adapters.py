@@ -96,7 +96,8 @@ def _adapt(profile, dataset, name, weights, folders, folder):
     ):  # a teacher may have written replies with the others; one process learns
         return
     torch.manual_seed(profile.seed)
-    engine, notes = engines.load(profile), {"typed": _typed_r1(train, queries["held"])}
+    engine, typed = engines.load(profile), train.vecs_of([query.id for query in queries["held"]])
+    notes = {"typed": recall_at_1(train, typed, queries["held"])}
     if name in SOFT:
         _, agent = runner.load_pair(profile, runner.SYSTEMS["sqr"], weights)
         embed = functools.partial(soft_vecs, engine, agent, size=profile.eval_batch)
@@ -119,14 +120,16 @@ def _adapt(profile, dataset, name, weights, folders, folder):
     cache.write_json(folder / "notes.json", notes)
 
 
-def _typed_r1(vectors, queries):
-    return recall_at_1(vectors, vectors.vecs_of([query.id for query in queries]), queries)
-
-
 def recall_at_1(vectors: search_index.Vectors, query_vecs: np.ndarray, queries) -> float:
-    """Return the percentage of queries, (Q, D), whose right video is first; one without a vector is a failure."""
-    hits = search_index.ranks(vectors.scores(query_vecs), vectors.columns([q.video for q in queries], 0)) == 1
-    return 100 * float(np.mean(hits & [vectors.has_video(query.video) for query in queries]))
+    """Return the percentage of queries, (Q, D), whose right video is first: the mean of `first_hits`."""
+    return 100 * float(np.mean(first_hits(vectors, query_vecs, queries)))
+
+
+def first_hits(vectors: search_index.Vectors, query_vecs: np.ndarray, queries) -> np.ndarray:
+    """Return whether the right video of each query, (Q, D), is on rank 1, (Q,); one without a vector never is."""
+    videos = [query.video for query in queries]
+    ranks = search_index.ranks(vectors.scores(query_vecs), vectors.columns(videos, missing=0))
+    return (ranks == 1) & [vectors.has_video(video) for video in videos]
 
 
 def wording_recalls(engine, vectors: search_index.Vectors, queries) -> list[float]:
