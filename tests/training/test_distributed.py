@@ -28,17 +28,17 @@ def clone(tmp_path_factory):
     knobs = yaml.safe_load((config.PACKAGE / "profiles" / "smoke.yaml").read_text()) | SMALL
     knobs["world"] |= {"train_videos": 8, "test_videos": 7}
     (folder / "small.yaml").write_text(yaml.safe_dump(knobs))
-    lost = two_processes.by_torchrun("dying", folder, *words(folder, "train", "--stage", "sft"))
+    lost = two_processes.by_torchrun("dying", folder, *arguments(folder, "train", "--stage", "sft"))
     assert lost.returncode and "Signal 9" in lost.stderr, lost.stderr[-3000:]
     (partial,) = home_of(folder).glob("sft.*.partial")
     assert sft.checkpoint(partial), lost.stderr[-3000:]
     log = (partial / "log.jsonl").read_text().splitlines()
     (partial / "log.jsonl").write_text("".join(f"{line}\n" for line in ['{"marked": 1}', *log[1:]]))
-    train, walk = words(folder, "train", "--stage", "grpo"), words(folder, "evaluate", *EVALUATED)
+    train, walk = arguments(folder, "train", "--stage", "grpo"), arguments(folder, "evaluate", *EVALUATED)
     done = two_processes.forked("commands", folder, *train, "then", *walk)
     assert done.returncode == 0, done.stderr[-3000:]
-    said = [line.split(":")[0].split("/")[-1] for line in done.stdout.splitlines() if line.endswith(" s")]
-    assert "train vsr1 charades" in said and len(said) == len(set(said)), "one of two processes speaks"
+    steps = [line.split(":")[0].split("/")[-1] for line in done.stdout.splitlines() if line.endswith(" s")]
+    assert "train vsr1 charades" in steps and len(steps) == len(set(steps)), "one of two processes speaks"
     return folder
 
 
@@ -46,7 +46,7 @@ def home_of(folder):
     return folder / "runs" / "small" / "charades" / "seed-42"
 
 
-def words(folder, command, *more):
+def arguments(folder, command, *more):
     return [command, *more, "--dataset", "charades", "--profile", str(folder / "small.yaml")]
 
 
@@ -64,7 +64,7 @@ def test_one_process_finds_standing_what_two_have_trained(clone, monkeypatch):
     monkeypatch.setattr(config, "ROOT", clone)
     for module in (sft, grpo):
         monkeypatch.setattr(module, "_train", lambda *_: pytest.fail("trained again"))
-    assert cli.main(words(clone, "train", "--stage", "grpo")) == 0
+    assert cli.main(arguments(clone, "train", "--stage", "grpo")) == 0
 
 
 def test_two_processes_embed_and_evaluate_as_one_does(clone, tmp_path, monkeypatch):
@@ -72,22 +72,22 @@ def test_two_processes_embed_and_evaluate_as_one_does(clone, tmp_path, monkeypat
     monkeypatch.setattr(config, "ROOT", tmp_path)
     monkeypatch.setattr(embedding, "SHARD_SIZE", 3)
     shutil.copytree(clone / "runs", tmp_path / "runs", symlinks=True)
-    home, theirs = map(home_of, (tmp_path, clone))
+    home, home_of_two = map(home_of, (tmp_path, clone))
     for step in (home.parent / "embed", home / "episodes"):
         shutil.rmtree(step)
     for command in (("embed",), ("evaluate", *EVALUATED)):
-        assert cli.main(words(clone, *command)) == 0
+        assert cli.main(arguments(clone, *command)) == 0
     for split in ("train", "test"):
-        one, two = (folder.parent / "embed" / "engine" / split for folder in (home, theirs))
-        assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+        folder, folder_of_two = (folder.parent / "embed" / "engine" / split for folder in (home, home_of_two))
+        assert {path.name for path in folder.iterdir()} == {path.name for path in folder_of_two.iterdir()}
         for name in ("video_vecs.npy", "query_vecs.npy"):
-            np.testing.assert_array_equal(np.load(one / name), np.load(two / name))
+            np.testing.assert_array_equal(np.load(folder / name), np.load(folder_of_two / name))
         for name in ("ids.json", "skipped.csv", "index.faiss"):
-            assert (one / name).read_bytes() == (two / name).read_bytes()
+            assert (folder / name).read_bytes() == (folder_of_two / name).read_bytes()
     for system in EVALUATED:
-        one, two = (untimed(folder / "episodes" / system) for folder in (home, theirs))
-        assert one == two and len(one) > 6
-        assert sorted(path.name for path in (theirs / "episodes" / system).iterdir()) == sorted(
+        lines, lines_of_two = (untimed(folder / "episodes" / system) for folder in (home, home_of_two))
+        assert lines == lines_of_two and len(lines) > 6
+        assert sorted(path.name for path in (home_of_two / "episodes" / system).iterdir()) == sorted(
             path.name for path in (home / "episodes" / system).iterdir()
         )
 

@@ -58,10 +58,10 @@ def short(profile):
     return dataclasses.replace(profile, grpo_group=2, max_new_tokens=6)
 
 
-def few_words(made):
+def few_words(policy):
     """A random policy that knows six words, of which one ends a reply and one asks for a search."""
-    number = torch.arange(len(made.banned_tokens))
-    return changed(made, banned_tokens=(number < 20) | (number > 25), stop_token_id=20, refine_token_id=21)
+    number = torch.arange(len(policy.banned_tokens))
+    return changed(policy, banned_tokens=(number < 20) | (number > 25), stop_token_id=20, refine_token_id=21)
 
 
 def sampler(profile, search, vectors, recipe="m3", shelf=None):
@@ -71,10 +71,10 @@ def sampler(profile, search, vectors, recipe="m3", shelf=None):
 
 
 @pytest.fixture
-def walked(profile, search, vectors, starts):
-    made = sampler(profile, search, vectors)
+def rolled_out(profile, search, vectors, starts):
+    worker = sampler(profile, search, vectors)
     members = [dataclasses.replace(s, group=g, member=m) for g, s in enumerate(starts[:2]) for m in range(4)]
-    return made, [row for rows in made.rollout(members, [1]) for row in rows]
+    return worker, [row for rows in worker.rollout(members, [1]) for row in rows]
 
 
 # --- starts, rewards, advantages -------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def walked(profile, search, vectors, starts):
 def test_starts_show_the_first_search_and_accepting_is_right_as_often_as_rejecting(vectors, starts):
     scores = vectors.query_vecs @ vectors.video_vecs.T
     for start, row in zip(starts[:3], scores, strict=True):
-        order = [VIDEOS[at] for at in np.argsort(-row)]
+        order = [VIDEOS[column] for column in np.argsort(-row)]
         assert (
             start.first_video == order[0]
             and list(start.negatives) == [v for v in order if v != start.video][:3]
@@ -99,8 +99,8 @@ def turn(matched, right, iou=0.0, refine=True, strict=True, text=""):
 
 
 def parts(*turns, chances, dataset="didemo", **options):
-    one = types.SimpleNamespace(turns=turns, run=types.SimpleNamespace(dataset=dataset))
-    return rewards.reward_parts(one, [(chance, 0.25) for chance in chances], **options)
+    episode = types.SimpleNamespace(turns=turns, run=types.SimpleNamespace(dataset=dataset))
+    return rewards.reward_parts(episode, [(chance, 0.25) for chance in chances], **options)
 
 
 def test_an_episode_of_two_turns_earns_what_the_method_says():
@@ -135,14 +135,14 @@ TURNS = [(1, "v0", 1.0), (1, "v0", 1.0), (1, "v0", 1.0), (2, "v1", 1.0), (2, "v1
 
 def test_rows_are_compared_by_prompt():
     """The spread of (1, 3) by hand: the root of 2."""
-    gains, told = [0, 0, 0, -1 / 2**0.5, 1 / 2**0.5, None], (2, 1, 0.5, 1, 2**0.5 / 2)
+    gains, expected = [0, 0, 0, -1 / 2**0.5, 1 / 2**0.5, None], (2, 1, 0.5, 1, 2**0.5 / 2)
     parts = dict.fromkeys(("verification", "format", "refine_token", "grounding", "retrieval"), 0.0)
     rows = [{"group": 0, "t": t, "shown": shown, "reward": reward} for t, shown, reward in TURNS]
-    found = rewards.advantages([r["reward"] for r in rows], [(row["t"], row["shown"]) for row in rows])
-    assert [gain and round(gain, 3) for gain in found] == [gain and round(gain, 3) for gain in gains]
+    advantages = rewards.advantages([r["reward"] for r in rows], [(row["t"], row["shown"]) for row in rows])
+    assert [gain and round(gain, 3) for gain in advantages] == [gain and round(gain, 3) for gain in gains]
     line = grpo.summarise([row | {"length": 1, "right": True, "parts": parts} for row in rows])
     keys = ("groups", "zero_std_groups", "frac_zero_std", "singletons", "reward_std")
-    assert tuple(line[key] for key in keys) == pytest.approx(told)
+    assert tuple(line[key] for key in keys) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("scale", ["group", "batch"])
@@ -154,12 +154,12 @@ def test_a_step_learns_from_the_comparison_that_the_profile_names(profile, searc
     prompts = {(row["group"], row["t"], row["shown"]) for row in rows}
     assert len(prompts) > len({prompt[:2] for prompt in prompts}), "some second looks are at different videos"
     for row in rows:
-        own = [other["reward"] for other in rows if all(other[key] == row[key] for key in shared)]
-        if len(own) == 1:
+        group_rewards = [other["reward"] for other in rows if all(other[key] == row[key] for key in shared)]
+        if len(group_rewards) == 1:
             assert row["advantage"] is None
         else:
-            over = own if scale == "group" else [other["reward"] for other in rows]
-            gain = (row["reward"] - np.mean(own)) / (np.std(over, ddof=1) + 1e-4)
+            over = group_rewards if scale == "group" else [other["reward"] for other in rows]
+            gain = (row["reward"] - np.mean(group_rewards)) / (np.std(over, ddof=1) + 1e-4)
             assert row["advantage"] == pytest.approx(gain)
     sizes = list(Counter(tuple(row[key] for key in shared) for row in rows).values())
     assert (line["groups"], line["singletons"]) == (sum(size > 1 for size in sizes), sizes.count(1))
@@ -177,8 +177,8 @@ def test_components_add_up_and_gdpo_compares_each_by_itself(profile, search, vec
         line, learned[name] = trainer.train_step(1, starts[3:])
         assert sum(line["shares"].values()) == pytest.approx(1)
     weights, by_group = trainer.worker.weights, {}
-    for at, row in enumerate(learned["grpo"]):
-        by_group.setdefault((row["group"], row["t"], row["shown"]), []).append(at)
+    for number, row in enumerate(learned["grpo"]):
+        by_group.setdefault((row["group"], row["t"], row["shown"]), []).append(number)
         assert (row["components"] is None) == (row["advantage"] is None)
         if row["components"]:
             assert sum(row["components"].values()) == pytest.approx(row["advantage"], abs=1e-6)
@@ -186,14 +186,14 @@ def test_components_add_up_and_gdpo_compares_each_by_itself(profile, search, vec
     spread = np.std([value for value in sums if value is not None], ddof=1)
     for rows in (rows for rows in by_group.values() if len(rows) > 1):
         for name, weight in dataclasses.asdict(weights).items():
-            values = np.array([learned["gdpo"][at]["parts"][name] for at in rows])
+            values = np.array([learned["gdpo"][number]["parts"][name] for number in rows])
             alone = weight * (values - values.mean()) / (values.std(ddof=1) + 1e-4)
-            assert [learned["gdpo"][at]["components"][name] for at in rows] == pytest.approx(alone)
-        assert [learned["gdpo"][at]["advantage"] for at in rows] == pytest.approx(
-            [sums[at] / (spread + 1e-4) for at in rows]
+            assert [learned["gdpo"][number]["components"][name] for number in rows] == pytest.approx(alone)
+        assert [learned["gdpo"][number]["advantage"] for number in rows] == pytest.approx(
+            [sums[number] / (spread + 1e-4) for number in rows]
         )
-        told = [[learned[name][at]["advantage"] for at in rows] for name in ("grpo", "shuffled")]
-        assert sorted(told[0]) == pytest.approx(sorted(told[1]))
+        values = [[learned[name][number]["advantage"] for number in rows] for name in ("grpo", "shuffled")]
+        assert sorted(values[0]) == pytest.approx(sorted(values[1]))
     apart = [
         (a["advantage"], b["advantage"]) for a, b in zip(learned["grpo"], learned["shuffled"], strict=True)
     ]
@@ -201,7 +201,7 @@ def test_components_add_up_and_gdpo_compares_each_by_itself(profile, search, vec
 
 
 def test_what_changes_the_outcome_is_in_the_key_of_the_step(monkeypatch, tmp_path, profile):
-    key = lambda made: cache.fingerprint(grpo.train(made, "charades", stage_1=tmp_path))  # noqa: E731
+    key = lambda profile: cache.fingerprint(grpo.train(profile, "charades", stage_1=tmp_path))  # noqa: E731
     monkeypatch.setattr(cache, "build", lambda target, inputs, work, distributed: inputs)
     for change in (
         {"retrieval_reward": "delta"},
@@ -222,22 +222,22 @@ def test_what_changes_the_outcome_is_in_the_key_of_the_step(monkeypatch, tmp_pat
 
 def test_stage_2_makes_sure_that_stage_1_is_current(monkeypatch, tmp_path, profile):
     """Of the same profile and data set, unless it is told where to start from."""
-    asked, current = [], tmp_path / "sft"
-    monkeypatch.setattr(sft, "train", lambda *args: asked.append(args) or current)
+    calls, current = [], tmp_path / "sft"
+    monkeypatch.setattr(sft, "train", lambda *args: calls.append(args) or current)
     monkeypatch.setattr(cache, "build", lambda target, inputs, work, distributed: work.args)
-    assert current in grpo.train(profile, "charades") and asked == [(profile, "charades")]
-    assert tmp_path in grpo.train(profile, "charades", stage_1=tmp_path) and len(asked) == 1
+    assert current in grpo.train(profile, "charades") and calls == [(profile, "charades")]
+    assert tmp_path in grpo.train(profile, "charades", stage_1=tmp_path) and len(calls) == 1
 
 
 # --- rollouts --------------------------------------------------------------------------------------------------------
 
 
-def test_stage_2_asks_as_stage_1_does(walked):
+def test_stage_2_asks_as_stage_1_does(rolled_out):
     """Token by token, each video that the rollouts were shown, as the batches of stage 1 lay it out."""
-    made, rows = walked
+    worker, rows = rolled_out
     for row in rows:
-        told = {"query": row.query.text, "shown": row.shown, "caption": None}
-        (prompt,) = sft.Collator(made.policy, made.clips)._prompts([told])
+        row_of_stage_1 = {"query": row.query.text, "shown": row.shown, "caption": None}
+        (prompt,) = sft.Collator(worker.policy, worker.clips)._prompts([row_of_stage_1])
         assert row.prompt.ids == prompt.ids and torch.equal(row.prompt.video.patches, prompt.video.patches)
 
 
@@ -247,40 +247,40 @@ def test_a_reward_that_is_switched_off_counts_nothing_and_soft_tokens_learn_as_b
     """The same rollouts with and without it: what heads learn from is InfoNCE, which is no reward."""
     rewarded, heads = {}, {}
     for off in ((), ("retrieval",)):
-        made = sampler(dataclasses.replace(profile, disabled_rewards=off), search, vectors, "vsr1")
+        worker = sampler(dataclasses.replace(profile, disabled_rewards=off), search, vectors, "vsr1")
         members = [dataclasses.replace(starts[0], member=m) for m in range(4)]
-        rewarded[off] = [row for rows in made.rollout(members, [1]) for row in rows]
-        _, grads = learned(made, rewarded[off])
+        rewarded[off] = [row for rows in worker.rollout(members, [1]) for row in rows]
+        _, grads = learned(worker, rewarded[off])
         heads[off] = {name: grad for name, grad in grads.items() if name.startswith("heads.")}
     weight = rewards.REWARD_WEIGHTS["charades"].retrieval
-    for one, other in zip(rewarded[()], rewarded["retrieval",], strict=True):
-        assert one.ids == other.ids and one.reward_parts == pytest.approx(other.reward_parts)
-        assert one.reward - other.reward == pytest.approx(weight * one.reward_parts["retrieval"])
+    for step, step_without in zip(rewarded[()], rewarded["retrieval",], strict=True):
+        assert step.ids == step_without.ids and step.reward_parts == pytest.approx(step_without.reward_parts)
+        assert step.reward - step_without.reward == pytest.approx(weight * step.reward_parts["retrieval"])
     assert any(row.reward_parts["retrieval"] for row in rewarded[()]) and len(heads[()]) > 6
     for name, grad in heads[()].items():
         torch.testing.assert_close(heads["retrieval",][name], grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_rows_are_read_again_with_the_log_probabilities_they_were_sampled_with(walked):
-    made, rows = walked
+def test_rows_are_read_again_with_the_log_probabilities_they_were_sampled_with(rolled_out):
+    worker, rows = rolled_out
     assert {row.t for row in rows} == {1, 2} and {row.latents is None for row in rows} == {True, False}
     for row in rows:
-        again = made.policy.replay([row.prompt], [row.ids], temperature=1.0)
+        again = worker.policy.replay([row.prompt], [row.ids], temperature=1.0)
         np.testing.assert_allclose(again.logps[0].tolist(), row.old_logps, atol=1e-5)
 
 
-def test_rewards_are_those_of_the_soft_tokens_that_stood_in_the_query(walked):
+def test_rewards_are_those_of_the_soft_tokens_that_stood_in_the_query(rolled_out):
     """The retrieval reward computed from a replayed reply and a softmax written out, at both turns."""
-    made, rows = walked
-    marked = [row for row in rows if row.latents is not None]
-    assert {len(row.earlier_latents) for row in marked} == {0, 1}
-    for row in marked:
-        branch = made.policy.replay([row.prompt], [row.ids]).refine_contexts[0]
-        latents = sqr.soft_tokens(made.policy, [branch], 3)
+    worker, rows = rolled_out
+    refined = [row for row in rows if row.latents is not None]
+    assert {len(row.earlier_latents) for row in refined} == {0, 1}
+    for row in refined:
+        branch = worker.policy.replay([row.prompt], [row.ids]).refine_contexts[0]
+        latents = sqr.soft_tokens(worker.policy, [branch], 3)
         carried = torch.cat([*(block[None] for block in row.earlier_latents), latents], dim=1)
-        vec = sqr.soft_query(made.engine, made.policy.heads, [row.query.text], carried)[0].detach()
+        vec = sqr.soft_query(worker.engine, worker.policy.heads, [row.query.text], carried)[0].detach()
         scores = {
-            v: float(made.gallery_vecs[made.vectors.column(v)] @ vec) / 0.1
+            v: float(worker.gallery_vecs[worker.vectors.column(v)] @ vec) / 0.1
             for v in (row.query.video, *row.negatives)
         }
         chance = np.exp(scores[row.query.video]) / np.exp(list(scores.values())).sum()
@@ -288,29 +288,31 @@ def test_rewards_are_those_of_the_soft_tokens_that_stood_in_the_query(walked):
         assert (row.shown in scores) and len(scores) == 1 + len(row.negatives)
 
 
-def test_an_episode_does_not_look_at_a_video_twice(walked):
-    _, rows = walked
-    looks = [(row.query.group, row.query.member, row.shown) for row in rows]
-    assert len(looks) == len(set(looks))
+def test_an_episode_does_not_look_at_a_video_twice(rolled_out):
+    _, rows = rolled_out
+    shown = [(row.query.group, row.query.member, row.shown) for row in rows]
+    assert len(shown) == len(set(shown))
 
 
-def test_what_a_start_meets_does_not_depend_on_the_batch_it_is_in(walked, profile, search, vectors, starts):
-    _, together = walked
-    made = sampler(profile, search, vectors)
+def test_what_a_start_meets_does_not_depend_on_the_batch_it_is_in(
+    rolled_out, profile, search, vectors, starts
+):
+    _, together = rolled_out
+    worker = sampler(profile, search, vectors)
     alone = []
     for group in (1, 0):
         members = [dataclasses.replace(starts[group], group=group, member=m) for m in range(4)]
-        alone += [row for rows in made.rollout(members, [1]) for row in rows]
+        alone += [row for rows in worker.rollout(members, [1]) for row in rows]
     key = lambda row: (row.query.group, row.query.member, row.t)  # noqa: E731
-    for one, other in zip(sorted(together, key=key), sorted(alone, key=key), strict=True):
-        assert one.ids == other.ids and one.reward == pytest.approx(other.reward, abs=1e-5)
+    for step, step_alone in zip(sorted(together, key=key), sorted(alone, key=key), strict=True):
+        assert step.ids == step_alone.ids and step.reward == pytest.approx(step_alone.reward, abs=1e-5)
 
 
-def test_one_turn_is_the_first_turn_of_two(profile, search, vectors, starts, walked):
-    _, both = walked
-    made = sampler(profile, search, vectors, "vsr1-single")
+def test_one_turn_is_the_first_turn_of_two(profile, search, vectors, starts, rolled_out):
+    _, both = rolled_out
+    worker = sampler(profile, search, vectors, "vsr1-single")
     members = [dataclasses.replace(s, group=g, member=m) for g, s in enumerate(starts[:2]) for m in range(4)]
-    once = [row for rows in made.rollout(members, [1]) for row in rows]
+    once = [row for rows in worker.rollout(members, [1]) for row in rows]
     firsts = [row for row in both if row.t == 1]
     assert [row.ids for row in once] == [row.ids for row in firsts]
     assert [row.reward_parts["retrieval"] for row in once] == [
@@ -330,51 +332,53 @@ def test_the_objective_is_trl_s_in_value_and_gradient(tmp_path, beta):
     import datasets
     from trl import GRPOConfig, GRPOTrainer
 
-    made = random_policy()
+    policy = random_policy()
     options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
     options |= {"loss_type": "grpo", "epsilon": 0.2, "use_bias_correction_kl": False, "num_generations": 2}
     trainer = GRPOTrainer(
-        made.model,
+        policy.model,
         lambda completions, **_: [0.0] * len(completions),
         args=GRPOConfig(str(tmp_path), per_device_train_batch_size=2, temperature=1.0, **options),
         train_dataset=datasets.Dataset.from_list([{"prompt": "a"}]),
-        processing_class=made.tokenizer,
+        processing_class=policy.tokenizer,
     )
     trainer.beta, trainer.current_gradient_accumulation_steps = beta, 1
-    prompts = [made.prompt("S", text) for text in QUERIES[:2]]
-    made.banned_tokens = torch.zeros_like(made.banned_tokens)  # its softmax is over the whole vocabulary
+    prompts = [policy.prompt("S", text) for text in QUERIES[:2]]
+    policy.banned_tokens = torch.zeros_like(policy.banned_tokens)  # its softmax is over the whole vocabulary
     replies = [
-        r.ids for r in made.reply(prompts, max_new_tokens=9, temperature=1.0, rng=np.random.default_rng(0))
+        r.ids for r in policy.reply(prompts, max_new_tokens=9, temperature=1.0, rng=np.random.default_rng(0))
     ]
     replies[1] = replies[1][:5]
-    gains, noise = torch.tensor([0.7, -1.3]), np.random.default_rng(1)
+    advantages, noise = torch.tensor([0.7, -1.3]), np.random.default_rng(1)
     losses = []
     for way in ("ours", "theirs"):
-        made.model.zero_grad()
-        seen = made.replay(prompts, replies, temperature=1.0)
+        policy.model.zero_grad()
+        replay = policy.replay(prompts, replies, temperature=1.0)
         if way == "ours":
-            shifts = torch.from_numpy(noise.normal(0, 0.3, (2, *seen.logps.shape))).float()
-            old, anchor = (seen.logps.detach() + shift for shift in shifts)
+            shifts = torch.from_numpy(noise.normal(0, 0.3, (2, *replay.logps.shape))).float()
+            old_logps, ref_logps = (replay.logps.detach() + shift for shift in shifts)
             loss = objective.policy_loss(
-                seen.logps, old, anchor, gains, seen.completion_mask, clip=0.2, beta=beta
+                replay.logps, old_logps, ref_logps, advantages, replay.completion_mask, clip=0.2, beta=beta
             )[0].mean()
         else:
-            batch = inputs.collate(prompts, made.model, made.tokenizer.pad_token_id)
-            said = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in replies], batch_first=True)
+            batch = inputs.collate(prompts, policy.model, policy.tokenizer.pad_token_id)
+            completions = torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(r) for r in replies], batch_first=True
+            )
             options = {"prompt_ids": batch["input_ids"], "prompt_mask": batch["attention_mask"]}
             options |= {
-                "completion_ids": said,
-                "completion_mask": seen.completion_mask.int(),
-                "advantages": gains,
+                "completion_ids": completions,
+                "completion_mask": replay.completion_mask.int(),
+                "advantages": advantages,
             }
-            options |= {"old_per_token_logps": old, "ref_per_token_logps": anchor}
-            options |= {"num_items_in_batch": seen.completion_mask.sum()}
-            loss = trainer._compute_loss(made.model, options)
+            options |= {"old_per_token_logps": old_logps, "ref_per_token_logps": ref_logps}
+            options |= {"num_items_in_batch": replay.completion_mask.sum()}
+            loss = trainer._compute_loss(policy.model, options)
         loss.backward()
-        grads = {name: w.grad.clone() for name, w in made.model.named_parameters() if w.grad is not None}
+        grads = {name: w.grad.clone() for name, w in policy.model.named_parameters() if w.grad is not None}
         losses.append((loss.detach(), grads))
-    (ours, grads), (theirs, other) = losses
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    (loss, grads), (trl_loss, other) = losses
+    torch.testing.assert_close(loss, trl_loss, atol=1e-6, rtol=1e-5)
     assert len(grads) > 40 and grads.keys() == other.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(grad, other[name], atol=1e-6, rtol=1e-3, msg=name)
@@ -382,17 +386,17 @@ def test_the_objective_is_trl_s_in_value_and_gradient(tmp_path, beta):
 
 def test_the_objective_is_what_a_double_loop_says():
     rng = np.random.default_rng(3)
-    logps, sampled, anchor = (torch.from_numpy(rng.normal(-1, 0.4, (3, 5))) for _ in range(3))
-    said = torch.arange(5) < torch.tensor([[5], [2], [4]])
+    logps, old_logps, ref_logps = (torch.from_numpy(rng.normal(-1, 0.4, (3, 5))) for _ in range(3))
+    completion_mask = torch.arange(5) < torch.tensor([[5], [2], [4]])
     gains = [1.5, -0.5, 0.2]
     losses, kls, cuts = objective.policy_loss(
-        logps, sampled, anchor, torch.tensor(gains), said, clip=0.2, beta=0.1
+        logps, old_logps, ref_logps, torch.tensor(gains), completion_mask, clip=0.2, beta=0.1
     )
     for row, gain in enumerate(gains):
         tokens, kl, cut = [], [], 0
-        for at in range(int(said[row].sum())):
-            ratio = np.exp(float(logps[row, at] - sampled[row, at]))
-            away = float(anchor[row, at] - logps[row, at])
+        for column in range(int(completion_mask[row].sum())):
+            ratio = np.exp(float(logps[row, column] - old_logps[row, column]))
+            away = float(ref_logps[row, column] - logps[row, column])
             value = min(ratio * gain, min(max(ratio, 0.8), 1.2) * gain)
             cut += value < ratio * gain
             kl.append(np.exp(away) - away - 1)
@@ -401,16 +405,18 @@ def test_the_objective_is_what_a_double_loop_says():
         assert (kls[row].item(), cuts[row].item()) == pytest.approx((np.mean(kl), cut / len(tokens)))
 
 
-def learned(made, rows):
+def learned(worker, rows):
     """(loss, gradients) of a fresh Learner, read in as many parts as the knobs ask for."""
-    trainer = grpo.GRPOTrainer(made)
-    found = rewards.advantages([row.reward for row in rows], [(r.query.group, r.t, r.shown) for r in rows])
-    for row, advantage in zip(rows, found, strict=True):
+    trainer = grpo.GRPOTrainer(worker)
+    advantages = rewards.advantages(
+        [row.reward for row in rows], [(r.query.group, r.t, r.shown) for r in rows]
+    )
+    for row, advantage in zip(rows, advantages, strict=True):
         row.advantage = advantage
-    kept = [row for row in rows if row.advantage is not None]
-    totals = len(kept), sum(row.latents is not None for row in kept)
-    parts = trainer._chunks(kept)
-    assert sorted(map(id, kept)) == sorted(id(row) for part in parts for row in part)
+    compared = [row for row in rows if row.advantage is not None]
+    totals = len(compared), sum(row.latents is not None for row in compared)
+    parts = trainer._chunks(compared)
+    assert sorted(map(id, compared)) == sorted(id(row) for part in parts for row in part)
     loss = sum(trainer.objective(part, totals)[0] for part in parts)
     trainer.optimizer.zero_grad()
     loss.backward()
@@ -418,32 +424,32 @@ def learned(made, rows):
     return loss.detach(), grads
 
 
-def same(one, other, atol=1e-5):
-    torch.testing.assert_close(one[0], other[0], atol=atol, rtol=1e-4)
-    assert one[1].keys() == other[1].keys() and len(one[1]) > 40
-    for name, grad in one[1].items():
-        scale = float(other[1][name].abs().max()) + 1e-3
-        torch.testing.assert_close(grad, other[1][name], atol=1e-4 * scale, rtol=0, msg=name)
+def same(result, expected, atol=1e-5):
+    torch.testing.assert_close(result[0], expected[0], atol=atol, rtol=1e-4)
+    assert result[1].keys() == expected[1].keys() and len(result[1]) > 40
+    for name, grad in result[1].items():
+        scale = float(expected[1][name].abs().max()) + 1e-3
+        torch.testing.assert_close(grad, expected[1][name], atol=1e-4 * scale, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize(
     ("knob", "value", "count"),
     [("grpo_rollout_batch", 1, 2), ("grpo_micro_batch", 3, None), ("grpo_micro_batch", 1, None)],
 )
-def test_all_at_once_is_one_after_the_other(walked, knob, value, count):
+def test_all_at_once_is_one_after_the_other(rolled_out, knob, value, count):
     """At a time a prompt's replies, which share its reading, three, or one: then each reads it anew."""
-    made, rows = walked
-    together = learned(made, rows)
-    made.knobs = dataclasses.replace(made.knobs, **{knob: value})
-    same(together, learned(made, rows))
-    parts = grpo.GRPOTrainer(made)._chunks(rows)
+    worker, rows = rolled_out
+    together = learned(worker, rows)
+    worker.knobs = dataclasses.replace(worker.knobs, **{knob: value})
+    same(together, learned(worker, rows))
+    parts = grpo.GRPOTrainer(worker)._chunks(rows)
     assert len(parts) == count or max(map(len, parts)) == value
 
 
-def test_another_video_gives_another_loss(walked):
+def test_another_video_gives_another_loss(rolled_out):
     """A trainer that drops the video would not notice."""
-    made, rows = walked
-    before = learned(made, rows)[0]
+    worker, rows = rolled_out
+    before = learned(worker, rows)[0]
     black = {}
     for row in rows:  # the group still shares one
         grid = row.prompt.video.grid
@@ -451,52 +457,52 @@ def test_another_video_gives_another_loss(walked):
         row.prompt = black.setdefault(
             (row.query.group, row.shown), dataclasses.replace(row.prompt, video=video)
         )
-    assert abs(learned(made, rows)[0] - before) > 1e-3
+    assert abs(learned(worker, rows)[0] - before) > 1e-3
 
 
 @pytest.mark.parametrize(("recipe", "heads"), [("m1", False), ("vsr1", True), ("m3", True), ("gauss", True)])
 def test_the_heads_learn_unless_they_are_frozen(profile, search, vectors, starts, recipe, heads):
-    made = sampler(profile, search, vectors, recipe)
+    worker = sampler(profile, search, vectors, recipe)
     members = [dataclasses.replace(s, group=g, member=m) for g, s in enumerate(starts[:2]) for m in range(4)]
-    _, grads = learned(made, [row for rows in made.rollout(members, [1]) for row in rows])
-    ours = [grad for name, grad in grads.items() if name.startswith("heads.refine_projector")]
-    assert bool(ours) == heads and all(grad.abs().max() > 0 for grad in ours)
+    _, grads = learned(worker, [row for rows in worker.rollout(members, [1]) for row in rows])
+    head_grads = [grad for name, grad in grads.items() if name.startswith("heads.refine_projector")]
+    assert bool(head_grads) == heads and all(grad.abs().max() > 0 for grad in head_grads)
     assert all(weight.grad is None for weight in search.model.parameters())
     assert not any("visual" in name for name in grads)
 
 
 @torch.no_grad()
-def test_without_its_adapters_the_policy_is_the_anchor_that_a_copy_would_be(walked):
-    made, rows = walked
-    copied = copy.copy(made.policy)
-    copied.model = copy.deepcopy(made.policy.model).requires_grad_(False)
+def test_without_its_adapters_the_policy_is_the_anchor_that_a_copy_would_be(rolled_out):
+    worker, rows = rolled_out
+    copied = copy.copy(worker.policy)
+    copied.model = copy.deepcopy(worker.policy.model).requires_grad_(False)
     prompts, replies = rows[0].prompt, rows[0].ids
-    made.knobs = dataclasses.replace(made.knobs, lora_rank=4)
-    objective_module = grpo.GRPOTrainer(made).objective
+    worker.knobs = dataclasses.replace(worker.knobs, lora_rank=4)
+    objective_module = grpo.GRPOTrainer(worker).objective
     weights = {name: weight for name, weight in objective_module.named_parameters() if weight.requires_grad}
     for weight in weights.values():  # as if they had learned
         weight += 0.05 * torch.randn(weight.shape, generator=torch.manual_seed(0))
-    read = lambda one: one.replay([prompts], [replies]).logps  # noqa: E731
+    read = lambda policy: policy.replay([prompts], [replies]).logps  # noqa: E731
     with objective_module.ref_policy.adapters_disabled():
         assert (read(objective_module.ref_policy) == read(copied)).all()
-        assert objective_module.ref_policy.model is made.policy.model
-    assert (read(made.policy) - read(copied)).abs().max() > 1e-3
+        assert objective_module.ref_policy.model is worker.policy.model
+    assert (read(worker.policy) - read(copied)).abs().max() > 1e-3
     assert weights.keys() == {
         name for name, weight in objective_module.named_parameters() if weight.requires_grad
     }
 
 
-def test_adapters_and_heads_get_a_gradient_and_nothing_else(walked):
+def test_adapters_and_heads_get_a_gradient_and_nothing_else(rolled_out):
     """The same loss as without adapters, which begin as nothing; its KL is to the policy without them."""
-    made, rows = walked
-    loss, _ = learned(made, rows)
-    made.policy.model.zero_grad()
-    made.knobs = dataclasses.replace(made.knobs, lora_rank=4)
-    other, grads = learned(made, rows)
+    worker, rows = rolled_out
+    loss, _ = learned(worker, rows)
+    worker.policy.model.zero_grad()
+    worker.knobs = dataclasses.replace(worker.knobs, lora_rank=4)
+    other, grads = learned(worker, rows)
     torch.testing.assert_close(other, loss, atol=1e-6, rtol=1e-5)
     assert sum("lora_B" in name for name in grads) > 20 and all("layers" in n for n in grads if "lora" in n)
-    rest = [name for name in grads if "lora_" not in name and not name.startswith("heads.")]
-    assert rest == ["model.model.language_model.embed_tokens.token_adapter.trainable_tokens_delta.default"]
+    others = [name for name in grads if "lora_" not in name and not name.startswith("heads.")]
+    assert others == ["model.model.language_model.embed_tokens.token_adapter.trainable_tokens_delta.default"]
     assert any(name.startswith("heads.refine_projector") for name in grads)
 
 
@@ -512,34 +518,34 @@ def afresh():
 @pytest.mark.parametrize("rank", [0, 4])
 def test_what_learns_is_float32_beside_bfloat16_weights_that_do_not(profile, search, vectors, starts, rank):
     profile = dataclasses.replace(profile, dtype="bfloat16", lora_rank=rank)
-    made = sampler(profile, search, vectors)
-    made.policy.model.bfloat16()
-    trainer = grpo.GRPOTrainer(made)
+    worker = sampler(profile, search, vectors)
+    worker.policy.model.bfloat16()
+    trainer = grpo.GRPOTrainer(worker)
     line, _ = trainer.train_step(1, starts[:2])
     assert line["norm"] > 0 and line["kl"] < 1e-3
     learn = {id(weight) for group in trainer.optimizer.param_groups for weight in group["params"]}
-    for name, weight in made.policy.model.named_parameters():
+    for name, weight in worker.policy.model.named_parameters():
         assert weight.requires_grad == (id(weight) in learn)
         assert weight.dtype == (torch.float32 if weight.requires_grad else torch.bfloat16), name
 
 
 def test_noisy_soft_tokens_are_the_actions_that_were_rewarded(profile, search, vectors, starts):
     """Gaussian recipe: what stood in the query was noisy, was read on, and its density is that of the replay."""
-    made = sampler(profile, search, vectors, "gauss")
+    worker = sampler(profile, search, vectors, "gauss")
     members = [dataclasses.replace(starts[0], member=m) for m in range(4)]
-    rows = [r for rows in made.rollout(members, [1]) for r in rows if r.latents is not None]
+    rows = [r for rows in worker.rollout(members, [1]) for r in rows if r.latents is not None]
     for row in rows:
-        branch = made.policy.replay([row.prompt], [row.ids]).refine_contexts
+        branch = worker.policy.replay([row.prompt], [row.ids]).refine_contexts
         with torch.no_grad():
-            means = sqr.soft_tokens(made.policy, branch, 3, sampled=row.latents[None])
-            plain = sqr.soft_tokens(made.policy, branch, 3)
-            vec = sqr.soft_query(search, made.policy.heads, [row.query.text], row.latents[None])
+            means = sqr.soft_tokens(worker.policy, branch, 3, sampled=row.latents[None])
+            plain = sqr.soft_tokens(worker.policy, branch, 3)
+            vec = sqr.soft_query(search, worker.policy.heads, [row.query.text], row.latents[None])
         spread = (row.latents - means[0]).std().item()
         assert 0.8 * profile.latent_noise_std < spread < 1.2 * profile.latent_noise_std
         assert (means[0, 0] == plain[0, 0]).all() and not torch.allclose(
             means[0, 1:], plain[0, 1:], atol=1e-3
         )
-        assert float(torch.exp(-made.infonce_losses(vec, [row])[0])) == pytest.approx(
+        assert float(torch.exp(-worker.infonce_losses(vec, [row])[0])) == pytest.approx(
             row.p_positive, abs=1e-5
         )
 
@@ -608,9 +614,9 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, profile, search, vectors
         assert (parts.objective.state_dict()[name] == weight).all(), name
     logs = [lines(tmp_path / name) for name in ("whole", "parts")]
     assert [line["step"] for line in logs[1]] == [1, 2, 3]
-    for one, other in zip(*logs, strict=True):
-        assert one.keys() == other.keys()
-        assert one["loss"] == other["loss"] and one["reward"] == other["reward"]
+    for line, line_again in zip(*logs, strict=True):
+        assert line.keys() == line_again.keys()
+        assert line["loss"] == line_again["loss"] and line["reward"] == line_again["reward"]
     assert [line["step"] for line in lines(tmp_path / "parts", "held")] == [0, 1, 2, 3]
     assert {row["group"] for line in lines(tmp_path / "parts", "groups") for row in line["rows"]} == {0}
     assert [path.name for path in (tmp_path / "parts" / "steps").iterdir()] == ["000003"]
@@ -673,11 +679,11 @@ def test_states_are_saved_by_time(tmp_path, monkeypatch, short, search, vectors,
 
 def short_of_memory(trainer, monkeypatch, calls):
     """The objective_module runs out of memory in these of its calls, from 1: two a step, one for each start."""
-    forward, made = trainer.objective.forward, []
+    forward, passes = trainer.objective.forward, []
 
     def full(*args):
-        made.append(1)
-        if len(made) in calls:
+        passes.append(1)
+        if len(passes) in calls:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args)
 
@@ -698,20 +704,20 @@ def test_a_step_out_of_memory_is_counted_and_changes_nothing(
     assert [line["loss"] is None for line in log] == [line["norm"] is None for line in log]
     assert [line["norm"] is None for line in log] == [False, True, False, False]
     pairs = itertools.pairwise(weights)
-    equal = [all((one[name] == other[name]).all() for name in one) for one, other in pairs]
+    equal = [all((before[name] == after[name]).all() for name in before) for before, after in pairs]
     assert equal == [True, False, False]
     again = begin(profile, search, vectors)
     assert again._resume(tmp_path) == 4 and again.counts == trainer.counts and again.counts["no_memory"] == 1
 
 
-@pytest.mark.parametrize(("share", "steps"), [(0.05, 3), (0.75, 4)])
+@pytest.mark.parametrize(("max_skipped", "steps"), [(0.05, 3), (0.75, 4)])
 def test_too_many_steps_out_of_memory_end_the_run(
-    tmp_path, monkeypatch, short, search, vectors, starts, share, steps
+    tmp_path, monkeypatch, short, search, vectors, starts, max_skipped, steps
 ):
-    trainer = begin(dataclasses.replace(short, max_skipped=share), search, vectors)
+    trainer = begin(dataclasses.replace(short, max_skipped=max_skipped), search, vectors)
     short_of_memory(trainer, monkeypatch, range(1, 9))
-    told = rf"full: {steps} of {steps} steps .* {steps} for want of memory, .* grpo_rollout_batch"
-    with pytest.raises(config.InputError, match=told):
+    message = rf"full: {steps} of {steps} steps .* {steps} for want of memory, .* grpo_rollout_batch"
+    with pytest.raises(config.InputError, match=message):
         trainer.run(starts, starts[:2], tmp_path, "full")
     assert len(lines(tmp_path)) == steps
 
@@ -766,10 +772,10 @@ def prepared(profile, agent, vectors):
     checkpoints.save(agent, home / "sft")
     queries = [annotations.Query(n + 1, text, f"v{n}", (0.0, 4.0), "", 8.0) for n, text in enumerate(QUERIES)]
     annotations.write_fig(profile.data_dir("charades") / "corpus" / "train.jsonl", queries)
-    place = profile.data_dir("charades") / "embed" / "engine" / "train"
-    (place / "ids.json").write_text(json.dumps({"videos": vectors.video_ids, "queries": vectors.query_ids}))
-    np.save(place / "video_vecs.npy", vectors.video_vecs)
-    np.save(place / "query_vecs.npy", vectors.query_vecs)
+    folder = profile.data_dir("charades") / "embed" / "engine" / "train"
+    (folder / "ids.json").write_text(json.dumps({"videos": vectors.video_ids, "queries": vectors.query_ids}))
+    np.save(folder / "video_vecs.npy", vectors.video_vecs)
+    np.save(folder / "query_vecs.npy", vectors.query_vecs)
 
 
 @pytest.mark.parametrize("recipe", ["m1", "gauss"])
@@ -800,10 +806,12 @@ def test_each_recipe_trains_to_its_end_and_resumes(tmp_path, monkeypatch, profil
     assert lines(parts)[-1]["loss"] == pytest.approx(lines(whole)[-1]["loss"], abs=1e-5)
     before = parts.parents[1] / "sft"
     for name, learns in (("model", True), ("refine", factors.latents != "frozen")):
-        ours, theirs, old = (load_file(f / f"{name}.safetensors") for f in (parts, whole, before))
-        for key, weight in ours.items():
-            torch.testing.assert_close(weight, theirs[key], atol=1e-6, rtol=1e-5, msg=key)
-        assert any((weight != old[key]).any() for key, weight in ours.items()) == learns
+        weights, whole_weights, old_weights = (
+            load_file(f / f"{name}.safetensors") for f in (parts, whole, before)
+        )
+        for key, weight in weights.items():
+            torch.testing.assert_close(weight, whole_weights[key], atol=1e-6, rtol=1e-5, msg=key)
+        assert any((weight != old_weights[key]).any() for key, weight in weights.items()) == learns
     settings = json.loads((parts / "vsr1.json").read_text())["settings"]
     assert settings["carry_blocks"] == factors.carry
     assert max(len(line["turns"]) for line in lines(parts)) == factors.turns
@@ -822,8 +830,8 @@ def test_stage_1_continues_on_the_prompts_of_stage_2_in_their_order(
     monkeypatch.setattr(grpo.sft, "train", lambda *_: home / "sft")
     monkeypatch.setattr(grpo.sft_data, "digest", lambda *_: "replies")
     reply = lambda query, shown: f"<think> {query.id} {shown} </think> <answer>not_matched</answer>"  # noqa: E731
-    told = types.SimpleNamespace(reply_writer=lambda *_: (reply, None), families=lambda *_: {})
-    monkeypatch.setattr(grpo.source, "of", lambda _: told)
+    data_source = types.SimpleNamespace(reply_writer=lambda *_: (reply, None), families=lambda *_: {})
+    monkeypatch.setattr(grpo.source, "of", lambda _: data_source)
     prepared(profile, random_policy(), vectors)
     learned, make = [], grpo.sft.make_trainer
 
@@ -839,12 +847,16 @@ def test_stage_1_continues_on_the_prompts_of_stage_2_in_their_order(
     monkeypatch.setattr(grpo.sft, "make_trainer", watched)
     after = grpo.continue_sft(profile, "charades")
     prompts, _ = rollout.choose_prompts(profile, "charades", vectors, home / "sft")
-    drawn = [one for number in (1, 2) for one in grpo.draw(prompts, number, 2, profile.seed)]
-    assert [(row.desc_id, row.shown) for row in learned] == [(one.id, one.first_video) for one in drawn]
-    assert all(row.reply == reply(one, one.first_video) for row, one in zip(learned, drawn, strict=True))
+    drawn = [prompt for number in (1, 2) for prompt in grpo.draw(prompts, number, 2, profile.seed)]
+    assert [(row.desc_id, row.shown) for row in learned] == [
+        (prompt.id, prompt.first_video) for prompt in drawn
+    ]
+    assert all(
+        row.reply == reply(prompt, prompt.first_video) for row, prompt in zip(learned, drawn, strict=True)
+    )
     assert [row.contrast for row in learned] == [row.shown != row.right for row in learned]
-    new, old = (load_file(place / "model.safetensors") for place in (after, home / "sft"))
-    changed = {key for key, weight in new.items() if (weight != old[key]).any()}
+    weights, old_weights = (load_file(folder / "model.safetensors") for folder in (after, home / "sft"))
+    changed = {key for key, weight in weights.items() if (weight != old_weights[key]).any()}
     assert changed and not any("visual" in key for key in changed)
 
 
@@ -863,9 +875,9 @@ def test_fresh_starts_are_queries_that_stage_1_did_not_learn_from(tmp_path, monk
     every, held = rollout.choose_prompts(profile, "charades", vectors, home / "sft")
     first, second = sorted({start.id for start in every})
 
-    def fresh(*told):
+    def fresh(*ids):
         rows = home / "sft" / "rows.jsonl"
-        rows.write_text("".join(json.dumps({"desc_id": number}) + "\n" for number in told))
+        rows.write_text("".join(json.dumps({"desc_id": number}) + "\n" for number in ids))
         unseen = dataclasses.replace(profile, grpo_exclude_sft_queries=True)
         return rollout.choose_prompts(unseen, "charades", vectors, home / "sft")
 
@@ -900,13 +912,13 @@ def test_two_processes_are_one(tmp_path, profile, search, vectors, starts, promp
     before, trainer = begin(profile, search, vectors), steadily(begin(profile, search, vectors))
     trainer.run(starts, starts[:2], tmp_path / "one", "one")
     logs = [lines(tmp_path / name) for name in ("one", "two")]
-    for one, two in zip(*logs, strict=True):
-        assert one.keys() == two.keys()
-        for key in one.keys() - {"seconds", "turns"}:
-            assert one[key] == pytest.approx(two[key], abs=1e-4, rel=1e-4), (one["step"], key)
-    theirs, began = load_file(tmp_path / "two" / "end.safetensors"), before.objective.state_dict()
+    for line, line_of_two in zip(*logs, strict=True):
+        assert line.keys() == line_of_two.keys()
+        for key in line.keys() - {"seconds", "turns"}:
+            assert line[key] == pytest.approx(line_of_two[key], abs=1e-4, rel=1e-4), (line["step"], key)
+    end_of_two, began = load_file(tmp_path / "two" / "end.safetensors"), before.objective.state_dict()
     for name, weight in trainer.objective.state_dict().items():
-        assert (theirs[name] - weight).norm() <= 1e-3 * (weight - began[name]).norm(), name
+        assert (end_of_two[name] - weight).norm() <= 1e-3 * (weight - began[name]).norm(), name
     assert any((weight != began[name]).any() for name, weight in trainer.objective.state_dict().items())
 
 

@@ -30,24 +30,24 @@ def rows():
 
 
 def test_the_rewrite_that_the_engine_ranks_best_is_kept(profile, search, vectors, rows):
-    said = [f"A {colour} dog." for colour in "red blue green pink black white grey brown".split()]
-    written = [f"<query_update>{text}</query_update>" for text in said[:-1]] + ["nothing"]
-    asked = []
+    texts_sampled = [f"A {colour} dog." for colour in "red blue green pink black white grey brown".split()]
+    replies_sampled = [f"<query_update>{text}</query_update>" for text in texts_sampled[:-1]] + ["nothing"]
+    prompts_asked = []
 
     def reply(prompts, group, rng, **options):
-        asked.extend(prompts)
+        prompts_asked.extend(prompts)
         assert (group, options["temperature"]) == (rewrites.SAMPLES, profile.rollout_temperature)
-        texts = written if len(prompts) > 1 else ["nothing"] * group
+        texts = replies_sampled if len(prompts) > 1 else ["nothing"] * group
         return [SimpleNamespace(text=text, ids=[], ended=True) for _ in prompts for text in texts]
 
     agent = SimpleNamespace(prompt=lambda system, query: (system, query), reply=reply)
-    found = rewrites.best_rewrites(profile, agent, search, vectors, rows)
-    assert asked == [(prompt_text.REWRITE, text) for text in QUERIES]
+    best = rewrites.best_rewrites(profile, agent, search, vectors, rows)
+    assert prompts_asked == [(prompt_text.REWRITE, text) for text in QUERIES]
     for row in rows:
-        texts = rewrites.wordings(row.query)[::5] + said[:-1]
+        texts = rewrites.wordings(row.query)[::5] + texts_sampled[:-1]
         scores = search.embed_texts(texts) @ vectors.video_vecs.T
-        ranks = [(one > one[VIDEOS.index(row.right)]).sum() for one in scores]
-        assert found[row.desc_id] == texts[int(np.argmin(ranks))]
+        ranks = [(row_scores > row_scores[VIDEOS.index(row.right)]).sum() for row_scores in scores]
+        assert best[row.desc_id] == texts[int(np.argmin(ranks))]
     alone = rewrites.best_rewrites(profile, agent, search, vectors, rows[:1])
     assert alone[1] in rewrites.wordings(QUERIES[0]), "nothing that was sampled can be read"
 
@@ -55,9 +55,9 @@ def test_the_rewrite_that_the_engine_ranks_best_is_kept(profile, search, vectors
 def test_only_replies_that_reject_end_with_a_rewrite(tmp_path, rows):
     rows.append(dataclasses.replace(rows[1], desc_id=4, shown="", reply=""))
     (tmp_path / "rewrites.json").write_text(json.dumps({"1": "red", "2": "blue", "4": "green"}))
-    made = rewrites.with_updates(rows, tmp_path)
-    assert made[0] == rows[0] and made[2:] == rows[2:]
-    read = replies.read_reply(made[1].reply, [], layout="hqr")
+    updated = rewrites.with_updates(rows, tmp_path)
+    assert updated[0] == rows[0] and updated[2:] == rows[2:]
+    read = replies.read_reply(updated[1].reply, [], layout="hqr")
     assert (read.update, read.strict, read.matched) == ("blue", True, False)
 
 
@@ -65,14 +65,15 @@ def test_it_learns_to_write_them_in_the_prompt_that_it_is_evaluated_with(
     tmp_path, profile, search, vectors, rows
 ):
     agent = random_policy()
-    words = Policy(agent.model, agent.tokenizer, None, None, 4096)
+    writer = Policy(agent.model, agent.tokenizer, None, None, 4096)
     rows = [rewrites.with_update(row, "A red dog.") for row in rows]
-    parts = words, search, vectors, rows, Shelf(), tmp_path, "test"
+    parts = writer, search, vectors, rows, Shelf(), tmp_path, "test"
     trainer = sft.make_trainer(profile, *parts, system=prompt_text.SYSTEM_HQR)
-    made = trainer.data_collator([dataclasses.asdict(row) for row in rows])
-    for ids, labels, row in zip(made["input_ids"], made["labels"], rows, strict=True):
-        prompt = words.prompt(prompt_text.SYSTEM_HQR, row.query, Shelf().clips[row.shown])
-        told = words.tokenizer(row.reply, add_special_tokens=False)["input_ids"] + [words.stop_token_id]
-        whole, read = [*prompt.ids, *told], list(made["prefix"])
-        assert read + ids.tolist()[len(read) - len(whole) :] == whole
-        assert labels[labels != sft.IGNORED].tolist() == told
+    batch = trainer.data_collator([dataclasses.asdict(row) for row in rows])
+    for input_ids, labels, row in zip(batch["input_ids"], batch["labels"], rows, strict=True):
+        prompt = writer.prompt(prompt_text.SYSTEM_HQR, row.query, Shelf().clips[row.shown])
+        reply_ids = writer.tokenizer(row.reply, add_special_tokens=False)["input_ids"]
+        reply_ids.append(writer.stop_token_id)
+        whole, prefix = [*prompt.ids, *reply_ids], list(batch["prefix"])
+        assert prefix + input_ids.tolist()[len(prefix) - len(whole) :] == whole
+        assert labels[labels != sft.IGNORED].tolist() == reply_ids

@@ -66,8 +66,8 @@ def test_rows_are_balanced_and_their_negatives_are_the_wrong_videos_that_rank_hi
     failed = sum(row.shown != row.right for row in plain)
     assert len(copies) == min(failed, 2 * failed - len(plain) + len(near))
     for row in near:
-        at = vectors.video_ids.index(row.right)
-        alike = {v: float(vec @ vectors.video_vecs[at]) for v, vec in zip(*both(vectors), strict=True)}
+        column = vectors.video_ids.index(row.right)
+        alike = {v: float(vec @ vectors.video_vecs[column]) for v, vec in zip(*both(vectors), strict=True)}
         assert row.shown == max((v for v in alike if v != row.right), key=alike.get) == row.negatives[0]
     assert all(row.reply == f"{row.desc_id} {row.shown}" for row in more)
     with pytest.raises(config.InputError, match=r"sft_negatives: 10 .* has 10 videos"):
@@ -84,7 +84,7 @@ def released(number, shown, right=None, reply=None, **changes):
     """One row as released; query n is about video n modulo 10."""
     right = right or f"v{number % 10}"
     reply = reply or f"{YES if shown == right else NO} <REFINE>"
-    said = {
+    texts = {
         "system": "Judge.",
         "user": f'Query: "query {number}"\nRetrieved video: <video>',
         "assistant": reply,
@@ -93,7 +93,7 @@ def released(number, shown, right=None, reply=None, **changes):
     return {
         "qid": f"{number}_fig",
         "query": f"query {number}",
-        "messages": [{"role": role, "content": text} for role, text in said.items()],
+        "messages": [{"role": role, "content": text} for role, text in texts.items()],
         "videos": [f"train/video_npy_with_meta/{shown}.npy"],
         "meta": {"gold_label": "pos" if shown == right else "neg", "is_augmented": False} | ids,
     } | changes
@@ -120,8 +120,8 @@ def test_a_released_row_keeps_its_reply_and_gets_the_negatives_of_its_query(read
     assert rows[2].query == "query 2"
     for row in rows:
         others = [v for v in by_sorting(vectors, row.desc_id) if v not in (row.right, row.shown)]
-        wanted = others if row.shown == row.right else [row.shown, *others]
-        assert list(row.negatives) == wanted[:5]
+        expected = others if row.shown == row.right else [row.shown, *others]
+        assert list(row.negatives) == expected[:5]
 
 
 def test_rows_that_cannot_be_learned_from_are_counted_and_the_first_is_named(read):
@@ -134,8 +134,8 @@ def test_rows_that_cannot_be_learned_from_are_counted_and_the_first_is_named(rea
     rows += [released(17, "v7", reply=NO)]
     rows[-1]["meta"]["gold_label"] = "neg"
     with pytest.warns(annotations.CorpusWarning) as caught:
-        found = read(rows)
-    assert [row.desc_id for row in found] == [13] and found[0].shown == "v3"
+        examples = read(rows)
+    assert [row.desc_id for row in examples] == [13] and examples[0].shown == "v3"
     reasons = (
         "2 with a query that is unknown here (first: 61_fig)",
         "1 with a video that is unknown here (first: 11_fig)",
@@ -155,7 +155,7 @@ def without(key, of="meta"):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "expected"),
     [
         ('[{"qid": ', "line 1: not JSON"),
         ({"qid": "1_fig"}, "must be a valid array"),
@@ -168,11 +168,11 @@ def without(key, of="meta"):
         ([released(2, "v2", messages=[{"role": "assistant", "content": " "}])], "entry 1: 'messages': "),
     ],
 )
-def test_a_broken_file_is_one_line_that_names_row_and_key(read, content, words):
+def test_a_broken_file_is_one_line_that_names_row_and_key(read, content, expected):
     with pytest.raises(config.InputError) as caught:
         read(content)
     message = str(caught.value)
-    assert words in message and released_replies.FILE in message and "\n" not in message
+    assert expected in message and released_replies.FILE in message and "\n" not in message
 
 
 # --- a teacher -------------------------------------------------------------------------------------------------------
@@ -186,15 +186,15 @@ class Talker(policy.Policy):
     """The random policy: its reasoning is the numbers of what it sampled, one reply in four is cut off."""
 
     def reply(self, prompts, **how):
-        self.asked.append([self.tokenizer.decode(prompt.ids) for prompt in prompts])
-        if len(self.asked) == self.end:
+        self.prompts.append([self.tokenizer.decode(prompt.ids) for prompt in prompts])
+        if len(self.prompts) == self.end:
             raise Killed
-        return [self.spoken(one) for one in super().reply(prompts, **how)]
+        return [self.spoken(completion) for completion in super().reply(prompts, **how)]
 
     @staticmethod
-    def spoken(one):
-        text = "Hm.</think>\n\nReasoning: " + "\n".join(map(str, one.ids))
-        return dataclasses.replace(one, text=text, ended=sum(one.ids) % 4 > 0)
+    def spoken(completion):
+        text = "Hm.</think>\n\nReasoning: " + "\n".join(map(str, completion.ids))
+        return dataclasses.replace(completion, text=text, ended=sum(completion.ids) % 4 > 0)
 
 
 @pytest.fixture(scope="module")
@@ -202,10 +202,10 @@ def random_one():
     return random_policy()
 
 
-def talker(made, end=None):
+def talker(base, end=None):
     """Killed when asked for the `end`th time."""
-    other = Talker(made.model, made.tokenizer, None, None, made.max_frame_pixels)
-    other.asked, other.end = [], end
+    other = Talker(base.model, base.tokenizer, None, None, base.max_frame_pixels)
+    other.prompts, other.end = [], end
     return other
 
 
@@ -269,7 +269,9 @@ def written(monkeypatch, profile, agent):
 def test_a_killed_teacher_goes_on_to_the_same_end_and_is_not_asked_twice(clone, monkeypatch, random_one):
     whole, parts, agent = clone("whole"), clone("parts"), talker(random_one)
     file = written(monkeypatch, whole, agent)
-    assert sum(map(len, agent.asked)) < 10 and len(agent.asked) == 3, "ten rows less those of a broken video"
+    assert sum(map(len, agent.prompts)) < 10 and len(agent.prompts) == 3, (
+        "ten rows less those of a broken video"
+    )
     with pytest.raises(Killed):
         written(monkeypatch, parts, talker(random_one, end=2))
     (diary,) = parts.runs("charades").glob("traces.*.partial/rows.jsonl")
@@ -278,7 +280,7 @@ def test_a_killed_teacher_goes_on_to_the_same_end_and_is_not_asked_twice(clone, 
         half.write(b'{"qid": "5_f')
     again = talker(random_one)
     other = written(monkeypatch, parts, again)
-    assert again.asked == agent.asked[1:]
+    assert again.prompts == agent.prompts[1:]
     for name in (released_replies.FILE, "rows.jsonl"):
         assert (other.parent / name).read_bytes() == (file.parent / name).read_bytes(), name
     assert written(monkeypatch, whole, talker(random_one, end=1)) == file, "nothing is left to ask"
@@ -310,11 +312,11 @@ def test_what_a_teacher_wrote_is_read_back_as_the_rows_it_was_asked_about(
     """Another way: each row asked alone with its own rng, and its reply put together here."""
     profile = clone("one")
     written(monkeypatch, profile, talker(random_one))
-    wanted, dropped = [], {"video unreadable": [], "cut off": []}
-    asked = sft_examples.choose_examples(
+    expected, dropped = [], {"video unreadable": [], "cut off": []}
+    examples = sft_examples.choose_examples(
         queries, vectors, lambda *_: "", most=5, negatives=5, seed=profile.seed
     )
-    for row in asked:
+    for row in examples:
         if row.shown == "v1":
             dropped["video unreadable"].append(row.desc_id)
             continue
@@ -328,25 +330,27 @@ def test_what_a_teacher_wrote_is_read_back_as_the_rows_it_was_asked_about(
             "top_p": 0.9,
             "rng": np.random.default_rng([42, row.desc_id]),
         }
-        said = random_one.reply([prompt], **sample)[0].ids
-        if sum(said) % 4 == 0:
+        ids = random_one.reply([prompt], **sample)[0].ids
+        if sum(ids) % 4 == 0:
             dropped["cut off"].append(row.desc_id)
             continue
         verdict = "<answer>not_matched</answer>"
         if row.shown == row.right:
             times = prompt_text.seconds_text(start), prompt_text.seconds_text(end)
             verdict = "<answer>matched</answer> <start>{}</start> <end>{}</end>".format(*times)
-        reply = f"<think> {' '.join(map(str, said))} </think> {verdict}"
-        wanted.append(dataclasses.replace(row, reply=reply))
+        reply = f"<think> {' '.join(map(str, ids))} </think> {verdict}"
+        expected.append(dataclasses.replace(row, reply=reply))
     rows = sft_data.load(profile, "charades", vectors)
     rows = sorted(rows, key=lambda row: row.desc_id)
-    assert rows == wanted and {row.shown == row.right for row in rows} == {True, False}
+    assert rows == expected and {row.shown == row.right for row in rows} == {True, False}
     assert all(read_reply(row.reply, ()).strict for row in rows)
     lines = (profile.runs("charades") / "traces" / "rows.jsonl").read_text().splitlines()
-    told = {entry["qid"]: entry.get("dropped") for entry in map(json.loads, lines)}
-    assert len(told) == len(asked) and all(dropped.values()), "every kind is needed here"
-    for why, numbers in dropped.items():
-        assert [qid for qid, reason in told.items() if reason == why] == [f"{n}_fig" for n in numbers]
+    reasons = {entry["qid"]: entry.get("dropped") for entry in map(json.loads, lines)}
+    assert len(reasons) == len(examples) and all(dropped.values()), "every kind is needed here"
+    for reason, numbers in dropped.items():
+        assert [qid for qid, dropped_for in reasons.items() if dropped_for == reason] == [
+            f"{n}_fig" for n in numbers
+        ]
 
 
 class Sayer:
@@ -359,7 +363,7 @@ class Sayer:
         return system
 
     def reply(self, prompts, **_):
-        self.told = prompts
+        self.prompts = prompts
         return [
             policy.Completion([], [], self.ended, text, None)
             for text, _ in zip(self.texts, prompts, strict=True)
@@ -372,22 +376,22 @@ SPANS = {13: (0.5, 11.6), 7: (5.0, 9.0)}
 
 
 def test_the_teacher_is_told_the_true_span_where_the_video_is_right_and_no_time_where_it_is_wrong():
-    made = Sayer("Reasoning: from 2.0 to 3.0 s.", "Reasoning: no dog.")
-    entries = teacher_model.ask(made, Shelf(), SPANS, 0, [RIGHT, WRONG])
-    assert "from 0.5 to 11.6 seconds" in made.told[0] and not re.search(r"\d", made.told[1])
+    teacher = Sayer("Reasoning: from 2.0 to 3.0 s.", "Reasoning: no dog.")
+    entries = teacher_model.ask(teacher, Shelf(), SPANS, 0, [RIGHT, WRONG])
+    assert "from 0.5 to 11.6 seconds" in teacher.prompts[0] and not re.search(r"\d", teacher.prompts[1])
     for word in ("one to three sentences", "earlier", "later", "`Reasoning:`"):
-        assert word in made.told[0]
+        assert word in teacher.prompts[0]
     for word in ("one or two sentences", "needs", "lacks", "`Reasoning:`"):
-        assert word in made.told[1]
-    said = [entry["messages"][-1]["content"] for entry in entries]
-    assert said == [
+        assert word in teacher.prompts[1]
+    texts = [entry["messages"][-1]["content"] for entry in entries]
+    assert texts == [
         "<think> from 2.0 to 3.0 s. </think> <answer>matched</answer> <start>0.5</start> <end>11.6</end> <REFINE>",
         "<think> no dog. </think> <answer>not_matched</answer> <REFINE>",
     ]
 
 
 @pytest.mark.parametrize(
-    "words",
+    "reasoning",
     [
         "he sits <answer>not_matched</answer> <REFINE>",
         "<think><REFINE> he <|im_end|> sits <query_update>a dog</query_update>",
@@ -396,14 +400,14 @@ def test_the_teacher_is_told_the_true_span_where_the_video_is_right_and_no_time_
         "Reasoning: <answer>\nReasoning: </answer> he sits",
     ],
 )
-def test_tags_in_the_words_of_a_teacher_are_harmless(read, words):
-    made = teacher_model.ask(Sayer(*[f"Reasoning: {words}"] * 2), Shelf(), SPANS, 0, [RIGHT, WRONG])
-    rows = read(made)
+def test_tags_in_the_words_of_a_teacher_are_harmless(read, reasoning):
+    entries = teacher_model.ask(Sayer(*[f"Reasoning: {reasoning}"] * 2), Shelf(), SPANS, 0, [RIGHT, WRONG])
+    rows = read(entries)
     for row, span in zip(rows, ((0.5, 11.6), None), strict=True):
         reply = read_reply(row.reply, ())
         assert reply.strict and reply.span == span and reply.update is None and "sits" in row.reply
         assert prompt_text.REFINE not in row.reply and "<|" not in row.reply
-    assert [entry["messages"][-1]["content"].count("<REFINE>") for entry in made] == [1, 1]
+    assert [entry["messages"][-1]["content"].count("<REFINE>") for entry in entries] == [1, 1]
 
 
 def test_no_reasoning_or_half_of_one_is_no_row(clone, monkeypatch):
@@ -422,25 +426,25 @@ def test_a_mixture_of_experts_is_loaded_and_speaks_as_with_the_library(tmp_path)
     """The paper's teacher is one; `policy.load` knows the dense kind only."""
     torch.manual_seed(0)
     tokenizer = architecture.make_tokenizer()
-    told = architecture.make_config(tokenizer).to_dict()
-    for part in (told, told["text_config"], told["vision_config"]):
+    knobs = architecture.make_config(tokenizer).to_dict()
+    for part in (knobs, knobs["text_config"], knobs["vision_config"]):
         part.pop("model_type")
-    told["text_config"] |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**told))
+    knobs["text_config"] |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**knobs))
     for name, weight in model.named_parameters():
         if weight.ndim > 1 and "embed" not in name:
             weight.data.normal_(0, 0.2)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    made = teacher_model.load_teacher(
+    teacher = teacher_model.load_teacher(
         dataclasses.replace(config.load("smoke"), teacher=str(tmp_path), device="cpu")
     )
-    prompts = [made.prompt("Judge.", "a dog", clip(4 + 2 * n, n)) for n in range(2)]
-    for prompt, reply in zip(prompts, made.reply(prompts, max_new_tokens=8), strict=True):
-        batch = inputs.collate([prompt], made.model, tokenizer.pad_token_id)
+    prompts = [teacher.prompt("Judge.", "a dog", clip(4 + 2 * n, n)) for n in range(2)]
+    for prompt, reply in zip(prompts, teacher.reply(prompts, max_new_tokens=8), strict=True):
+        batch = inputs.collate([prompt], teacher.model, tokenizer.pad_token_id)
         batch.pop("position_ids")
-        banned = made.banned_tokens.nonzero()[:, 0].tolist()
-        ids = made.model.generate(**batch, do_sample=False, max_new_tokens=8, suppress_tokens=banned)
+        banned = teacher.banned_tokens.nonzero()[:, 0].tolist()
+        ids = teacher.model.generate(**batch, do_sample=False, max_new_tokens=8, suppress_tokens=banned)
         assert reply.ids == ids[0, len(prompt.ids) :].tolist()
 
 
@@ -465,18 +469,19 @@ def test_a_released_file_comes_before_a_teacher(clone, monkeypatch, random_one):
 def test_a_course_begins_with_words_then_mixes_batches_and_goes_through_every_row_once_an_epoch():
     rows = [sft_examples.SFTExample(n, "q", "v0", "v1", (), "r") for n in range(10)]
     profile = dataclasses.replace(config.load("smoke"), sft_text_only_rows=20, sft_epochs=2.0, sft_batch=2)
-    made = sft_data.order_batches(profile, [dataclasses.replace(row, caption="w") for row in rows], rows[:6])
-    kinds = [{row.caption is not None for row in made[at : at + 2]} for at in range(0, len(made), 2)]
+    captioned = [dataclasses.replace(row, caption="w") for row in rows]
+    course = sft_data.order_batches(profile, captioned, rows[:6])
+    kinds = [{row.caption is not None for row in course[n : n + 2]} for n in range(0, len(course), 2)]
     assert all(len(kind) == 1 for kind in kinds)
     kinds = [kind.pop() for kind in kinds]
     assert kinds == [True] * 4 + [True, False] * 6  # the first four of ten batches alone, then one of each
-    told, seen = (
-        [row.desc_id for row in made if (row.caption is not None) == kind] for kind in (True, False)
+    text_only, with_video = (
+        [row.desc_id for row in course if (row.caption is not None) == kind] for kind in (True, False)
     )
-    assert sorted(told[:10]) == sorted(told[10:]) == list(range(10))
-    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
+    assert sorted(text_only[:10]) == sorted(text_only[10:]) == list(range(10))
+    assert sorted(with_video[:6]) == sorted(with_video[6:]) == list(range(6))
     assert sft_data.order_batches(dataclasses.replace(profile, sft_text_only_rows=0), [], rows[:6])[:6] == [
-        rows[at] for at in seen[:6]
+        rows[number] for number in with_video[:6]
     ]
 
 
@@ -484,7 +489,7 @@ def test_a_course_begins_with_words_then_mixes_batches_and_goes_through_every_ro
 def test_the_mini_teacher_names_only_times_that_stand_between_the_frames(tmp_path, dataset):
     """Computed from the scene, against the frames that are really read: the longest video passes 64 frames."""
     profile = config.load("mini")
-    scene = max(world.make_scenes(dataset, "train", 40, 1), key=lambda one: one.seconds)
+    scene = max(world.make_scenes(dataset, "train", 40, 1), key=lambda scene: scene.seconds)
     renderer.render_video(scene, tmp_path / "film.mp4", 128, profile.world.fps)
     with video_reader.Reader(profile.video_fps, profile.max_frames) as reader:
         clip = reader.read(tmp_path / "film.mp4")

@@ -86,7 +86,7 @@ class SaveTimer:
         self.minutes, self.last = minutes, time.monotonic()
 
     def is_due(self) -> bool:
-        """Return whether to save now, the same in all processes, which all have to ask; True starts the next wait."""
+        """Return whether to save now. All processes must call it and get the same answer; True starts the next wait."""
         due = [time.monotonic() - self.last >= 60 * self.minutes]
         if cache.dist_state().num_processes > 1:
             broadcast_object_list(due)

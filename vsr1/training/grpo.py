@@ -38,15 +38,8 @@ from vsr1.training.sft_examples import SFTExample
 # Knobs that the checkpoint and its logs depend on.
 KNOBS = ("grpo_group", "grpo_prompts_per_step", "grpo_steps", "grpo_exclude_sft_queries")
 KNOBS += ("grpo_lr", "grpo_head_lr", "grpo_schedule", "grpo_beta", "grpo_clip", "grpo_infonce_weight")
-KNOBS += (
-    "grpo_advantages",
-    "shuffle_advantages",
-    "grpo_negatives",
-    "scale_rewards",
-    "lora_rank",
-    "val_fraction",
-    "num_val_prompts",
-)
+KNOBS += ("grpo_advantages", "shuffle_advantages", "grpo_negatives", "scale_rewards", "lora_rank")
+KNOBS += ("val_fraction", "num_val_prompts")
 KNOBS += ("rollout_temperature", "max_new_tokens", "retrieval_reward", "disabled_rewards", "latent_noise_std")
 KNOBS += ("infonce_temperature", "sft_negatives", *common.VISION_KNOBS)
 
@@ -77,20 +70,20 @@ class GRPOTrainer:
         If they do not fit in memory, half as many run at once from then on, with the same steps.
         """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        share = list(enumerate(prompts))[rank::processes]
+        groups = list(enumerate(prompts))[rank::processes]  # of this process
         size = max(1, self.knobs.grpo_rollout_batch * self.knobs.grpo_group // members)  # prompts at once
         work = functools.partial(self._rollout, members=members, seed=seed)
         steps = []
-        for start in range(0, len(share), size):
-            for part in self.splitter.run(work, share[start : start + size]):
+        for start in range(0, len(groups), size):
+            for part in self.splitter.run(work, groups[start : start + size]):
                 steps += part
         return steps
 
-    def _rollout(self, share, members, seed):
-        """The steps of some (group, prompt) at once."""
+    def _rollout(self, groups, members, seed):
+        """Roll out groups, (number, prompt) each, at once and return their steps."""
         prompts = [
             dataclasses.replace(prompt, group=group, member=member)
-            for group, prompt in share
+            for group, prompt in groups
             for member in range(members)
         ]
         with self.accelerator.autocast(), self.worker.policy.adapters_merged():
@@ -167,17 +160,18 @@ class GRPOTrainer:
         return self._sum(sums) | totals
 
     def _chunks(self, steps):
-        """Steps that are read at once: all of up to `grpo_rollout_batch` prompts, or `grpo_micro_batch` of them."""
+        """Split steps into those read at once: all of `grpo_rollout_batch` prompts, or `grpo_micro_batch` of them."""
         # Those of a prompt stay together.
         steps = sorted(steps, key=lambda step: (step.query.group, step.t, step.shown))
         groups, batch = sorted({step.query.group for step in steps}), self.knobs.grpo_rollout_batch
-        parts = [set(groups[at : at + batch]) for at in range(0, len(groups), batch)]
-        chunks = [[step for step in steps if step.query.group in part] for part in parts]
+        batches = [groups[start : start + batch] for start in range(0, len(groups), batch)]
+        parts = [[step for step in steps if step.query.group in numbers] for numbers in batches]
         size = self.knobs.grpo_micro_batch or max(1, len(steps))
-        return [chunk[at : at + size] for chunk in chunks for at in range(0, len(chunk), size)] or [[]]
+        chunks = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
+        return chunks or [[]]
 
     def _sum(self, values):
-        """The same keys with the sums over all processes."""
+        """Return the same keys with the sums over all processes."""
         numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=self.accelerator.device)
         return dict(zip(values, self.accelerator.reduce(numbers, "sum").tolist(), strict=True))
 
@@ -186,7 +180,7 @@ class GRPOTrainer:
         prompts: list[RolloutPrompt],
         val_prompts: list[RolloutPrompt],
         folder: Path,
-        what: str,
+        label: str,
         on_log=None,
     ) -> None:
         """Do all steps from where `folder` stands, with its logs: log.jsonl, groups.jsonl, held.jsonl.
@@ -194,6 +188,7 @@ class GRPOTrainer:
         groups.jsonl has the first group of each step, held.jsonl what validation prompts earn before, on the way and at
         the end; it stays empty without any.
 
+        label          names the run in the progress bar and in errors
         on_log(lines)  is called after each step with the log so far, for curves that redraw
         """
         count = self.knobs.grpo_prompts_per_step
@@ -202,16 +197,16 @@ class GRPOTrainer:
         self._open_logs(folder, done)
         if done == 0:
             self._validate(val_prompts, 0)
-        timer, bar = common.SaveTimer(self.knobs.save_minutes), cache.progress(range(num_steps), what)
+        timer, bar = common.SaveTimer(self.knobs.save_minutes), cache.progress(range(num_steps), label)
         bar.update(done)
         for number in range(done + 1, num_steps + 1):
             self._set_rates(1 - (number - 1) / num_steps if self.knobs.grpo_schedule == "linear" else 1.0)
             line, rows = self.train_step(number, draw(prompts, number, count, self.knobs.seed))
             self._log(number, line, rows, on_log)
-            self._check_skipped(number, num_steps, what)
+            self._check_skipped(number, num_steps, label)
             if number % max(1, num_steps // 4) == 0 or number == num_steps:
                 self._validate(val_prompts, number)
-                self._check_zero_std(number, folder, what)
+                self._check_zero_std(number, folder, label)
             if timer.is_due():
                 self._save(folder, number)
             bar.update()
@@ -223,9 +218,9 @@ class GRPOTrainer:
             for log in self.logs.values():
                 log.truncate_after(done)
 
-    def _set_rates(self, share):
+    def _set_rates(self, factor):
         for group in self.optimizer.param_groups:
-            group["lr"] = share * group["full_lr"]
+            group["lr"] = factor * group["full_lr"]
 
     def _log(self, number, line, rows, on_log):
         if not self.accelerator.is_main_process:
@@ -244,23 +239,23 @@ class GRPOTrainer:
         if self.accelerator.is_main_process:
             self.logs["held"].append({"step": number} | statistics)
 
-    def _check_skipped(self, number, num_steps, what):
+    def _check_skipped(self, number, num_steps, label):
         """End a run of which too many steps updated nothing."""
         skipped, no_memory = self.counts["skipped"], self.counts["no_memory"]
         if skipped > max(2, self.knobs.max_skipped * num_steps):
             raise InputError(
-                f"{what}: {skipped} of {number} steps changed nothing, {no_memory} for want of memory, the others "
+                f"{label}: {skipped} of {number} steps changed nothing, {no_memory} for want of memory, the others "
                 "without a finite gradient or without a reply to compare; lower grpo_lr, or for memory "
                 "grpo_rollout_batch, in the profile, and look for videos that cannot be read"
             )
 
-    def _check_zero_std(self, number, folder, what):
+    def _check_zero_std(self, number, folder, label):
         """End a run in which hardly a group has members to prefer; its state is saved, so it can go on."""
         zero_std, groups = self.counts["zero_std_groups"], self.counts["groups"]
         if zero_std > self.knobs.max_zero_std * groups:
             self._save(folder, number)
             raise InputError(
-                f"{what}: in {zero_std} of {groups} groups all earned the same, which teaches nothing; raise "
+                f"{label}: in {zero_std} of {groups} groups all earned the same, which teaches nothing; raise "
                 "rollout_temperature or grpo_group in the profile, or max_zero_std to go on as it is"
             )
 
@@ -292,7 +287,7 @@ class GRPOTrainer:
 
 
 def _reference_policy(knobs, policy):
-    """The policy that stage 1 left: without its adapters, which are added here, or a copy of its model."""
+    """Return the policy that stage 1 left: without its adapters, which are added here, or a copy of its model."""
     reference = copy.copy(policy)
     if knobs.lora_rank:
         common.add_lora(policy, knobs.lora_rank, knobs.seed)
@@ -303,7 +298,7 @@ def _reference_policy(knobs, policy):
 
 
 def _parameter_groups(knobs, variant, policy):
-    """What learns, and how fast: the language model, and the heads unless the variant freezes them."""
+    """Return what learns, and how fast: the language model, and the heads unless the variant freezes them."""
     parts = (policy.model.model.language_model, policy.model.lm_head)
     weights = {
         id(weight): weight
@@ -330,16 +325,16 @@ def _parameter_groups(knobs, variant, policy):
 
 def draw(prompts: list[RolloutPrompt], number: int, count: int, seed: int) -> list[RolloutPrompt]:
     """Draw the prompts of step `number`, from 1: each epoch goes through all of them in an order of its own."""
-    places = range((number - 1) * count, number * count)
-    epochs = {at // len(prompts) for at in places}
+    draws = [divmod(n, len(prompts)) for n in range((number - 1) * count, number * count)]
+    epochs = {epoch for epoch, _ in draws}
     orders = {epoch: np.random.default_rng([seed, 8, epoch]).permutation(len(prompts)) for epoch in epochs}
-    return [prompts[orders[at // len(prompts)][at % len(prompts)]] for at in places]
+    return [prompts[orders[epoch][position]] for epoch, position in draws]
 
 
 def _std_everywhere(values):
-    """The standard deviation of the values of all processes; None without two of them."""
-    everywhere = gather_object(values)
-    return float(np.std(everywhere, ddof=1)) if len(everywhere) > 1 else None
+    """Return the standard deviation of the values of all processes; None without two of them."""
+    values = gather_object(values)
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def _group_of(step):
@@ -407,7 +402,7 @@ def summarise(rows: list[dict]) -> dict:
 
 
 def _means(rows):
-    """Means over rows; None where there are none."""
+    """Return means over rows; None where there are none."""
     values = {"reward": [row["reward"] for row in rows], "length": [row["length"] for row in rows]}
     values |= {"right_shown": [row["right"] for row in rows]}
     parts = [field.name for field in dataclasses.fields(rewards.RewardWeights)]
@@ -416,7 +411,7 @@ def _means(rows):
 
 
 def _means_of_update(sums):
-    """Loss and means of an update's sums; None where nothing was computed."""
+    """Return loss and means of an update's sums; None where nothing was computed."""
     means = {"loss": sums["loss"], "kl": sums["kl"] / max(1, sums["rows"])}
     means |= {"clip_frac": sums["clip_frac"] / max(1, sums["rows"])}
     means |= {"info_nce": sums["info_nce"] / max(1, sums["soft"])}

@@ -67,7 +67,7 @@ class Objective(nn.Module):
         return loss, {"kl": float(kl.sum()), "clip_frac": float(clip_frac.sum()), "info_nce": info_nce}
 
     def _replay(self, steps):
-        """(replies read once more with gradients, their log-probs (B, L) under the reference policy)."""
+        """Return (replies read once more with gradients, their log-probs (B, L) under the reference policy)."""
         counts = Counter(id(step.prompt) for step in steps)
         prompts = list({id(step.prompt): step.prompt for step in steps}.values())
         replies = [step.ids for step in steps]
@@ -78,7 +78,7 @@ class Objective(nn.Module):
         return replay, ref_logps
 
     def _latent_loss(self, steps, contexts):
-        """(sum of what soft tokens learn from, the sum of InfoNCE in it) of the steps that said <REFINE>."""
+        """Return (sum of what soft tokens learn from, sum of InfoNCE in it) of the steps that said <REFINE>."""
         total, info_nce, worker = 0.0, 0.0, self.worker
         for depth in sorted({len(step.earlier_latents) for step in steps}):
             rows = [
@@ -86,20 +86,21 @@ class Objective(nn.Module):
             ]
             if not rows:
                 continue
-            turn, turn_contexts = [steps[row] for row in rows], [contexts[row] for row in rows]
+            turn_steps, turn_contexts = [steps[row] for row in rows], [contexts[row] for row in rows]
             if worker.variant.latents == "gauss":
-                total = total - self._gaussian_gain(turn, turn_contexts)
+                total = total - self._gaussian_gain(turn_steps, turn_contexts)
                 continue
-            latents = sqr.soft_tokens(self.policy, turn_contexts, len(turn[0].latents))
-            losses = worker.infonce_losses(worker.query_vecs(turn, latents), turn, all_videos=True)
+            latents = sqr.soft_tokens(self.policy, turn_contexts, len(turn_steps[0].latents))
+            vecs = worker.query_vecs(turn_steps, latents)
+            losses = worker.infonce_losses(vecs, turn_steps, all_videos=True)
             total, info_nce = total + losses.sum(), info_nce + float(losses.detach().sum())
         return total, info_nce
 
     def _gaussian_gain(self, steps, contexts):
-        """Policy gradient of noisy soft tokens, which are the action: they stood in the query, and were read on."""
-        taken = torch.stack([step.latents for step in steps])  # (B, N, D)
-        means = sqr.soft_tokens(self.policy, contexts, taken.shape[1], sampled=taken)
-        logp = -((taken - means) ** 2).sum(dim=(1, 2)) / (2 * self.worker.knobs.latent_noise_std**2)
+        """Return the policy gain of noisy soft tokens: they are the action, stood in the query, and were read on."""
+        sampled = torch.stack([step.latents for step in steps])  # (B, N, D)
+        means = sqr.soft_tokens(self.policy, contexts, sampled.shape[1], sampled=sampled)
+        logp = -((sampled - means) ** 2).sum(dim=(1, 2)) / (2 * self.worker.knobs.latent_noise_std**2)
         # One update a rollout: the ratio is one, but not its gradient.
         ratio = torch.exp(logp - logp.detach())
         return (ratio * torch.tensor([step.advantage for step in steps]).to(ratio)).sum()

@@ -68,7 +68,7 @@ def adapt(profile, dataset: str, name: str) -> Path:
 
 
 def _policy(profile, dataset, name):
-    """The checkpoint whose soft tokens `name` stands for, trained now if it is not current."""
+    """Return the checkpoint whose soft tokens `name` stands for, trained now if it is not current."""
     return grpo.train(profile, dataset) if name == "vsr1" else sft.train(profile, dataset, name)
 
 
@@ -91,9 +91,7 @@ def split_queries(profile, dataset: str) -> dict:
 def _adapt(profile, dataset, name, weights, folders, folder):
     queries, (train, test) = split_queries(profile, dataset), map(search_index.load_vectors, folders)
     rows = [] if name in SOFT else sft.draw_queries(profile, sft_data.load(profile, dataset, train))
-    if (
-        not cache.dist_state().is_main_process
-    ):  # a teacher may have written replies with the others; one process learns
+    if not cache.dist_state().is_main_process:  # the others were needed for a teacher's replies alone
         return
     torch.manual_seed(profile.seed)
     engine, typed = engines.load(profile), train.vecs_of([query.id for query in queries["held"]])
@@ -170,7 +168,7 @@ def adapted_vecs(adapter, vectors: search_index.Vectors, queries, size: int) -> 
 
 def _in_batches(embed, queries, size):
     splitter = batching.OOMSplitter("eval_batch")
-    batches = [queries[at : at + size] for at in range(0, len(queries), size)]
+    batches = [queries[start : start + size] for start in range(0, len(queries), size)]
     return np.concatenate([part for batch in batches for part in splitter.run(embed, batch)])
 
 
@@ -225,8 +223,8 @@ KINDS = {"adapter-vec": VectorMap, "adapter-static": StaticTokens, "engine-tuned
 
 
 def _fit_best(profile, name, engine, vectors, rows, held):
-    """(the adapter with the best R@1 on validation queries, {"rate x times": that R@1 of each})."""
-    best, found = None, {}
+    """Return (the adapter with the best R@1 on validation queries, {"rate x times": that R@1 of each})."""
+    best, recalls = None, {}
     for rate, times in RECIPES[name]:
         if name == "engine-tuned":
             engine = engines.load(profile)  # the one before has its adapters
@@ -234,11 +232,11 @@ def _fit_best(profile, name, engine, vectors, rows, held):
         adapter = KINDS[name](profile, engine)
         scale = profile.sft_lr if name == "engine-tuned" else 1
         fit(profile, adapter, vectors, rows * times, rate * scale)
-        value = recall_at_1(vectors, adapted_vecs(adapter, vectors, held, profile.eval_batch), held)
-        if value > max(found.values(), default=-1):
+        recall = recall_at_1(vectors, adapted_vecs(adapter, vectors, held, profile.eval_batch), held)
+        if recall > max(recalls.values(), default=-1):
             best = adapter
-        found[f"{rate} x {times}"] = value
-    return best, found
+        recalls[f"{rate} x {times}"] = recall
+    return best, recalls
 
 
 def fit(profile, adapter, vectors: search_index.Vectors, rows: list, rate: float) -> list[float]:
@@ -251,8 +249,8 @@ def fit(profile, adapter, vectors: search_index.Vectors, rows: list, rate: float
     warm = max(1, round(profile.sft_warmup * len(starts)))
     shape = lambda step: min((step + 1) / warm, (len(starts) - step) / max(1, len(starts) - warm))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
-    for at in cache.progress(starts, type(adapter).__name__):
-        batch = [asdict(row) for row in rows[at : at + size]]
+    for start in cache.progress(starts, type(adapter).__name__):
+        batch = [asdict(row) for row in rows[start : start + size]]
         typed = torch.from_numpy(vectors.vecs_of([row["desc_id"] for row in batch])).to(adapter.device)
         vecs = adapter([row["query"] for row in batch], typed)
         loss = contrast.infonce_losses(vecs, batch).mean()

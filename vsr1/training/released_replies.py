@@ -34,7 +34,7 @@ def to_released(example: SFTExample) -> dict:
 
 
 def _assistant_text(messages: list) -> str:
-    """What the assistant says in the last of some messages, as a string or in parts."""
+    """Return the text of the last message, which must be the assistant's: a string, or parts to be joined."""
     last = messages[-1] if messages else None
     text = last.get("content") if isinstance(last, dict) and last.get("role") == "assistant" else None
     if isinstance(text, list) and all(isinstance(part, dict) for part in text):
@@ -60,7 +60,7 @@ class Entry(BaseModel, strict=True):
     meta: Meta
 
     def example(self) -> SFTExample:
-        """The example without its query and negatives; blanks in the reply are single, and no <REFINE> closes it."""
+        """Return the example without query and negatives, its reply with single blanks and no closing <REFINE>."""
         reply = " ".join(CLOSING.sub("", self.messages).split())
         number = int(self.qid.removesuffix("_fig"))
         return SFTExample(number, "", self.meta.query_pos_video_id, self.meta.video_id, (), reply)
@@ -74,31 +74,31 @@ def read_released(
     The query's text is the annotation's, whose vector is known. The video shown need not rank first here.
     """
     entries = annotations.parse_json(annotations.read_text(path), path, kind=list[Entry])
-    known = {query.id: query for query in queries if vectors.has_query(query.id)}
+    by_id = {query.id: query for query in queries if vectors.has_query(query.id)}
     examples, rejected = {}, []
     for entry in entries:
         example = entry.example()
         problem = "with the qid of an earlier row" if example.desc_id in examples else None
-        problem = problem or _problem(example, entry.meta.gold_label == "pos", known, vectors)
+        problem = problem or _problem(example, entry.meta.gold_label == "pos", by_id, vectors)
         if problem is None:
-            examples[example.desc_id] = replace(example, query=known[example.desc_id].text)
+            examples[example.desc_id] = replace(example, query=by_id[example.desc_id].text)
         else:
             rejected.append((problem, entry.qid))
     _warn_left_out(path, rejected, len(entries))
-    top = rankings([known[number] for number in examples], vectors, negatives)
+    top = rankings([by_id[number] for number in examples], vectors, negatives)
     return [
         replace(example, negatives=wrong_videos(order, example.shown, example.right))
         for example, order in zip(examples.values(), top, strict=True)
     ]
 
 
-def _problem(example, labelled_right, known, vectors):
-    """Why an example cannot be learned from here; None: it can."""
-    if example.desc_id not in known:
+def _problem(example, labelled_right, queries, vectors):
+    """Say why an example cannot be learned from here, given {id: query}; None: it can."""
+    if example.desc_id not in queries:
         return "with a query that is unknown here"
     if not (vectors.has_video(example.right) and vectors.has_video(example.shown)):
         return "with a video that is unknown here"
-    if example.right != known[example.desc_id].video:
+    if example.right != queries[example.desc_id].video:
         return "whose right video is another one here"
     reply = read_reply(example.reply, ())
     agree = reply.matched == labelled_right == (example.shown == example.right)

@@ -80,8 +80,8 @@ def _write(profile, dataset, vectors, folder):
     splitter, best = batching.OOMSplitter("eval_batch"), {}
     size = max(1, profile.eval_batch // SAMPLES)
     work = functools.partial(best_rewrites, profile, policy, hqr.with_query_limit(engine), vectors)
-    for at in cache.progress(range(0, len(failed), size), f"rewrites {dataset}"):
-        for part in splitter.run(work, failed[at : at + size]):
+    for start in cache.progress(range(0, len(failed), size), f"rewrites {dataset}"):
+        for part in splitter.run(work, failed[start : start + size]):
             best |= part
     cache.write_json(folder / "rewrites.json", best)
 
@@ -99,11 +99,11 @@ def best_rewrites(profile, policy, engine, vectors, rows: list[SFTExample]) -> d
         temperature=profile.rollout_temperature,
         rng=[np.random.default_rng([profile.seed, 27, row.desc_id]) for row in rows],
     )
-    sampled = [replies.read_reply(one.text, one.ids, ended=one.ended).update for one in completions]
+    updates = [replies.read_reply(reply.text, reply.ids, ended=reply.ended).update for reply in completions]
     best = {}
-    for at, row in enumerate(rows):
-        written = [text for text in sampled[at * SAMPLES : (at + 1) * SAMPLES] if text is not None]
-        texts = list(dict.fromkeys([*wordings(row.query)[:: len(FRAMES)], *written]))
+    for number, row in enumerate(rows):
+        sampled = [text for text in updates[number * SAMPLES :][:SAMPLES] if text is not None]
+        texts = list(dict.fromkeys([*wordings(row.query)[:: len(FRAMES)], *sampled]))
         right = vectors.columns([row.right] * len(texts))
         ranks = search_index.ranks(vectors.scores(engine.embed_texts(texts)), right)
         best[row.desc_id] = texts[int(ranks.argmin())]

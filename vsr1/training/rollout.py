@@ -150,13 +150,14 @@ class RolloutWorker(runner.EpisodeRunner):
         options = {"display_rule": "stop_at_repeat", "reuse": False}  # a state is sampled once
         run = records.Run(self.dataset, "train", "grpo", turns, carry, self.knobs.seed, **options)
         episodes = self.run(prompts, run)
-        for one_episode, steps in zip(episodes, self.steps.values(), strict=True):
-            self._reward(one_episode, steps)
+        for episode, steps in zip(episodes, self.steps.values(), strict=True):
+            self._add_rewards(episode, steps)
         return list(self.steps.values())
 
-    def _reward(self, one_episode, steps):
+    def _add_rewards(self, episode, steps):
+        """Fill in the rewards of an episode's steps."""
         retrievals = [(step.p_positive, step.p_positive_before) for step in steps]
-        parts = rewards.reward_parts(one_episode, retrievals, self.knobs.retrieval_reward)
+        parts = rewards.reward_parts(episode, retrievals, self.knobs.retrieval_reward)
         for step, values in zip(steps, parts, strict=True):
             step.reward_parts = values
             step.reward = sum(getattr(self.weights, part) * value for part, value in values.items())
@@ -187,7 +188,7 @@ class RolloutWorker(runner.EpisodeRunner):
         return verifications
 
     def _generate(self, pairs, clips):
-        """(steps, completions) of pairs whose videos can be read; pairs that share a prompt stand side by side."""
+        """Return (steps, completions) of readable pairs, of which those that share a prompt stand side by side."""
         if not pairs:
             return [], []
         counts = Counter((prompt.group, video) for prompt, video in pairs)  # in the order of the pairs
@@ -205,7 +206,7 @@ class RolloutWorker(runner.EpisodeRunner):
         return steps, completions
 
     def _sample(self, prompts, counts):
-        """`counts` completions of each prompt, in one list, and standard noise (B, N, D) for their soft tokens.
+        """Sample `counts` completions of each prompt, in one list, and noise (B, N, D) for their soft tokens.
 
         Random numbers belong to a prompt: they depend on its group, turn and video, not on the batch or the process.
         """
@@ -223,7 +224,7 @@ class RolloutWorker(runner.EpisodeRunner):
         return completions, np.concatenate(noise)
 
     def _new_step(self, query, video, prompt, completion):
-        """The step of one completion; its soft tokens come later."""
+        """Return the step of one completion; its soft tokens come later."""
         negatives = list(query.negatives) + [video] * (video not in (query.video, *query.negatives))
         earlier = tuple(step.latents for step in self.steps[query.group, query.member])
         sampled = completion.ids, completion.logps, completion.text

@@ -52,8 +52,8 @@ class Collator:
 
     def __init__(self, policy: Policy, clips, system: str | None = None):
         self.policy, self.clips = policy, clips
-        own = prompt_text.SYSTEM_ZS if policy.heads is None else policy.settings.system
-        self.system = system or own
+        evaluated = prompt_text.SYSTEM_ZS if policy.heads is None else policy.settings.system
+        self.system = system or evaluated
 
     def __call__(self, rows: list[dict]) -> dict:
         policy = self.policy
@@ -84,7 +84,7 @@ class Collator:
 
 
 def _labels(input_ids, lengths):
-    """Labels of the last columns alone, from the one before the longest reply: it predicts that reply's first token."""
+    """Label the last columns alone, from the one before the longest reply, which predicts its first token."""
     columns, lengths = torch.arange(-max(lengths) - 1, 0), torch.tensor(lengths)[:, None]
     ids = input_ids[:, columns[0] :]
     return ids.masked_fill((columns < -lengths).to(ids.device), IGNORED)
@@ -96,14 +96,15 @@ def partition_batch(profile, rows, num_processes: int):
     A step learns from `sft_batch` x `sft_accumulate` rows, whatever the number of processes. Padding rows, which teach
     nothing, give each process as many; where there are more processes than rows, some read padding alone.
     """
-    step = profile.sft_batch * profile.sft_accumulate
-    share = -(-step // num_processes)
-    batch = math.gcd(profile.sft_batch, share)
+    size = profile.sft_batch * profile.sft_accumulate
+    rows_per_process = -(-size // num_processes)
+    batch = math.gcd(profile.sft_batch, rows_per_process)
     if num_processes > 1:
-        padding_rows = [dataclasses.replace(rows[-1], reply=None)] * (share * num_processes)
-        steps = [rows[at : at + step] for at in range(0, len(rows), step)]
-        rows = [row for step_rows in steps for row in (step_rows + padding_rows)[: share * num_processes]]
-    return batch, share // batch, rows
+        padded_size = rows_per_process * num_processes
+        padding_rows = [dataclasses.replace(rows[-1], reply=None)] * padded_size
+        steps = [rows[start : start + size] for start in range(0, len(rows), size)]
+        rows = [row for step_rows in steps for row in (step_rows + padding_rows)[:padded_size]]
+    return batch, rows_per_process // batch, rows
 
 
 # --- InfoNCE
@@ -111,8 +112,8 @@ def partition_batch(profile, rows, num_processes: int):
 
 def uses_infonce(profile, row: dict) -> bool:
     """Return whether soft tokens learn from a row: not from padding or copies, and only as `infonce_rows` says."""
-    wanted = profile.infonce_rows == "all" or row["shown"] != row["right"]
-    return row["reply"] is not None and row["contrast"] and wanted
+    selected = profile.infonce_rows == "all" or row["shown"] != row["right"]
+    return row["reply"] is not None and row["contrast"] and selected
 
 
 class GalleryContrast:
@@ -289,16 +290,16 @@ LOGGED |= {"mean_token_accuracy": "accuracy", "learning_rate": "rate"}
 class JsonlLogger(TrainerCallback):
     """Writes one JSON line a step to `path`, draws a progress bar, and calls `on_log` with all lines so far."""
 
-    def __init__(self, path: Path, what: str, on_log=None):
-        self.path, self.what, self.callback = path, what, on_log
+    def __init__(self, path: Path, label: str, on_log=None):
+        self.path, self.label, self.callback = path, label, on_log
 
     def on_train_begin(self, args, state, control, **_):
-        """A resumed run goes on behind the lines of the steps it has."""
-        self.bar = cache.progress(range(state.max_steps), self.what)
+        """Open the log; a resumed run goes on behind the lines of the steps it has."""
+        self.bar = cache.progress(range(state.max_steps), self.label)
         self.bar.update(state.global_step)
         if state.is_world_process_zero:
-            self.lines = cache.JsonlLog(self.path)
-            self.lines.truncate(state.global_step)
+            self.log = cache.JsonlLog(self.path)
+            self.log.truncate(state.global_step)
 
     def on_log(self, args, state, control, logs, **_):
         """Write a line with fixed keys; the closing summary of the library is left out."""
@@ -306,28 +307,29 @@ class JsonlLogger(TrainerCallback):
             return
         if not np.isfinite(logs["loss"]):
             raise InputError(
-                f"{self.what}: the loss is {logs['loss']} at step {state.global_step}; lower sft_lr"
+                f"{self.label}: the loss is {logs['loss']} at step {state.global_step}; lower sft_lr"
             )
         if state.is_world_process_zero:
             values = {name: logs.get(library_name) for library_name, name in LOGGED.items()}
-            self.lines.append({"step": state.global_step} | values)
+            self.log.append({"step": state.global_step} | values)
             if self.callback:
-                self.callback(self.lines.rows)
+                self.callback(self.log.rows)
 
     def on_step_end(self, args, state, control, **_):
-        """One step further."""
+        """Move the progress bar one step on."""
         self.bar.update()
 
     def on_train_end(self, args, state, control, **_):
-        """The bar goes away."""
+        """Take the progress bar away."""
         self.bar.close()
 
 
 def make_trainer(
-    profile, policy, engine, vectors, rows, clips, folder, what, on_log=None, system: str | None = None
+    profile, policy, engine, vectors, rows, clips, folder, label, on_log=None, system: str | None = None
 ) -> Trainer:
     """Build the `Trainer` of a policy on `rows`, in their order; states go to `folder`/steps, the log to log.jsonl.
 
+    label   names the run in the progress bar and in errors
     system  as of `Collator`
     """
     attach_heads(policy)
@@ -339,7 +341,7 @@ def make_trainer(
         datasets.Dataset.from_list([dataclasses.asdict(row) for row in filled]),
         processing_class=policy.tokenizer,
         optimizers=(torch.optim.AdamW(_parameter_groups(profile, policy), weight_decay=0.0), None),
-        callbacks=[JsonlLogger(folder / "log.jsonl", what, on_log), SaveByTime(profile.save_minutes)],
+        callbacks=[JsonlLogger(folder / "log.jsonl", label, on_log), SaveByTime(profile.save_minutes)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.num_rows = len(rows)

@@ -64,7 +64,7 @@ def load(profile, dataset: str, vectors: search_index.Vectors) -> list[SFTExampl
 
 
 def _written(profile, queries, vectors, reply, caption):
-    """(text-only examples, examples with a video) by a data source that knows its videos."""
+    """Return (text-only examples, examples with a video) by a data source that knows its videos."""
     options = {"negatives": profile.sft_negatives, "seed": profile.seed}
     text_only, by_id = [], {query.id: query for query in queries}
     if profile.sft_text_only_rows:
@@ -85,16 +85,17 @@ def order_batches(profile, text_only: list[SFTExample], with_video: list[SFTExam
         _shuffled(with_video, round(profile.sft_epochs * len(with_video)), [seed, 11]), size
     )
     lead = TEXT_ONLY_LEAD if text_only else 0.0
-    places = [(at + 0.5) / len(text_only) for at in range(len(text_only))]
-    places += [lead + (1 - lead) * (at + 0.5) / len(with_video) for at in range(len(with_video))]
-    order = sorted(zip(places, text_only + with_video, strict=True), key=lambda pair: pair[0])
+    positions = [(n + 0.5) / len(text_only) for n in range(len(text_only))]  # in [0, 1]
+    positions += [lead + (1 - lead) * (n + 0.5) / len(with_video) for n in range(len(with_video))]
+    order = sorted(zip(positions, text_only + with_video, strict=True), key=lambda pair: pair[0])
     return [row for _, batch in order for row in batch]
 
 
 def _batches(rows, size):
-    return [rows[at : at + size] for at in range(0, len(rows), size)]
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _shuffled(rows, count, seed):
+    """Return the first `count` rows of epochs, each of which has an order of its own."""
     orders = (np.random.default_rng([*seed, epoch]).permutation(len(rows)) for epoch in range(count))
     return [rows[row] for row in islice(chain.from_iterable(orders), count)]

@@ -51,8 +51,8 @@ def reasoning(text: str) -> str | None:
     'From 3 s on it rains.'
     """
     match = re.search(r"(?ims)^[\s*]*reasoning[\s*]*:[\s*]*(.*)", text.rpartition("</think>")[2])
-    words = re.sub(r"</?\|?\w+\|?>|[<>]", " ", match[1] if match else "")
-    return " ".join(words.split()) if re.search(r"\w", words) else None
+    thought = re.sub(r"</?\|?\w+\|?>|[<>]", " ", match[1] if match else "")
+    return " ".join(thought.split()) if re.search(r"\w", thought) else None
 
 
 def ask(teacher: policy.Policy, clips, spans: dict, seed: int, examples: list) -> list[dict]:
@@ -95,11 +95,14 @@ def _dropped(example, reason, text):
     return {"qid": f"{example.desc_id}_fig", "dropped": reason, "said": text}
 
 
-def finish(examples: list, ask, size: int, path: Path, what: str) -> list[dict]:
-    """Return ask(batch) of all examples, `size` at a time; whole batches in the log at `path` are not asked again."""
+def finish(examples: list, ask, size: int, path: Path, label: str) -> list[dict]:
+    """Return ask(batch) of all examples, `size` at a time; whole batches in the log at `path` are not asked again.
+
+    label  names the run in the progress bar
+    """
     log = cache.JsonlLog(path)
     log.truncate(len(log.rows) // size * size)
-    for start in cache.progress(range(len(log.rows), len(examples), size), what):
+    for start in cache.progress(range(len(log.rows), len(examples), size), label):
         log.append(*ask(examples[start : start + size]))
     return log.rows
 
