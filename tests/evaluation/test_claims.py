@@ -46,20 +46,20 @@ def run(tmp_path, monkeypatch):
 
 
 def test_differences_are_what_a_loop_over_queries_counts(run):
-    mine, other = final(), down()
+    episodes, fallback = final(), down()
     numbers = verdicts.record(run, "charades")
     gained = [
         metrics.vcmr_hits([a], 0.5)[0] * 1 - metrics.vcmr_hits([b], 0.5)[0]
-        for a, b in zip(mine, other, strict=True)
+        for a, b in zip(episodes, fallback, strict=True)
     ]
     assert numbers["R3/charades/vsr1-walkdown/points"].value == pytest.approx(100 * sum(gained) / 4)
-    moved = [(o.turns[-1].rank_in == 1) - (o.rank_orig == 1) for o in mine]
+    moved = [(o.turns[-1].rank_in == 1) - (o.rank_orig == 1) for o in episodes]
     assert numbers["R3/charades/refined/points"].value == pytest.approx(100 * sum(moved) / 4)
     assert (
         numbers["R3/charades/sqr-hqr-seen/points"].value,
         numbers["R3/charades/sqr-hqr-seen/points"].n,
     ) == (100, 1)
-    ranks = [o.turns[0].rank_by_depth or (o.turns[0].rank_in,) * 5 for o in mine]  # of all queries
+    ranks = [o.turns[0].rank_by_depth or (o.turns[0].rank_in,) * 5 for o in episodes]  # of all queries
     for name, depth, before in (("latents", -1, 0), ("latents-half", 2, 0), ("latents-rest", -1, 2)):
         points = [100 * ((r[depth] == 1) - (r[before] == 1)) for r in ranks]
         number = numbers[f"R3/charades/{name}/points"]
@@ -69,7 +69,7 @@ def test_differences_are_what_a_loop_over_queries_counts(run):
     second = [
         metrics.vcmr_hits(metrics.within([o], 2), 0.5)[0] * 1
         - metrics.vcmr_hits(metrics.within([o], 1), 0.5)[0]
-        for o in mine
+        for o in episodes
     ]
     assert numbers["R3/charades/turn-2/points"].value == pytest.approx(100 * sum(second) / 4)
 
@@ -78,12 +78,12 @@ def test_a_claim_whose_system_is_missing_names_it_and_is_never_zero(run):
     numbers = verdicts.record(run, "charades")
     assert numbers["R3/charades/vsr1-zs/points"].value is None
     judged = verdicts.judge(results.collect(run), ["charades"])
-    told = {one.name: one for one in judged}
-    assert told["vsr1-zs"].verdict == "MISSING: no episodes of zs" and told["vsr1-zs"].value == "—"
-    assert told["grpo-vcmr"].verdict == "MISSING: no episodes of sft"
-    assert told["tokens"].verdict == "MISSING: not measured"
-    assert told["no-ret-vcmr"].verdict == "made on didemo only"
-    assert told["refiner-8b"].verdict == "cannot be tested here, because there is no second policy"
+    by_name = {verdict.name: verdict for verdict in judged}
+    assert by_name["vsr1-zs"].verdict == "MISSING: no episodes of zs" and by_name["vsr1-zs"].value == "—"
+    assert by_name["grpo-vcmr"].verdict == "MISSING: no episodes of sft"
+    assert by_name["tokens"].verdict == "MISSING: not measured"
+    assert by_name["no-ret-vcmr"].verdict == "made on didemo only"
+    assert by_name["refiner-8b"].verdict == "cannot be tested here, because there is no second policy"
     text = verdicts.as_markdown(judged)
     assert "charades MISSING: no episodes of zs; the paper +6.2" in text
     with pytest.raises(InputError, match="no data set has episodes"):
@@ -106,8 +106,10 @@ def test_the_papers_differences_are_those_of_its_tables():
     for table, rows in {"T1": tables, "T2": second}.items():
         for name, (baseline, metric) in rows.items():
             for dataset, points in claims.CLAIMS[name].paper.items():
-                ours, other = (published[f"{table}/{dataset}/{row}/{metric}"] for row in ("vsr1", baseline))
-                assert ours - other == pytest.approx(points), name
+                value, baseline_value = (
+                    published[f"{table}/{dataset}/{row}/{metric}"] for row in ("vsr1", baseline)
+                )
+                assert value - baseline_value == pytest.approx(points), name
     curve = [published[f"F4/mean/vsr1/d{depth}"] for depth in range(9)]
     assert claims.CLAIMS["latents"].paper["mean"] == pytest.approx(curve[8] - curve[0])
     assert claims.CLAIMS["latents-half"].paper["mean"] == pytest.approx(curve[4] - curve[0])

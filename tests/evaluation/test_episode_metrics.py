@@ -176,28 +176,26 @@ def test_vcmr_equals_what_the_benchmark_s_evaluator_says_of_the_same_answers(tmp
     (tmp_path / "truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = [str(tmp_path / "submission.json"), str(tmp_path / "truth.jsonl")]
     assert cli.main(["score", *files]) == 0
-    said = json.loads(capsys.readouterr().out)["VCMR"]
-    ours = percents(episodes, *[f"vcmr@{m}" for m in metrics.THRESHOLDS])
-    assert [round(value, 2) for value in ours] == [said[f"{m}-r1"] for m in metrics.THRESHOLDS]
-    assert ours[0] > ours[2] > 0, "the trial must hit and miss"
+    scores = json.loads(capsys.readouterr().out)["VCMR"]
+    percent = percents(episodes, *[f"vcmr@{m}" for m in metrics.THRESHOLDS])
+    assert [round(value, 2) for value in percent] == [scores[f"{m}-r1"] for m in metrics.THRESHOLDS]
+    assert percent[0] > percent[2] > 0, "the trial must hit and miss"
 
 
 def test_hits_equal_a_reader_who_walks_the_records():
     episodes = random_episodes(1)
-    found = metrics.hits(episodes)
+    hits = metrics.hits(episodes)
     for row, one in enumerate(episodes):
         last = one.turns[-1] if one.turns else None
         final = None if last is None else last.rank_in if last.rank_out is None else last.rank_out
         for k in metrics.VR_KS:
-            assert found[f"vr@{k}"][row] == (final is not None and final <= k)
-        assert found["right_last"][row] == (last is not None and last.shown_id == one.gt_video)
-        assert found["ver"][row] == (
+            assert hits[f"vr@{k}"][row] == (final is not None and final <= k)
+        assert hits["right_last"][row] == (last is not None and last.shown_id == one.gt_video)
+        assert hits["ver"][row] == (
             last is not None and last.reply.matched is (last.shown_id == one.gt_video)
         )
-    assert {name for name, values in found.items() if len(values) != len(episodes)} == {"vr@1_failed"}
+    assert {name for name, values in hits.items() if len(values) != len(episodes)} == {"vr@1_failed"}
     order = np.random.default_rng(0).permutation(len(episodes))
     shuffled = metrics.hits([episodes[row] for row in order])
-    assert all(
-        (found[name][order] == shuffled[name]).all() for name in found if len(found[name]) == len(order)
-    )
+    assert all((hits[name][order] == shuffled[name]).all() for name in hits if len(hits[name]) == len(order))
     assert metrics.costs([episodes[row] for row in order]) == pytest.approx(metrics.costs(episodes))

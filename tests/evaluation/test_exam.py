@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_evaluate import agent, made, queries, random_one, read, world  # noqa: F401 (fixtures)
+from test_evaluate import agent, queries, random_one, read, search_engine, world  # noqa: F401 (fixtures)
 
 from vsr1 import config
 from vsr1.config import DATASETS, InputError
@@ -41,40 +41,43 @@ def test_its_videos_are_of_another_world_and_real_videos_have_none():
     profile = config.load("mini")
     fresh = exam.fresh_profile(profile, exam.read()[0])
     assert fresh.data_dir("didemo") != profile.data_dir("didemo") and fresh.engine == profile.engine
-    old, new = (scenes.make_scenes("didemo", "test", 20, one.world.seed) for one in (profile, fresh))
-    assert not {scene.video for scene in old} & {scene.video for scene in new}
+    profile_scenes, fresh_scenes = (
+        scenes.make_scenes("didemo", "test", 20, run.world.seed) for run in (profile, fresh)
+    )
+    assert not {scene.video for scene in profile_scenes} & {scene.video for scene in fresh_scenes}
     with pytest.raises(InputError, match=r"paper: the exam draws videos of a fresh world"):
         exam.sit(config.load("paper"), "didemo")
 
 
-def test_a_claim_is_a_difference_on_the_same_queries(world, made, agent, queries, monkeypatch):
-    monkeypatch.setattr(runner, "load_pair", lambda *_: (made, agent))
-    walked = read_episodes(evaluate.run_system(world, "charades", "walk", like="walkdown"))
+def test_a_claim_is_a_difference_on_the_same_queries(world, search_engine, agent, queries, monkeypatch):
+    monkeypatch.setattr(runner, "load_pair", lambda *_: (search_engine, agent))
+    episodes = read_episodes(evaluate.run_system(world, "charades", "walk", like="walkdown"))
     right = [
-        dataclasses.replace(one, turns=(dataclasses.replace(one.turns[0], rank_in=1),)) for one in walked
+        dataclasses.replace(episode, turns=(dataclasses.replace(episode.turns[0], rank_in=1),))
+        for episode in episodes
     ]
     claim = exam.ExamClaim("w", "a", "b", "ahead", "vr@1_orig")
     monkeypatch.setattr(
         exam, "read", lambda: (5, {"one": claim, "other": dataclasses.replace(claim, system="b")})
     )
     monkeypatch.setattr(exam, "fresh_profile", lambda profile, _: profile)
-    monkeypatch.setattr(exam, "_run", lambda *words: {"a": right, "b": walked}[words[-1]])
-    found = exam.sit(world, "charades")
-    gain = np.mean([1 - (one.rank_orig == 1) for one in walked])
-    assert found["X1/charades/one/points"].value == pytest.approx(100 * gain)
-    assert found["X1/charades/one/predicted"].value == int(
-        exam.outcome(found["X1/charades/one/points"]) == "ahead"
+    monkeypatch.setattr(exam, "_run", lambda *args: {"a": right, "b": episodes}[args[-1]])
+    numbers = exam.sit(world, "charades")
+    gain = np.mean([1 - (episode.rank_orig == 1) for episode in episodes])
+    assert numbers["X1/charades/one/points"].value == pytest.approx(100 * gain)
+    assert numbers["X1/charades/one/predicted"].value == int(
+        exam.outcome(numbers["X1/charades/one/points"]) == "ahead"
     )
-    assert found["X1/charades/other/points"].value == found["X1/charades/other/predicted"].value == 0
+    assert numbers["X1/charades/other/points"].value == numbers["X1/charades/other/predicted"].value == 0
     assert exam.outcome(Estimate(-2.0, 3, (-3.0, -1.0))) == "behind"
 
 
-def test_frozen_soft_tokens_search_the_fresh_gallery_first(world, made, agent, queries, monkeypatch):
-    monkeypatch.setattr(runner, "load_pair", lambda *_: (made, agent))
+def test_frozen_soft_tokens_search_the_fresh_gallery_first(world, search_engine, agent, queries, monkeypatch):
+    monkeypatch.setattr(runner, "load_pair", lambda *_: (search_engine, agent))
     monkeypatch.setattr(exam.sft, "train", lambda *_: "weights")
     monkeypatch.setattr(evaluate, "trained_weights", lambda profile, *_: ("walkdown", profile.policy))
     episodes = exam._run(world, world, "charades", "adapter-soft-vsr1")
     vectors = search_index.load_vectors(embedding.embed_corpus(world, "charades", "test"))
-    scores = query_adapters.soft_vecs(made, agent, queries, 3) @ vectors.video_vecs.T
+    scores = query_adapters.soft_vecs(search_engine, agent, queries, 3) @ vectors.video_vecs.T
     ranks = search_index.ranks(scores, vectors.columns([query.video for query in queries]))
     assert metrics.true_ranks(episodes, "orig").tolist() == ranks.tolist()

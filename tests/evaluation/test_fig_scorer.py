@@ -336,9 +336,9 @@ def test_a_scalar_float32_evaluator_gives_the_numbers_of_the_float32_option(run)
     different = 0
     for seed in range(3):
         submission, truth = random_world(seed)
-        ours = json.loads(run(submission, truth, "--float32")[1])
-        assert ours == slow_scores(submission, truth, float32_iou, np.float32)
-        different += ours != json.loads(run(submission, truth)[1])
+        scores = json.loads(run(submission, truth, "--float32")[1])
+        assert scores == slow_scores(submission, truth, float32_iou, np.float32)
+        different += scores != json.loads(run(submission, truth)[1])
     assert different  # or the option is not tested
 
 

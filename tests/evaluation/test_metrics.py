@@ -71,12 +71,12 @@ def test_overlaps_equal_fractions_on_a_grid_full_of_ties():
 def test_float32_overlaps_equal_a_scalar_loop_bit_for_bit():
     rng = np.random.default_rng(1)
     answers, truth = grid_spans(rng, 5000), np.sort(grid_spans(rng, 5000), axis=1)
-    ours = metrics.span_iou_as_written(answers, truth, float32=True)
+    ious = metrics.span_iou_as_written(answers, truth, float32=True)
     loop = np.array([float32_iou(answer, span) for answer, span in zip(answers, truth, strict=True)])
-    assert ours.dtype == loop.dtype == np.float32
-    assert ours.tobytes() == loop.tobytes()
+    assert ious.dtype == loop.dtype == np.float32
+    assert ious.tobytes() == loop.tobytes()
     for m in metrics.THRESHOLDS:
-        assert metrics.reaches(ours, m).tolist() == [bool(iou > 0 and iou >= np.float32(m)) for iou in loop]
+        assert metrics.reaches(ious, m).tolist() == [bool(iou > 0 and iou >= np.float32(m)) for iou in loop]
 
 
 def test_overlaps_broadcast_and_leave_their_inputs_alone():
@@ -197,5 +197,5 @@ def test_the_whole_video_floor_is_the_answer_from_zero_to_duration(real_queries,
 )
 def test_chance_retrieval_is_k_out_of_the_gallery(real_queries, name, chances):
     videos = len(gallery_ids(real_queries(name)))
-    ours = [metrics.chance_recall(videos, k) for k in metrics.VR_KS]
-    assert [round(value, 3) for value in ours[:3]] == chances[:3] and round(ours[3], 2) == chances[3]
+    recalls = [metrics.chance_recall(videos, k) for k in metrics.VR_KS]
+    assert [round(value, 3) for value in recalls[:3]] == chances[:3] and round(recalls[3], 2) == chances[3]

@@ -45,13 +45,13 @@ def profile(tmp_path, monkeypatch):
 @pytest.fixture
 def released(profile):
     """Vectors of the mini engine where those of the release lie."""
-    home, own = config.ROOT / "data/charades", engine.load(profile)
+    home, search_engine = config.ROOT / "data/charades", engine.load(profile)
     paths = [config.ROOT / "data/charades" / name for name in official_release.vector_files("test")]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
     with video_reader.reader_for(profile) as reader:
-        videos = own.embed_clips([reader.read(home / "videos" / f"{name}.mp4") for name in FILMS])
-    np.save(paths[0], own.embed_texts(list(TEXTS.values())))
+        videos = search_engine.embed_clips([reader.read(home / "videos" / f"{name}.mp4") for name in FILMS])
+    np.save(paths[0], search_engine.embed_texts(list(TEXTS.values())))
     paths[1].write_text("".join(json.dumps({"qid": f"{n}_fig"}) + "\n" for n in TEXTS))
     np.save(paths[2], videos)
     paths[3].write_text(json.dumps({name: row for row, name in enumerate(FILMS)}))
@@ -66,11 +66,13 @@ def test_they_are_what_is_searched_and_our_own_are_compared_with_them(profile, r
     np.testing.assert_array_equal(vectors.search(released, 1)[1], [[0], [1]])
     notes = json.loads((folder / "notes.json").read_text())
     assert notes == {"videos": [1.0, 1.0], "queries": [1.0, 1.0, 1.0]}
-    said = "charades: released vectors are searched; cosine of our own with them: videos 1.000 to 1.000, "
-    assert said in capsys.readouterr().out
+    line = "charades: released vectors are searched; cosine of our own with them: videos 1.000 to 1.000, "
+    assert line in capsys.readouterr().out
     other = dataclasses.replace(profile, engine_clock="official", engine_min_pixels=16384)
-    told = json.loads((released_gallery.find(other, "charades") / "notes.json").read_text())
-    assert max(told["videos"]) < 0.9999 and told["queries"] == notes["queries"], "stamps and sizes count"
+    other_notes = json.loads((released_gallery.find(other, "charades") / "notes.json").read_text())
+    assert max(other_notes["videos"]) < 0.9999 and other_notes["queries"] == notes["queries"], (
+        "stamps and sizes count"
+    )
 
 
 def test_only_released_weights_search_them_and_only_where_they_are(profile, released, monkeypatch):
@@ -87,8 +89,8 @@ def test_only_released_weights_search_them_and_only_where_they_are(profile, rele
         evaluate.run_system(profile, "charades", "zs")
     lengths = (profile.data_dir("charades") / "embed/engine/test/lengths.csv").read_text().splitlines()
     assert lengths[1:] == ["BBBBB,12.5,4.0"]
-    own = dataclasses.replace(profile, search_released_vectors=False)
-    evaluate.run_system(own, "charades", "vsr1-released")
+    unused_release = dataclasses.replace(profile, search_released_vectors=False)
+    evaluate.run_system(unused_release, "charades", "vsr1-released")
     assert searched == ["embed/released/test", "embed/engine/test", "embed/engine/test"]
     (config.ROOT / "data/charades" / official_release.vector_files("test")[2]).unlink()
     assert released_gallery.find(profile, "charades") is None

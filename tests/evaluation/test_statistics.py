@@ -82,8 +82,8 @@ def test_runs_are_drawn_together_with_queries():
 def test_a_difference_of_the_detectable_size_is_found_four_times_in_five():
     rng, error = np.random.default_rng(3), 2.0
     smallest = statistics.detectable(rng.normal(0, error, 100_000))
-    found = rng.normal(smallest, error, 100_000) > 1.95996 * error
-    assert abs(found.mean() - 0.8) < 0.01
+    detected = rng.normal(smallest, error, 100_000) > 1.95996 * error
+    assert abs(detected.mean() - 0.8) < 0.01
     noise = rng.normal(0, error, 2000)
     p_values = [statistics.p_value(value, noise) for value in rng.normal(0, error, 2000)]
     assert abs(np.mean(np.array(p_values) < 0.05) - 0.05) < 0.015
@@ -93,8 +93,8 @@ def test_holm_stops_at_the_first_comparison_that_fails():
     p = dict(zip("abcde", (0.001, 0.013, 0.012, 0.04, 0.2), strict=True))
     corrected = statistics.holm(p)
     rejected, ranked = set(), sorted(p, key=p.get)
-    for place, name in enumerate(ranked):  # the step-down rule itself
-        if p[name] >= 0.05 / (len(p) - place):
+    for number, name in enumerate(ranked):  # the step-down rule itself
+        if p[name] >= 0.05 / (len(p) - number):
             break
         rejected.add(name)
     assert {name for name in p if corrected[name] < 0.05} == rejected == {"a", "b", "c"}

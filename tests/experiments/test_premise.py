@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_evaluate import agent, made, random_one, read, world  # noqa: F401 (fixtures)
+from test_evaluate import agent, random_one, read, search_engine, world  # noqa: F401 (fixtures)
 from test_retry import vectors  # noqa: F401 (fixture)
 
 from vsr1.evaluation import evaluate
@@ -18,9 +18,9 @@ from vsr1.report import readme, results
 
 
 @pytest.fixture
-def refined(world, made, agent, monkeypatch):
+def refined(world, search_engine, agent, monkeypatch):
     """(ranks of each intervention, the retry study on the same queries)"""
-    monkeypatch.setattr(runner, "load_pair", lambda *_: (made, agent))
+    monkeypatch.setattr(runner, "load_pair", lambda *_: (search_engine, agent))
     monkeypatch.setattr(premise.grpo, "train", lambda profile, _: profile.policy)
     reply = "<think> colour green - black no. </think> <answer>not_matched</answer> <REFINE>"
     agent.script = lambda system, query, clip: reply
@@ -49,9 +49,9 @@ def test_an_intervention_that_needs_rendered_truth_is_missing_without_it(refined
     assert numbers["P2/charades/sqr-asked-corrupted/vr@1"].note == "needs rendered truth"
 
 
-def test_what_a_system_is_over_the_loop_is_paired_over_queries(world, made, agent, monkeypatch):
+def test_what_a_system_is_over_the_loop_is_paired_over_queries(world, search_engine, agent, monkeypatch):
     """Two systems that hit half of the queries: if the same half, their difference is exactly 0."""
-    monkeypatch.setattr(runner, "load_pair", lambda *_: (made, agent))
+    monkeypatch.setattr(runner, "load_pair", lambda *_: (search_engine, agent))
     one, *_ = read_episodes(evaluate.run_system(world, "charades", "clearest", like="rerank"))
 
     def system(found):
@@ -71,8 +71,8 @@ def test_what_a_system_is_over_the_loop_is_paired_over_queries(world, made, agen
     assert "P1/charades/vsr1/over-vsr1" not in numbers
 
 
-def test_the_clearest_of_several_looks_answers(world, made, agent, monkeypatch):
-    monkeypatch.setattr(runner, "load_pair", lambda *_: (made, agent))
+def test_the_clearest_of_several_looks_answers(world, search_engine, agent, monkeypatch):
+    monkeypatch.setattr(runner, "load_pair", lambda *_: (search_engine, agent))
     one, *_ = read_episodes(evaluate.run_system(world, "charades", "clearest", like="rerank"))
     inside = tuple(one.gt_span_ms)
     looks = [

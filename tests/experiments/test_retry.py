@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_evaluate import MATCH, REJECT, agent, made, random_one, read, world  # noqa: F401 (fixtures)
+from test_evaluate import MATCH, REJECT, agent, random_one, read, search_engine, world  # noqa: F401 (fixtures)
 
 from vsr1.data import annotations
 from vsr1.evaluation import evaluate
@@ -33,9 +33,9 @@ def failed_ids(world, vectors):
 
 @pytest.mark.parametrize("reply", [MATCH.removesuffix(" <REFINE>"), REJECT])
 def test_a_retry_refines_every_failed_query_whatever_the_reply(
-    world, made, agent, vectors, monkeypatch, reply
+    world, search_engine, agent, vectors, monkeypatch, reply
 ):
-    monkeypatch.setattr(runner, "load_pair", lambda *_: (made, agent))
+    monkeypatch.setattr(runner, "load_pair", lambda *_: (search_engine, agent))
     agent.script = lambda system, query, clip: reply
     world = dataclasses.replace(world, seed=len(reply))  # else the other reply's episodes are current
     episodes = retry.run_retries(world, "charades", "sqr")
@@ -47,9 +47,9 @@ def test_a_retry_refines_every_failed_query_whatever_the_reply(
         assert all(e.turns[0].rank_by_depth == first[e.desc_id].rank_by_depth for e in episodes)
 
 
-def test_appended_rewrites_find_what_the_loop_would_have_found(world, made, agent, monkeypatch):
+def test_appended_rewrites_find_what_the_loop_would_have_found(world, search_engine, agent, monkeypatch):
     """Rank, ties and best video of the refined search: all three are of the new query."""
-    monkeypatch.setattr(runner, "load_pair", lambda *_: (made, agent))
+    monkeypatch.setattr(runner, "load_pair", lambda *_: (search_engine, agent))
     agent.script = lambda system, query, clip: f"<query_update>a dog near {query[:9]}</query_update>"
     replaced, appended = (
         retry.run_retries(world, "charades", f"hqr-blind{mode}") for mode in ("", "-append")
@@ -64,8 +64,8 @@ def test_appended_rewrites_find_what_the_loop_would_have_found(world, made, agen
     assert [top for *_, top in rankings[0]] != [top for *_, top in rankings[2]]
 
 
-def test_a_batch_that_does_not_fit_in_memory_is_halved(world, made, agent, monkeypatch):
-    monkeypatch.setattr(runner, "load_pair", lambda *_: (made, agent))
+def test_a_batch_that_does_not_fit_in_memory_is_halved(world, search_engine, agent, monkeypatch):
+    monkeypatch.setattr(runner, "load_pair", lambda *_: (search_engine, agent))
     whole = retry.run_retries(dataclasses.replace(world, seed=1), "charades", "sqr")
     run_episodes, sizes = episode.run_episodes, []
 

@@ -17,7 +17,7 @@ IDS = list(range(1, 21))
 
 def hits(rng, ids=IDS):
     """Made up answers of one system; a first search is the same for everybody."""
-    columns = {name: "".join(map(str, rng.integers(0, 2, len(ids)))) for name in claims.KEPT}
+    columns = {name: "".join(map(str, rng.integers(0, 2, len(ids)))) for name in claims.METRICS}
     return {"ids": list(ids)} | columns | {"vr@1_orig": "".join(str(key % 2) for key in ids)}
 
 

@@ -18,18 +18,9 @@ from vsr1.evaluation.statistics import Estimate
 from vsr1.loop import records
 from vsr1.loop.records import Episode
 
-KEPT = (
-    "vcmr@0.3",
-    "vcmr@0.5",
-    "vcmr@0.7",
-    "ver",
-    "right_last",
-    "vr@1_orig",
-    "vr@1",
-    "vr@5",
-    "vr@10",
-    "vr@100",
-)
+# Metrics of `metrics.hits` that claims, and committed files of seeds, are computed from.
+METRICS = ("vcmr@0.3", "vcmr@0.5", "vcmr@0.7", "ver", "right_last")
+METRICS += ("vr@1_orig", "vr@1", "vr@5", "vr@10", "vr@100")
 VARIANTS = ("hqr-blind", "hqr-seen", "hqr-reasoned")
 NEARLY = 2.0  # points, ours: the paper calls a gain saturated that is smaller than this (F4, F5)
 
@@ -59,7 +50,7 @@ class Claim:
 
     @property
     def systems(self) -> set[str]:
-        """The systems that it compares, none where it cannot be tested here."""
+        """Return the systems that it compares, none where it cannot be tested here."""
         return {self.system, self.baseline} - {""}
 
 
@@ -81,7 +72,8 @@ CHANGED = {"skip": "vsr1", "no-ret": "no-ret", "no-verif": "no-verif"}  # the sa
 def hits(episodes: list[Episode]) -> dict:
     """Return what one system got right: {"ids": its query ids, metric: a text with a digit 0 or 1 a query}."""
     values = metrics.hits(episodes)
-    return {"ids": [episode.desc_id for episode in episodes]} | {name: digits(values[name]) for name in KEPT}
+    ids = [episode.desc_id for episode in episodes]
+    return {"ids": ids} | {name: digits(values[name]) for name in METRICS}
 
 
 def digits(values) -> str:
@@ -126,65 +118,65 @@ def tally(profile: Profile, dataset: str, runs: dict[str, list[Episode]]) -> dic
 
 
 def _latent_hits(final):
-    """Whether the right video is first after turn 1, with none, half and all latents."""
+    """Return hits at R@1 after turn 1, with none, half and all latents."""
     depths = {"0": lambda n: 0, "half": lambda n: n // 2, "all": lambda n: n}
     if not any(episode.turns and episode.turns[0].rank_by_depth for episode in final):
         return {}
     return {
         f"latents-{name}": {
             "ids": [episode.desc_id for episode in final],
-            "vr@1": digits(rank == 1 for rank in metrics.ranks_at_depth(final, at)),
+            "vr@1": digits(metrics.ranks_at_depth(final, depth) == 1),
         }
-        for name, at in depths.items()
+        for name, depth in depths.items()
     }
 
 
 def datasets_with_episodes(profile: Profile) -> list[str]:
     """List the data sets of the profile that have episodes. Raises InputError if none has."""
-    found = [dataset for dataset in profile.datasets if (profile.runs(dataset) / "episodes").exists()]
-    if not found:
+    datasets = [dataset for dataset in profile.datasets if (profile.runs(dataset) / "episodes").exists()]
+    if not datasets:
         raise InputError(f"{profile.runs('any').parent}: no data set has episodes; run `make paper` first")
-    return found
+    return datasets
 
 
 # --- Differences
 
 
-def compare(profile: Profile, place: str, runs: list[dict], note="") -> dict[str, Estimate]:
-    """Estimate each claim: {<place>/<claim>/<metric>}; of a claim whose system is missing, a value None that names it.
+def compare(profile: Profile, prefix: str, runs: list[dict], note="") -> dict[str, Estimate]:
+    """Estimate each claim: {<prefix>/<claim>/<metric>}; of a claim whose system is missing, a value None that names it.
 
     points      the mean over runs, whose interval draws queries, and runs where there are several
     detectable  the smallest difference that would have been found with 80 % power
     p           two-sided, by the clustered standard error
     lowest, highest   of several runs, without an interval
 
-    place  <table>/<data set>
-    runs   a dict of `tally` with its "seed" for each run
+    prefix  <table>/<data set>
+    runs    a dict of `tally` with its "seed" for each run
     """
-    numbers, there = {}, set.intersection(*(set(run["hits"]) for run in runs))
+    numbers, systems = {}, set.intersection(*(set(run["hits"]) for run in runs))
     for name, claim in CLAIMS.items():
-        if not claim.systems or (claim.datasets and place.split("/")[1] not in claim.datasets):
+        if not claim.systems or (claim.datasets and prefix.split("/")[1] not in claim.datasets):
             continue
-        if gone := sorted(claim.systems - there):
-            lost = Estimate(None, unit="points", note=f"MISSING: no episodes of {', '.join(gone)}")
-            numbers[f"{place}/{name}/points"] = lost
+        if missing := sorted(claim.systems - systems):
+            reason = f"MISSING: no episodes of {', '.join(missing)}"
+            numbers[f"{prefix}/{name}/points"] = Estimate(None, unit="points", note=reason)
             continue
         ids, values = gains(claim, runs)
         mean, resamples = mean_over_runs(profile, values, ids, runs, "points", note)
-        numbers[f"{place}/{name}/points"] = mean
+        numbers[f"{prefix}/{name}/points"] = mean
         if not ids:
             continue
-        found = {
+        details = {
             "detectable": statistics.detectable(resamples),
             "p": statistics.p_value(mean.value, resamples),
         }
         if len(runs) > 1:
-            each = [metrics.percent(row) for row in values]
-            found |= {"lowest": min(each), "highest": max(each)}
-        for key, value in found.items():
+            points = [metrics.percent(row) for row in values]
+            details |= {"lowest": min(points), "highest": max(points)}
+        for key, value in details.items():
             if value is not None:
                 unit = "probability" if key == "p" else "points"
-                numbers[f"{place}/{name}/{key}"] = Estimate(value, mean.n, None, mean.seeds, unit, note)
+                numbers[f"{prefix}/{name}/{key}"] = Estimate(value, mean.n, None, mean.seeds, unit, note)
     return numbers
 
 
@@ -194,14 +186,14 @@ def gains(claim: Claim, runs: list[dict]) -> tuple[list, np.ndarray]:
     shared = set.intersection(*(set(system["ids"]) for system in (*systems, *baselines)))
     ids = [key for key in baselines[0]["ids"] if key in shared]
     if claim.first != "any":
-        first = by_query(systems[0], "vr@1_orig")
-        ids = [key for key in ids if first[key] == (claim.first == "right")]
-    after = _values(systems, claim.metric, ids)
-    return ids, after - _values(baselines, claim.baseline_metric or claim.metric, ids)
+        first_hit = by_query(systems[0], "vr@1_orig")
+        ids = [key for key in ids if first_hit[key] == (claim.first == "right")]
+    values = _values(systems, claim.metric, ids)
+    return ids, values - _values(baselines, claim.baseline_metric or claim.metric, ids)
 
 
 def _values(systems, metric, ids):
-    """(runs, Q) of 0 and 1: one metric of one system in each run."""
+    """Return (runs, Q) of 0 and 1: one metric of one system in each run."""
     values = [by_query(system, metric) for system in systems]
     return np.array([[value[key] for key in ids] for value in values])
 

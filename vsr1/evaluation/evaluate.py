@@ -46,14 +46,7 @@ RECIPES = {
     "vsr1-first": Recipe("sqr-skip", "vsr1", "vsr1"),
 }
 RELEASED = {"sft-released": 1, "vsr1-released": 2}  # the stage whose checkpoint the authors released
-KNOBS = (
-    "video_fps",
-    "max_frames",
-    "max_frame_pixels",
-    "max_new_tokens",
-    "dtype",
-    "eval_batch",
-)
+KNOBS = ("video_fps", "max_frames", "max_frame_pixels", "max_new_tokens", "dtype", "eval_batch")
 HEAD_KNOBS = ("n_soft", "refine_init", "carry_blocks")  # of new heads; trained ones bring their own settings
 
 

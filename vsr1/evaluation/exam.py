@@ -39,10 +39,9 @@ class ExamClaim:
 def read(path: Path = FILE) -> tuple[int, dict[str, ExamClaim]]:
     """Read (seed of the world, {name: claim}); InputError names the claim and the key that is wrong."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    claims = content["claims"].items()
-    return content["world_seed"], {
-        name: config.parse(ExamClaim, row, f"{path.name}: {name}") for name, row in claims
-    }
+    rows = content["claims"].items()
+    claims = {name: config.parse(ExamClaim, row, f"{path.name}: {name}") for name, row in rows}
+    return content["world_seed"], claims
 
 
 def sit(profile, dataset: str) -> dict[str, Estimate]:
@@ -63,25 +62,24 @@ def sit(profile, dataset: str) -> dict[str, Estimate]:
     runs = {name: _run(profile, fresh, dataset, name) for name in sorted(names)}
     hits = {name: metrics.hits(episodes, profile.vr_ks) for name, episodes in runs.items()}
     videos = [episode.gt_video for episode in next(iter(runs.values()))]
-    families, found = statistics.clusters(fresh, dataset, videos), {}
+    families, numbers = statistics.clusters(fresh, dataset, videos), {}
     for name, claim in claims.items():
         a, b = hits[claim.system][claim.metric], hits[claim.baseline][claim.baseline_metric or claim.metric]
-        ahead = statistics.difference(a, b, families, profile)
-        words = claim.predicted if isinstance(claim.predicted, str) else claim.predicted[dataset]
-        found[f"X1/{dataset}/{name}/points"] = ahead
-        found[f"X1/{dataset}/{name}/predicted"] = Estimate(
-            int(outcome(ahead) == words), ahead.n, unit="1 or 0"
-        )
-    return found
+        points = statistics.difference(a, b, families, profile)
+        predicted = claim.predicted if isinstance(claim.predicted, str) else claim.predicted[dataset]
+        is_right = int(outcome(points) == predicted)
+        numbers[f"X1/{dataset}/{name}/points"] = points
+        numbers[f"X1/{dataset}/{name}/predicted"] = Estimate(is_right, points.n, unit="1 or 0")
+    return numbers
 
 
-def outcome(ahead: Estimate) -> Outcome:
+def outcome(points: Estimate) -> Outcome:
     """Say on which side of 0 the interval of a difference lies.
 
     >>> outcome(Estimate(2.0, 9, (0.5, 3.5))), outcome(Estimate(2.0, 9, (-0.5, 4.5)))
     ('ahead', 'open')
     """
-    low, high = ahead.ci
+    low, high = points.ci
     return "ahead" if low > 0 else "behind" if high < 0 else "open"
 
 
@@ -93,7 +91,7 @@ def fresh_profile(profile, seed: int):
 
 
 def _run(profile, fresh, dataset, name):
-    """The episodes of a system of the profile on the fresh test split, cut to the headline's turns."""
+    """Return the episodes of a system of the profile on the fresh test split, cut to the headline's turns."""
     like, weights = evaluate.trained_weights(profile, dataset, name)
     gallery = None
     if evaluate.RECIPES[name].first == "adapter-soft":
@@ -103,7 +101,7 @@ def _run(profile, fresh, dataset, name):
 
 
 def _first_searches(fresh, dataset, weights):
-    """The step with the fresh gallery, and its queries as the soft tokens of frozen weights embed them."""
+    """Build the step with the fresh gallery, and its queries as the soft tokens of frozen weights embed them."""
     folder = embedding.embed_corpus(fresh, dataset, "test")
     inputs = {"vectors": cache.metadata(folder).get("key"), "code": cache.source_digest(__name__)}
     inputs["weights"] = cache.metadata(Path(weights)).get("key")

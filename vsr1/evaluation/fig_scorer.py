@@ -122,7 +122,7 @@ def read_submission(path, truth: Truth) -> dict[str, Ranked]:
 
 
 def _videos_by_index(video2idx, truth, path):
-    """{index: video}; refuses an index of two videos, and a ground-truth video without one."""
+    """Return {index: video}; refuse an index of two videos, and a ground-truth video without one."""
     video_of = {}
     for video, index in video2idx.items():
         if (other := video_of.setdefault(index, video)) != video:
@@ -135,34 +135,34 @@ def _videos_by_index(video2idx, truth, path):
     return video_of
 
 
-def _read_task(entries, truth, video_of, where):
-    """The predictions of one task as arrays."""
+def _read_task(entries, truth, video_of, location):
+    """Return the predictions of one task as arrays."""
     right = np.zeros((len(truth.row), metrics.CUT), dtype=bool)
     spans = np.zeros((len(truth.row), metrics.CUT, 2))
-    for query, predictions in _by_query(entries, truth, where).items():
+    for query, predictions in _by_query(entries, truth, location).items():
         row, count = truth.row[query], len(predictions)
-        for place, prediction in enumerate(predictions, 1):
-            if prediction[0] not in video_of:
-                index = f"index {prediction[0]!r:.40}, which 'video2idx' lacks"
-                raise InputError(f"{where}: desc_id {query!r}: position {place} has {index}")
+        for position, (index, *_) in enumerate(predictions, 1):
+            if index not in video_of:
+                unknown = f"index {index!r:.40}, which 'video2idx' lacks"
+                raise InputError(f"{location}: desc_id {query!r}: position {position} has {unknown}")
         right[row, :count] = [video_of[index] == truth.videos[row] for index, *_ in predictions]
         if predictions and len(predictions[0]) > 1:
             spans[row, :count] = [span for _, *span in predictions]
     return Ranked(right, spans)
 
 
-def _by_query(entries, truth, where):
-    """{desc_id: its predictions}; refuses a task without exactly one entry per query."""
+def _by_query(entries, truth, location):
+    """Return {desc_id: its predictions}; refuse a task without exactly one entry per query."""
     predictions = {}
     for entry in entries:
         if entry.desc_id not in truth.row:
-            raise InputError(f"{where}: desc_id {entry.desc_id!r} is not in the ground truth")
+            raise InputError(f"{location}: desc_id {entry.desc_id!r} is not in the ground truth")
         if entry.desc_id in predictions:
-            raise InputError(f"{where}: desc_id {entry.desc_id!r} has two entries")
+            raise InputError(f"{location}: desc_id {entry.desc_id!r} has two entries")
         predictions[entry.desc_id] = entry.predictions
     for query in truth.row:
         if query not in predictions:
-            raise InputError(f"{where}: desc_id {query!r} has no entry")
+            raise InputError(f"{location}: desc_id {query!r} has no entry")
     return predictions
 
 

@@ -42,7 +42,11 @@ def intervene(
         "vectors": cache.metadata(folder).get("key"),
         "policy": loading.version(weights),
         "knobs": [getattr(profile, knob) for knob in (*evaluate.KNOBS, "seed")],
-        "replies": [[one.desc_id, list(one.turns[0].reply.ids)] for one in episodes if one.problem is None],
+        "replies": [
+            [episode.desc_id, list(episode.turns[0].reply.ids)]
+            for episode in episodes
+            if episode.problem is None
+        ],
         "corrupt": corrupt and cache.source_digest(corrupt.__module__),
         "code": cache.source_digest(__name__),
     }
@@ -66,22 +70,21 @@ def _intervene(profile, dataset, weights, vectors_folder, episodes, corrupt, fol
         ranks = {}
         for name in INTERVENTIONS:
             if name != "sqr-asked-corrupted" or corrupt:
-                seen = _changed(name, profile, policy, queries, shown, ids, vectors, corrupt)
-                ranks[name] = _refined_ranks(profile, functions, queries, *seen)
+                changed = _change(name, profile, policy, queries, shown, ids, vectors, corrupt)
+                ranks[name] = _refined_ranks(profile, functions, queries, *changed)
     result = {"ids": [query.id for query in queries], "videos": [query.video for query in queries]}
     cache.write_json(folder / "ranks.json", result | {"ranks": ranks})
 
 
-def _changed(name, profile, policy, queries, shown, ids, vectors, corrupt):
-    """([id of the video or None], [ids of the reply]) that stand before <REFINE> in an intervention."""
-    videos, replies = list(shown), list(ids)
+def _change(name, profile, policy, queries, shown, ids, vectors, corrupt):
+    """Return ([id of the video or None], [ids of the reply]) that stand before <REFINE> in an intervention."""
+    videos, replies = shown, ids
     rngs = [np.random.default_rng([profile.seed, 26, query.id]) for query in queries]
     if name == "sqr-other-video":
-        known = [
-            [video for video in vectors.video_ids if video not in (query.video, seen)]
-            for query, seen in zip(queries, shown, strict=True)
-        ]
-        videos = [str(rng.choice(others)) for rng, others in zip(rngs, known, strict=True)]
+        videos = []
+        for rng, query, rejected in zip(rngs, queries, shown, strict=True):
+            others = [video for video in vectors.video_ids if video not in (query.video, rejected)]
+            videos.append(str(rng.choice(others)))
     elif name == "sqr-right-video":
         videos = [query.video for query in queries]
     elif name in ("sqr-no-video", "sqr-query-alone"):
@@ -100,20 +103,19 @@ def _changed(name, profile, policy, queries, shown, ids, vectors, corrupt):
 
 
 def _refined_ranks(profile, functions, queries, videos, replies):
-    """Ranks of the right videos after the soft tokens behind these videos and replies."""
+    """Return the ranks of the right videos after the soft tokens behind these videos and replies."""
     policy, ranks = functions.policy, []
-    for at in range(0, len(queries), profile.eval_batch):
-        rows = range(at, min(at + profile.eval_batch, len(queries)))
-        wanted = sorted({videos[row] for row in rows} - {None})
-        clips = dict(zip(wanted, functions.clips.get(wanted), strict=True)) | {None: None}
-        texts = [queries[row].text for row in rows]
+    for start in range(0, len(queries), profile.eval_batch):
+        batch = slice(start, start + profile.eval_batch)
+        texts, right = [query.text for query in queries[batch]], [query.video for query in queries[batch]]
+        ids = sorted(set(videos[batch]) - {None})
+        clips = dict(zip(ids, functions.clips.get(ids), strict=True)) | {None: None}
         prompts = [
-            policy.prompt(functions.prompt, text, clips[videos[row]])
-            for row, text in zip(rows, texts, strict=True)
+            policy.prompt(functions.prompt, text, clips[video])
+            for text, video in zip(texts, videos[batch], strict=True)
         ]
-        contexts = [context for _, context in policy.append_refine(prompts, [replies[row] for row in rows])]
+        contexts = [context for _, context in policy.append_refine(prompts, replies[batch])]
         latents = sqr.soft_tokens(policy, contexts, policy.settings.n_soft)
         vecs = sqr.soft_query(functions.engine, policy.heads, texts, latents).cpu().numpy()
-        right = [queries[row].video for row in rows]
         ranks += [ranking.rank for ranking in runner.rank_gallery(functions.vectors, vecs, right, 1)]
     return ranks

@@ -40,36 +40,33 @@ def numbers(profile, dataset: str, optimise: Callable, refined: dict[int, int]) 
     vectors = search_index.load_vectors(folder)
     queries = failed_queries(profile, dataset, vectors)
     targets = draw_targets(profile, queries, vectors)
-    found = json.loads((_search(profile, dataset, folder) / "ranks.json").read_text(encoding="utf-8"))
+    ranks = json.loads((_search(profile, dataset, folder) / "ranks.json").read_text(encoding="utf-8"))
     engine, size = engines.load(profile), profile.soft_token_bound.free_queries
     gallery = torch.from_numpy(vectors.video_vecs).to(engine.model.device)
     for name, videos in targets.items():
         columns = torch.from_numpy(vectors.columns(videos)).to(gallery.device)
-        found[f"soft-{name}"] = [
-            rank
-            for at in range(0, len(queries), size)
-            for rank in optimise(
-                engine, [query.text for query in queries[at : at + size]], gallery, columns[at : at + size]
-            )
-        ]
+        ranks[f"soft-{name}"] = []
+        for start in range(0, len(queries), size):
+            texts = [query.text for query in queries[start : start + size]]
+            ranks[f"soft-{name}"].extend(optimise(engine, texts, gallery, columns[start : start + size]))
     fixed = query_adapters.read_first(profile, dataset, "hqr-fixed", "test")
     scores = fixed.scores(fixed.vecs_of([query.id for query in queries]))
-    found["hqr-fixed"] = search_index.ranks(scores, fixed.columns(targets["oracle"]))
-    found["hqr-trained"] = rewritten_ranks(profile, dataset, queries, vectors)
+    ranks["hqr-fixed"] = search_index.ranks(scores, fixed.columns(targets["oracle"]))
+    ranks["hqr-trained"] = rewritten_ranks(profile, dataset, queries, vectors)
     families = statistics.clusters(profile, dataset, targets["oracle"])
-    hits = {name: np.array(ranks) == 1 for name, ranks in found.items()}
-    numbers = {
+    hits = {name: np.array(values) == 1 for name, values in ranks.items()}
+    estimates = {
         f"P4/{dataset}/{name}/vr@1": statistics.estimate(values, families, profile)
         for name, values in hits.items()
     }
     for name in ("hqr-oracle", "soft-oracle"):  # over its null, paired
         gain = statistics.difference(hits[name], hits[f"{name}-wrong"], families, profile)
-        numbers[f"P4/{dataset}/{name}/over-{name}-wrong"] = gain
+        estimates[f"P4/{dataset}/{name}/over-{name}-wrong"] = gain
     both = [row for row, query in enumerate(queries) if query.id in refined]
     soft = [refined[queries[row].id] == 1 for row in both]
     gain = statistics.difference(hits["hqr-trained"][both], soft, [families[row] for row in both], profile)
-    numbers[f"P4/{dataset}/hqr-trained/over-sqr"] = gain
-    return numbers
+    estimates[f"P4/{dataset}/hqr-trained/over-sqr"] = gain
+    return estimates
 
 
 def failed_queries(profile, dataset: str, vectors: search_index.Vectors) -> list[annotations.Query]:
@@ -95,7 +92,7 @@ def draw_targets(profile, queries, vectors: search_index.Vectors) -> dict[str, l
 
 
 def _search(profile, dataset, folder):
-    """The step with ranks.json: {"hqr-oracle", "hqr-oracle-wrong": ranks of the targets behind the best words}."""
+    """Build the step with ranks.json: {"hqr-oracle", "hqr-oracle-wrong": ranks of targets behind the best words}."""
     inputs = {
         "vectors": cache.metadata(folder).get("key"),
         "words": cache.file_digest(profile.data_dir(dataset) / "corpus" / "train.jsonl"),
@@ -110,14 +107,14 @@ def _find_words(profile, dataset, vectors, folder):
     engine, queries = hqr.with_query_limit(engines.load(profile)), failed_queries(profile, dataset, vectors)
     train = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl")
     vocabulary = vocabulary_of([query.text for query in train])
-    word_vecs, found = engine.embed_texts(vocabulary), {}
+    word_vecs, ranks = engine.embed_texts(vocabulary), {}
     for name, videos in draw_targets(profile, queries, vectors).items():
         pairs = list(zip(queries, videos, strict=True))
-        found[f"hqr-{name}"] = [
+        ranks[f"hqr-{name}"] = [
             best_words(engine, vectors, query.text, video, vocabulary, word_vecs)[1]
             for query, video in cache.progress(pairs, f"{name} {dataset}")
         ]
-    cache.write_json(folder / "ranks.json", found)
+    cache.write_json(folder / "ranks.json", ranks)
 
 
 def vocabulary_of(texts: list[str]) -> list[str]:
@@ -175,8 +172,8 @@ def rewritten_ranks(profile, dataset: str, queries, vectors: search_index.Vector
     splitter, ranks = batching.OOMSplitter("eval_batch"), []
     with clip_cache.open_clips(profile, dataset, vectors.video_ids) as clips:
         functions = runner.EpisodeRunner(profile, system, engine, policy, vectors, clips)
-        for at in range(0, len(queries), profile.eval_batch):
-            batch = queries[at : at + profile.eval_batch]
+        for start in range(0, len(queries), profile.eval_batch):
+            batch = queries[start : start + profile.eval_batch]
             for part in splitter.run(lambda part: functions.run(part, record), batch):
                 ranks += metrics.true_ranks(part).tolist()
     return ranks

@@ -17,8 +17,8 @@ def run(
 ) -> None:
     """Fill `folder` with episodes.jsonl and notes.json, `eval_batch` queries at a time.
 
-    Each batch is a file until the end, so a killed run goes on behind the last whole batch. Each of several processes
-    runs its share of the batches; the result does not depend on how many processes there are.
+    Each batch is a file until the end, so a killed run goes on behind the last whole batch. Several processes deal out
+    the batches; the result does not depend on how many processes there are.
 
     record   what the episodes share; how many blocks are carried, and so whether turns are reused, the policy says
     vectors  folder of the vectors of the gallery and the queries
@@ -34,10 +34,11 @@ def run(
         knobs = replace(profile, max_turns=record.max_turns)
         functions = runner.EpisodeRunner(knobs, system, engine, policy, vectors, clips)
         record = replace(record, carry_blocks=functions.carry, reuse=functions.carry == 1)
-        batches = [queries[i : i + profile.eval_batch] for i in range(0, len(queries), profile.eval_batch)]
+        size = profile.eval_batch
+        batches = [queries[start : start + size] for start in range(0, len(queries), size)]
         parts = [folder / f"part-{number:05}.jsonl" for number in range(len(batches))]
-        share = list(zip(parts, batches, strict=True))[ranks.process_index :: ranks.num_processes]
-        _run_parts(functions, record, share)
+        pairs = list(zip(parts, batches, strict=True))[ranks.process_index :: ranks.num_processes]
+        _run_parts(functions, record, pairs)
     ranks.wait_for_everyone()
     if ranks.is_main_process:
         episodes = [episode for part in parts for episode in records.read_episodes(part)]
@@ -57,10 +58,10 @@ def read_queries(profile, record: records.Run, count: int | None) -> list[annota
     return annotations.evenly_spaced(queries, count)
 
 
-def _run_parts(functions, record, share):
-    """Write the parts that are not there yet."""
+def _run_parts(functions, record, pairs):
+    """Write the parts that are not there yet, from pairs (file, its queries)."""
     splitter = batching.OOMSplitter("eval_batch")
-    for part, batch in cache.progress(share, f"{record.method} {record.dataset}"):
+    for part, batch in cache.progress(pairs, f"{record.method} {record.dataset}"):
         if not part.exists():
             halves = splitter.run(lambda queries: functions.run(queries, record), batch)
             records.write_episodes(part, record, [episode for half in halves for episode in half])

@@ -120,7 +120,7 @@ def holm(p_values: dict) -> dict:
     """
     corrected, largest = {}, 0.0
     ranked = sorted(p_values.items(), key=lambda pair: pair[1])
-    for place, (name, value) in enumerate(ranked):
-        largest = max(largest, min(1.0, value * (len(ranked) - place)))
+    for number, (name, value) in enumerate(ranked):
+        largest = max(largest, min(1.0, value * (len(ranked) - number)))
         corrected[name] = largest
     return corrected

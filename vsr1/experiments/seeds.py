@@ -14,7 +14,7 @@ from vsr1 import cache
 from vsr1.config import Profile
 from vsr1.data import annotations
 from vsr1.evaluation import claims, metrics
-from vsr1.evaluation.claims import CLAIMS, KEPT, VARIANTS
+from vsr1.evaluation.claims import CLAIMS, METRICS, VARIANTS
 from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments import ablations, common, premise, retrieval, two_stage
 from vsr1.loop.records import Episode
@@ -52,7 +52,7 @@ def _two_stage_hits(profile, dataset):
     vectors = search_index.load_vectors(embedding.embed_corpus(profile, dataset, "test"))
     first = retrieval.first_search(queries, vectors)
     values = two_stage.hits(profile, first, two_stage.oracle_spans(folder, queries))
-    digits = {name: claims.digits(values[name]) for name in KEPT if name in values}
+    digits = {name: claims.digits(values[name]) for name in METRICS if name in values}
     return {"ids": [query.id for query in queries]} | digits
 
 
@@ -107,7 +107,7 @@ def mean_numbers(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, 
     numbers = {}
     for system in ("twostage", "ft", "walkdown", "sft", "vsr1", "skip"):
         ids = runs[0]["hits"][system]["ids"]
-        for metric in (name for name in KEPT if name in runs[0]["hits"][system] and name != "vr@1_orig"):
+        for metric in (name for name in METRICS if name in runs[0]["hits"][system] and name != "vr@1_orig"):
             by_query = [claims.by_query(run["hits"][system], metric) for run in runs]
             values = np.array([[hits[key] for key in ids] for hits in by_query])
             mean, _ = claims.mean_over_runs(profile, values, ids, runs, note=_note(runs))
