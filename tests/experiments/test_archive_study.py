@@ -57,7 +57,7 @@ def test_rows_name_the_films_of_their_archive_alone_and_rewrites_name_seen_colou
     for row in learning.with_wordings(profile, engine, gallery, rows):
         if rewrites.is_rejected(row):
             query = by_id[row.desc_id]
-            looks = casts.seen(gallery.truth.asked(query).shirt, gallery.truth.cast(query))
+            looks = casts.seen_colour(gallery.truth.query_moment(query).shirt, gallery.truth.cast(query))
             update = row.reply.split("<query_update>")[1]
             assert any(f"{name} shirt" in update for name in (looks, *looks.split())), (looks, update)
         else:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from vsr1 import cache
 from vsr1.apps import search_folder, search_page
 from vsr1.config import InputError, Profile
@@ -68,7 +70,8 @@ def render(profile, folder):
     """
     settings = profile.world
     scenes = world.make_scenes(DATASET, "test", settings.test_videos, settings.seed)
-    queries = captions.make_queries(scenes, 0, renderer.QUERIES_PER_MOMENT["test"], settings.seed)
+    rng = np.random.default_rng([settings.seed, 0])
+    queries = captions.make_queries(scenes, 0, renderer.QUERIES_PER_MOMENT["test"], rng)
     families = itertools.groupby(scenes, key=lambda scene: scene.family)
     pairs = [pair for _, family in families if len(pair := list(family)[:2]) == 2]
     films = list(itertools.chain.from_iterable(pairs[:FAMILIES]))

@@ -185,8 +185,8 @@ def statements(episodes: list[Episode], scenes: dict) -> pd.DataFrame:
             differs = getattr(asked, name) != getattr(seen, name)
             row = {"query": number, "attribute": name, "differs": differs, "stated": name in said}
             if one := said.get(name):
-                row |= {"asked": one.asked == teacher.word(name, asked)}
-                row |= {"shown": one.shown == teacher.word(name, seen)}
+                row |= {"asked": one.query_word == teacher.word(name, asked)}
+                row |= {"shown": one.shown_word == teacher.word(name, seen)}
                 row |= {"same": one.same, "yesno": one.same != differs}
             rows.append(row)
     return pd.DataFrame(rows, columns=[*"query attribute differs stated asked shown same yesno".split()])

@@ -24,7 +24,7 @@ from vsr1.mini.pretraining_tasks import PhaseConfig
 from vsr1.models import embedding, engine, search_index
 
 
-def headroom(profile: Profile, dataset: str, which: str = "engine") -> dict[str, float | int | None]:
+def headroom(profile: Profile, dataset: str) -> dict[str, float | int | None]:
     """Measure how much a better query could gain on the test split, unless it is current. Percent.
 
     n, failed                  queries, and those whose first search fails
@@ -33,25 +33,23 @@ def headroom(profile: Profile, dataset: str, which: str = "engine") -> dict[str,
     words_r1, words_failed     R@1 of oracle words, of all and of the failed ones
     neutral_{zeros,noise}_r1   R@1 with `neutral_tokens` vectors in the query that say nothing
     """
-    folders = [embedding.embed_corpus(profile, dataset, split, which) for split in ("train", "test")]
+    folders = {split: embedding.embed_corpus(profile, dataset, split) for split in ("train", "test")}
     inputs = {
-        "vectors": [cache.metadata(folder)["key"] for folder in folders],
+        "vectors": [cache.metadata(folder)["key"] for folder in folders.values()],
         "knobs": [profile.studies.probe_steps, profile.neutral_tokens, profile.seed],
         "code": cache.source_digest(__name__),
     }
 
     def work(folder):
         torch.manual_seed(profile.seed)
-        train, test = (
-            _load_split(profile, dataset, *pair) for pair in zip(("train", "test"), folders, strict=True)
-        )
-        search_engine = engine.load(profile, which)
+        train, test = (_load_split(profile, dataset, *item) for item in folders.items())
+        search_engine = engine.load(profile)
         numbers = _probe_numbers(train_probe(profile, train, dataset), test)
         numbers |= _word_numbers(test, search_engine)
         numbers |= _neutral_numbers(profile, test, search_engine)
         cache.write_json(folder / "headroom.json", numbers)
 
-    target = cache.build(profile.data_dir(dataset) / "embed" / which / "headroom", inputs, work)
+    target = cache.build(profile.data_dir(dataset) / "embed" / "engine" / "headroom", inputs, work)
     return json.loads((target / "headroom.json").read_text(encoding="utf-8"))
 
 
@@ -85,9 +83,7 @@ def _percent(hits):
 def _probe_numbers(probe, test):
     """Compare original queries with the probe's on the test split."""
     vectors, queries, moments = test
-    right = vectors.columns([query.video for query in queries])
-    original = vectors.scores(vectors.vecs_of([query.id for query in queries]))
-    plain = search_index.ranks(original, right)
+    right, plain = _original_ranks(vectors, queries)
     probed = search_index.ranks(vectors.scores(probe_vecs(probe, moments).detach().numpy()), right)
     failed = plain > 1
     numbers = {"n": len(plain), "failed": int(failed.sum()), "plain_r1": _percent(plain == 1)}
@@ -95,11 +91,17 @@ def _probe_numbers(probe, test):
     return numbers | {"probe_failed": _percent(probed[failed] == 1)}
 
 
+def _original_ranks(vectors, queries):
+    """Return (columns of the right videos, their ranks by the original queries), (Q,) each."""
+    right = vectors.columns([query.video for query in queries])
+    scores = vectors.scores(vectors.vecs_of([query.id for query in queries]))
+    return right, search_index.ranks(scores, right)
+
+
 def _word_numbers(test, search_engine):
     """Measure R@1 of the best wording of each query, chosen by the rank that it gives the right video."""
     vectors, queries, moments = test
-    right = vectors.columns([query.video for query in queries])
-    plain = search_index.ranks(vectors.scores(vectors.vecs_of([query.id for query in queries])), right)
+    right, plain = _original_ranks(vectors, queries)
     best = np.minimum(plain, oracle_ranks(_wording_vecs(search_engine, moments), vectors.video_vecs, right))
     return {"words_r1": _percent(best == 1), "words_failed": _percent(best[plain > 1] == 1)}
 
@@ -157,9 +159,9 @@ def measure_arena(profile: Profile, recipes: dict[str, PhaseConfig], into: Path 
     inputs |= {"world": dataclasses.asdict(profile.world), "studies": dataclasses.asdict(profile.studies)}
     inputs |= {"datasets": profile.datasets, "code": cache.source_digest(__name__)}
     work = lambda folder: cache.write_json(folder / ARENA.name, _arena_rows(profile, index, sides))  # noqa: E731
-    made = cache.build(home / "arena", inputs, work) / ARENA.name
-    if not into.exists() or into.read_bytes() != made.read_bytes():
-        print(f"arena: {shutil.copy(made, into)}", flush=True)
+    rows = cache.build(home / "arena", inputs, work) / ARENA.name
+    if not into.exists() or into.read_bytes() != rows.read_bytes():
+        print(f"arena: {shutil.copy(rows, into)}", flush=True)
 
 
 def _arena_rows(profile, index, sides):
@@ -183,10 +185,10 @@ def arena_numbers(profile: Profile, dataset: str) -> tuple[dict[str, Estimate], 
     numbers, series, note = {}, {}, "measured by `make foundation`"
     for row in rows:
         for key in ("r1", "r10", "words_r1", "probe_r1") if row["dataset"] == dataset else ():
-            place = f"H3/{dataset}/{row['phase']}/{key}"
-            series.setdefault(place, []).append([row["videos"], row[key]])
+            name = f"H3/{dataset}/{row['phase']}/{key}"
+            series.setdefault(name, []).append([row["videos"], row[key]])
             if row["videos"] == profile.world.test_videos:
-                numbers[place] = Estimate(row[key], row["queries"], note=note)
+                numbers[name] = Estimate(row[key], row["queries"], note=note)
     return numbers, series
 
 
@@ -203,20 +205,18 @@ class _ArenaSearch:
         self.probe = train_probe(arena, _load_split(arena, dataset, "train", folders[0]), dataset)
         vectors = search_index.load_vectors(folders[1])
         scenes = world.make_scenes(dataset, "test", larger.test_videos, settings.seed)
-        own = scenes[: settings.test_videos]
-        asked = annotations.evenly_spaced(own, settings.queried_videos)
-        self.queries = captions.make_queries(asked, 0, 1, settings.seed)
+        test_scenes = scenes[: settings.test_videos]
+        queried_scenes = annotations.evenly_spaced(test_scenes, settings.queried_videos)
+        rng = np.random.default_rng([settings.seed, 0])
+        self.queries = captions.make_queries(queried_scenes, 0, 1, rng)
         by_id = {scene.video: scene for scene in scenes}
         self.moments = [source.moment_of(by_id, query) for query in self.queries]
-        names = [scene.video for scene in asked]
-        names += (
-            np.random.default_rng(settings.seed)
-            .permutation(sorted({s.video for s in own} - set(names)))
-            .tolist()
-        )
-        names += [scene.video for scene in scenes[settings.test_videos :]]
-        self.right = np.array([names.index(query.video) for query in self.queries])  # (Q,)
-        self.gallery = vectors.video_vecs[vectors.columns(names)]  # (V, D)
+        videos = [scene.video for scene in queried_scenes]
+        distractors = sorted({scene.video for scene in test_scenes} - set(videos))
+        videos += np.random.default_rng(settings.seed).permutation(distractors).tolist()
+        videos += [scene.video for scene in scenes[settings.test_videos :]]
+        self.right = np.array([videos.index(query.video) for query in self.queries])  # (Q,)
+        self.gallery = vectors.video_vecs[vectors.columns(videos)]  # (V, D)
 
     def numbers(self, searcher):
         """Yield what a text side finds in every size."""
@@ -226,9 +226,8 @@ class _ArenaSearch:
         for size in self.sizes:
             gallery = self.gallery[:size]
             plain = search_index.ranks(typed @ gallery.T, self.right)
-            words = np.minimum(plain, oracle_ranks(wordings, gallery, self.right))
+            best = np.minimum(plain, oracle_ranks(wordings, gallery, self.right))
             probe = search_index.ranks(probed @ gallery.T, self.right)
-            numbers = {"r1": plain == 1, "r10": plain <= 10, "words_r1": words == 1, "probe_r1": probe == 1}
-            yield {"videos": size, "queries": len(plain)} | {
-                key: _percent(hits) for key, hits in numbers.items()
-            }
+            hits = {"r1": plain == 1, "r10": plain <= 10, "words_r1": best == 1, "probe_r1": probe == 1}
+            percents = {key: _percent(values) for key, values in hits.items()}
+            yield {"videos": size, "queries": len(plain)} | percents

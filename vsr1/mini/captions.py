@@ -1,7 +1,5 @@
 """Word the moments of the mini world: captions, and the queries of a corpus."""
 
-import numpy as np
-
 from vsr1.data import annotations
 from vsr1.mini.world import ATTRIBUTES, Moment, Scene
 
@@ -46,14 +44,14 @@ def caption(moment: Moment, style: int, named=ATTRIBUTES) -> str:
     'Someone jumps up and down with an umbrella.'
     """
     words = {name: phrase(name, moment) if name in named else "" for name in ATTRIBUTES}
-    does, where, when = words["action"] or "is seen", words["place"], words["light"]
+    action, place, light = words["action"] or "is seen", words["place"], words["light"]
     thing = _object_phrase(words["colour"], words["object"])
     clothes = _clothes_phrase(words["shirt"], words["trousers"], style)
     parts = (
-        ("the person", clothes, does, thing, where, when),
-        (when, "a person", clothes, does, where, thing),
-        (thing and f"{thing},", "someone", clothes, does, where, when),
-        (where, "someone", does, when, thing, clothes),
+        ("the person", clothes, action, thing, place, light),
+        (light, "a person", clothes, action, place, thing),
+        (thing and f"{thing},", "someone", clothes, action, place, light),
+        (place, "someone", action, light, thing, clothes),
     )[style]
     text = " ".join(filter(None, parts))
     return text[0].upper() + text[1:] + "."
@@ -102,14 +100,18 @@ def _again(moment, name):
     return f"{words[0].upper()}{words[1:]}."
 
 
-def make_queries(scenes: list[Scene], first_id: int, per_moment: int, seed: int) -> list[annotations.Query]:
-    """Write `per_moment` fine captions about each moment as queries, in shuffled order."""
-    rng = np.random.default_rng([seed, first_id])
+def make_queries(
+    scenes: list[Scene], first_id: int, per_moment: int, rng, named=ATTRIBUTES
+) -> list[annotations.Query]:
+    """Write `per_moment` fine captions about each moment as queries, in shuffled order, with ids from `first_id` on.
+
+    named  as of `caption`, of the fine captions
+    """
     rows = []
     for scene in scenes:
         for moment in scene.moments:
             for style in rng.permutation(STYLES)[:per_moment]:
                 coarse = caption(moment, int(rng.integers(STYLES)), COARSE)
                 span = moment.start, moment.end
-                rows.append((caption(moment, style), scene.video, span, coarse, scene.seconds))
+                rows.append((caption(moment, style, named), scene.video, span, coarse, scene.seconds))
     return [annotations.Query(first_id + n, *rows[row]) for n, row in enumerate(rng.permutation(len(rows)))]

@@ -213,13 +213,7 @@ def locate(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
     The heads of `watch`, begun anew, also read what is asked for where a time is to be named: what is sought and what
     is seen come to look alike, and can be matched. Without that it named any of a video's moments.
     """
-    task.model.model.visual.requires_grad_(False)
-    heads = task.new_heads()
-    questions = AnswerLoss(task, recipe, task.examples.question, heads, targets=True)
-    half = replace(recipe, batch=recipe.batch // 2)
-    tasks = AnswerLoss(task, half, task.examples.task, heads, targets=True)
-    losses = lambda step, rng: (tasks if step % 4 == 3 else questions)(step, rng)  # noqa: E731
-    train(recipe, task.model, losses, folder, [heads])
+    _mix_with_tasks(task, recipe, folder, task.examples.question, replace(recipe, batch=recipe.batch // 2))
 
 
 def judge(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
@@ -227,6 +221,11 @@ def judge(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
 
     What is the same all along a video it saw before; of what changes it wrote down the word of the query.
     """
+    _mix_with_tasks(task, recipe, folder, task.examples.judgement, recipe)
+
+
+def _mix_with_tasks(task, recipe, folder, draw, task_recipe):
+    """Train on three steps of one kind of example and one of any task, with new heads that read targets too."""
     task.model.model.visual.requires_grad_(False)
     heads = task.new_heads()
     judged, tasks = (

@@ -8,6 +8,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import av
+import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from vsr1 import cache
@@ -32,9 +33,13 @@ def render(profile, dataset: str, splits=("test", "train")) -> Path:
     inputs["code"] = cache.source_digest(__name__)
     write = partial(write_corpus, dataset=dataset, sizes=sizes, seed=profile.world.seed, queried=queried)
     scenes = world.read_scenes(cache.build(home / "corpus", inputs, write))
-    workers = max(1, len(os.sched_getaffinity(0)) // profile.parallel_steps)
-    draw = partial(render_videos, profile.world, workers, scenes.values(), f"render {dataset}")
+    draw = partial(render_videos, profile.world, num_workers(profile), scenes.values(), f"render {dataset}")
     return cache.build(home / "videos", inputs, draw)
+
+
+def num_workers(profile) -> int:
+    """Return how many processes may render: the cores, shared by the steps that run at once."""
+    return max(1, len(os.sched_getaffinity(0)) // profile.parallel_steps)
 
 
 def write_corpus(
@@ -48,8 +53,9 @@ def write_corpus(
     scenes, next_id = [], 0
     for split, count in sizes.items():
         split_scenes = world.make_scenes(dataset, split, count, seed)
-        asked = annotations.evenly_spaced(split_scenes, queried if split == "test" else None)
-        queries = captions.make_queries(asked, next_id, QUERIES_PER_MOMENT[split], seed)
+        queried_scenes = annotations.evenly_spaced(split_scenes, queried if split == "test" else None)
+        rng = np.random.default_rng([seed, next_id])
+        queries = captions.make_queries(queried_scenes, next_id, QUERIES_PER_MOMENT[split], rng)
         annotations.write_fig(folder / f"{split}.jsonl", queries)
         annotations.write_gallery(folder, split, [scene.video for scene in split_scenes])
         next_id += len(queries)
@@ -58,9 +64,10 @@ def write_corpus(
     return scenes
 
 
-def render_videos(world_config, workers: int, scenes, what: str, folder: Path, paints=COLOURS) -> None:
+def render_videos(world_config, workers: int, scenes, label: str, folder: Path, paints=COLOURS) -> None:
     """Render the videos of all scenes that are not in `folder` yet; one worker is this process itself.
 
+    label   names the work in the progress bar
     paints  {name: RGB} of the colours that the scenes name
     """
     paths = {folder / f"{scene.video}.mp4": scene for scene in scenes}
@@ -68,7 +75,7 @@ def render_videos(world_config, workers: int, scenes, what: str, folder: Path, p
     draw = partial(render_video, size=world_config.size, fps=world_config.fps, paints=paints)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         each = partial(pool.map, chunksize=8) if workers > 1 else map
-        for _ in cache.progress(each(draw, missing.values(), missing), what, len(missing)):
+        for _ in cache.progress(each(draw, missing.values(), missing), label, len(missing)):
             pass
 
 

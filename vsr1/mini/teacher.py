@@ -50,11 +50,19 @@ def verdict(query_moment: Moment, moments: tuple[Moment, ...], update: str | Non
     update  a rewritten query that closes a not_matched reply (HQR)
     """
     shown = closest(query_moment, moments)
-    reasoning = f"<think> {checklist(query_moment, shown)} </think>"
-    if not differing(query_moment, shown):
-        return f"{reasoning} <answer>matched</answer> {span(shown)}"
+    matched = None if differing(query_moment, shown) else shown
+    return reply(checklist(query_moment, shown), matched, update)
+
+
+def reply(reasoning: str, matched: Moment | None, update: str | None = None) -> str:
+    """Return a reply with this reasoning that names the moment that matches, or says that the video does not match.
+
+    update  a rewritten query that closes a not_matched reply (HQR)
+    """
+    if matched:
+        return f"<think> {reasoning} </think> <answer>matched</answer> {span(matched)}"
     ending = f" <query_update>{update}</query_update>" if update else ""
-    return f"{reasoning} <answer>not_matched</answer>{ending}"
+    return f"<think> {reasoning} </think> <answer>not_matched</answer>{ending}"
 
 
 def checklist(query_moment: Moment, shown: Moment) -> str:
@@ -63,13 +71,18 @@ def checklist(query_moment: Moment, shown: Moment) -> str:
     The time first: a small model looks up by it what was shown then. Without it, what changes within a video was copied
     from the query. One word each, side by side: it learns to compare what stands next to each other.
 
-    >>> asked = Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night")
+    >>> query_moment = Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night")
     >>> shown = Moment(12, 18.5, "red", "blue", "jump", "umbrella", "black", "kitchen", "night")
-    >>> checklist(asked, shown)[:93]
+    >>> checklist(query_moment, shown)[:93]
     '12.0 to 18.5. does jumps - jumps yes. object umbrella - umbrella yes. colour green - black no'
     """
-    lines = [f"{times(shown)}."]
-    for name in CHECKLIST:
+    return f"{times(shown)}. {compare(query_moment, shown, CHECKLIST)}"
+
+
+def compare(query_moment: Moment, shown: Moment, names) -> str:
+    """Compare two moments attribute by attribute: the word asked for, the word shown, and whether they are the same."""
+    lines = []
+    for name in names:
         label = "does" if name == "action" else name
         same = "yes" if getattr(query_moment, name) == getattr(shown, name) else "no"
         lines.append(f"{label} {word(name, query_moment)} - {word(name, shown)} {same}.")
@@ -90,9 +103,11 @@ def corrupt_asked(reply: str, rng) -> str:
 
 
 def word(name: str, moment: Moment) -> str:
-    """Return one attribute in one word."""
-    words = phrase(name, moment).split()
-    return words[0] if name in ("action", "shirt", "trousers") else words[-1]
+    """Return one attribute as a reply names it: a word, or the two names of a colour that lies between them."""
+    if name in ("action", "light"):
+        words = phrase(name, moment).split()
+        return words[0] if name == "action" else words[-1]
+    return getattr(moment, name)
 
 
 # --- What a reply states, and whether it is true
@@ -105,31 +120,33 @@ class Statement:
     """What a reply says of one attribute: the word asked for, the word shown, and whether they are the same."""
 
     attribute: str
-    asked: str
-    shown: str
+    query_word: str
+    shown_word: str
     same: bool
 
     def errors(self, query_moment: Moment, shown: Moment) -> list[str]:
         """Name what is false of it, in words, for a query and the closest moment of the shown video.
 
-        >>> asked = Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night")
-        >>> read_statement("colour green - green yes.").errors(asked, replace(asked, colour="pink"))
+        >>> query_moment = Moment(0, 5, "red", "blue", "jump", "umbrella", "green", "kitchen", "night")
+        >>> read_statement("colour green - green yes.").errors(query_moment, replace(query_moment, colour="pink"))
         ['pink is shown', 'not the same']
         """
-        wanted, seen = (word(self.attribute, moment) for moment in (query_moment, shown))
+        query_word, shown_word = (word(self.attribute, moment) for moment in (query_moment, shown))
         same = getattr(query_moment, self.attribute) == getattr(shown, self.attribute)
-        found = [f"{wanted} is asked for"] * (self.asked != wanted) + [f"{seen} is shown"] * (
-            self.shown != seen
-        )
-        return found + ["the same" if same else "not the same"] * (self.same != same)
+        errors = {
+            f"{query_word} is asked for": self.query_word != query_word,
+            f"{shown_word} is shown": self.shown_word != shown_word,
+            "the same" if same else "not the same": self.same != same,
+        }
+        return [text for text, is_false in errors.items() if is_false]
 
 
 def read_statement(step: str) -> Statement | None:
     """Read one step of the reasoning of a reply; None where it is not one of `checklist`."""
-    if not (found := STATEMENT.fullmatch(step)):
+    if not (match := STATEMENT.fullmatch(step)):
         return None
-    label, asked, shown, same = found.groups()
-    return Statement("action" if label == "does" else label, asked, shown, same == "yes")
+    label, query_word, shown_word, same = match.groups()
+    return Statement("action" if label == "does" else label, query_word, shown_word, same == "yes")
 
 
 # --- Times
@@ -177,19 +194,17 @@ def at_printed_times(moment: Moment, printed) -> Moment | None:
 # --- Rewrites and questions
 
 
-def rewrite(
-    query_moment: Moment, shown: Moment | None, rng, style: int | None = None, named=ATTRIBUTES
-) -> str:
-    """Return the query in other words, and what to look for: what the shown video lacks, or any detail in `named`."""
-    style = int(rng.integers(captions.STYLES)) if style is None else style
-    name = str(rng.choice(differing(query_moment, shown) if shown else sorted(named)))
+def rewrite(query_moment: Moment, shown: Moment | None, rng) -> str:
+    """Return the query in other words, and what to look for: what the shown video lacks, or any detail."""
+    style = int(rng.integers(captions.STYLES))
+    name = str(rng.choice(differing(query_moment, shown) if shown else sorted(ATTRIBUTES)))
     focus = {
         "colour": f"the {query_moment.colour} {query_moment.object}",
         "action": f"someone who {phrase('action', query_moment)}",
         "light": f"the scene {phrase('light', query_moment)}",
         "place": f"the {query_moment.place}",
     }.get(name, f"the {phrase(name, query_moment)}")
-    return f"{captions.caption(query_moment, style, named)} Focus on {focus}."
+    return f"{captions.caption(query_moment, style)} Focus on {focus}."
 
 
 def question(moment: Moment, rng) -> tuple[str, str]:

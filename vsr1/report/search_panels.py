@@ -238,7 +238,9 @@ def _statements(canvas, x, y, width, source, episode, turn):
 
 def _stated(statement, errors):
     """Return the pieces of one statement: its mark, what it says is shown, and the truth where it is false."""
-    compared = statement.shown if statement.same else f"{statement.shown}, not {statement.asked}"
+    compared = (
+        statement.shown_word if statement.same else f"{statement.shown_word}, not {statement.query_word}"
+    )
     said = f"{statement.attribute}: {compared}"
     if errors:
         return [

@@ -41,7 +41,9 @@ def measure(profile, cell: str) -> dict[str, list[bool]]:
 def _word_hits(profile, gallery, queries):
     """Hits of wordings by somebody who knows the cast."""
     engine = engines.load(learning.with_engine(profile))
-    wordings = [archive_teacher.wordings(gallery.truth.asked(q), gallery.truth.cast(q)) for q in queries]
+    wordings = [
+        archive_teacher.wordings(gallery.truth.query_moment(q), gallery.truth.cast(q)) for q in queries
+    ]
     rows = [row for row, texts in enumerate(wordings) for _ in texts]
     vecs = engine.embed_texts([text for texts in wordings for text in texts])
     hit = gallery.ranks([queries[row] for row in rows], vecs) == 1
@@ -75,10 +77,10 @@ def _read_known(profile, name, gallery, folder):
     right = {"whole": [], "half": []}
     with clip_cache.open_clips(profile, name, gallery.vectors.video_ids) as clips:
         films = clips.get(query.video for query in queries)
-    shown = [gallery.truth.shown(query.video) for query in queries]
+    shown = [gallery.truth.shown_moment(query.video) for query in queries]
     prompts = [_question(agent, *pair) for pair in zip(films, shown, strict=True)]
     for query, one in zip(queries, agent.reply(prompts, max_new_tokens=8), strict=True):
-        looks = casts.seen(casts.KNOWN, gallery.truth.cast(query))
+        looks = casts.seen_colour(casts.KNOWN, gallery.truth.cast(query))
         said = one.text.strip(" .\n")
         right["half" if " " in looks else "whole"].append(said in looks.split())
     numbers = {kind: 100 * float(np.mean(values)) if values else None for kind, values in right.items()}

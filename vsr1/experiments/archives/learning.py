@@ -80,7 +80,7 @@ def with_wordings(profile, engine, gallery: ArchiveGallery, rows: list[SFTExampl
             continue
         query = by_id[row.desc_id]
         rng = np.random.default_rng([profile.seed, 32, query.id])
-        texts = teacher.wordings(gallery.truth.asked(query), gallery.truth.cast(query))
+        texts = teacher.wordings(gallery.truth.query_moment(query), gallery.truth.cast(query))
         texts = [texts[at] for at in rng.permutation(len(texts))[: rewrites.SAMPLES]]
         best[row.desc_id] = texts
     queries = [by_id[key] for key, texts in best.items() for _ in texts]
@@ -222,7 +222,7 @@ class LookedUpTokens(nn.Module):
 
 def known_text(gallery: ArchiveGallery, query) -> str:
     """Return a query with the seen colours of shirt and object behind it, for an oracle that knows the cast."""
-    looks = casts.seen_moment(gallery.truth.asked(query), gallery.truth.cast(query))
+    looks = casts.seen_moment(gallery.truth.query_moment(query), gallery.truth.cast(query))
     return "\n".join((query.text, *(getattr(looks, name) for name in casts.PAINTED)))
 
 

@@ -62,7 +62,7 @@ def numbers_of(profile, cell: str, names=FOLLOWED) -> Iterator[dict[str, Estimat
 def _split(profile, cell, system, hits, typed):
     """R@1 of a system by kind of query."""
     queries, truth = _queries(profile, cell)
-    unseen = np.array([casts.is_unseen(truth.asked(q), truth.cast(q)) for q in queries])
+    unseen = np.array([casts.is_unseen(truth.query_moment(q), truth.cast(q)) for q in queries])
     kinds = {"r1": np.ones_like(unseen), "unseen": unseen, "seen": ~unseen, "repaired": ~typed}
     return {
         f"{cell}/{system}/{kind}": _estimate(profile, truth, np.array(queries, object)[rows], hits[rows])
@@ -362,7 +362,7 @@ def draw_films(profile) -> Figure:
     archives = [archive for archive in source.read(profile, "casts") if archive.split == "test"]
     with video_reader.reader_for(profile) as reader:
         for archive in archives[: len(archives) // 2 : 2][:3] + archives[len(archives) // 2 :: 3][:2]:
-            red = casts.seen(casts.KNOWN, archive.cast)
+            red = casts.seen_colour(casts.KNOWN, archive.cast)
             words = f"{archive.name}: shifted by {archive.cast / 2:g} steps; red looks {red}"
             y = sheet.words(0.05, y, sheet.width, [(words, {})], 9) + 0.02
             below = []

@@ -141,7 +141,7 @@ def _look(profile, gallery, what, query):
     part, truth = gallery.part(query), gallery.truth
     scores = part.scores(gallery.typed([query])[0])
     rejected = part.video_ids[int(scores.argmax())]
-    cast, asked, shown = truth.cast(query), truth.asked(query), truth.shown(rejected)
+    cast, asked, shown = truth.cast(query), truth.query_moment(query), truth.shown_moment(rejected)
     if what == "same-archive":
         return str(rng.choice([v for v in part.video_ids if v not in (query.video, rejected)])), None, None
     if what == "other-archive":

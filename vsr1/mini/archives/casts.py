@@ -30,27 +30,28 @@ NAMES = _names()  # of all colours that a camera can see, by position in half st
 PAINTS = {name: _paint(name) for name in NAMES}
 
 
-def seen(colour: str, cast: int) -> str:
+def seen_colour(colour: str, cast: int) -> str:
     """Return what a colour looks like to a camera.
 
-    >>> seen("red", 0), seen("red", 4), seen("red", 1), seen("pink", 3)
+    >>> seen_colour("red", 0), seen_colour("red", 4), seen_colour("red", 1), seen_colour("pink", 3)
     ('red', 'green', 'red yellow', 'red yellow')
     """
     return NAMES[(NAMES.index(colour) + cast) % STEPS]
 
 
-def cast_of(known: str) -> int:
-    """Return the cast of a camera to which the known colour looks like `known`.
+def cast_of(colour: str) -> int:
+    """Return the cast of a camera to which the known colour looks like `colour`.
 
-    >>> cast_of(seen(KNOWN, 7))
+    >>> cast_of(seen_colour(KNOWN, 7))
     7
     """
-    return (NAMES.index(known) - NAMES.index(KNOWN)) % STEPS
+    return (NAMES.index(colour) - NAMES.index(KNOWN)) % STEPS
 
 
 def seen_moment(moment: Moment, cast: int) -> Moment:
     """Return the moment as a camera sees it: shirt, trousers and object in other colours, all else as it is."""
-    return replace(moment, **{name: seen(getattr(moment, name), cast) for name in (*PAINTED, "trousers")})
+    colours = {name: seen_colour(getattr(moment, name), cast) for name in (*PAINTED, "trousers")}
+    return replace(moment, **colours)
 
 
 def is_unseen(moment: Moment, cast: int) -> bool:

@@ -46,7 +46,7 @@ class Archive:
     cast: int  # half steps
     scenes: tuple[Scene, ...]
 
-    def seen(self) -> tuple[Scene, ...]:
+    def seen_scenes(self) -> tuple[Scene, ...]:
         """Return the scenes as the camera sees them."""
         return tuple(
             replace(scene, moments=tuple(casts.seen_moment(moment, self.cast) for moment in scene.moments))
@@ -64,73 +64,63 @@ def make_archives(settings, corpus: str, split: str, seed: int) -> list[Archive]
     """
     kinds = (CASTS[corpus][0],) if split == "train" else CASTS[corpus][1]
     count = getattr(settings, f"{split}_archives")
-    archives = []
+    archives, split_number = [], SPLITS.index(split)
     for kind, shifts in enumerate(kinds):
         for number in range(count):
-            cast = shifts[number % len(shifts)]
-            colours = [
-                c
-                for c in casts.CIRCLE
-                if corpus != "casts" or split == "test" or c != casts.unseen_colour(cast)
-            ]
-            rng = np.random.default_rng(
-                [seed, 27, SPLITS.index(split), number]
-            )  # the same films in all corpora
+            cast, colours = shifts[number % len(shifts)], list(casts.CIRCLE)
+            if corpus == "casts" and split == "train":
+                colours.remove(casts.unseen_colour(cast))
             name = f"{split}-{number}" + "-half" * (kind == 1)
-            ids = np.random.default_rng(
-                [seed, 28, list(CASTS).index(corpus), SPLITS.index(split), kind, number]
-            )
-            archives.append(Archive(name, split, cast, _invent(rng, ids, settings, name, split, colours)))
+            # The first draws the same films in all corpora, the second their ids.
+            rng = np.random.default_rng([seed, 27, split_number, number])
+            id_rng = np.random.default_rng([seed, 28, list(CASTS).index(corpus), split_number, kind, number])
+            archives.append(Archive(name, split, cast, _invent(rng, id_rng, settings, split, colours)))
     return archives
 
 
-def _invent(rng, ids, settings, name, split, colours):
+def _invent(rng, id_rng, settings, split, colours):
     """Invent the scenes of an archive; no two families have the same action and object."""
     place = str(rng.choice(PLACES["charades"]))
-    pairs = list(itertools.product(ACTIONS, OBJECTS))
-    looks = list(itertools.product(colours, colours))
+    activities = list(itertools.product(ACTIONS, OBJECTS))
+    colour_pairs = list(itertools.product(colours, colours))
     scenes = []
-    for family, pair in enumerate(rng.permutation(len(pairs))[: settings.families]):
-        action, thing = pairs[pair]
+    for family, activity in enumerate(rng.permutation(len(activities))[: settings.families]):
+        action, thing = activities[activity]
         light = str(rng.choice(list(LIGHTS)))
         extras = world.draw_extras(rng)
-        for look in rng.permutation(len(looks))[: settings.family_size]:
-            shirt, colour = looks[look]
+        for pair in rng.permutation(len(colour_pairs))[: settings.family_size]:
+            shirt, colour = colour_pairs[pair]
             length = rng.uniform(4.0, 7.0)
             start = rng.uniform(0.5, SECONDS - 0.5 - length)
             span = round(float(start), 1), round(float(start + length), 1)
             moment = Moment(*span, shirt, casts.KNOWN, action, thing, colour, place, light)
-            scenes.append(Scene(world.video_id(ids, "charades"), split, family, SECONDS, (moment,), extras))
+            video = world.video_id(id_rng, "charades")
+            scenes.append(Scene(video, split, family, SECONDS, (moment,), extras))
     return tuple(scenes)
 
 
 # --- On disk
 
 
-def write_corpus(folder: Path, corpus: str, settings, seed: int) -> list[Archive]:
-    """Write the annotations of both splits, `<split>.jsonl` (FIG), and `archives.jsonl`; return all archives."""
+def write_corpus(folder: Path, corpus: str, settings, seed: int) -> None:
+    """Write the annotations of both splits, `<split>.jsonl` (FIG), and `archives.jsonl`."""
     archives, next_id = [], 0
     for split in SPLITS:
-        made = make_archives(settings, corpus, split, seed)
-        queries = make_queries(made, next_id, settings.train_queries if split == "train" else 1, seed)
+        split_archives = make_archives(settings, corpus, split, seed)
+        per_film = settings.train_queries if split == "train" else 1
+        queries = make_queries(split_archives, next_id, per_film, seed)
         annotations.write_fig(folder / f"{split}.jsonl", queries)
         next_id += len(queries)
-        archives += made
+        archives += split_archives
     lines = [json.dumps(asdict(archive)) for archive in archives]
     cache.write_text(folder / "archives.jsonl", "\n".join(lines) + "\n")
-    return archives
 
 
 def make_queries(archives: list[Archive], first_id: int, per_film: int, seed: int) -> list[annotations.Query]:
     """Word `per_film` queries about each film, in true colours and in shuffled order."""
-    rng, rows = np.random.default_rng([seed, 29, first_id]), []
-    for scene in (scene for archive in archives for scene in archive.scenes):
-        (moment,) = scene.moments
-        for style in rng.permutation(captions.STYLES)[:per_film]:
-            coarse = captions.caption(moment, int(rng.integers(captions.STYLES)), captions.COARSE)
-            span = moment.start, moment.end
-            rows.append((captions.caption(moment, style, NAMED), scene.video, span, coarse, scene.seconds))
-    return [annotations.Query(first_id + n, *rows[row]) for n, row in enumerate(rng.permutation(len(rows)))]
+    scenes = [scene for archive in archives for scene in archive.scenes]
+    rng = np.random.default_rng([seed, 29, first_id])
+    return captions.make_queries(scenes, first_id, per_film, rng, NAMED)
 
 
 def read_archives(corpus_folder: Path) -> list[Archive]:
