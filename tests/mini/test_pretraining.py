@@ -113,12 +113,12 @@ def test_partial_captions_name_and_mistake_attributes_about_as_often_as_the_reci
     texts = [
         pretraining_data.partial_caption((moment,), small(detail=0.4, wrong=0.5), rng) for _ in range(3000)
     ]
-    share = lambda word: np.mean([word in text.lower() for text in texts])  # noqa: E731
-    assert abs(share("garage") - 0.5) < 0.05 and abs(share("night") - 0.5) < 0.05
+    frequency = lambda word: np.mean([word in text.lower() for text in texts])  # noqa: E731
+    assert abs(frequency("garage") - 0.5) < 0.05 and abs(frequency("night") - 0.5) < 0.05
     right = 0.4 * (
         1 - 0.5 * 7 / 8
     )  # half of the colours are drawn anew, one in eight of these is right again
-    assert abs(share(" shirt") - 0.4) < 0.04 and abs(share("red shirt") - right) < 0.04
+    assert abs(frequency(" shirt") - 0.4) < 0.04 and abs(frequency("red shirt") - right) < 0.04
     assert all("jump" in text or "umbrella" in text for text in texts)
 
 
@@ -143,8 +143,8 @@ def test_a_window_shows_the_moments_it_says_it_shows(videos):
         scene = videos.scenes[number]
         clip, moments = videos.window(number, 8, rng)
         assert len(clip.frames) == len(clip.timestamps) and len(clip.frames) % 2 == 0
-        at = videos.timestamps[number].tolist().index(clip.timestamps[0])
-        assert np.array_equal(clip.frames, videos.frames[videos.starts[number] + at :][: len(clip.frames)])
+        first = videos.timestamps[number].tolist().index(clip.timestamps[0])
+        assert np.array_equal(clip.frames, videos.frames[videos.starts[number] + first :][: len(clip.frames)])
         for moment in moments:
             inside = [scene.moment_at(t) for t in clip.timestamps if moment.start <= t < moment.end]
             assert len(inside) >= 2 and all(active for _, active in inside) and len(set(inside)) == 1
@@ -244,9 +244,11 @@ def test_a_shipped_model_is_small_16_bit_and_says_where_it_comes_from(name):
     facts = json.loads((folder / "provenance.json").read_text())
     assert 2e6 <= facts["parameters"] <= 6e6
     plan = pretraining.read_recipes()
-    for phase, told in facts["phases"].items():
+    for phase, record in facts["phases"].items():
         rows = (folder / f"{phase}.jsonl").read_text().splitlines()
-        assert told["last"] == json.loads(rows[-1]) and len(rows) == told["steps"] == plan[phase].steps, phase
+        assert record["last"] == json.loads(rows[-1]) and len(rows) == record["steps"] == plan[phase].steps, (
+            phase
+        )
     assert any(recipe.ships == name and phase in facts["phases"] for phase, recipe in plan.items())
 
 

@@ -61,12 +61,12 @@ def pair_loss(states: torch.Tensor, heads: torch.Tensor, pairs: list[dict]) -> t
     """
     count = len(attribute_ids()) + 1
     logits = F.rms_norm(states, states.shape[-1:]) @ heads.T  # (P, 2 (values + 1) + seconds)
-    now, accuracies = attribute_loss(logits[:, :count], pairs)
-    earlier = [{"action": pair["before"]} for pair in pairs]
-    before, _ = attribute_loss(logits[:, count : 2 * count], earlier, ("action",))
-    seconds = torch.tensor([pair["second"] for pair in pairs])
-    accuracies["second"] = (logits[:, 2 * count :].argmax(1) == seconds).float().mean()
-    return 1.25 * now + 0.25 * before + 0.25 * F.cross_entropy(logits[:, 2 * count :], seconds), accuracies
+    loss, accuracies = attribute_loss(logits[:, :count], pairs)
+    before = [{"action": pair["before"]} for pair in pairs]
+    before_loss, _ = attribute_loss(logits[:, count : 2 * count], before, ("action",))
+    seconds, second_logits = torch.tensor([pair["second"] for pair in pairs]), logits[:, 2 * count :]
+    accuracies["second"] = (second_logits.argmax(1) == seconds).float().mean()
+    return 1.25 * loss + 0.25 * before_loss + 0.25 * F.cross_entropy(second_logits, seconds), accuracies
 
 
 def target_loss(states: torch.Tensor, heads: torch.Tensor, targets: list[dict]) -> tuple[torch.Tensor, dict]:

@@ -55,7 +55,7 @@ def draw_frame(
     extras  those of the scene
     paints  {name: RGB} of shirt, trousers and object
     """
-    canvas = _place(moment.place, moment.light, tuple(extras["tone"]), extras["side"], size).copy()
+    canvas = _draw_place(moment.place, moment.light, tuple(extras["tone"]), extras["side"], size).copy()
     pen = Pen(canvas, LIGHTS[moment.light][0])
     if active:
         side, sway = extras["side"], 2 * float(np.sin(2 * np.pi * phase))
@@ -115,7 +115,7 @@ class Pen:
 
 
 @lru_cache(maxsize=4)  # a film has one place
-def _place(place, light, tone, side, size):
+def _draw_place(place, light, tone, side, size):
     """Draw wall or sky, floor or ground, the place's motif, and the window or the sky that shows the light."""
     canvas = Image.new("RGB", (2 * size, 2 * size))
     pen = Pen(canvas, LIGHTS[light][0])
@@ -314,21 +314,21 @@ def _draw_person(pen, moment, action, phase, extras, paints):
     side, size = extras["side"], extras["size"]
     x0 = 64 - side * 18 + extras["shift"]
     joints = pose(action, phase, side)
-    at = lambda p: (x0 + p[0] * size, GROUND + p[1] * size)  # noqa: E731  a joint on the canvas
-    hip, neck, (head_x, head_y) = at(joints["hip"]), at(joints["neck"]), joints["head"]
-    shoulder = at((joints["neck"][0], joints["neck"][1] + 5))
+    on_canvas = lambda joint: (x0 + joint[0] * size, GROUND + joint[1] * size)  # noqa: E731
+    hip, neck, (head_x, head_y) = on_canvas(joints["hip"]), on_canvas(joints["neck"]), joints["head"]
+    shoulder = on_canvas((joints["neck"][0], joints["neck"][1] + 5))
     shirt, trousers, skin = paints[moment.shirt], paints[moment.trousers], SKINS[extras["skin"]]
     if action == "sit":
         pen.box(x0 - 9, GROUND - 14 * size, x0 + 9, GROUND, (110, 80, 55))
-    for knee, foot in zip(map(at, joints["knees"]), map(at, joints["feet"]), strict=True):
+    for knee, foot in zip(map(on_canvas, joints["knees"]), map(on_canvas, joints["feet"]), strict=True):
         pen.line([hip, knee, foot], EDGE, 12 * size)
         pen.line([hip, knee, foot], trousers, 10.5 * size)
         pen.disc(*foot, 4, (60, 45, 40), tall=0.7)
     pen.line([hip, neck], EDGE, 22 * size)
-    for hand in map(at, joints["hands"]):
+    for hand in map(on_canvas, joints["hands"]):
         pen.line([shoulder, hand], EDGE, 9 * size)
         pen.line([shoulder, hand], shirt, 7.5 * size)
         pen.disc(*hand, 4.2 * size, skin)
     pen.line([hip, neck], shirt, 20 * size)
-    pen.disc(*at((head_x, head_y - 2)), 10 * size, HAIRS[extras["hair"]])
-    pen.disc(*at((head_x, head_y + 1.5)), 8.2 * size, skin)
+    pen.disc(*on_canvas((head_x, head_y - 2)), 10 * size, HAIRS[extras["hair"]])
+    pen.disc(*on_canvas((head_x, head_y + 1.5)), 8.2 * size, skin)

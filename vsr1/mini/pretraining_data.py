@@ -63,15 +63,15 @@ class FoundationVideos:
         """Draw two frames in a row that show the same: (first frame, moment, whether it goes on, video)."""
         while True:
             number = int(rng.integers(len(self.scenes)))
-            at = int(rng.integers(len(self.timestamps[number]) - 1))
-            times = self.timestamps[number][at : at + 2]
+            first = int(rng.integers(len(self.timestamps[number]) - 1))
+            times = self.timestamps[number][first : first + 2]
             shown = {self.scenes[number].moment_at(float(second)) for second in times}
             if len(shown) == 1:
-                return at, *shown.pop(), number
+                return first, *shown.pop(), number
 
-    def pair_frames(self, number: int, at: int) -> np.ndarray:
-        """Return (2, H, W, 3) frames of a video, from frame `at` on."""
-        return self.frames[self.starts[number] + at :][:2]
+    def pair_frames(self, number: int, first: int) -> np.ndarray:
+        """Return (2, H, W, 3) frames of a video, from frame `first` on."""
+        return self.frames[self.starts[number] + first :][:2]
 
     def family_batch(self, size: int, rng) -> list[int]:
         """Draw `size` videos: whole families as far as they fit, since near-duplicates teach the most."""
@@ -133,8 +133,9 @@ def pair_labels(scene: Scene, clip: video_reader.Clip) -> tuple[dict, ...]:
     """Return for each pair of frames what it shows, its whole second, and the action of the pair before."""
     seconds = inputs.pair_times(clip.timestamps)
     labels = [visible_attributes(scene, second) for second in seconds]
-    for at, label in enumerate(labels):
-        label["second"], label["before"] = int(seconds[at]), labels[at - 1]["action"] if at else None
+    for number, label in enumerate(labels):
+        label["second"] = int(seconds[number])
+        label["before"] = labels[number - 1]["action"] if number else None
     return tuple(labels)
 
 
@@ -172,12 +173,12 @@ class Examples:
     def picture(self, count: int, rng) -> Example:
         """Draw two frames of one moment, and its fine caption."""
         while True:
-            at, which, active, number = self.videos.pair(rng)
+            first, moment_number, active, number = self.videos.pair(rng)
             if active:
                 break
-        times = self.videos.timestamps[number][at : at + 2]
-        clip = video_reader.Clip(self.videos.pair_frames(number, at), times, 2.0, None)
-        moment = self.videos.scenes[number].moments[which]
+        times = self.videos.timestamps[number][first : first + 2]
+        clip = video_reader.Clip(self.videos.pair_frames(number, first), times, 2.0, None)
+        moment = self.videos.scenes[number].moments[moment_number]
         return self._example(WATCH, "{video}Describe the picture.", _caption(moment, rng), clip)
 
     def dense_caption(self, count: int, rng) -> Example:
@@ -203,11 +204,10 @@ class Examples:
         number = int(rng.integers(len(self.videos.scenes)))
         shown = self.videos.scenes[number].moments[0]
         names = [name for name in ATTRIBUTES if rng.random() < 0.5]
-        wanted = change(shown, self.videos.datasets[number], names, rng)
-        styles = [int(rng.integers(captions.STYLES)) for _ in range(2)]
-        query, video = captions.caption(wanted, styles[0]), teacher.caption(shown, styles[1])
+        query_moment = change(shown, self.videos.datasets[number], names, rng)
+        query, video = _caption(query_moment, rng), teacher.caption(shown, int(rng.integers(captions.STYLES)))
         user = prompt_text.user_message(query, video)
-        return self._example(prompt_text.SYSTEM_ZS, user, teacher.verdict(wanted, (shown,)))
+        return self._example(prompt_text.SYSTEM_ZS, user, teacher.verdict(query_moment, (shown,)))
 
     def task(self, count: int, rng) -> Example:
         """Draw one of the agent's tasks about a window: to judge, to answer, to caption or to rewrite (HQR)."""
@@ -217,21 +217,21 @@ class Examples:
         number, clip, moments = self.printed_window(count, rng)
         if kind == "caption":
             return self._dense_caption(clip, moments, rng)
-        wanted = self.query_moment(number, moments, rng)
-        closest = teacher.closest(wanted, moments)
-        query = f'Query: "{_caption(wanted, rng)}"'
-        update = teacher.rewrite(wanted, closest, rng) if teacher.differing(wanted, closest) else None
-        shown = query + "\nRetrieved video: {video}"
+        moment = self.query_moment(number, moments, rng)
+        closest = teacher.closest(moment, moments)
+        query = f'Query: "{_caption(moment, rng)}"'
+        update = teacher.rewrite(moment, closest, rng) if teacher.differing(moment, closest) else None
+        query_and_video = query + "\nRetrieved video: {video}"
         if kind == "blind":
-            rewrite = teacher.rewrite(wanted, None, rng)
+            rewrite = teacher.rewrite(moment, None, rng)
             return self._example(prompt_text.REWRITE, query, f"<query_update>{rewrite}</query_update>")
         if kind == "seen" and update:
-            return self._example(prompt_text.REWRITE, shown, f"<query_update>{update}</query_update>", clip)
+            answer = f"<query_update>{update}</query_update>"
+            return self._example(prompt_text.REWRITE, query_and_video, answer, clip)
         if kind == "reasoned":
-            reply = teacher.verdict(wanted, moments, update)
-            return self._example(prompt_text.SYSTEM_HQR, shown, reply, clip)
-        labels = pair_labels(self.videos.scenes[number], clip), asdict(wanted)
-        return self._example(prompt_text.SYSTEM_ZS, shown, teacher.verdict(wanted, moments), clip, *labels)
+            reply = teacher.verdict(moment, moments, update)
+            return self._example(prompt_text.SYSTEM_HQR, query_and_video, reply, clip)
+        return self._judgement(number, clip, moments, query_and_video, moment)
 
     def judgement(self, count: int, rng) -> Example:
         """Draw a query to judge about a window: one in three fits, in the others each attribute differs in one of two.
@@ -240,13 +240,18 @@ class Examples:
         looking, and was learned for all that changes within a video.
         """
         number, clip, moments = self.printed_window(count, rng)
-        wanted = moments[int(rng.integers(len(moments)))]
+        moment = moments[int(rng.integers(len(moments)))]
         if rng.random() < 2 / 3:
             names = [name for name in ATTRIBUTES if rng.random() < 0.5]
-            wanted = change(wanted, self.videos.datasets[number], names, rng)
-        user = f'Query: "{_caption(wanted, rng)}"\nRetrieved video: {{video}}'
-        labels = pair_labels(self.videos.scenes[number], clip), asdict(wanted)
-        return self._example(prompt_text.SYSTEM_ZS, user, teacher.verdict(wanted, moments), clip, *labels)
+            moment = change(moment, self.videos.datasets[number], names, rng)
+        user = f'Query: "{_caption(moment, rng)}"\nRetrieved video: {{video}}'
+        return self._judgement(number, clip, moments, user, moment)
+
+    def _judgement(self, number, clip, moments, user, query_moment):
+        """Return the judging of a window by a query, with what the heads read from its states."""
+        answer = teacher.verdict(query_moment, moments)
+        labels = pair_labels(self.videos.scenes[number], clip), asdict(query_moment)
+        return self._example(prompt_text.SYSTEM_ZS, user, answer, clip, *labels)
 
     def printed_window(self, count: int, rng) -> tuple[int, video_reader.Clip, tuple[Moment, ...]]:
         """Draw (video, clip, moments): a window that shows something, its moments at the times that are printed."""
@@ -267,15 +272,15 @@ class Examples:
         family = videos.family_of[number]
         if kind < 0.65 and len(family) > 1:  # of a near-duplicate
             scene = videos.scenes[int(rng.choice([other for other in family if other != number]))]
-            wanted = scene.moments[scene.moment_at(moment.start)[0]]
+            query_moment = scene.moments[scene.moment_at(moment.start)[0]]
         elif kind < 0.92:  # the same with one to four attributes changed
             names = rng.choice(ATTRIBUTES, int(rng.integers(1, 5)), replace=False)
-            wanted = change(moment, videos.datasets[number], names, rng)
+            query_moment = change(moment, videos.datasets[number], names, rng)
         else:  # of any video of the data set
             others = [n for n, name in enumerate(videos.datasets) if name == videos.datasets[number]]
             scene = videos.scenes[int(rng.choice(others))]
-            wanted = scene.moments[int(rng.integers(len(scene.moments)))]
-        return moment if wanted.attributes() in shown else wanted
+            query_moment = scene.moments[int(rng.integers(len(scene.moments)))]
+        return moment if query_moment.attributes() in shown else query_moment
 
 
 def _caption(moment, rng):
@@ -300,8 +305,8 @@ def partial_caption(moments: tuple[Moment, ...], recipe, rng) -> str:
     recipe  `place`, `light`, `detail` and `wrong` of a `PhaseConfig`
     """
     moment = moments[int(rng.integers(len(moments)))]
-    share = {"place": recipe.place, "light": recipe.light}
-    named = {name for name in ATTRIBUTES if rng.random() < share.get(name, recipe.detail)}
+    shares = {"place": recipe.place, "light": recipe.light}
+    named = {name for name in ATTRIBUTES if rng.random() < shares.get(name, recipe.detail)}
     named |= set((("action",), ("object",), ("action", "object"))[int(rng.choice(3, p=(0.1, 0.1, 0.8)))])
     mistaken = [name for name in world.COLOURED if rng.random() < recipe.wrong]
     moment = replace(moment, **{name: str(rng.choice(list(world.COLOURS))) for name in mistaken})
@@ -324,5 +329,5 @@ def neutral_tokens(embedding: torch.Tensor, rows: int, length: float, rng) -> to
     if kind == 1:
         return noise / noise.norm(dim=-1, keepdim=True) * length * float(rng.random())
     last = len(embedding) - architecture.SPARE_ROWS
-    words = rng.integers(len(architecture.SPECIALS), last, (rows, count))
-    return embedding[torch.from_numpy(words)] * float(rng.random())
+    word_ids = rng.integers(len(architecture.SPECIALS), last, (rows, count))
+    return embedding[torch.from_numpy(word_ids)] * float(rng.random())

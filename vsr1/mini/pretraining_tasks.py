@@ -46,9 +46,7 @@ class PhaseConfig:
     detail: float = 0.0  # a colour of shirt, trousers or object,
     wrong: float = 0.0  # and how often such a colour is another than the video's
     decisive: float = 1.0  # weight of a yes, a no or a verdict in a reply; of another token: 1
-    timing: float = (
-        1.0  # the same for the whole seconds of a start or an end, of a reply and of its reasoning
-    )
+    timing: float = 1.0  # the same for whole seconds of a start or an end, of a reply and of its reasoning
     seen: float = 1.0  # the same for the word a reply says is shown: behind the dash of `teacher.checklist`
     neutral: float = 0.0  # how often neutral tokens stand where soft tokens will
     seed: int = 7
@@ -228,11 +226,9 @@ def _mix_with_tasks(task, recipe, folder, draw, task_recipe):
     """Train on three steps of one kind of example and one of any task, with new heads that read targets too."""
     task.model.model.visual.requires_grad_(False)
     heads = task.new_heads()
-    judged, tasks = (
-        AnswerLoss(task, recipe, draw, heads, targets=True)
-        for draw in (task.examples.judgement, task.examples.task)
-    )
-    losses = lambda step, rng: (tasks if step % 4 == 3 else judged)(step, rng)  # noqa: E731
+    examples = AnswerLoss(task, recipe, draw, heads, targets=True)
+    tasks = AnswerLoss(task, task_recipe, task.examples.task, heads, targets=True)
+    losses = lambda step, rng: (tasks if step % 4 == 3 else examples)(step, rng)  # noqa: E731
     train(recipe, task.model, losses, folder, [heads])
 
 
@@ -246,17 +242,15 @@ def see(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
     named place and light after 300 steps and guessed everything else.
     """
     tower, videos = task.model.model.visual, task.videos
-    width = (
-        3 * task.model.config.text_config.hidden_size * 4
-    )  # merged and two deepstack features, of four tokens
+    width = 3 * task.model.config.text_config.hidden_size * 4  # merged, two deepstack features; four tokens
     heads = torch.nn.Parameter(0.01 * torch.randn(len(attribute_ids()) + 1, width))  # the last row: nothing
 
     def losses(step, rng):
         pairs, labels = [], []
         for _ in range(recipe.batch):
-            at, _, _, number = videos.pair(rng)
-            pairs.append(videos.pair_frames(number, at))
-            second = videos.timestamps[number][at]
+            first, _, _, number = videos.pair(rng)
+            pairs.append(videos.pair_frames(number, first))
+            second = videos.timestamps[number][first]
             labels.append(pretraining_data.visible_attributes(videos.scenes[number], second))
         patches, grid = inputs.patchify(np.concatenate(pairs), tower.config, inputs.PixelRule(10**9))
         out = tower(patches, grid_thw=torch.tensor([(1, *grid[1:])] * recipe.batch))
@@ -311,8 +305,8 @@ def text(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
         clips = [videos.subset(int(number), count, rng) for number in numbers[: recipe.batch // 6]]
         batch = task.collate([engine.video_prompt(clip) for clip in clips])
         with torch.no_grad():
-            held = before.pool(batch)
-        moved = 1 - (engine.pool(batch) * held).sum(dim=1).mean()
+            vecs_before = before.pool(batch)
+        moved = 1 - (engine.pool(batch) * vecs_before).sum(dim=1).mean()
         coarse, log = _infonce(scores, torch.arange(len(numbers)))
         return coarse + HOLD * moved, {"coarse": coarse, "moved": moved, **log}
 

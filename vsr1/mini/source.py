@@ -64,6 +64,6 @@ def printed_moments(profile, scene: world.Scene) -> tuple[world.Moment, ...]:
     """Return the moments of a scene at the times that the policy reads between the frames."""
     fps = profile.world.fps
     length = round(scene.seconds * fps) / fps
-    wanted = decoder.sample_times(length, profile.video_fps, profile.max_frames)
-    times = inputs.pair_times(np.floor(wanted * fps + 1e-6) / fps).round(1)  # of the frames on screen then
+    sampled = decoder.sample_times(length, profile.video_fps, profile.max_frames)
+    times = inputs.pair_times(np.floor(sampled * fps + 1e-6) / fps).round(1)  # of the frames on screen then
     return tuple(teacher.at_printed_times(moment, times) or moment for moment in scene.moments)

@@ -44,11 +44,8 @@ FAMILY_SIZE = {"charades": 11, "didemo": 2, "activitynet": 2}
 FOUNDATION_FAMILY_SIZE = {"charades": 16, "didemo": 4, "activitynet": 4}
 FAMILY_SHARE = 0.9  # of videos that have near-duplicates
 COLOURED = ("shirt", "trousers", "colour")
-DIFFERING = {
-    "train": ATTRIBUTES,
-    "test": ATTRIBUTES,
-    "foundation": COLOURED,
-}  # what near-duplicates differ in
+# What near-duplicates of a split differ in.
+DIFFERING = {"train": ATTRIBUTES, "test": ATTRIBUTES, "foundation": COLOURED}
 # Objects in these colours are never in train, so that test queries about them ask for an unseen combination.
 UNSEEN = dict(zip(OBJECTS, COLOURS, strict=True))
 SPLITS = ("train", "test", "foundation")  # by number in seeds
@@ -125,12 +122,12 @@ def make_scenes(dataset: str, split: str, count: int, seed: int) -> list[Scene]:
 
 
 def _draw_unused(draw, used, split):
-    """Draw scenes until one has no moment whose attributes are `used` or kept from the split; add its own to `used`."""
+    """Draw scenes until one has no moment whose attributes are `used` or UNSEEN in train; add its own to `used`."""
     while True:
         scene = draw()
         attributes = {moment.attributes() for moment in scene.moments}
-        kept = split == "train" and any(moment.is_unseen() for moment in scene.moments)
-        if not attributes & used and not kept:
+        is_unseen = split == "train" and any(moment.is_unseen() for moment in scene.moments)
+        if not attributes & used and not is_unseen:
             used |= attributes
             return scene
 
