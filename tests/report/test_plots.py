@@ -174,7 +174,7 @@ def test_what_is_untrained_or_ours_says_so_in_its_caption(agent_run):
     assert "this project's definition" in captions["S1"] and "rendered corpora" in captions["V1"]
 
 
-def test_the_ladder_has_a_row_for_each_course_and_the_plain_query_beside_it(agent_run):
+def test_the_upper_bound_has_a_row_for_each_run_and_the_plain_query_beside_it(agent_run):
     numbers = results.collect(agent_run)
     series = results.load_collected(agent_run)[1]
     _, held = plots.soft_token_bound(numbers, series, ["didemo"]).axes

@@ -23,6 +23,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from vsr1.config import Profile
+from vsr1.mini.world import ATTRIBUTES
 from vsr1.report import results
 
 BLACK, ORANGE, SKY, BLUE, RED, GREY = "#000000 #e69f00 #56b4e9 #0072b2 #d55e00 #8a8a8a".split()
@@ -71,14 +72,14 @@ def save_png(picture: Image.Image, path: Path, caption: str) -> Path:
 def publish(profile: Profile) -> list[Path]:
     """Draw every figure of `FIGURES` over the data sets whose data exist into results/<profile>/figures/."""
     numbers, series, written = results.load(profile), results.read(profile, "series"), []
-    known = set(numbers[numbers.measured.astype(bool)].index) | series.keys()
+    recorded = set(numbers[numbers.measured.astype(bool)].index) | series.keys()
     label = f"Profile {profile.name}{', rendered corpora and mini models' if profile.world else ''}."
-    for name, (needed, render) in FIGURES.items():
-        datasets = [dataset for dataset in profile.datasets if needed.format(dataset) in known]
-        words = f"{results.items()[name]['caption']} {label}"
+    for name, (needed, _) in FIGURES.items():
+        datasets = [dataset for dataset in profile.datasets if needed.format(dataset) in recorded]
+        caption = f"{results.items()[name]['caption']} {label}"
         if datasets:
-            figure = render(numbers, series, datasets)
-            written.append(save(figure, profile.results() / "figures", name, words, KINDS))
+            figure = _render(name, numbers, series, datasets)
+            written.append(save(figure, profile.results() / "figures", name, caption, KINDS))
         else:
             print(f"left out: figure {name}, of which this run has no data ({needed.format('<data set>')})")
             results.remove_figures(profile, profile.results() / "figures", [name])
@@ -107,9 +108,13 @@ def draw(profile: Profile, name: str, datasets: list[str], series: dict | None =
 
     series   those of a figure that shows no numbers, where they are not collected yet
     """
-    if series is not None:
-        return FIGURES[name][1](None, series, datasets)
-    return FIGURES[name][1](*results.load_collected(profile), datasets)
+    numbers, collected = (None, series) if series is not None else results.load_collected(profile)
+    return _render(name, numbers, collected, datasets)
+
+
+@style()
+def _render(name, numbers, series, datasets):
+    return FIGURES[name][1](numbers, series, datasets)
 
 
 # --- Parts of a figure
@@ -138,23 +143,18 @@ def _bars(axes, numbers, datasets, table, bars):
 
     bars   {(system, metric): (label, colour, hatch)}
     """
-    width = 0.72 / len(bars)
+    width, rotation = 0.72 / len(bars), 90 if len(bars) > 4 else 0
     for number, (key, (label, colour, hatch)) in enumerate(bars.items()):
         shift = width * (number - (len(bars) - 1) / 2)
         rows = {x: results.row(numbers, table, dataset, *key) for x, dataset in enumerate(datasets)}
         rows = {x + shift: entry for x, entry in rows.items() if entry is not None}
         heights = [entry.value for entry in rows.values()]
         axes.bar(list(rows), heights, 0.94 * width, label=label, color=colour, hatch=hatch, edgecolor="white")
-        for place, entry in rows.items():
+        for x, entry in rows.items():
             low, high = (entry.value, entry.value) if entry.low is None else (entry.low, entry.high)
-            axes.plot((place, place), (low, high), color=BLACK, linewidth=1.2)
-            text = {
-                "textcoords": "offset points",
-                "ha": "center",
-                "size": 8,
-                "rotation": 90 * (len(bars) > 4),
-            }
-            axes.annotate(results.digits(entry.value), (place, high), (0, 3), **text)
+            axes.plot((x, x), (low, high), color=BLACK, linewidth=1.2)
+            text = {"textcoords": "offset points", "ha": "center", "size": 8, "rotation": rotation}
+            axes.annotate(results.digits(entry.value), (x, high), (0, 3), **text)
     axes.set_xticks(range(len(datasets)), datasets)
     axes.set_xlim(-0.55, max(1, len(datasets) - 0.45))
     axes.grid(axis="x", visible=False)
@@ -168,19 +168,18 @@ def _dots(axes, numbers, table, dataset, systems, metric, before=None, shift=0.0
     before    metric of the value before
     colour    of all of them; None: SQR blue, HQR grey, others black
     """
-    given = colour
-    for place, system in enumerate(systems):
-        colour = given or {"sqr": BLUE, "hqr": GREY}.get(system[:3], BLACK)
-        entry, y = results.row(numbers, table, dataset, system, metric), place + shift
+    for row, system in enumerate(systems):
+        row_colour = colour or {"sqr": BLUE, "hqr": GREY}.get(system[:3], BLACK)
+        entry, y = results.row(numbers, table, dataset, system, metric), row + shift
         if entry is None:
             continue
         if entry.low is not None:
             axes.plot((entry.low, entry.high), (y, y), color=BLACK, linewidth=1)
         if before:
             start = results.row(numbers, table, dataset, system, before).value
-            axes.plot((start, entry.value), (y, y), color=colour, linewidth=3, alpha=0.4)
-            axes.plot(start, y, "o", color=colour, fillstyle="none", label="before")
-        axes.plot(entry.value, y, **{"marker": "o", "linestyle": "", "color": colour} | props)
+            axes.plot((start, entry.value), (y, y), color=row_colour, linewidth=3, alpha=0.4)
+            axes.plot(start, y, "o", color=row_colour, fillstyle="none", label="before")
+        axes.plot(entry.value, y, **{"marker": "o", "linestyle": "", "color": row_colour} | props)
     axes.set_ylim(len(systems) - 0.5, -0.5)
     axes.set_yticks(range(len(systems)), systems.values())
 
@@ -231,42 +230,39 @@ def differences(rows: list[dict[str, dict]], xlabel: str = "points") -> Figure:
     return figure
 
 
-def _difference(axes, place, number):
+def _difference(axes, y, number):
     """Draw one difference; a published value has no interval, and a missing one no dot."""
     if not hasattr(number, "ci"):
-        axes.plot(number, place, "s", color=ORANGE)
+        axes.plot(number, y, "s", color=ORANGE)
     elif number.value is not None:
         low, high = number.ci or (number.value, number.value)
-        axes.plot((low, high), (place, place), color=BLACK, linewidth=1)
+        axes.plot((low, high), (y, y), color=BLACK, linewidth=1)
         fill = BLACK if low > 0 or high < 0 else "white"
-        axes.plot(number.value, place, "o", color=BLACK, markerfacecolor=fill)
+        axes.plot(number.value, y, "o", color=BLACK, markerfacecolor=fill)
 
 
 # --- Retrieval: one search
 
 
-@style()
 def headroom(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw bars for all queries and for those whose first search failed: what is reached, what could be."""
     figure = Figure(figsize=(WIDTH, 6.2), layout="constrained")
     everyone, failures = figure.subplots(2, 1, sharey=True)
-    room = {"words": ("best of 60 wordings (oracle)", GREY, "xx"), "probe": ("attribute probe", ORANGE, "..")}
-    _bars(
-        everyone,
-        numbers,
-        datasets,
-        "H1",
-        {("zs", "vr@1"): ("query as it is", BLACK, "")} | {(name, "vr@1"): bar for name, bar in room.items()},
-    )
-    failed = {("walkdown", "vr@1_failed"): ("rank 2", SKY, "///")}
-    failed |= {(name, "vr@1_failed"): bar for name, bar in room.items()}
-    _bars(failures, numbers, datasets, "H1", failed)
+    bounds = {
+        "words": ("best of 60 wordings (oracle)", GREY, "xx"),
+        "probe": ("attribute probe", ORANGE, ".."),
+    }
+    bars = {("zs", "vr@1"): ("query as it is", BLACK, "")}
+    bars |= {(name, "vr@1"): bar for name, bar in bounds.items()}
+    _bars(everyone, numbers, datasets, "H1", bars)
+    bars = {("walkdown", "vr@1_failed"): ("rank 2", SKY, "///")}
+    bars |= {(name, "vr@1_failed"): bar for name, bar in bounds.items()}
+    _bars(failures, numbers, datasets, "H1", bars)
     everyone.set(title="all queries", ylabel="right video, %")
     failures.set(title="queries whose first search failed", ylabel="right video, %")
     return figure
 
 
-@style()
 def retrieval_curves(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw R@k against k, chance below, the paper's four points as hollow markers."""
     figure, (panels,) = _facets(datasets)
@@ -284,17 +280,16 @@ def retrieval_curves(numbers: pd.DataFrame, series: dict, datasets: list[str]) -
     return _legend(figure, panels[0], 3)
 
 
-@style()
 def arena(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
-    """Draw R@1 against the size of the gallery: a line a text side, and the room above the one that is searched."""
+    """Draw R@1 against the size of the gallery: a line a text side, and bounds of the one that is searched."""
     figure, (panels,) = _facets(datasets)
     sides = {"text-small": (BLACK, "true captions"), "text-noise-10": (SKY, "10 % of colours wrong")}
     sides |= {"text-noise-30": (ORANGE, "30 %"), "text-noise-70": (RED, "70 %")}
-    room = {"words_r1": ("--", "best of 60 wordings (oracle)"), "probe_r1": (":", "attribute probe")}
+    bounds = {"words_r1": ("--", "best of 60 wordings (oracle)"), "probe_r1": (":", "attribute probe")}
     for axes, dataset in zip(panels, datasets, strict=True):
         for side, (colour, label) in sides.items():
             _series(axes, series.get(f"H3/{dataset}/{side}/r1"), "o-", color=colour, label=label)
-        for key, (line, label) in room.items():
+        for key, (line, label) in bounds.items():
             _series(axes, series[f"H3/{dataset}/text-small/{key}"], line, color=GREY, label=label)
         videos = results.row(numbers, "D1", dataset, "test", "videos").value
         axes.axvline(videos, color=BLACK, linewidth=0.6)
@@ -309,33 +304,31 @@ def arena(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
 # --- A given video: verification and grounding
 
 
-@style()
 def known_video(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw bars of verdicts by the video that is given, and of grounding in the right one beside two floors."""
     figure = Figure(figsize=(WIDTH, 6.2), layout="constrained")
     verdicts, spans = figure.subplots(2, 1)
-    given = {("zs", "verdict_right"): ("right video shown", GREEN, "")}
-    given |= {("zs", "verdict_wrong"): ("wrong video", RED, ".."), ("zs", "verdict"): ("both", GREY, "///")}
-    _bars(verdicts, numbers, datasets, "V1", given)
+    bars = {("zs", "verdict_right"): ("right video shown", GREEN, "")}
+    bars |= {("zs", "verdict_wrong"): ("wrong video", RED, ".."), ("zs", "verdict"): ("both", GREY, "///")}
+    _bars(verdicts, numbers, datasets, "V1", bars)
     verdicts.axhline(50, color=GREY, linestyle=":")
-    grounding = {"zs": ("base model", DARK, ""), "wholevideo": ("whole video", ORANGE, "..")}
-    grounding |= {"random": ("random span", "#cccccc", "///")}
-    grounding = {(system, "grounding@0.5"): props for system, props in grounding.items()}
-    _bars(spans, numbers, datasets, "V1", grounding)
+    bars = {("zs", "grounding@0.5"): ("base model", DARK, "")}
+    bars |= {("wholevideo", "grounding@0.5"): ("whole video", ORANGE, "..")}
+    bars |= {("random", "grounding@0.5"): ("random span", "#cccccc", "///")}
+    _bars(spans, numbers, datasets, "V1", bars)
     verdicts.set(title="verdicts; dotted: always the same verdict", ylabel="right verdict, %", ylim=(0, 108))
     spans.set(title="spans named for the right video", ylabel="R@1 at IoU 0.5, %")
     return figure
 
 
-@style()
 def overlaps(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw a histogram of overlaps with the right moment, that of whole videos as a line."""
     figure, (panels,) = _facets(datasets)
     for axes, dataset in zip(panels, datasets, strict=True):
-        left, share = np.array(series[f"V2/{dataset}/zs/iou"]).T
+        left, percent = np.array(series[f"V2/{dataset}/zs/iou"]).T
         whole = np.array(series[f"V2/{dataset}/wholevideo/iou"])[:, 1]
-        axes.bar(left[1:] + 0.05, share[1:], 0.092, color=DARK, label="base model")
-        axes.bar(left[0] + 0.05, share[0], 0.092, color=GREY, hatch="///", edgecolor="white")
+        axes.bar(left[1:] + 0.05, percent[1:], 0.092, color=DARK, label="base model")
+        axes.bar(left[0] + 0.05, percent[0], 0.092, color=GREY, hatch="///", edgecolor="white")
         axes.step([*left, 1.0], [*whole, whole[-1]], where="post", color=ORANGE, label="whole video")
         axes.set_xlabel("IoU (grey: exactly 0)")
         axes.set_xticks([-0.05, 0.3, 0.5, 0.7, 1], ["0", ".3", ".5", ".7", "1"])
@@ -347,45 +340,40 @@ def overlaps(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure
 
 STAGES = {"zs": ("base model", GREY, "o"), "ft": ("FT", ORANGE, "^"), "sft": ("stage 1", SKY, "s")}
 STAGES |= {"vsr1": ("both stages", BLUE, "D")}
-ATTRIBUTES = ("shirt", "trousers", "action", "object", "colour", "place", "light")
 
 
-@style()
 def trace_accuracy(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw by attribute what replies say: true words for what is shown above, false "yes" below; a mark per stage."""
     figure, panels = _facets(datasets, rows=2, height=5.2, sharex=True)
-    for row, (metric, label) in zip(
-        panels, {"shown": "shown word true, %", "false_yes": "false yes, %"}.items(), strict=True
-    ):
+    metrics = {"shown": "shown word true, %", "false_yes": "false yes, %"}
+    for row, (metric, y_label) in zip(panels, metrics.items(), strict=True):
         for axes, dataset in zip(row, datasets, strict=True):
-            for shift, (system, (words, colour, marker)) in enumerate(STAGES.items()):
-                found = {n: ("V4", dataset, system, f"{metric}_{name}") for n, name in enumerate(ATTRIBUTES)}
-                found = {n: results.row(numbers, *key) for n, key in found.items()}
-                for n, entry in found.items():
+            for shift, (system, (label, colour, marker)) in enumerate(STAGES.items()):
+                for n, attribute in enumerate(ATTRIBUTES):
+                    entry = results.row(numbers, "V4", dataset, system, f"{metric}_{attribute}")
                     if entry is not None:
                         x = n + 0.18 * (shift - 1.5)
                         axes.plot((x, x), (entry.low, entry.high), color=colour, linewidth=1)
-                        axes.plot(x, entry.value, marker, color=colour, markersize=4, label=words)
+                        axes.plot(x, entry.value, marker, color=colour, markersize=4, label=label)
             axes.set(ylim=(-3, 103))
-        row[0].set_ylabel(label)
+        row[0].set_ylabel(y_label)
     for axes in panels[-1]:
         axes.set_xticks(range(len(ATTRIBUTES)), ATTRIBUTES, rotation=45, ha="right")
     return _legend(figure, panels[0][0], len(STAGES))
 
 
-@style()
 def verdict_curves(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
-    """Draw the ROC of first looks by stage, with a mark where the stage stands."""
+    """Draw the ROC of first verdicts by stage, with a mark at the verdicts that the stage gives."""
     figure, (panels,) = _facets(datasets, height=3.6)
     for axes, dataset in zip(panels, datasets, strict=True):
         axes.plot((0, 100), (0, 100), ":", color=GREY)
-        for system, (words, colour, marker) in STAGES.items():
+        for system, (label, colour, marker) in STAGES.items():
             _series(axes, series.get(f"V5/{dataset}/{system}/roc"), color=colour)
-            stands = [
+            wrong, right = (
                 results.row(numbers, "V5", dataset, system, f"accept_{kind}") for kind in ("wrong", "right")
-            ]
-            if all(entry is not None for entry in stands):
-                axes.plot(*[entry.value for entry in stands], marker, color=colour, label=words)
+            )
+            if wrong is not None and right is not None:
+                axes.plot(wrong.value, right.value, marker, color=colour, label=label)
         axes.set(xlabel="wrong videos accepted, %")
     panels[0].set_ylabel("right videos accepted, %")
     return _legend(figure, panels[0], len(STAGES))
@@ -398,7 +386,6 @@ REFINEMENTS |= {"sqr-untrained": "SQR, untrained heads"}
 REFINEMENTS |= {f"hqr-{kind}": f"HQR {kind} (ours), prompted" for kind in ("blind", "seen", "reasoned")}
 
 
-@style()
 def refinements(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw a row per refinement: R@1 before (hollow) and after (with its interval)."""
     figure, (panels,) = _facets(datasets, height=2.9, sharex=True, sharey=True)
@@ -408,21 +395,22 @@ def refinements(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Fig
     return _legend(figure, panels[0], 2)
 
 
-SEEN = {"sqr": ("rejected video", BLUE, ""), "sqr-other-video": ("random wrong video", SKY, "")}
-SEEN |= {"sqr-right-video": ("right video", SKY, "///"), "sqr-no-video": ("no video", SHADES[6], "")}
-SEEN |= {"sqr-no-reply": ("no reply", SHADES[6], "///"), "sqr-query-alone": ("neither", SHADES[6], "..")}
-SEEN |= {"sqr-other-reply": ("another query's reply", ORANGE, "")}
-SEEN |= {"sqr-asked-corrupted": ("other colours asked for", ORANGE, "///")}
+INTERVENTIONS = {"sqr": ("rejected video", BLUE, ""), "sqr-other-video": ("random wrong video", SKY, "")}
+INTERVENTIONS |= {"sqr-right-video": ("right video", SKY, "///"), "sqr-no-video": ("no video", SHADES[6], "")}
+INTERVENTIONS |= {
+    "sqr-no-reply": ("no reply", SHADES[6], "///"),
+    "sqr-query-alone": ("neither", SHADES[6], ".."),
+}
+INTERVENTIONS |= {"sqr-other-reply": ("another query's reply", ORANGE, "")}
+INTERVENTIONS |= {"sqr-asked-corrupted": ("other colours asked for", ORANGE, "///")}
 
 
-@style()
 def interventions(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw bars of R@1 after one refinement, by what the policy has before it."""
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes = figure.subplots()
-    _bars(axes, numbers, datasets, "P2", {(system, "vr@1"): props for system, props in SEEN.items()})
+    _bars(axes, numbers, datasets, "P2", {(system, "vr@1"): bar for system, bar in INTERVENTIONS.items()})
     axes.set_ylabel(RANK_1)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
     return figure
 
 
@@ -432,23 +420,21 @@ GROWN |= {"hqr-trained": ("rewriting in words, trained, the loop", GREY, "D-")}
 GROWN |= {"vsr1": ("VideoSearch-R1, the loop", BLUE, "o-")}
 
 
-@style()
 def gallery_sizes(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw VCMR against R@1 of the first search, a curve a system, a point a size of the gallery."""
     figure, (panels,) = _facets(datasets, height=3.6)
     for axes, dataset in zip(panels, datasets, strict=True):
         levels = results.layouts()["P3"]["metrics"]
-        typed = {level: results.row(numbers, "P3", dataset, "typed", level) for level in levels}
-        places = {entry.value: level for level, entry in typed.items() if entry is not None}
+        first = {level: results.row(numbers, "P3", dataset, "typed", level) for level in levels}
+        metrics = {entry.value: level for level, entry in first.items() if entry is not None}
         for system, (label, colour, line) in GROWN.items():
             props = {"label": label, "color": colour, "marker": line[0], "linestyle": line[1:]}
-            _curve(axes, numbers, "P3", dataset, system, places, **props)
+            _curve(axes, numbers, "P3", dataset, system, metrics, **props)
         axes.set_xlabel("R@1 of the first search, %")
     panels[0].set_ylabel("VCMR at IoU 0.5, %")
     return _legend(figure, panels[0], 2)
 
 
-@style()
 def engines(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw R@1 after one refinement of failed queries: a row per method, a mark per engine."""
     figure, (panels,) = _facets(datasets, height=3.9, sharex=True, sharey=True)
@@ -469,88 +455,83 @@ SWEPT |= {"best": ("best video", GREY, "^")}
 HEADS = {"trained": ("trained heads", "-"), "untrained": ("untrained heads", "--")}
 
 
-@style()
 def prefix_sweep(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw one query as 0 to N soft tokens are added: rank of the right video above, cosines below."""
     figure, panels = _facets(datasets, rows=2, height=5.2, sharex=True, sharey=False)
     for ranks, cosines, dataset in zip(*panels, datasets, strict=True):
         for heads, (_, line) in HEADS.items():
-            place = f"S2/{dataset}/{heads}"
-            _series(ranks, series[f"{place}/rank"], line, marker="o", color=GREEN)
+            prefix = f"S2/{dataset}/{heads}"
+            _series(ranks, series[f"{prefix}/rank"], line, marker="o", color=GREEN)
             for kind, (_, colour, marker) in SWEPT.items():
-                _series(cosines, series[f"{place}/{kind}"], line, marker=marker, color=colour)
+                _series(cosines, series[f"{prefix}/{kind}"], line, marker=marker, color=colour)
         ranks.set_title(f"{dataset}: one query")
         ranks.yaxis.set_major_locator(MaxNLocator(integer=True))
         ranks.set_ylim(ranks.get_ylim()[1] + 1, 0.5)  # best on top, and there is no rank 0
         cosines.set_xlabel("soft tokens in the query")
     panels[0][0].set_ylabel("rank of right video")
     panels[1][0].set_ylabel("cosine with the query")
-    kinds = [Line2D([], [], color=BLACK, linestyle=line, label=label) for label, line in HEADS.values()]
-    kinds += [
-        Line2D([], [], color=color, marker=marker, label=label) for label, color, marker in SWEPT.values()
-    ]
-    return _legend(figure, kinds, min(3, len(datasets) + 1))
+    lines = [Line2D([], [], color=BLACK, linestyle=line, label=label) for label, line in HEADS.values()]
+    for label, colour, marker in SWEPT.values():
+        lines.append(Line2D([], [], color=colour, marker=marker, label=label))
+    return _legend(figure, lines, min(3, len(datasets) + 1))
 
 
-@style()
 def soft_tokens(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw R@1 against the number of soft tokens, the paper's curve in a panel of its own."""
-    figure, panels, places = _with_paper(datasets)
+    figure, panels = _with_paper(datasets)
     of_run = numbers[(numbers.table == "F4") & (numbers.system == "vsr1")]
     last = max(int(metric.removeprefix("d")) for metric in of_run.metric)
     metrics = {depth: f"d{depth}" for depth in range(last + 1)}
-    for axes, place in zip(panels, places, strict=True):
+    for dataset, axes in panels.items():
         props = {"marker": "o", "color": BLUE, "label": "all queries"}
-        _curve(axes, numbers, "F4", place, "vsr1", metrics, **props)
+        _curve(axes, numbers, "F4", dataset, "vsr1", metrics, **props)
         props = {"marker": "s", "color": SKY, "label": "first search failed, refined", "linestyle": "--"}
-        _curve(axes, numbers, "F4", place, "vsr1-failed", metrics, **props)
+        _curve(axes, numbers, "F4", dataset, "vsr1-failed", metrics, **props)
         axes.axvspan(last - 0.5, last + 0.5, color=GREY, alpha=0.15, linewidth=0)
         axes.set(xlabel="soft tokens in the query", xticks=list(metrics))
-    for axes in panels[:-1]:
-        axes.set_ylim(0, 102)
-    panels[0].set_ylabel(RANK_1)
-    return _legend(figure, panels[0], 2)
+    for dataset in datasets:
+        panels[dataset].set_ylim(0, 102)
+    panels[datasets[0]].set_ylabel(RANK_1)
+    return _legend(figure, panels[datasets[0]], 2)
 
 
-@style()
 def turn_counts(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
     """Draw VCMR against the most turns, the paper's in a panel of its own; dashed: no video is shown again."""
-    figure, panels, places = _with_paper(datasets)
+    figure, panels = _with_paper(datasets)
     of_run = numbers[(numbers.table == "F5") & (numbers.dataset == datasets[0]) & (numbers.system == "vsr1")]
     turns = sorted({int(metric.rpartition("_t")[2]) for metric in of_run.metric})
-    for axes, place in zip(panels, places, strict=True):
-        for iou, colour, marker in (
-            ("0.3", SHADES[1], "o"),
-            ("0.5", SHADES[3], "s"),
-            ("0.7", SHADES[5], "^"),
-        ):
+    lines = {"0.3": (SHADES[1], "o"), "0.5": (SHADES[3], "s"), "0.7": (SHADES[5], "^")}
+    for dataset, axes in panels.items():
+        for iou, (colour, marker) in lines.items():
             metrics = {turn: f"vcmr@{iou}_t{turn}" for turn in turns}
             props = {"marker": marker, "color": colour, "fillstyle": "none"}
-            _curve(axes, numbers, "F5", place, "vsr1", metrics, label=f"IoU {iou}", **props)
+            _curve(axes, numbers, "F5", dataset, "vsr1", metrics, label=f"IoU {iou}", **props)
             props |= {"linestyle": "--", "label": f"{iou}, no video twice"}
-            _curve(axes, numbers, "F5", place, "skip", metrics, **props)
+            _curve(axes, numbers, "F5", dataset, "skip", metrics, **props)
         axes.set(xlabel="turns at most", xticks=turns)
-    top = max(axes.get_ylim()[1] for axes in panels[:-1])
-    for axes in panels[:-1]:
-        axes.set_ylim(0, top)
-    panels[-1].set_ylim(bottom=0)
-    panels[0].set_ylabel("VCMR R@1, %")
-    return _legend(figure, panels[0], 3)
+    top = max(panels[dataset].get_ylim()[1] for dataset in datasets)
+    for dataset in datasets:
+        panels[dataset].set_ylim(0, top)
+    panels["mean"].set_ylim(bottom=0)
+    panels[datasets[0]].set_ylabel("VCMR R@1, %")
+    return _legend(figure, panels[datasets[0]], 3)
 
 
 def _with_paper(datasets):
-    """Return panels two by two, the last one for the paper's figure, whose place in numbers.json is "mean".
+    """Return a figure and its panels two by two, {data set: axes}; "mean" is that of the paper's figure.
 
     It has an axis of its own: on ours its steps would vanish.
     """
-    places, rows = [*datasets, "mean"], math.ceil((len(datasets) + 1) / 2)
+    titles = {dataset: dataset for dataset in datasets} | {"mean": "paper (real video)"}
+    rows = math.ceil(len(titles) / 2)
     figure = Figure(figsize=(WIDTH, 0.5 + 2.7 * rows), layout="constrained")
     panels = figure.subplots(rows, 2).flatten()
-    for spare in panels[len(places) :]:
+    for spare in panels[len(titles) :]:
         spare.remove()
-    for axes, title in zip(panels, [*datasets, "paper (real video)"], strict=False):
-        axes.set_title(title)
-    return figure, panels[: len(places)], places
+    panels = dict(zip(titles, panels, strict=False))
+    for dataset, title in titles.items():
+        panels[dataset].set_title(title)
+    return figure, panels
 
 
 # --- Training
@@ -570,7 +551,6 @@ STAGE_2 = {
 }
 
 
-@style()
 def training_curves(
     table: str, panels: dict, numbers: pd.DataFrame, series: dict, datasets: list[str]
 ) -> Figure:
@@ -578,11 +558,11 @@ def training_curves(
     figure, rows = _facets(datasets, rows=len(panels), height=0.7 + 1.9 * len(panels), sharex="col")
     for row, (label, curves) in zip(rows, panels.items(), strict=True):
         for axes, dataset in zip(row, datasets, strict=True):
-            for name, (words, colour, line) in curves.items():
-                assert any(f"{table}/{place}/{name}" in series for place in datasets), (
+            for name, (curve, colour, line) in curves.items():
+                assert any(f"{table}/{other}/{name}" in series for other in datasets), (
                     f"{table}: no curve {name}"
                 )
-                _series(axes, series.get(f"{table}/{dataset}/{name}"), line, color=colour, label=words)
+                _series(axes, series.get(f"{table}/{dataset}/{name}"), line, color=colour, label=curve)
         row[0].set_ylabel(label)
         row[0].legend(fontsize=8)
     for axes in rows[-1]:
@@ -622,22 +602,22 @@ def _live_png(lines, keys):
 LAYOUTS = {"raw": ("raw embeddings", BLUE), "b": ("through B, official", DARK)}
 LAYOUTS |= {"scaled": ("through B, scaled", ORANGE)}
 STARTS = {"": ("random start", "-"), "-zero": ("zero", ":"), "-zero-clipped": ("zero, clipped", "--")}
-COURSE = re.compile(r"held-(?P<init>[a-z]+)-n(?P<n>\d+)-r(?P<rows>\d+)(?P<more>(-[a-z]+)?)")
+HEAD_RUN = re.compile(r"held-(?P<init>[a-z]+)-n(?P<n>\d+)-r(?P<rows>\d+)(?P<more>(-[a-z]+)?)")
 
 
-@style()
 def soft_token_bound(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
-    """Draw soft tokens optimised per query by step above; below heads alone on held-out queries, a row per course."""
+    """Draw soft tokens optimised per query by step above; below heads alone on held-out queries, a row per run."""
     figure, panels = _facets(datasets, rows=2, height=6.4)
     systems = numbers[numbers.table == "L1"].system.unique()
-    courses = {name: _course_label(name) for name in sorted(filter(COURSE.fullmatch, systems), key=_course)}
+    runs = sorted(filter(HEAD_RUN.fullmatch, systems), key=_run_order)
+    labels = {name: _run_label(name) for name in runs}
     for free, held, dataset in zip(*panels, datasets, strict=True):
         for layout, (_, colour) in LAYOUTS.items():
             for start, (_, line) in STARTS.items():
                 _series(free, series[f"L1/{dataset}/free-{layout}{start}/vr@1"], line, color=colour)
         free.axhline(results.row(numbers, "L1", dataset, "free-plain", "vr@1").value, color=GREY, linewidth=1)
         free.set(xlabel="step of Adam", ylim=(0, 102))
-        _dots(held, numbers, "L1", dataset, courses, "vr@1")
+        _dots(held, numbers, "L1", dataset, labels, "vr@1")
         held.axvline(results.row(numbers, "L1", dataset, "held-plain", "vr@1").value, color=GREY, linewidth=1)
         held.set(xlabel="heads alone, held out, %")
     panels[0][0].set_ylabel("free soft tokens, R@1, %")
@@ -647,20 +627,20 @@ def soft_token_bound(numbers: pd.DataFrame, series: dict, datasets: list[str]) -
     return _legend(figure, lines, min(3, len(datasets) + 1))
 
 
-def _course(name):
+def _run_order(name):
     """Sort key: the other inits, then N, then rows, then what differs in something else."""
-    found = COURSE.fullmatch(name)
-    return found["init"] == "scaled", found["more"], int(found["rows"]), int(found["n"]), found["init"]
+    parts = HEAD_RUN.fullmatch(name)
+    return parts["init"] == "scaled", parts["more"], int(parts["rows"]), int(parts["n"]), parts["init"]
 
 
-def _course_label(name):
-    """Describe a course in words.
+def _run_label(name):
+    """Describe a `HeadRun` in words.
 
-    >>> _course_label("held-scaled-n4-r600-hard")
+    >>> _run_label("held-scaled-n4-r600-hard")
     'scaled, N 4, 600 queries, hard'
     """
-    found = COURSE.fullmatch(name)
-    return f"{found['init']}, N {found['n']}, {found['rows']} queries" + found["more"].replace("-", ", ")
+    parts = HEAD_RUN.fullmatch(name)
+    return f"{parts['init']}, N {parts['n']}, {parts['rows']} queries" + parts["more"].replace("-", ", ")
 
 
 FIGURES = {  # figure: (number or series without which a data set is left out, how it is drawn); captions: items.yaml
