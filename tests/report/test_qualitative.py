@@ -207,7 +207,7 @@ def test_what_differs_in_the_video_found_first_is_marked_in_the_query(run, seen)
     scenes = world.read_scenes(run.data_dir("charades") / "corpus")
     walk = next(walk for walk in qualitative.searches(run, "charades") if walk["sqr"].desc_id == 1)
     one, wrong = walk["sqr"], walk["sqr"].turns[0].shown_id
-    asked = qualitative.asked_for(one, scenes)
+    asked = qualitative.find_query_moment(one, scenes)
     nearest = min(
         scenes[wrong].moments,
         key=lambda m: sum(a != b for a, b in zip(m.attributes(), asked.attributes(), strict=True)),
@@ -216,7 +216,7 @@ def test_what_differs_in_the_video_found_first_is_marked_in_the_query(run, seen)
         replace(scenes[wrong], moments=(asked,)), replace(scenes[wrong], moments=(nearest,))
     )
     named = [line.split(": ")[1].split()[0] for line in told if " start " not in line and " end " not in line]
-    phrases = {qualitative._words(name, asked).lower() for name in named}
+    phrases = {qualitative._phrase(name, asked).lower() for name in named}
     assert phrases and {mark.lower() for mark in seen["charades-1"]["marks"]} == phrases
 
 

@@ -177,7 +177,7 @@ def statements(episodes: list[Episode], scenes: dict) -> pd.DataFrame:
     for number, episode in enumerate(episodes):
         if not episode.turns or (turn := episode.turns[0]).reply is None:
             continue
-        asked = qualitative.asked_for(episode, scenes)
+        asked = qualitative.find_query_moment(episode, scenes)
         seen = qualitative.closest(asked, turn.shown_id, scenes)
         found = [teacher.read_statement(step) for step, *_ in qualitative.reasoning(turn)]
         said = {one.attribute: one for one in found if one is not None}

@@ -16,12 +16,8 @@ from vsr1.mini.drawing import LIGHTS
 from vsr1.report import plots, results
 from vsr1.report.plots import BLACK, DARK, GREEN, GREY, RED, SHADES
 
-DASHED = {
-    "fill": False,
-    "edgecolor": GREEN,
-    "linestyle": "--",
-    "linewidth": 1.4,
-}  # the right video and moment
+# Of the right video and moment.
+DASHED = {"fill": False, "edgecolor": GREEN, "linestyle": "--", "linewidth": 1.4}
 MARGIN, COLUMN, GAP = 0.15, 4.25, 0.2  # inches: two columns
 COLUMNS = (MARGIN, MARGIN + COLUMN + GAP)
 TINT, MOON = np.array(LIGHTS["night"][0]), np.array(LIGHTS["night"][2][2])
@@ -61,13 +57,13 @@ class Canvas:
         self.axes.set_axis_off()
         self.pen = FigureCanvasAgg(self.figure).get_renderer()
 
-    def cut(self, height: float) -> Figure:
-        """Return the figure, cut to this height."""
+    def crop(self, height: float) -> Figure:
+        """Return the figure, cropped to this height."""
         self.axes.set(xlim=(0, self.width), ylim=(height, 0))
         self.figure.set_size_inches(self.width, height)
         return self.figure
 
-    def words(self, x: float, y: float, width: float, pieces: list[tuple[str, dict]], size=8.5) -> float:
+    def write(self, x: float, y: float, width: float, pieces: list[tuple[str, dict]], size=8.5) -> float:
         """Write pieces of (text, properties) as one wrapped paragraph; return the y below it.
 
         Properties are those of fonts, color, and struck: with a line through it.
@@ -80,40 +76,43 @@ class Canvas:
             for word in re.findall(r"\s+|\S{1,40}", text):
                 blank = word.isspace()
                 pixels, _, _ = self.pen.get_text_width_height_descent(" " if blank else word, font, False)
-                wide = pixels / self.figure.dpi
-                if not blank and x < left and left + wide > x + width + 0.02:
+                word_width = pixels / self.figure.dpi
+                if blank and left == x:
+                    continue  # no line begins with a blank
+                if not blank and x < left and left + word_width > x + width + 0.02:
                     left, y = x, y + line
                 if not blank:
                     self.axes.text(left, y + 0.72 * line, word, fontproperties=font, parse_math=False, **ink)
-                if props.get("struck") and not (blank and left == x):
-                    self.axes.plot((left, left + wide), (y + 0.52 * line,) * 2, linewidth=0.8, **ink)
-                left += 0 if blank and left == x else wide
+                if props.get("struck"):
+                    self.axes.plot((left, left + word_width), (y + 0.52 * line,) * 2, linewidth=0.8, **ink)
+                left += word_width
         return y + line
 
-    def frames(self, x: float, y: float, strip: Strip, each: float, gap=0.05, dashed=False) -> float:
-        """Draw frames side by side, `each` inch wide, with their seconds below; return the y below them.
+    def frames(self, x: float, y: float, strip: Strip, frame_width: float, dashed=False) -> float:
+        """Draw frames side by side, `frame_width` inches each, with their seconds below; return the y below them.
 
         Frames inside the span are underlined, and night scenes are brightened. dashed: a dashed green frame around all.
         """
         if strip.frames is None:
             reason = [(f"cannot be read: {strip.problem}", {"color": RED})]
-            return self.words(x, y, max(each, 3), reason)
+            return self.write(x, y, max(frame_width, 3), reason)
         count, height, width = strip.frames.shape[:3]
-        high = each * height / width
+        frame_height, step = frame_width * height / width, frame_width + 0.05
         for n, (frame, seconds) in enumerate(zip(strip.frames, strip.timestamps, strict=True)):
-            left = x + n * (each + gap)
-            place = (left, left + each, y + high, y)
-            self.axes.imshow(brighten_night(frame), extent=place, aspect="auto", interpolation="nearest")
+            left = x + n * step
+            right = left + frame_width
+            box = (left, right, y + frame_height, y)
+            self.axes.imshow(brighten_night(frame), extent=box, aspect="auto", interpolation="nearest")
             inside = strip.span is not None and strip.span[0] <= seconds <= strip.span[1]
             props = {"size": 7.5, "ha": "center", "weight": "bold" if inside else "normal"}
-            self.axes.text(left + each / 2, y + high + 0.15, f"{seconds:.1f} s", **props)
+            self.axes.text(left + frame_width / 2, y + frame_height + 0.15, f"{seconds:.1f} s", **props)
             if inside:
                 colour = GREEN if dashed else DARK
-                self.axes.plot((left, left + each), (y + high + 0.02,) * 2, color=colour, linewidth=2.5)
+                self.axes.plot((left, right), (y + frame_height + 0.02,) * 2, color=colour, linewidth=2.5)
         if dashed:
-            wide = count * (each + gap) + 0.03
-            self.axes.add_patch(Rectangle((x - 0.04, y - 0.04), wide, high + 0.25, **DASHED))
-        return y + high + 0.28
+            corner = (x - 0.04, y - 0.04)
+            self.axes.add_patch(Rectangle(corner, count * step + 0.03, frame_height + 0.25, **DASHED))
+        return y + frame_height + 0.28
 
     def box(self, x: float, top: float, width: float, bottom: float) -> None:
         """Draw a rounded box behind what stands there already."""
@@ -143,25 +142,25 @@ def contact_sheet(strips: list[Strip], columns: int = 6) -> Figure:
     """Draw a row of at most `columns` frames per clip, spread over it, below its caption."""
     canvas, y = Canvas(1.55 * columns + 0.05, dpi=100), 0.04  # frames at about their own size
     if not strips:
-        return canvas.cut(canvas.words(0.05, y, 4, [("nothing to show here", {})]))
+        return canvas.crop(canvas.write(0.05, y, 4, [("nothing to show here", {})]))
     for strip in strips:
-        y = canvas.words(0.05, y, canvas.width - 0.1, [(strip.caption, {})], 9) + 0.03
+        y = canvas.write(0.05, y, canvas.width - 0.1, [(strip.caption, {})], 9) + 0.03
         if strip.frames is not None:
             picked = np.unique(np.linspace(0, len(strip.frames) - 1, columns).round().astype(int))
             strip = Strip(strip.frames[picked], strip.timestamps[picked], strip.caption, strip.span)
         y = canvas.frames(0.05, y, strip, 1.5) + 0.05
-    return canvas.cut(y)
+    return canvas.crop(y)
 
 
 def save_sheet(strips: list[Strip], folder: Path, name: str, caption: str) -> Path:
     """Save a contact sheet and return the path of its png; an svg would only wrap the same pixels."""
-    words = f"{caption}."
+    caption = f"{caption}."
     if any(strip.span for strip in strips):
-        words += " Underlined frames lie inside the moment."
+        caption += " Underlined frames lie inside the moment."
     frames = (frame for strip in strips if strip.frames is not None for frame in strip.frames)
     if any(brighten_night(frame) is not frame for frame in frames):
-        words += f" {BRIGHTENED}"
-    return plots.save(contact_sheet(strips), folder, name, words, kinds=("png",))
+        caption += f" {BRIGHTENED}"
+    return plots.save(contact_sheet(strips), folder, name, caption)
 
 
 def sheets(profile: Profile, dataset: str) -> Path:
@@ -176,8 +175,9 @@ def copy_sheets(profile: Profile) -> None:
     """
     target = profile.results() / "figures"
     for dataset in profile.datasets:
-        drawn = list(sheets(profile, dataset).glob(f"*-{dataset}.png"))
-        for old in target.glob(f"*-{dataset}.png") if results.was_run(profile, dataset) else ():
-            old.unlink()
-        for sheet in drawn if profile.world else ():
-            shutil.copyfile(sheet, target / sheet.name)
+        if results.was_run(profile, dataset):
+            for path in target.glob(f"*-{dataset}.png"):
+                path.unlink()
+        if profile.world:
+            for path in sheets(profile, dataset).glob(f"*-{dataset}.png"):
+                shutil.copyfile(path, target / path.name)

@@ -73,9 +73,9 @@ def outcome(search: dict[str, Episode]) -> str:
 
 def lead(search: dict[str, Episode]) -> tuple[int, int]:
     """Return how far SQR ends before the best HQR: (whether it alone finds the moment, IoU 0.5; ranks)."""
-    found, *others = (int(metrics.vcmr_hits([episode], 0.5)[0]) for episode in search.values())
-    soft, *hard = map(rank, search.values())
-    return found - max(others), min(hard) - soft
+    soft_hit, *hard_hits = (int(metrics.vcmr_hits([episode], 0.5)[0]) for episode in search.values())
+    soft_rank, *hard_ranks = map(rank, search.values())
+    return soft_hit - max(hard_hits), min(hard_ranks) - soft_rank
 
 
 def wrong_video(search: dict[str, Episode]) -> str | None:
@@ -88,7 +88,7 @@ def wrong_video(search: dict[str, Episode]) -> str | None:
 # --- What matters in a query
 
 
-def asked_for(episode: Episode, scenes: dict) -> Moment | None:
+def find_query_moment(episode: Episode, scenes: dict) -> Moment | None:
     """Return the rendered moment that a query describes; None for real video."""
     if not scenes:
         return None
@@ -96,22 +96,34 @@ def asked_for(episode: Episode, scenes: dict) -> Moment | None:
     return spans[tuple(episode.gt_span_ms)]
 
 
-def closest(asked: Moment | None, video: str | None, scenes: dict) -> Moment | None:
-    """Return the moment of a rendered video that has most of what was asked for."""
-    return teacher.closest(asked, scenes[video].moments) if asked and video else None
+def closest(query_moment: Moment | None, video: str | None, scenes: dict) -> Moment | None:
+    """Return the moment of a rendered video that has most of what the query describes."""
+    return teacher.closest(query_moment, scenes[video].moments) if query_moment and video else None
 
 
-def contrast(asked: Moment | None, seen: Moment | None) -> dict[str, str]:
-    """Return {what was asked for: what a moment has in its place}, in words; empty without one of the two."""
-    differing = teacher.differing(asked, seen) if asked and seen else ()
-    return {_words(name, asked): _words(name, seen) for name in differing}
+def contrast(query_moment: Moment | None, shown_moment: Moment | None) -> dict[str, str]:
+    """Return {what the query asks for: what a moment has in its place}, in words; empty without one of the two."""
+    if not (query_moment and shown_moment):
+        return {}
+    differing = teacher.differing(query_moment, shown_moment)
+    return {_phrase(name, query_moment): _phrase(name, shown_moment) for name in differing}
 
 
-def _words(name, moment):
+def describe_wrong(differences: dict[str, str]) -> str:
+    """Describe a wrong video by its `contrast` with the query.
+
+    >>> describe_wrong({"a red hat": "a blue hat"}), describe_wrong({})
+    ('wrong video: a blue hat, not a red hat', 'wrong video')
+    """
+    pairs = "; ".join(f"{shown}, not {wanted}" for wanted, shown in differences.items())
+    return f"wrong video: {pairs}" if pairs else "wrong video"
+
+
+def _phrase(name, moment):
     """Return one attribute as captions have it; an object and its colour are one phrase."""
-    return (
-        f"{moment.colour} {moment.object}" if name in ("object", "colour") else captions.phrase(name, moment)
-    )
+    if name in ("object", "colour"):
+        return f"{moment.colour} {moment.object}"
+    return captions.phrase(name, moment)
 
 
 def _span(moment) -> tuple[int, int] | None:
@@ -119,13 +131,13 @@ def _span(moment) -> tuple[int, int] | None:
 
 
 def dropped(query: str, updates: list[str]) -> list[str]:
-    """Return the words of a query that no rewrite has kept, short ones left out.
+    """Return the words of a query that are in no rewrite, short ones left out.
 
     >>> dropped("A man opens the red door", ["a man at a door", "the man opens it"])
     ['red']
     """
-    kept = set(re.findall(r"\w+", " ".join(updates).lower()))
-    return [word for word in re.findall(r"\w{3,}", query) if updates and word.lower() not in kept]
+    rewritten = set(re.findall(r"\w+", " ".join(updates).lower()))
+    return [word for word in re.findall(r"\w{3,}", query) if updates and word.lower() not in rewritten]
 
 
 def pieces(text: str, phrases) -> list[tuple[str, bool]]:
@@ -138,38 +150,40 @@ def pieces(text: str, phrases) -> list[tuple[str, bool]]:
     return [(part, n % 2 == 1) for n, part in enumerate(re.split(rf"(?i)\b({pattern})\b", text))]
 
 
-def reasoning(turn: Turn, asked: Moment | None = None, seen: Moment | None = None, most: int | None = None):
-    """Split what was thought before the verdict into (step, whether it ends with "no", what is false of it in words).
+def reasoning(
+    turn: Turn,
+    query_moment: Moment | None = None,
+    shown_moment: Moment | None = None,
+    max_letters: int | None = None,
+) -> list[tuple[str, bool, str]]:
+    """Split the reasoning of a reply into (step, whether it ends with "no", what is false of it in words).
 
-    Nothing is called false without the rendered truth: `asked`, what the query describes, and `seen`, the moment of the
-    shown video that has most of it.
-
-    most   letters that are kept
+    Nothing is called false without the rendered truth: `query_moment`, which the query describes, and `shown_moment`,
+    the moment of the shown video that has most of it.
     """
     text = "" if turn.reply is None else turn.reply.text
     text = text.partition("</think>")[0].replace("<think>", "").strip()
-    text = text if most is None or len(text) <= most else f"{text[:most].rpartition(' ')[0]} …"
+    if max_letters is not None and len(text) > max_letters:
+        text = f"{text[:max_letters].rpartition(' ')[0]} …"
     steps = [step for step in re.split(r"(?<=\.) ", text) if step]
-    return [(step, step.endswith(" no."), _errors(step, asked, seen)) for step in steps]
+    return [(step, step.endswith(" no."), _errors(step, query_moment, shown_moment)) for step in steps]
 
 
-def _errors(step, asked, seen):
+def _errors(step, query_moment, shown_moment):
     """Say what is false of one step, in words; nothing where it is true or cannot be compared."""
-    statement = teacher.read_statement(step) if asked and seen else None
-    return "; ".join(statement.errors(asked, seen)) if statement else ""
+    statement = teacher.read_statement(step) if query_moment and shown_moment else None
+    return "; ".join(statement.errors(query_moment, shown_moment)) if statement else ""
 
 
 def marked_reply(profile: Profile, dataset: str, episode: Episode, turn: Turn) -> str:
     """Return a reply as plain text; where videos are rendered its false steps are ~~struck through~~ and corrected."""
     scenes = world.read_scenes(profile.data_dir(dataset) / "corpus") if profile.world else {}
-    asked = asked_for(episode, scenes)
-    seen = closest(asked, turn.shown_id, scenes)
-    steps = [f"~~{step}~~ [{errors}]" if errors else step for step, _, errors in reasoning(turn, asked, seen)]
-    return (
-        f"<think> {' '.join(steps)} </think>{turn.reply.text.partition('</think>')[2]}"
-        if steps
-        else turn.reply.text
-    )
+    query_moment = find_query_moment(episode, scenes)
+    steps = reasoning(turn, query_moment, closest(query_moment, turn.shown_id, scenes))
+    if not steps:
+        return turn.reply.text
+    marked = " ".join(f"~~{step}~~ [{errors}]" if errors else step for step, _, errors in steps)
+    return f"<think> {marked} </think>{turn.reply.text.partition('</think>')[2]}"
 
 
 def ticks(seconds: float | None) -> list[tuple[int, float]]:
@@ -209,31 +223,33 @@ class Cards:
     def card(self, search: dict[str, Episode]) -> dict:
         """Return all that a card shows of one search: the query, both videos, a row per system, every turn."""
         soft, video = search["sqr"], wrong_video(search)
-        asked, found, before = asked_for(soft, self.scenes), lead(search), rank(soft, "orig")
-        seen = closest(asked, video, self.scenes)
-        missed = contrast(asked, seen)
-        updates = [
-            turn.update_text for episode in search.values() for turn in episode.turns if turn.update_text
-        ]
-        matters = list(missed) if asked else dropped(soft.query, updates)
-        stills = [self.still(soft.gt_video, soft.gt_span_ms, "wanted", missed.keys())]
+        moment_lead, rank_lead = lead(search)
+        before, seconds = rank(soft, "orig"), self.film(soft.gt_video)["seconds"]
+        query_moment = find_query_moment(soft, self.scenes)
+        shown_moment = closest(query_moment, video, self.scenes)
+        differences = contrast(query_moment, shown_moment)
+        turns = [turn for episode in search.values() for turn in episode.turns]
+        updates = [turn.update_text for turn in turns if turn.update_text]
+        phrases = list(differences) if query_moment else dropped(soft.query, updates)
+        stills = [self.still(soft.gt_video, soft.gt_span_ms, "wanted", differences.keys())]
         if video:
             title = "found first" if before > 1 else "found instead"
-            stills.append(self.still(video, _span(seen) or soft.gt_span_ms, title, missed.values()))
+            span_ms = _span(shown_moment) or soft.gt_span_ms
+            stills.append(self.still(video, span_ms, title, differences.values()))
         return {
             "id": f"{self.dataset}-{soft.desc_id}",
             "dataset": self.dataset,
             "outcome": outcome(search),
             "gain": before - rank(soft),
-            "found": found[0],
-            "lead": found[1],
-            "query": pieces(soft.query, matters),
+            "found": moment_lead,
+            "lead": rank_lead,
+            "query": pieces(soft.query, phrases),
             "videos": self.videos,
-            "seconds": self.film(soft.gt_video)["seconds"],
-            "ticks": ticks(self.film(soft.gt_video)["seconds"]),
+            "seconds": seconds,
+            "ticks": ticks(seconds),
             "stills": stills,
             "rows": [self.row(system, episode) for system, episode in search.items()],
-            "turns": self.turns(search, asked, matters),
+            "turns": self.turns(search, query_moment, phrases),
             "problems": [episode.problem for episode in search.values() if episode.problem],
         }
 
@@ -249,18 +265,16 @@ class Cards:
         link = {"source": quote(f"{self.dataset}/{video}"), "start": f"{start_ms / 1000:.1f}"}
         return film | link | {"video": video, "bands": styles}
 
-    def still(self, video: str, span_ms, title: str, words) -> dict:
+    def still(self, video: str, span_ms, title: str, phrases) -> dict:
         """Return the frame of a strip that is nearest to the middle of a moment, and what matters in it."""
         times = self.film(video)["times"] or [0.0]
         column = int(np.abs(np.array(times) - sum(span_ms) / 2000).argmin())
         clip = self.clip(video, span_ms[0])
-        return {"clip": clip, "title": title, "words": ", ".join(words), "column": column}
+        return {"clip": clip, "title": title, "words": ", ".join(phrases), "column": column}
 
     def row(self, system: str, episode: Episode) -> dict:
         """Return one system in one line: its ranks, search by search, both moments on one bar, its end."""
-        ranks = [rank(episode, "orig")] + [
-            turn.rank_out for turn in episode.turns if turn.rank_out is not None
-        ]
+        ranks = [rank(episode, "orig"), *(t.rank_out for t in episode.turns if t.rank_out is not None)]
         last = episode.turns[-1] if episode.turns else None
         named = last.span_ms if last and last.shown_is_gt else None
         bands = [("right", tuple(episode.gt_span_ms)), ("said", named and tuple(named))]
@@ -272,50 +286,56 @@ class Cards:
             "end": _end(episode),
         }
 
-    def turns(self, search: dict[str, Episode], asked, matters: list[str]) -> list[list[dict]]:
+    def turns(self, search: dict[str, Episode], query_moment, phrases: list[str]) -> list[list[dict]]:
         """Return all turns of all systems: turn by turn, those that see the same video together."""
         turns = []
         for number in range(max(len(episode.turns) for episode in search.values())):
-            at = {system: e.turns[number] for system, e in search.items() if len(e.turns) > number}
-            videos = dict.fromkeys(turn.shown_id for turn in at.values())
-            groups = [
-                {system: turn for system, turn in at.items() if turn.shown_id == video} for video in videos
-            ]
-            turns.append([self.group(search["sqr"], group, asked, matters) for group in groups])
+            by_video = {}  # {video: {system: its turn}}
+            for system, episode in search.items():
+                if number < len(episode.turns):
+                    turn = episode.turns[number]
+                    by_video.setdefault(turn.shown_id, {})[system] = turn
+            groups = by_video.values()
+            turns.append([self.group(search["sqr"], group, query_moment, phrases) for group in groups])
         return turns
 
-    def group(self, episode: Episode, turns: dict[str, Turn], asked, matters: list[str]) -> dict:
+    def group(self, episode: Episode, turns: dict[str, Turn], query_moment, phrases: list[str]) -> dict:
         """Return one video, then what each system that saw it replied and did next."""
         video = next(iter(turns.values())).shown_id
+        shown_moment = closest(query_moment, video, self.scenes)
         if video == episode.gt_video:
             kind, span, title = "right", tuple(episode.gt_span_ms), "The right video"
         else:
-            near = closest(asked, video, self.scenes)
-            pairs = [f"{seen}, not {wanted}" for wanted, seen in contrast(asked, near).items()]
-            kind, span = "near", _span(near)
-            title = "A wrong video" + ": " * bool(pairs) + "; ".join(pairs)
+            kind, span = "near", _span(shown_moment)
+            title = f"A {describe_wrong(contrast(query_moment, shown_moment))}"
         named = [("said", turn.span_ms and tuple(turn.span_ms)) for turn in turns.values()]
         replies, first = [], {}  # the first system that gave a reply
         for system, turn in turns.items():
-            same = first.setdefault(turn.reply, system)
-            reply = _reply(turn, matters, asked, closest(asked, video, self.scenes))
-            same = SYSTEMS[same][1] if same != system else None
+            first_system = first.setdefault(turn.reply, system)
+            same = SYSTEMS[first_system][1] if first_system != system else None
+            reply = _reply(turn, phrases, query_moment, shown_moment)
             replies.append({"system": system, "name": SYSTEMS[system][1], "same": same} | reply)
         clip = self.clip(video, (span or (0,))[0], [(kind, span), *named])
         return {"title": title, "clip": clip, "replies": replies}
 
 
-def _reply(turn, matters, asked, seen) -> dict:
+def _reply(turn, phrases, query_moment, shown_moment) -> dict:
     """Return the reasoning and verdict of a reply, and what followed: a moment, soft tokens, or other words."""
     matched = None if turn.reply is None else turn.reply.matched
-    steps = reasoning(turn, asked, seen)
-    about = (
-        re.fullmatch(r"([\d.]+ to [\d.]+)\.", steps[0][0]) if steps else None
-    )  # the seconds it begins with
-    reply = {"reused": turn.reused, "steps": steps, "ranks": ranks(turn), "matched": matched}
-    reply["about"] = about and f"{about[1]} s"
-    reply |= {"right": matched is not None and matched == turn.shown_is_gt, "moment": "", "tokens": None}
-    reply |= {"depths": ", ".join(map(_rank, turn.rank_by_depth)), "rewrite": None}
+    steps = reasoning(turn, query_moment, shown_moment)
+    seconds = re.fullmatch(r"([\d.]+ to [\d.]+)\.", steps[0][0]) if steps else None
+    reply = {
+        "reused": turn.reused,
+        "steps": steps,
+        "ranks": ranks(turn),
+        "matched": matched,
+        "about": seconds and f"{seconds[1]} s",
+        "right": matched is not None and matched == turn.shown_is_gt,
+        "moment": "",
+        "tokens": None,
+        "depths": ", ".join(map(_rank, turn.rank_by_depth)),
+        "rewrite": None,
+    }
     if turn.rank_out is None:
         if turn.span_ms is not None:
             start, end = np.array(turn.span_ms) / 1000
@@ -324,7 +344,7 @@ def _reply(turn, matters, asked, seen) -> dict:
     elif turn.update_text is None:
         reply["tokens"] = turn.refine_tokens
     else:
-        reply["rewrite"] = pieces(turn.update_text, matters)
+        reply["rewrite"] = pieces(turn.update_text, phrases)
     return reply
 
 
@@ -335,8 +355,8 @@ def _end(episode) -> str:
         return f"saw it, accepted it, IoU {last.iou:.2f}" if last.shown_is_gt else "accepted a wrong video"
     if episode.problem is not None:
         return "could not go on"
-    seen = any(turn.shown_is_gt for turn in episode.turns)
-    return "saw it, rejected it" if seen else "never saw the right video"
+    saw_right = any(turn.shown_is_gt for turn in episode.turns)
+    return "saw it, rejected it" if saw_right else "never saw the right video"
 
 
 # --- The page
@@ -393,10 +413,9 @@ def samples(profile: Profile, count: int = 6) -> list[dict]:
             path = homes[card["dataset"]] / card["dataset"] / f"{still['clip']['video']}.webp"
             if path.exists():
                 with Image.open(path) as strip:
-                    wide, place = strip.width // previews.STRIP, still["column"]
-                    frames.append(
-                        (still["title"], strip.crop((place * wide, 0, (place + 1) * wide, strip.height)))
-                    )
+                    width = strip.width // previews.STRIP
+                    left = still["column"] * width
+                    frames.append((still["title"], strip.crop((left, 0, left + width, strip.height))))
         chosen.append(card | {"frames": frames})
     return chosen
 

@@ -30,9 +30,9 @@ class FrameSource:
         self.seconds = {}  # of the videos that were read
 
     def moments(self, episode: Episode, video: str):
-        """Return what a query asks for and the nearest moment of a video; None, None for real video."""
-        asked = qualitative.asked_for(episode, self.scenes)
-        return asked, qualitative.closest(asked, video, self.scenes)
+        """Return the moment that a query describes and the nearest one of a video; None, None for real video."""
+        query_moment = qualitative.find_query_moment(episode, self.scenes)
+        return query_moment, qualitative.closest(query_moment, video, self.scenes)
 
     def lacks(self, episode: Episode, video: str) -> dict[str, str]:
         """Return {what a query asks for: what a video has in its place}, in words."""
@@ -42,9 +42,12 @@ class FrameSource:
         """Count what the replies of a search state, and what of it is false; None where no truth is known."""
         if not self.scenes:
             return None
-        moments = [(turn, *self.moments(episode, turn.shown_id)) for turn in episode.turns]
-        steps = [step for each in moments for step in qualitative.reasoning(*each)]
-        errors = [errors for step, _, errors in steps if teacher.read_statement(step)]
+        errors = [
+            step_errors
+            for turn in episode.turns
+            for step, _, step_errors in qualitative.reasoning(turn, *self.moments(episode, turn.shown_id))
+            if teacher.read_statement(step)
+        ]
         return len(errors), sum(map(bool, errors))
 
     def strip(self, episode: Episode, video: str, count: int) -> Strip:
@@ -70,26 +73,30 @@ class FrameSource:
 
 def _query(canvas, source, episode):
     """Draw the query on top, in bold what the first video lacks of it; return the y below."""
-    canvas.words(MARGIN, 0.08, 3, [(f"{source.dataset}, query {episode.desc_id}", {"color": GREY})])
-    pieces = _marked(episode.query, source.lacks(episode, episode.turns[0].shown_id))
-    bottom = canvas.words(2 * MARGIN, 0.36, canvas.width - 4 * MARGIN, pieces, 12)
+    canvas.write(MARGIN, 0.08, 3, [(f"{source.dataset}, query {episode.desc_id}", {"color": GREY})])
+    pieces = _highlight(episode.query, source.lacks(episode, episode.turns[0].shown_id))
+    bottom = canvas.write(2 * MARGIN, 0.36, canvas.width - 4 * MARGIN, pieces, 12)
     canvas.box(MARGIN, 0.3, canvas.width - 2 * MARGIN, bottom + 0.06)
     return bottom + 0.18
 
 
-def _marked(text, phrases, props=None):
+def _highlight(text, phrases, props=None):
     """Return pieces of a text, in bold those phrases that stand in it."""
-    marked = {True: BOLD, False: props or {}}
-    return [(piece, marked[found]) for piece, found in qualitative.pieces(text, phrases)]
+    return [(piece, BOLD if match else props or {}) for piece, match in qualitative.pieces(text, phrases)]
 
 
 def _video(canvas, x, y, source, episode, video, heading):
     """Draw frames of a video under a heading, with what a wrong one has instead; return the y below."""
-    lacks = [f"{seen}, not {asked}" for asked, seen in source.lacks(episode, video).items()]
-    kind = ("wrong video" + ": " * bool(lacks) + "; ".join(lacks), {"color": BLACK})
-    kind = ("right video", {"color": GREEN} | BOLD) if video == episode.gt_video else kind
-    y = canvas.words(x, y, COLUMN, [(f"{heading}: ", BOLD), kind]) + 0.06
+    kind = _kind(source, episode, video, BLACK)
+    y = canvas.write(x, y, COLUMN, [(f"{heading}: ", BOLD), kind]) + 0.06
     return canvas.frames(x + 0.04, y, source.strip(episode, video, 3), 1.0, dashed=video == episode.gt_video)
+
+
+def _kind(source, episode, video, wrong_colour):
+    """Return the piece of text that says whether a video is the right one, and what a wrong one has instead."""
+    if video == episode.gt_video:
+        return "right video", {"color": GREEN} | BOLD
+    return qualitative.describe_wrong(source.lacks(episode, video)), {"color": wrong_colour}
 
 
 def _reply(canvas, x, y, source, episode, turn):
@@ -98,11 +105,11 @@ def _reply(canvas, x, y, source, episode, turn):
     if turn.reused:
         first = next(before.t for before in episode.turns if before.shown_id == turn.shown_id)
         again = f"Turn {turn.t} is turn {first} again, reply and next query; {qualitative.ranks(turn)}."
-        y = canvas.words(left, y + 0.06, inner, [(again, ITALIC)])
+        y = canvas.write(left, y + 0.06, inner, [(again, ITALIC)])
     else:
         steps = qualitative.reasoning(turn, *source.moments(episode, turn.shown_id), LONGEST)
-        y = canvas.words(left, y + 0.06, inner, [piece for step in steps for piece in _step(*step)])
-        y = canvas.words(left, y + 0.02, inner, _verdict(turn))
+        y = canvas.write(left, y + 0.06, inner, [piece for step in steps for piece in _step(*step)])
+        y = canvas.write(left, y + 0.02, inner, _verdict(turn))
         y = _next(canvas, left, y + 0.02, inner, source, episode, turn)
     canvas.box(x, top, COLUMN, y + 0.05)
     return y + 0.17
@@ -127,18 +134,24 @@ def _next(canvas, x, y, width, source, episode, turn: Turn):
     """Draw soft tokens or a rewrite, and the ranks around them; or the named moment, on a bar; return the y below."""
     ranks = qualitative.ranks(turn)
     if turn.rank_out is not None and turn.update_text is None:
-        canvas.words(x, y, width, [(replies.REFINE, BOLD)])
+        canvas.write(x, y, width, [(replies.REFINE, BOLD)])
         end = canvas.soft_tokens(x + 0.75, y + 0.02, turn.refine_tokens)
-        return canvas.words(end, y, width, [(f"{turn.refine_tokens} soft tokens; {ranks}", {})])
+        return canvas.write(end, y, width, [(f"{turn.refine_tokens} soft tokens; {ranks}", {})])
     if turn.rank_out is not None:
-        update = _marked(turn.update_text, source.lacks(episode, episode.turns[0].shown_id), ITALIC)
-        return canvas.words(x, y, width, [("rewritten: ", BOLD), *update, (f" {ranks}", {})])
+        update = _highlight(turn.update_text, source.lacks(episode, episode.turns[0].shown_id), ITALIC)
+        return canvas.write(x, y, width, [("rewritten: ", BOLD), *update, (f" {ranks}", {})])
+    return _moment(canvas, x, y, width, source, episode, turn, "moment")
+
+
+def _moment(canvas, x, y, width, source, episode, turn, label, size=8.5, with_iou=True):
+    """Draw the moment that a reply names, with the right one on a bar; return the y below."""
     if not turn.reply.matched or turn.span_ms is None:
-        return canvas.words(x, y, width, [("nothing to search or to answer with", {"color": RED})])
+        return canvas.write(x, y, width, [("nothing to search or to answer with", {"color": RED})], size)
     named, right = np.array(turn.span_ms) / 1000, np.array(episode.gt_span_ms) / 1000
-    text = f"moment {named[0]:.1f} to {named[1]:.1f} s"
-    text += f" (right: {right[0]:.1f} to {right[1]:.1f} s), IoU {turn.iou:.2f}" if turn.shown_is_gt else ""
-    y = canvas.words(x, y, width, [(text, {})])
+    text = f"{label} {named[0]:.1f} to {named[1]:.1f} s"
+    if turn.shown_is_gt:
+        text += f" (right: {right[0]:.1f} to {right[1]:.1f} s)" + f", IoU {turn.iou:.2f}" * with_iou
+    y = canvas.write(x, y, width, [(text, {})], size)
     seconds = source.seconds.get(turn.shown_id) if turn.shown_is_gt else None
     return canvas.timeline(x, y + 0.04, width, seconds, right, named) if seconds else y
 
@@ -146,12 +159,10 @@ def _next(canvas, x, y, width, source, episode, turn: Turn):
 def _end(episode):
     """Say how a search ended."""
     last = episode.turns[-1]
-    found = bool(last.reply.matched and last.shown_is_gt)
     ranks = f"right video from rank {episode.rank_orig} to {qualitative.rank(episode)}"
-    return [
-        ("✓ found: " if found else "⚠ not found: ", BOLD | {"color": GREEN if found else RED}),
-        (ranks, {}),
-    ]
+    if last.reply.matched and last.shown_is_gt:
+        return [("✓ found: ", BOLD | {"color": GREEN}), (ranks, {})]
+    return [("⚠ not found: ", BOLD | {"color": RED}), (ranks, {})]
 
 
 # --- Figures
@@ -167,24 +178,21 @@ def turn_by_turn(columns: dict[str, tuple[Episode, tuple[Turn, ...]]], source: F
     first, _ = next(iter(columns.values()))
     top = _query(canvas, source, first)
     pair = ((first.turns[0].shown_id, "turn 1, rank 1"), (first.gt_video, f"rank {first.rank_orig}"))
-    y = (
-        max(_video(canvas, x, top, source, first, *shown) for x, shown in zip(COLUMNS, pair, strict=True))
-        + 0.1
-    )
+    bottoms = [_video(canvas, x, top, source, first, *video) for x, video in zip(COLUMNS, pair, strict=True)]
+    y = max(bottoms) + 0.1
     for x, (heading, (episode, turns)) in zip(COLUMNS, columns.items(), strict=True):
-        below = canvas.words(x, y, COLUMN, [(heading, BOLD)], 11) + 0.05
+        below = canvas.write(x, y, COLUMN, [(heading, BOLD)], 11) + 0.05
         for turn in turns:
             if turn.t > 1 and not turn.reused:
-                below = (
-                    _video(canvas, x, below, source, episode, turn.shown_id, f"turn {turn.t}, rank 1") + 0.02
-                )
+                label = f"turn {turn.t}, rank 1"
+                below = _video(canvas, x, below, source, episode, turn.shown_id, label) + 0.02
             below = _reply(canvas, x, below, source, episode, turn)
-        ends.append(
-            canvas.words(x, below, COLUMN, _end(episode), 9.5) if turn is episode.turns[-1] else below
-        )
+        if turns[-1] is episode.turns[-1]:
+            below = canvas.write(x, below, COLUMN, _end(episode), 9.5)
+        ends.append(below)
     middle = COLUMNS[1] - GAP / 2
     canvas.axes.plot((middle, middle), (y, max(ends)), color=GREY, linewidth=0.8)
-    return canvas.cut(max(ends) + 0.1)
+    return canvas.crop(max(ends) + 0.1)
 
 
 NARROW = 5.4  # inches: read on a phone at about 80 pixels each, so its smallest letters are 10 points
@@ -195,24 +203,21 @@ def one_search(episode: Episode, source: FrameSource) -> Figure:
     """Draw F1, turn below turn: the query, then each video with what the reply states of it, and what follows."""
     canvas = Canvas(NARROW)
     inner, left = NARROW - 2 * MARGIN, MARGIN
-    query = _marked(episode.query, source.lacks(episode, episode.turns[0].shown_id))
-    y = canvas.words(left + 0.1, 0.16, inner - 0.2, [("query: ", {"color": GREY}), *query], 12)
+    query = _highlight(episode.query, source.lacks(episode, episode.turns[0].shown_id))
+    y = canvas.write(left + 0.1, 0.16, inner - 0.2, [("query: ", {"color": GREY}), *query], 12)
     canvas.box(left, 0.08, inner, y + 0.04)
     y += 0.2
     for turn in episode.turns:
-        lacks = [f"{seen}, not {asked}" for asked, seen in source.lacks(episode, turn.shown_id).items()]
-        wrong = ("wrong video" + ": " * bool(lacks) + "; ".join(lacks), {"color": RED})
-        kind = ("right video", {"color": GREEN} | BOLD) if turn.shown_is_gt else wrong
-        y = canvas.words(left, y, inner, [(f"Turn {turn.t}. Found first: ", BOLD), kind], 11) + 0.08
-        strip, each = source.strip(episode, turn.shown_id, 4), (inner - 0.21) / 4
-        y = canvas.frames(left + 0.03, y, strip, each, dashed=turn.shown_is_gt) + 0.04
-        top = y
+        kind = _kind(source, episode, turn.shown_id, RED)
+        y = canvas.write(left, y, inner, [(f"Turn {turn.t}. Found first: ", BOLD), kind], 11) + 0.08
+        strip, frame_width = source.strip(episode, turn.shown_id, 4), (inner - 0.21) / 4
+        top = y = canvas.frames(left + 0.03, y, strip, frame_width, dashed=turn.shown_is_gt) + 0.04
         y = _statements(canvas, left + 0.1, y + 0.05, inner - 0.2, source, episode, turn)
-        y = canvas.words(left + 0.1, y, inner - 0.2, [("verdict: ", {}), *_verdict(turn)], 11)
+        y = canvas.write(left + 0.1, y, inner - 0.2, [("verdict: ", {}), *_verdict(turn)], 11)
         y = _then(canvas, left + 0.1, y + 0.02, inner - 0.2, source, episode, turn)
         canvas.box(left, top, inner, y + 0.04)
         y += 0.2
-    return canvas.cut(y)
+    return canvas.crop(y)
 
 
 def _statements(canvas, x, y, width, source, episode, turn):
@@ -226,12 +231,12 @@ def _statements(canvas, x, y, width, source, episode, turn):
         statement = teacher.read_statement(step[0]) if source.scenes else None
         (stated if statement else other).append((statement, step))
     if other:
-        y = canvas.words(x, y, width, [piece for _, step in other for piece in _step(*step)], 10)
+        y = canvas.write(x, y, width, [piece for _, step in other for piece in _step(*step)], 10)
     half, ends = math.ceil(len(stated) / 2), [y]
     for column in (stated[:half], stated[half:]):
         below = y
         for statement, (_, _, errors) in column:
-            below = canvas.words(x, below, width / 2 - 0.05, _stated(statement, errors), 10)
+            below = canvas.write(x, below, width / 2 - 0.05, _stated(statement, errors), 10)
         x, ends = x + width / 2, [*ends, below]
     return max(ends) + 0.02
 
@@ -241,30 +246,20 @@ def _stated(statement, errors):
     compared = (
         statement.shown_word if statement.same else f"{statement.shown_word}, not {statement.query_word}"
     )
-    said = f"{statement.attribute}: {compared}"
+    text = f"{statement.attribute}: {compared}"
     if errors:
-        return [
-            ("✗ ", {"color": RED}),
-            (said, {"color": RED} | STRUCK),
-            (f" ({errors.partition(';')[0]})", ITALIC),
-        ]
-    return [("✓ ", {"color": GREEN}), (said, {} if statement.same else BOLD)]
+        truth = f" ({errors.partition(';')[0]})"
+        return [("✗ ", {"color": RED}), (text, {"color": RED} | STRUCK), (truth, ITALIC)]
+    return [("✓ ", {"color": GREEN}), (text, {} if statement.same else BOLD)]
 
 
 def _then(canvas, x, y, width, source, episode, turn):
     """Draw what follows a verdict, soft tokens and a new rank, or the moment on a bar; return the y below."""
     if turn.rank_out is not None:
         end = canvas.soft_tokens(x, y + 0.05, turn.refine_tokens)
-        words = f"{turn.refine_tokens} soft tokens; right video: {qualitative.ranks(turn)}"
-        return canvas.words(end, y, width - end + x, [(words, {"color": BLUE})], 10)
-    if not turn.reply.matched or turn.span_ms is None:
-        return canvas.words(x, y, width, [("nothing to search or to answer with", {"color": RED})], 10)
-    named, right = np.array(turn.span_ms) / 1000, np.array(episode.gt_span_ms) / 1000
-    text = f"moment: {named[0]:.1f} to {named[1]:.1f} s"
-    text += f" (right: {right[0]:.1f} to {right[1]:.1f} s)" if turn.shown_is_gt else ""
-    y = canvas.words(x, y, width, [(text, {})], 10)
-    seconds = source.seconds.get(turn.shown_id) if turn.shown_is_gt else None
-    return canvas.timeline(x, y + 0.04, width, seconds, right, named) if seconds else y
+        text = f"{turn.refine_tokens} soft tokens; right video: {qualitative.ranks(turn)}"
+        return canvas.write(end, y, width - end + x, [(text, {"color": BLUE})], 10)
+    return _moment(canvas, x, y, width, source, episode, turn, "moment:", 10, with_iou=False)
 
 
 LINES = ((RED, "D"), (ORANGE, "^"), (GREEN, "*"))  # of the video found first, of the next, of the right one
@@ -281,17 +276,17 @@ def by_soft_tokens(episode: Episode, source: FrameSource, ranks: dict[str, list[
     for n, (video, (colour, _)) in enumerate(zip(ranks, LINES, strict=False), 1):
         right = video == episode.gt_video
         name = f"video {n}" + ", the right one" * right
-        y = canvas.words(MARGIN, y, 3, [(name, BOLD | {"color": colour})], 10) + 0.06
+        y = canvas.write(MARGIN, y, 3, [(name, BOLD | {"color": colour})], 10) + 0.06
         below = canvas.frames(MARGIN + 0.04, y, source.strip(episode, video, 2), 0.95, dashed=right)
-        asked, seen = source.moments(episode, video)
-        for attribute in ATTRIBUTES if asked else ():
-            has = getattr(asked, attribute) == getattr(seen, attribute)
-            text = f"{'✓' if has else '✗'} {captions.phrase(attribute, seen)}"
-            y = canvas.words(2.35, y, 2, [(text, {"color": GREEN if has else RED})])
+        query_moment, shown_moment = source.moments(episode, video)
+        for attribute in ATTRIBUTES if query_moment else ():
+            has = getattr(query_moment, attribute) == getattr(shown_moment, attribute)
+            text = f"{'✓' if has else '✗'} {captions.phrase(attribute, shown_moment)}"
+            y = canvas.write(2.35, y, 2, [(text, {"color": GREEN if has else RED})])
         y = max(y, below) + 0.08
-    figure = canvas.cut(y)
-    place = np.array((4.75, 0.55, 4.05, y - top - 0.9)) / (canvas.width, y, canvas.width, y)
-    _rank_curves(figure.add_axes(place), ranks)
+    figure = canvas.crop(y)
+    box = np.array((4.75, 0.55, 4.05, y - top - 0.9)) / (canvas.width, y, canvas.width, y)
+    _rank_curves(figure.add_axes(box), ranks)
     return figure
 
 
