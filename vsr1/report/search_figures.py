@@ -6,7 +6,7 @@ Where videos are real their frames are not for git: such figures stay in runs/<p
 import functools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ def ahead(episode: Episode, other: Episode) -> bool:
 
     Both refine after the same first video, and the other does not even have the right video on rank 1 at last.
     """
-    return level(episode, other) and _lost(other) and qualitative.rank(episode) == 1 and _found(episode)
+    return level(episode, other) and _lost(other) and qualitative.rank(episode) == 1 and _is_hit(episode)
 
 
 def level(episode: Episode, other: Episode) -> bool:
@@ -56,7 +56,7 @@ def level(episode: Episode, other: Episode) -> bool:
 def in_two_turns(episode: Episode) -> bool:
     """Return whether a search is two turns: a wrong video that is rejected, then the right one and its moment."""
     wrong_first = len(episode.turns) == 2 and not episode.turns[0].shown_is_gt
-    return wrong_first and bool(metrics.ver_hits([episode], 0)[0]) and _found(episode)
+    return wrong_first and bool(metrics.ver_hits([episode], 0)[0]) and _is_hit(episode)
 
 
 def three_on_top(episode: Episode) -> bool:
@@ -69,25 +69,28 @@ def _lost(episode):
     return episode.problem is None and qualitative.rank(episode) > 1
 
 
-def _found(episode):
+def _is_hit(episode):
     return bool(metrics.vcmr_hits([episode], IOU)[0])
+
+
+FAILED = range(2, metrics.UNRANKED)  # ranks of the right video where the first search failed
 
 
 @dataclass(frozen=True)
 class Rule:
     """Which searches, each a tuple of episodes of one query, a figure may show."""
 
-    fits: Callable  # of the episodes
-    first_ranks: range  # of the right video in the first search
     words: str
+    fits: Callable  # of the episodes
+    first_ranks: range = FAILED  # of the right video in the first search
 
     def choose(self, searches: dict[str, list[tuple]]) -> dict[str, list[tuple]]:
         """Return {data set: the searches that fit, smallest query id first}."""
         chosen = {}
         for dataset, tuples in searches.items():
             # None, of a query that was not run, would be looked for in each number of the range.
-            run = [each for each in tuples if each[0].rank_orig is not None]
-            fit = [each for each in run if each[0].rank_orig in self.first_ranks and self.fits(*each)]
+            run = [episodes for episodes in tuples if episodes[0].rank_orig is not None]
+            fit = [e for e in run if e[0].rank_orig in self.first_ranks and self.fits(*e)]
             chosen[dataset] = sorted(fit, key=lambda episodes: episodes[0].desc_id)
         return chosen
 
@@ -98,52 +101,39 @@ class Rule:
 
     def count(self, searches: dict[str, list[tuple]]) -> str:
         """Say how many queries fit, in all and of each data set."""
-        fit = {dataset: len(found) for dataset, found in self.choose(searches).items()}
-        parts = ", ".join(f"{dataset} {count} of {len(searches[dataset])}" for dataset, count in fit.items())
-        total = f"{sum(fit.values())} of {sum(map(len, searches.values()))} queries"
-        return total + (f" ({parts})" if any(fit.values()) else "")
+        counts = {dataset: len(fit) for dataset, fit in self.choose(searches).items()}
+        total = f"{sum(counts.values())} of {sum(map(len, searches.values()))} queries"
+        if not any(counts.values()):
+            return total
+        parts = (f"{dataset} {count} of {len(searches[dataset])}" for dataset, count in counts.items())
+        return f"{total} ({', '.join(parts)})"
 
 
 WINS = "both refine after the same video, {} accepts the right video with IoU 0.5 or more, and {} does not have it "
 WINS += "on rank 1 at last"
+TWO_VIDEOS = "a wrong {} is rejected, and the right one accepted next with IoU 0.5 or more"
 FIRST = "the right video is on rank {} to {} in the first search"
 ANY_RANK = "the first search failed (whatever the rank: a weaker rule), "
-SQR_WINS = Rule(
-    ahead, range(10, 41), f"{FIRST.format(10, 40)}, {WINS.format('SQR', 'HQR')}"
-)  # as in the paper
-HQR_WINS = Rule(
-    lambda soft, hard: ahead(hard, soft),
-    range(2, metrics.UNRANKED),
-    ANY_RANK + WINS.format("HQR", "SQR"),
-)
-SQR_WINS_FROM_ANY_RANK = Rule(ahead, range(2, metrics.UNRANKED), ANY_RANK + WINS.format("SQR", "HQR"))
-FAILED = "the first search failed, both refine after the same video, and "
+REFINED = "the first search failed, both refine after the same video, and "
+# The first one as in the paper.
+SQR_WINS = Rule(f"{FIRST.format(10, 40)}, {WINS.format('SQR', 'HQR')}", ahead, range(10, 41))
+SQR_WINS_FROM_ANY_RANK = Rule(ANY_RANK + WINS.format("SQR", "HQR"), ahead)
+HQR_WINS = Rule(ANY_RANK + WINS.format("HQR", "SQR"), lambda soft, hard: ahead(hard, soft))
 BOTH = Rule(
-    lambda soft, hard: level(soft, hard) and _found(soft) and _found(hard),
-    range(2, metrics.UNRANKED),
-    f"{FAILED}both accept the right video with IoU 0.5 or more",
+    f"{REFINED}both accept the right video with IoU 0.5 or more",
+    lambda soft, hard: level(soft, hard) and _is_hit(soft) and _is_hit(hard),
 )
 NEITHER = Rule(
+    f"{REFINED}neither has the right video on rank 1 at last",
     lambda soft, hard: level(soft, hard) and _lost(soft) and _lost(hard),
-    range(2, metrics.UNRANKED),
-    f"{FAILED}neither has the right video on rank 1 at last",
 )
 COMPARED = {"F7": SQR_WINS, "A3": HQR_WINS, "A4": BOTH, "A5": NEITHER, "A6": SQR_WINS, "A7": HQR_WINS}
-TWO_TURNS = Rule(
-    in_two_turns,
-    range(10, 31),
-    f"{FIRST.format(10, 30)}, a wrong one is rejected, and the right one accepted next with IoU 0.5 or more",
-)
-TWO_TURNS_FROM_ANY_RANK = Rule(
-    in_two_turns,
-    range(2, metrics.UNRANKED),
-    "the first search failed (whatever the rank: "
-    "a weaker rule), a wrong video is rejected, and the right one accepted next with IoU 0.5 or more",
-)
+TWO_TURNS = Rule(f"{FIRST.format(10, 30)}, {TWO_VIDEOS.format('one')}", in_two_turns, range(10, 31))
+TWO_TURNS_FROM_ANY_RANK = Rule(ANY_RANK + TWO_VIDEOS.format("video"), in_two_turns)
 THREE_ON_TOP = Rule(
+    f"{FIRST.format(20, 40)} and three videos are on rank 1 in turn, the right one last",
     three_on_top,
     range(20, 41),
-    f"{FIRST.format(20, 40)} and three videos are on rank 1 in turn, the right one last",
 )
 
 
@@ -170,7 +160,7 @@ def run_pairs(profile: Profile) -> dict[str, list[tuple[Episode, Episode]]]:
 
 def first_of_rules(profile: Profile, dataset: str) -> list[Episode]:
     """Return the episodes of one data set whose ranks F1 and F6 would show."""
-    searches = {dataset: run_searches(profile).get(dataset, [])}
+    searches = run_searches(replace(profile, datasets=(dataset,)))
     firsts = [rule.in_turn(searches)[:1] for rule in (TWO_TURNS, THREE_ON_TOP)]
     return list({episode.desc_id: episode for first in firsts for _, (episode,) in first}.values())
 
@@ -194,41 +184,43 @@ def figures(profile: Profile, reader: video_reader.Reader) -> Iterator[tuple[str
     """Yield (name, figure, caption) of each figure whose rule finds a search; print which are left out."""
     source = functools.cache(lambda dataset: FrameSource(profile, dataset, reader))
     pairs, searches = run_pairs(profile), run_searches(profile)
-    wanted = [(name, *chosen, _comparison) for name, chosen in _compared(pairs).items()]
+    wanted = [(name, rule, pairs, index, _comparison) for name, (rule, index) in _compared(pairs).items()]
     two_turns = TWO_TURNS if TWO_TURNS.in_turn(searches) else TWO_TURNS_FROM_ANY_RANK
     wanted += [("F1", two_turns, searches, 0, _two_turns), ("F6", THREE_ON_TOP, searches, 0, _by_soft_tokens)]
-    for name, rule, candidates, place, render in wanted:
-        found = rule.in_turn(candidates)[place : place + 1]
-        if candidates and not found:
-            print(f"left out: figure {name}: no further search fits its rule")
-        for dataset, episodes in found:
-            ranks = ranks_by_depth(profile, dataset, episodes[0])
-            if name == "F6" and ranks is None:
-                why = "notebook 08 left no ranks of it, or others than were recorded; run it again"
-                print(f"left out: figure F6 of {dataset}: {why}")
-                continue
-            figure, title = render(*episodes, source(dataset), ranks)
-            rule_words = f"{rule.words}: {rule.count(candidates)}."
-            if rule in (SQR_WINS, SQR_WINS_FROM_ANY_RANK, HQR_WINS):
-                exchanged = {place: [pair[::-1] for pair in both] for place, both in pairs.items()}
-                rule_words += f" The same with SQR and HQR exchanged: {rule.count(exchanged)}."
-            yield name, figure, _caption(profile, name, title, dataset, episodes[0], rule_words)
+    for name, rule, candidates, index, render in wanted:
+        fit = rule.in_turn(candidates)
+        if index >= len(fit):
+            if candidates:
+                print(f"left out: figure {name}: no further search fits its rule")
+            continue
+        dataset, episodes = fit[index]
+        ranks = ranks_by_depth(profile, dataset, episodes[0])
+        if name == "F6" and ranks is None:
+            why = "notebook 08 left no ranks of it, or others than were recorded; run it again"
+            print(f"left out: figure F6 of {dataset}: {why}")
+            continue
+        figure, title = render(*episodes, source(dataset), ranks)
+        rule_words = f"{rule.words}: {rule.count(candidates)}."
+        if rule in (SQR_WINS, SQR_WINS_FROM_ANY_RANK, HQR_WINS):
+            exchanged = {dataset: [pair[::-1] for pair in both] for dataset, both in pairs.items()}
+            rule_words += f" The same with SQR and HQR exchanged: {rule.count(exchanged)}."
+        yield name, figure, _caption(profile, name, title, dataset, episodes[0], rule_words)
 
 
 def _compared(pairs):
-    """Return {figure: (rule, pairs, place of its search)} of COMPARED; no search is shown twice.
+    """Return {figure: (rule, index of its search among those that fit)} of COMPARED; no search is shown twice.
 
     Where a run has no further search of the kind, another win of SQR takes its place, or one that neither finds.
     """
     chosen, shown = {}, set()
     for name, wanted in COMPARED.items():
-        chosen[name] = wanted, pairs, len(wanted.in_turn(pairs))  # behind the last one
+        chosen[name] = wanted, len(wanted.in_turn(pairs))  # behind the last one
         rules = (wanted, SQR_WINS, SQR_WINS_FROM_ANY_RANK, NEITHER)
-        fit = ((rule, place, pair) for rule in rules for place, pair in enumerate(rule.in_turn(pairs)))
-        for rule, place, (dataset, (soft, _)) in fit:
+        fit = ((rule, index, pair) for rule in rules for index, pair in enumerate(rule.in_turn(pairs)))
+        for rule, index, (dataset, (soft, _)) in fit:
             if (dataset, soft.desc_id) not in shown:
                 shown.add((dataset, soft.desc_id))
-                chosen[name] = rule, pairs, place
+                chosen[name] = rule, index
                 break
     return chosen
 
@@ -254,8 +246,8 @@ def _two_turns(episode, source, ranks):
 
 def _by_soft_tokens(episode, source, ranks):
     """Return F6 and what it shows."""
-    shown = ", ".join(map(str, ranks[episode.gt_video]))
-    title = f"Ranks of three videos as soft tokens are added: the right one is on rank {shown}. ✓, ✗: what each has of "
+    right = ", ".join(map(str, ranks[episode.gt_video]))
+    title = f"Ranks of three videos as soft tokens are added: the right one is on rank {right}. ✓, ✗: what each has of "
     title += "the query, or in its place. Bands: which one is on rank 1."
     return search_panels.by_soft_tokens(episode, source, ranks), title
 
@@ -264,32 +256,33 @@ def _caption(profile, name, title, dataset, episode, rule):
     """Say what a figure shows, the rule that found it, and the paper's quantities where its figure is known."""
     world = "rendered videos and mini models" if profile.world else "real videos"
     paper = "Paper: a further example, not known to us."
-    paper = f"Paper, read off its figure: {PAPER[name]}." if name in PAPER else paper
+    if name in PAPER:
+        paper = f"Paper, read off its figure: {PAPER[name]}."
     marks = f"{RENDERED} {LEGEND}" if profile.world else LEGEND
     picked = f"{dataset}, query {episode.desc_id}. Rule (smallest ids first, data sets in turn): {rule}"
     return f"{title} {marks} Profile {profile.name}, {world}. {picked} {paper}"
 
 
-def _save(figure, folder, name, words):
+def _save(figure, folder, name, caption):
     """Save the png with 256 colours: a third of the bytes, and drawings keep their edges."""
-    path = plots.save(figure, folder, name, words, plots.KINDS)
+    path = plots.save(figure, folder, name, caption, plots.KINDS)
     with Image.open(path) as picture:
         small = picture.convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE)
-    return plots.save_png(small, path, words)
+    return plots.save_png(small, path, caption)
 
 
 def sources(profile: Profile) -> list[Path]:
     """List the files that decide the figures: searches, ranks, and what was rendered."""
-    home = [(profile.runs(dataset), profile.data_dir(dataset)) for dataset in profile.datasets]
-    found = [runs / "episodes" / name for runs, _ in home for name in ("vsr1.jsonl", f"{HARD}.jsonl")]
-    found += [runs / "depth_ranks" / "ranks.json" for runs, _ in home]
-    return found + [data / name for _, data in home for name in ("corpus/scenes.jsonl", "videos/.step.json")]
+    of_runs = ("episodes/vsr1.jsonl", f"episodes/{HARD}.jsonl", "depth_ranks/ranks.json")
+    of_data = ("corpus/scenes.jsonl", "videos/.step.json")
+    paths = [profile.runs(dataset) / name for dataset in profile.datasets for name in of_runs]
+    return paths + [profile.data_dir(dataset) / name for dataset in profile.datasets for name in of_data]
 
 
 def publish(profile: Profile) -> list[Path]:
     """Draw each figure whose rule finds a search among the episodes, and remove those of an earlier run."""
     folder = profile.results() / "figures" if profile.world else profile.runs("figures")
     with video_reader.Reader() as reader:
-        drawn = {name: (figure, words) for name, figure, words in figures(profile, reader)}
-    results.remove_figures(profile, folder, {*COMPARED, "F1", "F6", "Q2"} - drawn.keys())  # Q2: of older runs
-    return [_save(figure, folder, name, words) for name, (figure, words) in drawn.items()]
+        drawn = {name: (figure, caption) for name, figure, caption in figures(profile, reader)}
+    results.remove_figures(profile, folder, {*COMPARED, "F1", "F6"} - drawn.keys())
+    return [_save(figure, folder, name, caption) for name, (figure, caption) in drawn.items()]
