@@ -95,7 +95,10 @@ def _summary(profile, numbers):
     """Show the claims of SUMMARY, and all verdicts on the paper, counted."""
     judged = verdicts.judge(numbers, profile.datasets)
     named = {name: [verdict for verdict in judged if verdict.name == name] for name in CLAIMS}
-    rows = {words: [_of_paper(named[name]), *map(_brief, named[name])] for name, words in SUMMARY.items()}
+    rows = {
+        words: [verdicts.paper_values(named[name]), *map(_brief, named[name])]
+        for name, words in SUMMARY.items()
+    }
     for words, place in PREMISE.items():
         rows[words] = ["—", *(_gain(numbers, dataset, *place) for dataset in profile.datasets)]
     claims = [name for name, claim in CLAIMS.items() if claim.group == "paper"]
@@ -110,12 +113,6 @@ def _summary(profile, numbers):
         counts=[words.format(tally[word]) for word, words in TALLY.items() if tally[word]],
         missing=_missing(profile, numbers),
     )
-
-
-def _of_paper(rows):
-    """Return the paper's values of a claim, one where they are the same."""
-    values = [row.paper for row in rows]
-    return values[0] if len(set(values)) == 1 else " / ".join(values)
 
 
 def _brief(verdict):

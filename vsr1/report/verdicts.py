@@ -22,54 +22,48 @@ WORDS = {  # of a claim of the paper, of a control: interval on the claimed side
     "control": ("ahead", "behind", "inconclusive"),
 }
 LEVEL = 0.05
-ANSWERS = {  # what is asked: (a system, its control), each (table, system, metric)
+# Systems that may look at three videos, and what they are compared by: (table, system, metric).
+LOOP, NO_REPEAT, FT, FALLBACK, TOKENS, TOKENS_FIRST = (
+    ("P1", system, "vcmr@0.5_t3")
+    for system in ("vsr1", "skip", "walkdown-ft", "vsr1-walkdown", "adapter-soft-vsr1", "vsr1-first")
+)
+LOOP_END, REFINED = ("P1", "vsr1", "vr@1"), ("P2", "sqr", "vr@1")
+ANSWERS = {  # question: (a system, its control)
     "Soft tokens that never look, at the first search, against the loop at its end (R@1)": (
         ("P1", "adapter-soft", "first@1"),
-        ("P1", "vsr1", "vr@1"),
+        LOOP_END,
     ),
     "A linear map of the query's vector, at the first search, against the loop at its end (R@1)": (
         ("P1", "adapter-vec", "first@1"),
-        ("P1", "vsr1", "vr@1"),
+        LOOP_END,
     ),
-    "FT with rank fallback, against the loop (VCMR, three videos)": (
-        ("P1", "walkdown-ft", "vcmr@0.5_t3"),
-        ("P1", "vsr1", "vcmr@0.5_t3"),
-    ),
+    "FT with rank fallback, against the loop (VCMR, three videos)": (FT, LOOP),
     "The same, against the loop that shows no video twice, which is ours (VCMR, three videos)": (
-        ("P1", "walkdown-ft", "vcmr@0.5_t3"),
-        ("P1", "skip", "vcmr@0.5_t3"),
+        FT,
+        NO_REPEAT,
     ),
-    "Soft tokens that never look, with rank fallback, against the loop (VCMR, three videos)": (
-        ("P1", "adapter-soft-vsr1", "vcmr@0.5_t3"),
-        ("P1", "vsr1", "vcmr@0.5_t3"),
-    ),
+    "Soft tokens that never look, with rank fallback, against the loop (VCMR, three videos)": (TOKENS, LOOP),
     "Soft tokens that never look, with rank fallback, against the loop without repeats (VCMR, three videos)": (
-        ("P1", "adapter-soft-vsr1", "vcmr@0.5_t3"),
-        ("P1", "skip", "vcmr@0.5_t3"),
+        TOKENS,
+        NO_REPEAT,
     ),
-    "The loop's own policy with rank fallback, against the loop (VCMR, three videos)": (
-        ("P1", "vsr1-walkdown", "vcmr@0.5_t3"),
-        ("P1", "vsr1", "vcmr@0.5_t3"),
-    ),
+    "The loop's own policy with rank fallback, against the loop (VCMR, three videos)": (FALLBACK, LOOP),
     "The loop's own policy with rank fallback, against the loop without repeats (VCMR, three videos)": (
-        ("P1", "vsr1-walkdown", "vcmr@0.5_t3"),
-        ("P1", "skip", "vcmr@0.5_t3"),
+        FALLBACK,
+        NO_REPEAT,
     ),
     "Soft tokens first, then the loop that shows no video twice, against the loop (VCMR, three videos)": (
-        ("P1", "vsr1-first", "vcmr@0.5_t3"),
-        ("P1", "vsr1", "vcmr@0.5_t3"),
+        TOKENS_FIRST,
+        LOOP,
     ),
-    "The same, against the loop that shows no video twice (VCMR, three videos)": (
-        ("P1", "vsr1-first", "vcmr@0.5_t3"),
-        ("P1", "skip", "vcmr@0.5_t3"),
-    ),
+    "The same, against the loop that shows no video twice (VCMR, three videos)": (TOKENS_FIRST, NO_REPEAT),
     "Shown a random wrong video, against the rejected one (R@1 after a refinement)": (
         ("P2", "sqr-other-video", "vr@1"),
-        ("P2", "sqr", "vr@1"),
+        REFINED,
     ),
     "Words, trained on the rows of stage 1, against soft tokens of both stages (R@1 after a refinement)": (
         ("P4", "hqr-trained", "vr@1"),
-        ("P2", "sqr", "vr@1"),
+        REFINED,
     ),
     "The best words, against the same for a wrong video (R@1)": (
         ("P4", "hqr-oracle", "vr@1"),
@@ -119,43 +113,43 @@ def judge(numbers: pd.DataFrame, datasets) -> list[Verdict]:
 
 
 def _corrected(numbers, table, datasets):
-    """{(data set, claim): p by Holm} of all claims of a table that could have failed."""
-    found = {}
+    """Return {(data set, claim): p by Holm} of all claims of a table that could have failed."""
+    p_values = {}
     for name, claim in CLAIMS.items():
         for dataset in datasets if claim.group != "construction" and claim.sign else ():
             entry = results.row(numbers, table, dataset, name, "p")
             if entry is not None:
-                found[dataset, name] = entry["value"]
-    return statistics.holm(found)
+                p_values[dataset, name] = entry["value"]
+    return statistics.holm(p_values)
 
 
 def _judge(numbers, name, claim, dataset, corrected):
     paper = claim.paper.get(dataset, claim.paper.get("mean"))
     paper = "—" if paper is None else f"{paper:+.1f}"
     if name == "tokens":
-        value, word = _tokens(numbers, dataset)
-        return Verdict(
-            name, claim.group, claim.words, dataset, paper, value, word, "", "", "—", "", "", claim.why
+        run, smallest, seeds = (*_tokens(numbers, dataset), ""), "", ("—", "", "")
+    else:
+        run, seeds = (
+            _measured(numbers, table, name, claim, dataset, corrected[table].get((dataset, name)))
+            for table in ("R3", "R1")
         )
-    sides = {}
-    for table in ("R3", "R1"):
-        entry = results.row(numbers, table, dataset, name, "points")
-        lowest, highest = (results.row(numbers, table, dataset, name, key) for key in ("lowest", "highest"))
-        word = (
-            _missing(numbers, table, name, claim, dataset) if entry is None else holds(claim, entry, dataset)
-        )
-        p = corrected[table].get((dataset, name))
-        by_sign = p is not None and (entry["low"] > 0 or entry["high"] < 0)
-        sides[table] = points(entry), word, _of(claim, 2) if by_sign and p >= LEVEL else word
-        if lowest is not None:
-            sides[table] = (
-                f"{points(entry)}, seeds {lowest['value']:+.1f} to {highest['value']:+.1f}",
-                *sides[table][1:],
-            )
-    smallest = results.row(numbers, "R3", dataset, name, "detectable")
-    smallest = "—" if smallest is None else digits(smallest["value"])
-    run, seeds = sides["R3"], sides["R1"]
+        detectable = results.row(numbers, "R3", dataset, name, "detectable")
+        smallest = "—" if detectable is None else digits(detectable["value"])
     return Verdict(name, claim.group, claim.words, dataset, paper, *run, smallest, *seeds, claim.why)
+
+
+def _measured(numbers, table, name, claim, dataset, p):
+    """Return (value, verdict, corrected verdict) of a claim by one table; p: by Holm, None without one."""
+    entry = results.row(numbers, table, dataset, name, "points")
+    if entry is None:
+        word = _missing(numbers, table, name, claim, dataset)
+        return "—", word, word
+    value, word = points(entry), holds(claim, entry, dataset)
+    lowest, highest = (results.row(numbers, table, dataset, name, key) for key in ("lowest", "highest"))
+    if lowest is not None:
+        value += f", seeds {lowest['value']:+.1f} to {highest['value']:+.1f}"
+    by_sign = p is not None and (entry["low"] > 0 or entry["high"] < 0)
+    return value, word, _word(claim, 2) if by_sign and p >= LEVEL else word
 
 
 def _missing(numbers, table, name, claim, dataset):
@@ -195,16 +189,16 @@ def holds(claim: Claim, entry, dataset="mean") -> str:
     low, high, near = entry["low"], entry["high"], claims.NEARLY
     if claim.sign == 0:
         inside, outside = -near <= low and high <= near, low > near or high < -near
-        return _of(claim, 0 if inside else 1 if outside else 2)
+        return _word(claim, 0 if inside else 1 if outside else 2)
     if claim.sign < 0:
         low, high = -high, -low
     large = abs(claim.paper.get(dataset, claim.paper.get("mean", 0))) > near
     nothing = large and -near <= low <= 0 and high <= near
-    return _of(claim, 0 if low > 0 else 1 if high < 0 or nothing else 2)
+    return _word(claim, 0 if low > 0 else 1 if high < 0 or nothing else 2)
 
 
-def _of(claim, place):
-    return WORDS[claim.group][place] if claim.group in WORDS else "by construction"
+def _word(claim, index):
+    return WORDS[claim.group][index] if claim.group in WORDS else "by construction"
 
 
 def points(entry) -> str:
@@ -213,15 +207,7 @@ def points(entry) -> str:
     >>> points({"value": 4.04, "low": 1.0, "high": 7.0})
     '+4.0 (+1.0 to +7.0)'
     """
-    return "—" if entry is None else "{value:+.1f} ({low:+.1f} to {high:+.1f})".format(**entry)
-
-
-def by_group(verdicts: list[Verdict]) -> dict[str, dict[str, list[Verdict]]]:
-    """Return {heading of a group: {claim: its verdict on each data set}}."""
-    grouped = {heading: {} for heading in GROUPS.values()}
-    for verdict in verdicts:
-        grouped[GROUPS[verdict.group]].setdefault(verdict.claim, []).append(verdict)
-    return grouped
+    return "{value:+.1f} ({low:+.1f} to {high:+.1f})".format(**entry)
 
 
 def best_known(verdict: Verdict) -> tuple[str, str, str]:
@@ -234,8 +220,15 @@ def best_known(verdict: Verdict) -> tuple[str, str, str]:
 def cell(verdict: Verdict) -> str:
     """Write a claim on one data set in a cell: ours, its verdict, and the corrected one where it is another."""
     value, word, corrected = best_known(verdict)
-    words = word + (f" (Holm: {corrected})" if corrected not in ("", word) else "")
-    return words if value == "—" else f"{value} {words}"
+    if corrected not in ("", word):
+        word += f" (Holm: {corrected})"
+    return word if value == "—" else f"{value} {word}"
+
+
+def paper_values(rows: list[Verdict]) -> str:
+    """Write the paper's values of a claim on all data sets, one where they are the same."""
+    values = [row.paper for row in rows]
+    return values[0] if len(set(values)) == 1 else " / ".join(values)
 
 
 def reservation(rows: list[Verdict]) -> str:
@@ -246,13 +239,18 @@ def reservation(rows: list[Verdict]) -> str:
 
 def sheet(verdicts: list[Verdict]) -> dict[str, dict[str, list[str]]]:
     """Return {heading of a group: {claim: [the paper's values, a `cell` for each data set]}}."""
-    found = {}
-    for heading, listed in by_group(verdicts).items():
-        for claim, rows in listed.items():
-            values = [row.paper for row in rows]
-            paper = values[0] if len(set(values)) == 1 else " / ".join(values)
-            found.setdefault(heading, {})[claim + reservation(rows)] = [paper, *map(cell, rows)]
-    return found
+    groups = {}
+    for group, heading in GROUPS.items():
+        by_claim = {}
+        for verdict in verdicts:
+            if verdict.group == group:
+                by_claim.setdefault(verdict.claim, []).append(verdict)
+        if by_claim:
+            groups[heading] = {
+                claim + reservation(rows): [paper_values(rows), *map(cell, rows)]
+                for claim, rows in by_claim.items()
+            }
+    return groups
 
 
 def rule(profile: Profile) -> str:
@@ -268,20 +266,6 @@ def rule(profile: Profile) -> str:
     )
 
 
-def as_markdown(verdicts: list[Verdict]) -> str:
-    """List each claim in markdown by group, with ours, the paper's value and the verdict of every data set below it."""
-    lines = []
-    for heading, listed in by_group(verdicts).items():
-        lines += ["", f"**{heading}**", ""]
-        for claim, rows in listed.items():
-            lines.append(f"* {claim}" + reservation(rows))
-            for row in rows:
-                beside = "" if row.paper == "—" else f"; the paper {row.paper}"
-                smallest = "" if row.detectable in ("", "—") else f"; detectable {row.detectable}"
-                lines.append(f"    * {row.dataset} {cell(row)}{beside}{smallest}")
-    return "\n".join(lines).strip()
-
-
 # --- The premise
 
 
@@ -291,7 +275,7 @@ def against(numbers: pd.DataFrame, dataset: str, first, other) -> str:
     The difference is paired over queries, with its 95 % interval: the number `over-<system>` of the first one's row.
     Neither is ahead where the interval holds 0. Without that number nothing is said of it.
     """
-    pair = [results.best_row(numbers, table, dataset, *place) for table, *place in (first, other)]
+    pair = [results.best_row(numbers, table, dataset, *key) for table, *key in (first, other)]
     if any(entry is None for entry in pair):
         return "MISSING"
     text = f"{digits(pair[0]['value'])} against {digits(pair[1]['value'])}"
@@ -317,8 +301,8 @@ def basis(profile: Profile, numbers: pd.DataFrame) -> str:
 
 
 def answers(numbers: pd.DataFrame, datasets) -> dict[str, list[str]]:
-    """Return {what is asked of the premise: `against` of each data set}."""
+    """Return {question about the premise: `against` of each data set}."""
     return {
-        words: [against(numbers, dataset, *places) for dataset in datasets]
-        for words, places in ANSWERS.items()
+        question: [against(numbers, dataset, *pair) for dataset in datasets]
+        for question, pair in ANSWERS.items()
     }
