@@ -361,7 +361,7 @@ def test_pictures_of_real_frames_are_linked_to_and_not_missing(run):
     for real, shown in ((True, replace(run, world=None)), (False, run)):
         text, missing = html_report.report(shown).read_text(), html_report.missing(shown, results.load(run))
         links = [f'href="{os.path.relpath(path, run.results())}"' in text for path in drawn]
-        assert links == [real, real] and any(line.startswith("F1 ") for line in missing) != real
+        assert links == [real, real] and any(item.id == "F1" for item in missing) != real
 
 
 def test_what_an_item_departs_in_stands_in_the_list_of_deviations():

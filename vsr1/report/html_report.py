@@ -67,7 +67,7 @@ def _write(profile):
 
 @dataclass(frozen=True)
 class Item:
-    """One table or figure, published or ours, there or missing."""
+    """One table or figure, published or ours, available or missing."""
 
     id: str
     about: dict  # its entry in items.yaml
@@ -76,7 +76,7 @@ class Item:
     pictures: list[Path]
 
     @property
-    def made(self) -> bool:
+    def available(self) -> bool:
         """Whether there is anything to show."""
         return self.table or bool(self.pictures)
 
@@ -101,9 +101,9 @@ def items(profile: Profile, numbers: pd.DataFrame) -> list[Item]:
 
 
 def chapters(shown: list[Item]) -> dict[str, list[Item]]:
-    """Return {heading: its items}; items of the premise that were not measured are not asked for."""
+    """Return {heading: its items}; items of the premise that were not measured are left out."""
     parts = {
-        "The premise": [item for item in shown if item.id[0] in PREMISE and item.made],
+        "The premise": [item for item in shown if item.id[0] in PREMISE and item.available],
         "The paper": [item for item in shown if item.id[0] in PAPER],
         "Our own studies": [item for item in shown if item.id[0] not in PREMISE + PAPER],
     }
@@ -125,31 +125,28 @@ def _pictures(profile):
 
 def remedy(profile: Profile, item: Item) -> str:
     """Say what would make a missing item."""
-    if made := item.about.get("made"):
-        return f"`{made} PROFILE={profile.name}` makes it."
+    if command := item.about.get("made"):
+        return f"`{command} PROFILE={profile.name}` makes it."
     notebooks = item.about.get("notebooks", [])
     lost = [name for name in notebooks if not (config.ROOT / "notebooks" / f"{name}.ipynb").exists()]
     source = f"{' and '.join(notebooks)} makes it" + (f", and {lost[0]} does not exist yet" if lost else "")
     return f"{source}; then `make paper PROFILE={profile.name}`."
 
 
-def missing(profile: Profile, numbers: pd.DataFrame) -> list[str]:
-    """Return a line for each published item that has neither a table nor a figure."""
-    gone = [
-        item
-        for item in items(profile, numbers)
-        if item.id[0] in PAPER and not (item.made or item.about.get("beyond"))
-    ]
-    return [f"{item.id} {item.title}: {remedy(profile, item)}" for item in gone]
+def missing(profile: Profile, numbers: pd.DataFrame) -> list[Item]:
+    """Return the published items that have neither a table nor a figure, but should."""
+    published = [item for item in items(profile, numbers) if item.id[0] in PAPER]
+    return [item for item in published if not (item.available or item.about.get("beyond"))]
 
 
 def check(profile: Profile) -> int:
     """Print a verdict per number, then what is missing or damaged; return 1 if anything is wrong."""
     status = results.check(profile)
-    wrong = [f"MISSING {line}" for line in missing(profile, results.load_collected(profile)[0])]
-    wrong += [f"damaged {line}" for line in results.damaged(profile)]
-    print(*wrong, sep="\n", end="\n" if wrong else "")
-    return int(bool(status or wrong))
+    numbers, _ = results.load_collected(profile)
+    lines = [f"MISSING {i.id} {i.title}: {remedy(profile, i)}" for i in missing(profile, numbers)]
+    lines += [f"damaged {line}" for line in results.damaged(profile)]
+    print(*lines, sep="\n", end="\n" if lines else "")
+    return int(bool(status or lines))
 
 
 def show(profile: Profile, *names: str) -> None:
@@ -157,13 +154,13 @@ def show(profile: Profile, *names: str) -> None:
     from IPython.display import Image as Picture
     from IPython.display import Markdown, display
 
-    known = {item.id: item for item in items(profile, results.load(profile))}
-    for item in map(known.get, names):
+    by_id = {item.id: item for item in items(profile, results.load(profile))}
+    for item in map(by_id.get, names):
         if item.table:
             display(Markdown((profile.results() / "tables" / f"{item.id}.md").read_text(encoding="utf-8")))
         for path in item.pictures:
             display(Picture(filename=path), Markdown(f"**{path.stem}.** {caption(path)}"))
-        if not item.made:
+        if not item.available:
             display(Markdown(f"**{item.id} {item.title}**: missing. {remedy(profile, item)}"))
 
 
@@ -182,8 +179,8 @@ def report(profile: Profile) -> Path:
         numbers=numbers,
         chapters=chapters(shown),
         answers={
-            words: cells
-            for words, cells in verdicts.answers(numbers, profile.datasets).items()
+            question: cells
+            for question, cells in verdicts.answers(numbers, profile.datasets).items()
             if {*cells} != {"MISSING"}
         },
         basis=verdicts.basis(profile, numbers),
@@ -203,7 +200,7 @@ def report(profile: Profile) -> Path:
             path: f"{path.parent.parent.name}: what SQR and HQR saw, said and found"
             for path in qualitative.pages(profile)
         },
-        notebooks={os.path.relpath(path, config.ROOT): words for path, words in _notebooks(profile).items()},
+        notebooks={os.path.relpath(path, config.ROOT): title for path, title in _notebooks(profile).items()},
         tables=tables,
         layouts=results.layouts(),
         details=details,
@@ -291,13 +288,14 @@ def _facts(origin):
 
 def _notebooks(profile):
     """Return {executed copy of a notebook: its data set, or profile, and name}."""
-    homes = {profile.runs(dataset): dataset for dataset in profile.datasets} | {
-        profile.run_root(): profile.name
+    homes = {profile.runs(dataset): dataset for dataset in profile.datasets}
+    homes[profile.run_root()] = profile.name
+    return {
+        path: f"{about}: {path.stem}"
+        for home, about in homes.items()
+        for path in sorted((home / "notebooks").glob("*.ipynb"))
+        if "." not in path.stem
     }
-    found = [
-        (p, place) for home, place in homes.items() for p in sorted((home / "notebooks").glob("*.ipynb"))
-    ]
-    return {path: f"{place}: {path.stem}" for path, place in found if "." not in path.stem}
 
 
 def _source(name):

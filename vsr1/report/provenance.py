@@ -12,8 +12,10 @@ from vsr1.config import ROOT, Profile
 from vsr1.data import real_datasets
 
 CODE = ("--", ".", ":!results")  # for git: all but what runs write
-SEEN = "video_fps max_frames max_frame_pixels engine_max_pixels engine_min_pixels engine_video_pixels".split()
-SEEN += "engine_frame_multiple engine_clock search_released_vectors instruction max_query_tokens".split()
+INPUT_KNOBS = [
+    *"video_fps max_frames max_frame_pixels engine_max_pixels engine_min_pixels engine_video_pixels".split(),
+    *"engine_frame_multiple engine_clock search_released_vectors instruction max_query_tokens".split(),
+]
 LIBRARIES = "torch transformers trl accelerate numpy faiss-cpu faiss-gpu decord matplotlib flash-attn".split()
 
 
@@ -34,7 +36,7 @@ def write(profile: Profile) -> dict:
         "seed": profile.seed,
         "date": max((step.get("made", "") for step in steps.values()), default="") or None,
         "device": device(),
-        "seen": _seen(profile),
+        "seen": _model_inputs(profile),
         "python": platform.python_version(),
         "libraries": {name: number for name, number in versions.items() if number},
         "stages": {
@@ -47,22 +49,22 @@ def write(profile: Profile) -> dict:
     return content
 
 
-def _seen(profile):
+def _model_inputs(profile):
     """Return what the models were shown: frames, their sizes and stamps, and the source of real annotations."""
-    seen = {name: getattr(profile, name) for name in SEEN}
+    facts = {name: getattr(profile, name) for name in INPUT_KNOBS}
     for dataset in profile.datasets if profile.world is None else ():
         files = [file for file in real_datasets.annotation_files(profile, dataset) if file.exists()]
-        seen[f"annotations of {dataset}"] = {file.name: cache.file_digest(file) for file in files}
-    return seen
+        facts[f"annotations of {dataset}"] = {file.name: cache.file_digest(file) for file in files}
+    return facts
 
 
 def _steps(profile):
-    """{path below runs/<profile>: record} of every finished step of this profile's data sets."""
+    """Return {path below runs/<profile>: record} of every finished step of this profile's data sets."""
     home = profile.run_root()
-    folders = {folder.relative_to(home): folder for folder in cache.steps(home)}
-    known = set(profile.datasets)
     return {
-        "/".join(p.parts): cache.metadata(folder) for p, folder in folders.items() if known & set(p.parts)
+        folder.relative_to(home).as_posix(): cache.metadata(folder)
+        for folder in cache.steps(home)
+        if set(profile.datasets) & set(folder.relative_to(home).parts)
     }
 
 

@@ -77,7 +77,7 @@ def fill(name: str, text: str, profile: Profile) -> str:
         if len(slot.findall(text)) != 1:
             raise InputError(f"{name}: expected one <!-- {part} --> and one <!-- /{part} --> behind it")
         generated = generate(profile, numbers).strip()
-        text = slot.sub(lambda found, new=generated: f"{found[1]}\n{new}\n\n{found[2]}", text)
+        text = slot.sub(lambda match, body=generated: f"{match[1]}\n{body}\n\n{match[2]}", text)
     return text
 
 
@@ -86,9 +86,9 @@ def _picture(profile, _):
     path = profile.results() / "figures" / "F1.png"
     if not path.exists():
         return "No search of this run fits the rule of figure F1."
-    words = html_report.caption(path).partition(". Rule (")[0]
-    place = f"results/{profile.name}/figures/F1"
-    return f'<a href="{place}.svg"><img src="{place}.png" width="540" alt="One search, turn by turn"></a>\n\n{words}.'
+    caption = html_report.caption(path).partition(". Rule (")[0]
+    name = f"results/{profile.name}/figures/F1"
+    return f'<a href="{name}.svg"><img src="{name}.png" width="540" alt="One search, turn by turn"></a>\n\n{caption}.'
 
 
 def _summary(profile, numbers):
@@ -99,8 +99,8 @@ def _summary(profile, numbers):
         words: [verdicts.paper_values(named[name]), *map(_brief, named[name])]
         for name, words in SUMMARY.items()
     }
-    for words, place in PREMISE.items():
-        rows[words] = ["—", *(_gain(numbers, dataset, *place) for dataset in profile.datasets)]
+    for words, number in PREMISE.items():
+        rows[words] = ["—", *(_gain(numbers, dataset, *number) for dataset in profile.datasets)]
     claims = [name for name, claim in CLAIMS.items() if claim.group == "paper"]
     tally = Counter(_word(verdict) for name in claims for verdict in named[name])
     return templates.render(
@@ -121,9 +121,9 @@ def _brief(verdict):
     return word.partition(":")[0] if value == "—" else f"{value.partition(' ')[0]} {word}"
 
 
-def _gain(numbers, dataset, table, *place):
+def _gain(numbers, dataset, table, system, metric):
     """Return a difference of the premise without its interval, and which side is ahead."""
-    entry = results.best_row(numbers, table, dataset, *place)
+    entry = results.best_row(numbers, table, dataset, system, metric)
     return "`make premise`" if entry is None else f"{entry['value']:+.1f} {verdicts.side(entry)}"
 
 
@@ -136,15 +136,15 @@ def _word(verdict):
 def _answers(profile, numbers):
     """Show what each control of the premise says, a column a data set."""
     lines = [f"|  | {' | '.join(profile.datasets)} |", "| --- |" + " ---: |" * len(profile.datasets)]
-    for words, cells in verdicts.answers(numbers, profile.datasets).items():
-        lines.append(f"| {words} | {' | '.join(cells)} |")
+    for question, cells in verdicts.answers(numbers, profile.datasets).items():
+        lines.append(f"| {question} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", verdicts.basis(profile, numbers)])
 
 
 def extra_systems() -> list[str]:
     """List the systems that `make premise` evaluates beyond `make paper` and `make ablations`."""
-    made = {"sft", "walkdown-ft", "vsr1-first", *rollout.VARIANTS}
-    return [name for name in RECIPES if name not in made]
+    evaluated = {"sft", "walkdown-ft", "vsr1-first", *rollout.VARIANTS}
+    return [name for name in RECIPES if name not in evaluated]
 
 
 def _cost(*_):
@@ -229,7 +229,7 @@ def _seeds(numbers):
 
 
 def _missing(profile, numbers):
-    return [line.split(":")[0].split(" ")[0] for line in html_report.missing(profile, numbers)]
+    return [item.id for item in html_report.missing(profile, numbers)]
 
 
 def _measured(numbers, dataset, system):
@@ -250,30 +250,34 @@ def _published(numbers, dataset, system):
 def _figures(profile, numbers):
     """Show every figure in results/<profile>/ with its caption, and link to every table."""
     folder = profile.results()
-    shown = [item for item in html_report.items(profile, numbers) if item.made]
-    pictures = {item.id: [path for path in item.pictures if path.is_relative_to(folder)] for item in shown}
-    tables = {item.id for item in shown if (folder / "tables" / f"{item.id}.md").exists()}
-    values = {"items": shown, "pictures": pictures, "tables": tables, "caption": html_report.caption}
-    return templates.render("figures.txt", home=f"../results/{profile.name}", **values)
+    items = [item for item in html_report.items(profile, numbers) if item.available]
+    return templates.render(
+        "figures.txt",
+        home=f"../results/{profile.name}",
+        items=items,
+        pictures={i.id: [path for path in i.pictures if path.is_relative_to(folder)] for i in items},
+        tables={item.id for item in items if (folder / "tables" / f"{item.id}.md").exists()},
+        caption=html_report.caption,
+    )
 
 
 def _index(*_):
     """Show what lies in results/mini/: executed notebooks with what they ask, and every figure, small."""
     profile = config.load("mini")
     folder, numbers = profile.results(), results.load(profile)
-    asked = {}
+    questions = {}
     for path in sorted((folder / "notebooks").glob("*.ipynb")):
         first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
-        asked[path.stem] = re.search(r"\*\*(.+?)\*\*", "".join(first["source"]))[1]
-    items = [item for item in html_report.items(profile, numbers) if item.made]
+        questions[path.stem] = re.search(r"\*\*(.+?)\*\*", "".join(first["source"]))[1]
+    items = [item for item in html_report.items(profile, numbers) if item.available]
     pictures = [(path, item) for item in items for path in item.pictures if path.is_relative_to(folder)]
-    return templates.render("index.txt", notebooks=asked, pictures=pictures, profile=profile, columns=3)
+    return templates.render("index.txt", notebooks=questions, pictures=pictures, profile=profile, columns=3)
 
 
 def _deviations(*_):
     """List the departures from the paper by severity."""
-    found = html_report.departures()
-    groups = {level: {name: d for name, d in found.items() if d.severity == level} for level in "ABC"}
+    rows = html_report.departures()
+    groups = {level: {name: row for name, row in rows.items() if row.severity == level} for level in "ABC"}
     return templates.render("deviations.txt", groups=groups)
 
 

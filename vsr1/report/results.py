@@ -71,15 +71,15 @@ def layouts() -> dict:
 
     Rows and published values of R3 and R1 are the claims of `vsr1.evaluation.claims`.
     """
-    read = _read_yaml(EXPECTED / "published.yaml")
-    made = {name: claim for name, claim in claims.CLAIMS.items() if claim.systems}
+    tables = _read_yaml(EXPECTED / "published.yaml")
+    testable = {name: claim for name, claim in claims.CLAIMS.items() if claim.systems}
     for table in ("R3", "R1"):
-        read[table]["systems"] = {name: claim.words for name, claim in made.items()}
-    blank = [None] * (len(read["R3"]["metrics"]) - 1)
-    for name, claim in made.items():
+        tables[table]["systems"] = {name: claim.words for name, claim in testable.items()}
+    blank = [None] * (len(tables["R3"]["metrics"]) - 1)
+    for name, claim in testable.items():
         for dataset, points in claim.paper.items():
-            read["R3"]["published"].setdefault(dataset, {})[name] = [points, *blank]
-    return read
+            tables["R3"]["published"].setdefault(dataset, {})[name] = [points, *blank]
+    return tables
 
 
 @functools.cache
@@ -95,9 +95,9 @@ def published() -> dict:
     for table, layout in layouts().items():
         for dataset, systems in layout["published"].items():
             for system, values in systems.items():
-                place, width = f"{table}/{dataset}/{system}", len(layout["metrics"])
-                assert len(values) == width, f"published.yaml: {place}: {len(values)} values of {width}"
-                cells |= {f"{place}/{m}": value for m, value in zip(layout["metrics"], values, strict=True)}
+                row, width = f"{table}/{dataset}/{system}", len(layout["metrics"])
+                assert len(values) == width, f"published.yaml: {row}: {len(values)} values of {width}"
+                cells |= {f"{row}/{m}": value for m, value in zip(layout["metrics"], values, strict=True)}
     return {name: value for name, value in cells.items() if value is not None}
 
 
@@ -165,8 +165,8 @@ def _merge(profile):
         assert not twice, f"{path}: {sorted(twice)[0]} is recorded twice"
         measured |= part["numbers"]
         series |= part["series"]
-    expected, places = expectations(profile), (*profile.datasets, "mean")
-    reported = {name for name in published() if name.split("/")[1] in places}
+    expected = expectations(profile)
+    reported = {name for name in published() if name.split("/")[1] in (*profile.datasets, "mean")}
     measured |= means(profile, measured, reported)
     names = sorted(measured.keys() | reported | (expected or {}).keys(), key=_order)
     numbers = {name: _entry(profile, name, measured.get(name), expected) for name in names}
@@ -199,10 +199,7 @@ def _refuse_loss(profile, numbers):
         return
     if read(profile, "provenance").get("digest") != profile.digest():
         return
-    there, now = (
-        {*zip(f.table, f.dataset, strict=True)} for f in (_measured(load(profile)), _measured(numbers))
-    )
-    if lost := sorted(there - now):
+    if lost := sorted(_measured_tables(load(profile)) - _measured_tables(numbers)):
         table, dataset = lost[0]
         raise InputError(
             f"{folder}: this run has no numbers of {len(lost)} tables that stand there, as of {table} on {dataset}; "
@@ -210,8 +207,10 @@ def _refuse_loss(profile, numbers):
         )
 
 
-def _measured(numbers):
-    return numbers[numbers.measured.astype(bool)]
+def _measured_tables(numbers):
+    """Return the (table, data set) pairs that have a measured number."""
+    measured = numbers[numbers.measured.astype(bool)]
+    return {*zip(measured.table, measured.dataset, strict=True)}
 
 
 def _parts(profile):
@@ -225,14 +224,14 @@ def _parts(profile):
 
 def means(profile: Profile, measured: dict, names) -> dict:
     """Return those of `names` that are means over data sets: each counts the same, and all must be measured."""
-    found = {}
+    averages = {}
     for name in names:
         parts = [measured.get(name.replace("/mean/", f"/{dataset}/")) for dataset in profile.datasets]
         if "/mean/" in name and None not in parts and None not in [part["value"] for part in parts]:
             value, n = sum(part["value"] for part in parts) / len(parts), sum(part["n"] for part in parts)
             mean = {"value": value, "n": n, "ci": None, "note": "mean of the data sets"}
-            found[name] = plain(parts[0] | mean)
-    return found
+            averages[name] = plain(parts[0] | mean)
+    return averages
 
 
 def _order(name):
@@ -306,8 +305,8 @@ def row(numbers: pd.DataFrame, *key: str) -> pd.Series | None:
 
 def best_row(numbers: pd.DataFrame, table: str, *key: str) -> pd.Series | None:
     """Return `row` of the mean over seeds where they were run, else of this run."""
-    found = row(numbers, OVER_SEEDS.get(table, table), *key)
-    return row(numbers, table, *key) if found is None else found
+    over_seeds = row(numbers, OVER_SEEDS.get(table, table), *key)
+    return row(numbers, table, *key) if over_seeds is None else over_seeds
 
 
 def was_run(profile: Profile, dataset: str) -> bool:

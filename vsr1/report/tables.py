@@ -57,33 +57,34 @@ def rows(numbers: pd.DataFrame, table: str, of: str = MEASURED) -> list:
     of   MEASURED or PAPER: what was measured and what is published never share a row
     """
     layout, write = results.layouts()[table], {MEASURED: cell, PAPER: paper_cell}[of]
-    marks, found = dict(zip(layout.get("footnotes", {}), MARKS, strict=False)), []
+    marks, listed = dict(zip(layout.get("footnotes", {}), MARKS, strict=False)), []
     for (dataset, system), part in _of(numbers, table).groupby(["dataset", "system"], sort=False):
-        entries = dict(zip(part.metric, part.to_dict("records"), strict=True))
-        shown = [
-            (entries.get(m), marks.get(f"{table}/{dataset}/{system}/{m}", "")) for m in layout["metrics"]
-        ]
-        cells = [(entry, write(entry, mark)) for entry, mark in shown]
+        entries, cells = dict(zip(part.metric, part.to_dict("records"), strict=True)), []
+        for metric in layout["metrics"]:
+            mark = marks.get(f"{table}/{dataset}/{system}/{metric}", "")
+            cells.append((entries.get(metric), write(entries.get(metric), mark)))
         if any(text != "—" for _, text in cells):
-            found.append((dataset, system, layout["systems"].get(system, system), cells))
-    return found
+            listed.append((dataset, system, layout["systems"].get(system, system), cells))
+    return listed
 
 
 def blocks(profile: Profile, numbers: pd.DataFrame, table: str) -> dict[str, list]:
     """Return {heading: `rows`} of a table: what was measured, then what is published, where there is any of it."""
-    found = {f"measured, profile {profile.name}": rows(numbers, table)}
-    found["published, real video and Qwen3-VL-2B"] = rows(numbers, table, PAPER)
-    return {heading: listed for heading, listed in found.items() if listed}
+    parts = {
+        f"measured, profile {profile.name}": rows(numbers, table),
+        "published, real video and Qwen3-VL-2B": rows(numbers, table, PAPER),
+    }
+    return {heading: listed for heading, listed in parts.items() if listed}
 
 
 def grid(numbers: pd.DataFrame, table: str, dataset: str, of: str = MEASURED) -> pd.DataFrame:
     """Return the cells of one data set in a table, with labels of systems as rows and of metrics as columns."""
-    shown = {
+    texts = {
         label: [text for _, text in cells]
         for name, _, label, cells in rows(numbers, table, of)
         if name == dataset
     }
-    return pd.DataFrame(shown, results.layouts()[table]["metrics"].values()).T
+    return pd.DataFrame(texts, results.layouts()[table]["metrics"].values()).T
 
 
 def _of(numbers, table):
@@ -131,8 +132,8 @@ def _sizes(numbers, part, dataset, layout):
 def footnotes(numbers: pd.DataFrame, table: str) -> list[str]:
     """Return the notes of a table whose cell is shown, each behind the mark that its cell carries."""
     notes = results.layouts()[table].get("footnotes", {})
-    marked = zip(MARKS, notes.items(), strict=False)
-    return [f"{mark} {' '.join(note.split())}" for mark, (name, note) in marked if name in numbers.index]
+    pairs = zip(MARKS, notes.items(), strict=False)
+    return [f"{mark} {' '.join(note.split())}" for mark, (name, note) in pairs if name in numbers.index]
 
 
 def publish(profile: Profile) -> list[Path]:
@@ -143,11 +144,10 @@ def publish(profile: Profile) -> list[Path]:
         if shown := blocks(profile, numbers, table):
             values = {"heads": list(layout["metrics"].values()), "highlight": layout.get("highlight", ())}
             values |= {"caption": caption(profile, numbers, table), "notes": footnotes(numbers, table)}
-            texts = {
-                kind: templates.render(f"table.{kind}", table=table, blocks=shown, **values)
-                for kind in ("md", "tex")
-            }
-            for kind, text in {"csv": _csv(profile, numbers, table), **texts}.items():
+            values |= {"table": table, "blocks": shown}
+            texts = {"csv": _csv(profile, numbers, table)}
+            texts |= {kind: templates.render(f"table.{kind}", **values) for kind in ("md", "tex")}
+            for kind, text in texts.items():
                 written.append(folder / f"{table}.{kind}")
                 written[-1].write_text(text.rstrip() + "\n", encoding="utf-8")
     return written
