@@ -61,7 +61,7 @@ def test_what_a_system_is_over_the_loop_is_paired_over_queries(world, search_eng
 
     runs = {"vsr1": system([True, False] * 20), "skip": system([False, True] * 20)}
     runs["walkdown-ft"] = system([True, False] * 20)
-    monkeypatch.setattr(premise, "looks_of", lambda profile, dataset, name: runs[name])
+    monkeypatch.setattr(premise, "whole_episodes", lambda profile, dataset, name: runs[name])
     monkeypatch.setattr(premise.metrics, "verdict", lambda episode, turn: True)
     monkeypatch.setattr(premise.common, "clusters", lambda profile, rows: [row.gt_video for row in rows])
     numbers = premise.look_numbers(world, "charades", tuple(runs))
@@ -81,7 +81,7 @@ def test_the_clearest_of_several_looks_answers(world, search_engine, agent, monk
         )
         for margin, right, span in ((-3.0, False, None), (None, True, inside), (-1.0, True, inside))
     ]
-    assert premise.best_look(looks) is looks[2] and premise.best_look(looks[1:2]) is None
+    assert premise.clearest_turn(looks) is looks[2] and premise.clearest_turn(looks[1:2]) is None
     assert [premise.answers_right(look, one) for look in (*looks, None)] == [False, True, True, False]
     assert not premise.answers_right(dataclasses.replace(looks[2], forced_span_ms=None), one)
 

@@ -95,16 +95,6 @@ def stages_and_rewards(profile: Profile) -> dict[str, Estimate]:
     return numbers
 
 
-def reward_pairs(profile: Profile) -> dict[str, tuple]:
-    """Return {words: (both stages, stage 2 without a reward, metric)} for `common.compare`."""
-    final, words = main_runs(profile, ABLATED)["vsr1"], results.layouts()["T2"]["systems"]
-    return {
-        f"{metric}, {words[name]}": (final, run_variant(profile, ABLATED, name), metric)
-        for name in REWARDS
-        for metric in PARTS
-    }
-
-
 def soft_token_depths(profile: Profile, dataset: str, episodes: list[Episode]) -> dict[str, Estimate]:
     """Measure R@1 with the first d latents of the first refinement (F4): prefixes of one model, not a model per d.
 
@@ -167,11 +157,11 @@ def run(profile: Profile, dataset: str) -> Iterator[str]:
 def record(profile: Profile, dataset: str, numbers: dict[str, Estimate], part: str = "ablations") -> None:
     """Add numbers to results/<profile>/<part>/<dataset>.json; what was measured with other knobs goes."""
     note = f"committed; run at {provenance.commit()[:7]}"
-    new = {name: results.plain(asdict(replace(number, note=note))) for name, number in numbers.items()}
+    entries = {name: results.plain(asdict(replace(number, note=note))) for name, number in numbers.items()}
     with cache.updated_json(profile.results() / part / f"{dataset}.json") as content:
-        old = content.get("numbers", {}) if content.get("profile") == profile.digest() else {}
+        recorded = content.get("numbers", {}) if content.get("profile") == profile.digest() else {}
         content.clear()
-        content |= {"profile": profile.digest(), "numbers": old | new, "series": {}}
+        content |= {"profile": profile.digest(), "numbers": recorded | entries, "series": {}}
 
 
 def variant_numbers(profile: Profile, name: str) -> dict[str, Estimate]:

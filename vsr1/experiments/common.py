@@ -1,5 +1,6 @@
 """Run systems, read their episodes and compare them: what several notebooks and studies share."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -55,15 +56,15 @@ def clusters(profile: Profile, episodes: list[Episode]) -> list[str]:
 
 
 def estimate_metrics(
-    profile: Profile, place: str, episodes: list[Episode], names: tuple[str, ...]
+    profile: Profile, row: str, episodes: list[Episode], names: tuple[str, ...]
 ) -> dict[str, Estimate]:
-    """Estimate metrics of `metrics.hits`: {<place>/<metric>}; `vr@1_failed` over failed first searches only.
+    """Estimate metrics of `metrics.hits`: {<row>/<metric>}; `vr@1_failed` over failed first searches only.
 
-    place  <table>/<data set>/<system>
+    row  <table>/<data set>/<system>
     """
     hits = metrics.hits(episodes, profile.vr_ks)
     chosen = {name: metrics.failed(episodes) if name == "vr@1_failed" else episodes for name in names}
-    return {f"{place}/{name}": estimate(profile, chosen[name], hits[name]) for name in names}
+    return {f"{row}/{name}": estimate(profile, chosen[name], hits[name]) for name in names}
 
 
 def test_row(profile: Profile, dataset: str, system: str, episodes: list[Episode]) -> dict[str, Estimate]:
@@ -125,17 +126,40 @@ def difference(profile: Profile, a, b, families) -> dict[str, str]:
 
 
 def compare(profile: Profile, pairs: dict[str, tuple[list[Episode], list[Episode], str]]) -> pd.DataFrame:
-    """Arrange the `difference` of each pair {words: (system, baseline, metric)}, paired over the same queries.
+    """Arrange the `difference` of each pair {label: (system, baseline, metric)}, paired over the same queries.
 
     `vr@1_orig` compares the last ranking of the system with the first of the baseline.
     """
     rows = {}
-    for words, (system, baseline, metric) in pairs.items():
+    for label, (system, baseline, metric) in pairs.items():
         assert [episode.desc_id for episode in system] == [episode.desc_id for episode in baseline]
         a = metrics.hits(system, profile.vr_ks)[metric.removesuffix("_orig")]
         b = metrics.hits(baseline, profile.vr_ks)[metric]
-        rows[words] = difference(profile, a, b, clusters(profile, system))
+        rows[label] = difference(profile, a, b, clusters(profile, system))
     return pd.DataFrame(rows).T
+
+
+# --- What was predicted, and what came out
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`a` less `b` lies from `low` to `high`, in points; without `b`, `a` does, in percent. Written before the run."""
+
+    words: str
+    a: str  # name of a number; {} stands for the data set
+    b: str | None
+    low: float
+    high: float
+
+    def outcome(self, numbers: dict[str, Estimate], dataset: str = "") -> tuple[str, str]:
+        """Return (what was measured, whether it came out: "yes" or "no"); ("MISSING", "—") without a number."""
+        measured = [numbers.get(name.format(dataset)) for name in (self.a, self.b) if name]
+        if any(number is None or number.value is None for number in measured):
+            return "MISSING", "—"
+        value = measured[0].value - (measured[1].value if self.b else 0)
+        text = f"{value:+.1f} points" if self.b else f"{value:.1f} %"
+        return text, "yes" if self.low <= value <= self.high else "no"
 
 
 # --- Rows of contact sheets

@@ -77,8 +77,8 @@ def _made_up(real, count, rng):
     """Yield blocks of `count` made-up vectors, moved from videos (V, D) by differences of near-duplicates."""
     nearest = (real @ real.T - 2 * np.eye(len(real))).argmax(axis=1)  # of each video the one most like it
     start, pair = rng.integers(0, len(real), (2, count))
-    for at in range(0, count, BLOCK):
-        rows, ends = start[at : at + BLOCK], pair[at : at + BLOCK]
+    for first in range(0, count, BLOCK):
+        rows, ends = start[first : first + BLOCK], pair[first : first + BLOCK]
         moved = real[rows] + real[ends] - real[nearest[ends]]
         yield moved / np.linalg.norm(moved, axis=1, keepdims=True)
 

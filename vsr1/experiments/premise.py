@@ -9,7 +9,6 @@ results/<profile>/premise/<dataset>.json     what `make premise` measured beyond
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -43,7 +42,7 @@ RERANKED = ("rerank-10-ft", "rerank-10-vsr1")
 # --- P1: first searches, and the same number of videos looked at
 
 
-def looks_of(profile: Profile, dataset: str, name: str) -> list[Episode]:
+def whole_episodes(profile: Profile, dataset: str, name: str) -> list[Episode]:
     """Return the episodes of a system with all turns that it has."""
     if name == "skip":
         return ablations.no_repeat(profile, dataset, whole=True)
@@ -57,28 +56,23 @@ def first_numbers(profile: Profile, dataset: str, names: tuple[str, ...]) -> dic
     repaired, kept     R@1 of the queries whose first search as typed fails, and of those where it is right
     over-vsr1          R@1 less that of the loop at its end
     """
-    loop = looks_of(profile, dataset, "vsr1")
-    at_end = dict(zip([one.desc_id for one in loop], metrics.vr_hits(loop, 1), strict=True))
+    loop = whole_episodes(profile, dataset, "vsr1")
+    loop_hits = dict(zip([episode.desc_id for episode in loop], metrics.vr_hits(loop, 1), strict=True))
     queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
-    numbers, typed = {}, None
+    episodes = [_as_episode(profile, dataset, query) for query in queries]
+    families, numbers, typed = common.clusters(profile, episodes), {}, None
     for name in ("typed", *names):
-        chosen = None if name == "typed" else name
-        first = retrieval.first_search(queries, query_adapters.read_first(profile, dataset, chosen, "test"))
+        adapter, row = None if name == "typed" else name, f"P1/{dataset}/{row_name(name)}"
+        first = retrieval.first_search(queries, query_adapters.read_first(profile, dataset, adapter, "test"))
         typed = first.hits() if typed is None else typed
         groups = {"first@1": (np.ones_like(typed), 1), "first@10": (np.ones_like(typed), 10)}
-        if chosen:
+        if adapter:
             groups |= {"repaired": (~typed, 1), "kept": (typed, 1)}
-        for metric, (rows, k) in groups.items():
-            part = [
-                _as_episode(profile, dataset, query) for query, row in zip(queries, rows, strict=True) if row
-            ]
-            numbers[f"P1/{dataset}/{row_name(name)}/{metric}"] = common.estimate(
-                profile, part, first.hits(k)[rows]
-            )
-        everyone = [_as_episode(profile, dataset, query) for query in queries]
-        numbers[f"P1/{dataset}/{row_name(name)}/over-vsr1"] = statistics.difference(
-            first.hits(), [at_end[query.id] for query in queries], common.clusters(profile, everyone), profile
-        )
+        for metric, (mask, k) in groups.items():
+            part = [episode for episode, chosen in zip(episodes, mask, strict=True) if chosen]
+            numbers[f"{row}/{metric}"] = common.estimate(profile, part, first.hits(k)[mask])
+        at_end = [loop_hits[query.id] for query in queries]
+        numbers[f"{row}/over-vsr1"] = statistics.difference(first.hits(), at_end, families, profile)
     return numbers
 
 
@@ -101,24 +95,23 @@ def look_numbers(profile: Profile, dataset: str, names: tuple[str, ...]) -> dict
     over-vsr1, over-skip   VCMR with all looks less that of the paper's loop, and of the one that shows no video twice
     """
     numbers = {}
-    loops = {name: looks_of(profile, dataset, name) for name in ("vsr1", "skip")}
+    loops = {name: whole_episodes(profile, dataset, name) for name in ("vsr1", "skip")}
     for name in names:
-        episodes = looks_of(profile, dataset, name)
-        place = f"P1/{dataset}/{name}"
+        episodes, row = whole_episodes(profile, dataset, name), f"P1/{dataset}/{name}"
         for looks in range(1, episodes[0].run.max_turns + 1):
             hits = metrics.vcmr_hits(metrics.within(episodes, looks), 0.5)
-            numbers[f"{place}/vcmr@0.5_t{looks}"] = common.estimate(profile, episodes, hits)
+            numbers[f"{row}/vcmr@0.5_t{looks}"] = common.estimate(profile, episodes, hits)
         forced = [
             answers_right(episode.turns[-1] if episode.turns else None, episode) for episode in episodes
         ]
-        numbers[f"{place}/forced"] = common.estimate(profile, episodes, forced)
-        numbers[f"{place}/vr@1"] = common.estimate(profile, episodes, metrics.vr_hits(episodes, 1))
-        for control, others in loops.items():
+        numbers[f"{row}/forced"] = common.estimate(profile, episodes, forced)
+        numbers[f"{row}/vr@1"] = common.estimate(profile, episodes, metrics.vr_hits(episodes, 1))
+        for control, controls in loops.items():
             if control != name:
-                assert [one.desc_id for one in episodes] == [one.desc_id for one in others]
-                pair = (metrics.vcmr_hits(one, 0.5) for one in (episodes, others))
+                assert [e.desc_id for e in episodes] == [e.desc_id for e in controls]
+                hits = [metrics.vcmr_hits(run, 0.5) for run in (episodes, controls)]
                 families = common.clusters(profile, episodes)
-                numbers[f"{place}/over-{control}"] = statistics.difference(*pair, families, profile)
+                numbers[f"{row}/over-{control}"] = statistics.difference(*hits, families, profile)
     return numbers
 
 
@@ -131,13 +124,13 @@ def rerank_numbers(profile: Profile, dataset: str) -> dict[str, Estimate]:
     for name in RERANKED:
         episodes = common.run_episodes(profile, dataset, name, whole=True)
         for k in (profile.max_turns, 10):
-            hits = [answers_right(best_look(episode.turns[:k]), episode) for episode in episodes]
-            number = common.estimate(profile, episodes, hits)
-            numbers[f"P1/{dataset}/{name.replace('-10-', f'-{k}-')}/vcmr@0.5_t{profile.max_turns}"] = number
+            hits = [answers_right(clearest_turn(episode.turns[:k]), episode) for episode in episodes]
+            row = f"P1/{dataset}/{name.replace('-10-', f'-{k}-')}"
+            numbers[f"{row}/vcmr@0.5_t{profile.max_turns}"] = common.estimate(profile, episodes, hits)
     return numbers
 
 
-def best_look(turns: tuple[Turn, ...]) -> Turn | None:
+def clearest_turn(turns: tuple[Turn, ...]) -> Turn | None:
     """Return the turn with the largest margin of `matched` over `not_matched`; of equals the first."""
     judged = [turn for turn in turns if turn.verdict_margin is not None]
     return max(judged, key=lambda turn: turn.verdict_margin, default=None)
@@ -162,22 +155,23 @@ def intervene(profile: Profile, dataset: str) -> dict:
     return interventions.intervene(profile, dataset, weights, episodes, corrupt)
 
 
-def intervention_numbers(profile: Profile, dataset: str, found: dict) -> dict[str, Estimate]:
+def intervention_numbers(profile: Profile, dataset: str, refined: dict) -> dict[str, Estimate]:
     """Measure R@1 after one refinement of failed queries by intervention (P2); one that was not run is missing.
 
+    refined    what `intervene` returned
     over-sqr   R@1 less that of the refinement as it is
     """
     queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
     by_id = {query.id: query for query in queries}
-    episodes, numbers = [_as_episode(profile, dataset, by_id[key]) for key in found["ids"]], {}
-    hits = {name: np.array(ranks) == 1 for name, ranks in found["ranks"].items()}
+    episodes, numbers = [_as_episode(profile, dataset, by_id[key]) for key in refined["ids"]], {}
+    hits = {name: np.array(ranks) == 1 for name, ranks in refined["ranks"].items()}
+    families = common.clusters(profile, episodes)
     for name in INTERVENTIONS:
         number = Estimate(None, 0, note="needs rendered truth")
         if name in hits:
             number = common.estimate(profile, episodes, hits[name])
         numbers[f"P2/{dataset}/{name}/vr@1"] = number
         if name in hits and name != "sqr":
-            families = common.clusters(profile, episodes)
             gain = statistics.difference(hits[name], hits["sqr"], families, profile)
             numbers[f"P2/{dataset}/{name}/over-sqr"] = gain
     return numbers
@@ -185,63 +179,52 @@ def intervention_numbers(profile: Profile, dataset: str, found: dict) -> dict[st
 
 # --- What was predicted, and what came out
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """`a` less `b` lies from `low` to `high`, in points; written on 2026-11-29, before the run."""
-
-    words: str
-    a: tuple[str, str, str]  # table, system, metric
-    b: tuple[str, str, str] | None
-    low: float
-    high: float
-
-
+# Written on 2026-11-29, before the run.
 PREDICTIONS = {
-    "X1 tokens": Prediction(
+    "X1 tokens": common.Prediction(
         "soft tokens without a loop find at least what the loop finds in the end, within 3 points",
-        ("P1", "adapter-soft", "first@1"),
-        ("P1", "vsr1", "vr@1"),
+        "P1/{}/adapter-soft/first@1",
+        "P1/{}/vsr1/vr@1",
         -3,
         100,
     ),
-    "X1 one look": Prediction(
+    "X1 one look": common.Prediction(
         "they are ahead of the loop in VCMR at one look",
-        ("P1", "adapter-soft-vsr1", "vcmr@0.5_t1"),
-        ("P1", "vsr1", "vcmr@0.5_t1"),
+        "P1/{}/adapter-soft-vsr1/vcmr@0.5_t1",
+        "P1/{}/vsr1/vcmr@0.5_t1",
         0,
         100,
     ),
-    "X1 map": Prediction(
-        "a linear map finds 40 to 65 % at the first search", ("P1", "adapter-vec", "first@1"), None, 40, 65
+    "X1 map": common.Prediction(
+        "a linear map finds 40 to 65 % at the first search", "P1/{}/adapter-vec/first@1", None, 40, 65
     ),
-    "X2 policy": Prediction(
+    "X2 policy": common.Prediction(
         "the policy of both stages, walking down, is ahead of FT walking down",
-        ("P1", "vsr1-walkdown", "vcmr@0.5_t3"),
-        ("P1", "walkdown-ft", "vcmr@0.5_t3"),
+        "P1/{}/vsr1-walkdown/vcmr@0.5_t3",
+        "P1/{}/walkdown-ft/vcmr@0.5_t3",
         0,
         100,
     ),
     **{
-        f"X3 {name}": Prediction(
+        f"X3 {name}": common.Prediction(
             f"with {INTERVENTIONS[name]} R@1 stays within 3 points",
-            ("P2", name, "vr@1"),
-            ("P2", "sqr", "vr@1"),
+            f"P2/{{}}/{name}/vr@1",
+            "P2/{}/sqr/vr@1",
             -3,
             3,
         )
         for name in ("sqr-other-video", "sqr-right-video", "sqr-no-reply", "sqr-query-alone")
     },
     **{
-        f"X3 {name}": Prediction(
-            f"with {INTERVENTIONS[name]} R@1 falls below 5 %", ("P2", name, "vr@1"), None, 0, 5
+        f"X3 {name}": common.Prediction(
+            f"with {INTERVENTIONS[name]} R@1 falls below 5 %", f"P2/{{}}/{name}/vr@1", None, 0, 5
         )
         for name in ("sqr-other-reply", "sqr-asked-corrupted")
     },
-    "beyond": Prediction(
+    "beyond": common.Prediction(
         "soft tokens before the first search, then the loop, beat the paper's loop at equal looks",
-        ("P1", "vsr1-first", "vcmr@0.5_t3"),
-        ("P1", "vsr1", "vcmr@0.5_t3"),
+        "P1/{}/vsr1-first/vcmr@0.5_t3",
+        "P1/{}/vsr1/vcmr@0.5_t3",
         0,
         100,
     ),
@@ -249,21 +232,12 @@ PREDICTIONS = {
 
 
 def outcomes(dataset: str, numbers: dict[str, Estimate]) -> pd.DataFrame:
-    """Arrange what was predicted and what {name: Estimate} say; a number that is not there is MISSING."""
+    """Arrange what was predicted and what {name: Estimate} say, a row per prediction."""
     rows = {}
     for key, prediction in PREDICTIONS.items():
-        places = filter(None, (prediction.a, prediction.b))
-        found = [numbers.get(f"{table}/{dataset}/{system}/{metric}") for table, system, metric in places]
-        rows[key] = {"predicted": prediction.words} | _outcome(prediction, found)
+        measured, came_out = prediction.outcome(numbers, dataset)
+        rows[key] = {"predicted": prediction.words, "measured": measured, "came out": came_out}
     return pd.DataFrame(rows).T
-
-
-def _outcome(prediction, found):
-    if any(number is None or number.value is None for number in found):
-        return {"measured": "MISSING", "came out": "—"}
-    value = found[0].value - (found[1].value if prediction.b else 0)
-    came = "yes" if prediction.low <= value <= prediction.high else "no"
-    return {"measured": f"{value:+.1f} points" if prediction.b else f"{value:.1f} %", "came out": came}
 
 
 # --- `make premise`
@@ -281,9 +255,10 @@ def committed(profile: Profile, dataset: str) -> dict[str, Estimate]:
 def run(profile: Profile, dataset: str) -> Iterator[str]:
     """Run all that `make paper` leaves out, one after the other; yield the name of each when it is recorded."""
     for name in MORE_FIRST:
+        # Those of the query as typed come along; `make paper` has recorded them.
         numbers = first_numbers(profile, dataset, (name,))
-        kept = {key: number for key, number in numbers.items() if f"/{row_name(name)}/" in key}
-        ablations.record(profile, dataset, kept, "premise")
+        row = {key: number for key, number in numbers.items() if f"/{row_name(name)}/" in key}
+        ablations.record(profile, dataset, row, "premise")
         yield name
     for name in MORE_SYSTEMS:
         ablations.record(profile, dataset, look_numbers(profile, dataset, (name,)), "premise")

@@ -84,14 +84,14 @@ def side_by_side(profile: Profile, dataset: str, runs: dict[str, list[Episode]])
     """
     numbers = {}
     for system, episodes in runs.items():
-        place = f"S1/{dataset}/{system}"
-        numbers |= common.estimate_metrics(profile, place, episodes, SHARES)
+        row = f"S1/{dataset}/{system}"
+        numbers |= common.estimate_metrics(profile, row, episodes, SHARES)
         refined = [any(turn.rank_out and turn.refine_tokens for turn in e.turns) for e in episodes]
-        numbers[f"{place}/refined"] = common.estimate(profile, episodes, refined)
+        numbers[f"{row}/refined"] = common.estimate(profile, episodes, refined)
         costs = metrics.costs(episodes)
         costs |= {"seconds": costs["refine_seconds"]}
         for name, unit in COSTS.items():
-            numbers[f"{place}/{name}"] = Estimate(costs[name], len(episodes), unit=unit)
+            numbers[f"{row}/{name}"] = Estimate(costs[name], len(episodes), unit=unit)
     return numbers
 
 
@@ -103,12 +103,12 @@ def costs_and_gains(profile: Profile, dataset: str, runs: dict[str, list[Episode
     units = {"tokens": "tokens", "tokens_tagged": "tokens", "generated": "tokens", "refine_seconds": "s"}
     numbers = {}
     for system, episodes in runs.items():
-        place, costs = f"T3/{dataset}/{system}", metrics.costs(episodes)
+        row, costs = f"T3/{dataset}/{system}", metrics.costs(episodes)
         for name, unit in units.items():
             short = name.removeprefix("refine_")
-            numbers[f"{place}/{short}"] = Estimate(costs[name], len(episodes), unit=unit)
+            numbers[f"{row}/{short}"] = Estimate(costs[name], len(episodes), unit=unit)
         groups = {"": episodes, "_refined": metrics.refined(episodes), "_failed": metrics.failed(episodes)}
         for suffix, chosen in groups.items():
             after, before = (metrics.vr_hits(chosen, 1, which).astype(int) for which in ("final", "orig"))
-            numbers[f"{place}/gain{suffix}"] = common.estimate(profile, chosen, after - before, "points")
+            numbers[f"{row}/gain{suffix}"] = common.estimate(profile, chosen, after - before, "points")
     return numbers

@@ -45,7 +45,7 @@ class FirstSearch:
 
 def first_search(queries: list[Query], vectors: search_index.Vectors) -> FirstSearch:
     """Rank the whole gallery for each query by a plain matrix product."""
-    known = np.array([vectors.has_video(query.video) for query in queries])
+    readable = np.array([vectors.has_video(query.video) for query in queries])
     right = vectors.columns([query.video for query in queries], missing=0)
     scores = vectors.scores(vectors.vecs_of([query.id for query in queries]))  # (Q, V)
     ranks, pessimistic = search_index.ranks(scores, right), search_index.ranks_pessimistic(scores, right)
@@ -54,8 +54,8 @@ def first_search(queries: list[Query], vectors: search_index.Vectors) -> FirstSe
     return FirstSearch(
         queries,
         len({query.video for query in queries}.union(vectors.video_ids)),
-        np.where(known, ranks, metrics.UNRANKED),
-        np.where(known, pessimistic, metrics.UNRANKED),
+        np.where(readable, ranks, metrics.UNRANKED),
+        np.where(readable, pessimistic, metrics.UNRANKED),
         shown,
     )
 

@@ -34,14 +34,13 @@ def run(profile: Profile, dataset: str, seed: int) -> Path:
     runs["skip"] = ablations.no_repeat(seeded, dataset)
     runs["zs-walkdown"] = common.run_episodes(profile, dataset, "walkdown")  # greedy: the same for all seeds
     runs |= {name: common.run_sample(profile, dataset, name) for name in VARIANTS}
-    hits = {"seed": seed, "profile": profile.digest(), "commit": provenance.commit()} | claims.tally(
-        profile, dataset, runs
-    )
-    hits["hits"]["twostage"] = _two_stage_hits(seeded, dataset)
-    hits["looks"] = {name: look_hits(premise.looks_of(seeded, dataset, name)) for name in LOOKED}
+    record = {"seed": seed, "profile": profile.digest(), "commit": provenance.commit()}
+    record |= claims.tally(profile, dataset, runs)
+    record["hits"]["twostage"] = _two_stage_hits(seeded, dataset)
+    record["looks"] = {name: look_hits(premise.whole_episodes(seeded, dataset, name)) for name in LOOKED}
     path = profile.results() / "seeds" / f"{dataset}-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    cache.write_json(path, hits)
+    cache.write_json(path, record)
     return path
 
 
@@ -58,11 +57,11 @@ def _two_stage_hits(profile, dataset):
 
 def look_hits(episodes: list[Episode]) -> dict:
     """Return what one system gets right by the number of videos that it may look at, in the form of `claims.hits`."""
-    budgets = range(1, episodes[0].run.max_turns + 1)
-    hits = {
-        f"vcmr@0.5_t{n}": claims.digits(metrics.vcmr_hits(metrics.within(episodes, n), 0.5)) for n in budgets
-    }
-    return {"ids": [episode.desc_id for episode in episodes]} | hits
+    hits = {"ids": [episode.desc_id for episode in episodes]}
+    for looks in range(1, episodes[0].run.max_turns + 1):
+        within = metrics.within(episodes, looks)
+        hits[f"vcmr@0.5_t{looks}"] = claims.digits(metrics.vcmr_hits(within, 0.5))
+    return hits
 
 
 # --- The tables
@@ -108,11 +107,16 @@ def mean_numbers(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, 
     for system in ("twostage", "ft", "walkdown", "sft", "vsr1", "skip"):
         ids = runs[0]["hits"][system]["ids"]
         for metric in (name for name in METRICS if name in runs[0]["hits"][system] and name != "vr@1_orig"):
-            by_query = [claims.by_query(run["hits"][system], metric) for run in runs]
-            values = np.array([[hits[key] for key in ids] for hits in by_query])
+            values = _values([run["hits"][system] for run in runs], metric, ids)
             mean, _ = claims.mean_over_runs(profile, values, ids, runs, note=_note(runs))
             numbers[f"R2/{dataset}/{system}/{metric}"] = mean
     return numbers
+
+
+def _values(hits, metric, ids):
+    """Return what a system got right in each of the runs, (runs, Q), queries in the order of `ids`."""
+    by_query = [claims.by_query(run_hits, metric) for run_hits in hits]
+    return np.array([[run_hits[key] for key in ids] for run_hits in by_query])
 
 
 def look_numbers(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, Estimate]:
@@ -124,25 +128,24 @@ def look_numbers(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, 
     numbers, note = {}, _note(runs)
     ids = runs[0]["looks"]["vsr1"]["ids"]
 
-    def values(name, metric):  # (runs, Q)
-        found = [claims.by_query(run["looks"][name], metric) for run in runs]
-        return np.array([[hits[key] for key in ids] for hits in found])
+    def values(name, metric):
+        return _values([run["looks"][name] for run in runs], metric, ids)
 
     for name in LOOKED:
-        place = f"R4/{dataset}/{name}"
-        looks = [metric for metric in runs[0]["looks"][name] if metric != "ids"]
-        for metric in looks:
+        row = f"R4/{dataset}/{name}"
+        columns = [metric for metric in runs[0]["looks"][name] if metric != "ids"]
+        for metric in columns:
             mean, _ = claims.mean_over_runs(profile, values(name, metric), ids, runs, note=note)
-            numbers[f"{place}/{metric}"] = mean
+            numbers[f"{row}/{metric}"] = mean
         for control in CONTROLS:
             if control != name:
-                gains = values(name, looks[-1]) - values(control, looks[-1])
+                gains = values(name, columns[-1]) - values(control, columns[-1])
                 mean, _ = claims.mean_over_runs(profile, gains, ids, runs, "points", note)
-                numbers[f"{place}/over-{control}"] = mean
+                numbers[f"{row}/over-{control}"] = mean
                 if control == "vsr1" and len(runs) > 1:
-                    each = [metrics.percent(row) for row in gains]
-                    for key, value in {"lowest": min(each), "highest": max(each)}.items():
-                        numbers[f"{place}/over-vsr1_{key}"] = replace(mean, value=value, ci=None)
+                    by_seed = [metrics.percent(seed_gains) for seed_gains in gains]
+                    for key, value in {"lowest": min(by_seed), "highest": max(by_seed)}.items():
+                        numbers[f"{row}/over-vsr1_{key}"] = replace(mean, value=value, ci=None)
     return numbers
 
 

@@ -303,7 +303,7 @@ class HeadTrainer:
         knobs = profile.soft_token_bound
         queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "train.jsonl")
         parts, rng = split_examples(profile, dataset, queries, vectors), np.random.default_rng(profile.seed)
-        learn, validation = ([rows[at] for at in rng.permutation(len(rows))] for rows in parts)
+        learn, validation = ([rows[i] for i in rng.permutation(len(rows))] for rows in parts)
         self.gallery = torch.from_numpy(vectors.video_vecs).to(encoder.model.device)
         self.base = checkpoints.load(profile.policy, profile)
         self.base.model.requires_grad_(False)
@@ -314,9 +314,9 @@ class HeadTrainer:
     def new_policy(self, init: str, trainable: bool = False) -> policy.Policy:
         """Return the base policy with new heads; a copy of it if it is to be trained too."""
         model = copy.deepcopy(self.base.model).requires_grad_() if trainable else self.base.model
-        bare = policy.Policy(model, self.base.tokenizer, None, None, self.profile.max_frame_pixels)
+        headless = policy.Policy(model, self.base.tokenizer, None, None, self.profile.max_frame_pixels)
         settings = replace(policy.new_settings(self.profile, self.encoder.instruction), refine_init=init)
-        return policy.new_heads(bare, settings, self.profile.seed, self.encoder)
+        return policy.new_heads(headless, settings, self.profile.seed, self.encoder)
 
     @torch.no_grad()
     def _read(self, rows):
@@ -414,10 +414,11 @@ def numbers(profile: Profile, dataset: str, systems: dict[str, dict]) -> dict[st
 
 def series(dataset: str, systems: dict[str, dict]) -> dict[str, list]:
     """Return R@1 by step of free latents, and loss by step of heads (L1)."""
-    curves = {name: system["curve"] for name, system in systems.items() if "curve" in system}
-    return {
-        f"L1/{dataset}/{name}/{'vr@1' if name.startswith('free') else 'loss'}": list(
-            map(list, enumerate(curve))
-        )
-        for name, curve in curves.items()
-    }
+    curves = {}
+    for name, system in systems.items():
+        if "curve" in system:
+            metric = "vr@1" if name.startswith("free") else "loss"
+            curves[f"L1/{dataset}/{name}/{metric}"] = [
+                [step, value] for step, value in enumerate(system["curve"])
+            ]
+    return curves

@@ -22,27 +22,28 @@ RECORDED = {
     "grounding": "time",
     "retrieval": "retrieve",
 }
+SMOOTHED = 9  # steps
 
 
 def read_log(folder: Path, name: str = "log") -> list[dict]:
     """Read a log of a training run, one dict a line."""
-    with open(
-        folder / f"{name}.jsonl", encoding="utf-8", newline="\n"
-    ) as file:  # replies hold other line breaks
+    # Replies hold other line breaks.
+    with open(folder / f"{name}.jsonl", encoding="utf-8", newline="\n") as file:
         return [json.loads(line) for line in file]
 
 
-def smoothed(place: str, log: list[dict], keys, width: int = 9) -> dict[str, list]:
-    """Return {<place>/<key>: [[step, mean of the latest `width` values], ..]}; steps without a value are left out.
+def smoothed(row: str, log: list[dict], keys) -> dict[str, list]:
+    """Return {<row>/<key>: [[step, mean of the latest SMOOTHED values], ..]}; steps without a value are left out.
 
-    place  <table>/<data set>/<system>
+    row  <table>/<data set>/<system>
     """
     series = {}
     for key in keys:
         points = [(line["step"], line[key]) for line in log if line[key] is not None]
-        steps, values = zip(*points, strict=True) if points else ((), ())
-        means = [float(np.mean(values[max(0, at + 1 - width) : at + 1])) for at in range(len(values))]
-        series[f"{place}/{RECORDED.get(key, key)}"] = [list(pair) for pair in zip(steps, means, strict=True)]
+        values = [value for _, value in points]
+        series[f"{row}/{RECORDED.get(key, key)}"] = [
+            [step, float(np.mean(values[max(0, n - SMOOTHED) : n]))] for n, (step, _) in enumerate(points, 1)
+        ]
     return series
 
 

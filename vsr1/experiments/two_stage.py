@@ -78,9 +78,8 @@ def _write_shard(file, videos, clips, encoder):
     vecs = encoder.embed_clips([window for parts in windows for window in parts])
     arrays = {"ids": [video.id for video in videos], "vecs": vecs.astype(np.float16)}
     arrays |= {"counts": [len(parts) for parts in windows], "edges": np.concatenate(edges)}
-    with open(file.parent / "shard.tmp", "wb") as scratch:
+    with cache.replacing(file) as scratch:
         np.savez(scratch, **arrays)
-    (file.parent / "shard.tmp").rename(file)
 
 
 def load_windows(folder: Path, split: str, device="cpu") -> Windows:
@@ -121,14 +120,12 @@ class SpanHead(nn.Module):
         vecs   (B, W, D), with `mask` (B, W) False at padding
         """
         cosines = 10 * (vecs @ query[:, :, None])  # (B, W, 1)
-        products = (
-            self.window(self.drop(vecs) * self.scale) * self.query(self.drop(query) * self.scale)[:, None]
-        )
-        seen = mask[:, None]  # (B, 1, W)
-        states = torch.cat([products, cosines], dim=-1).transpose(1, 2) * seen
-        states = self.drop(F.relu(self.near(states))) * seen
-        scores, shifts = self.out(F.relu(self.wide(states)) * seen).chunk(2, dim=1)
-        return scores.masked_fill(~seen, -torch.inf).log_softmax(-1), shifts
+        window, query = self.window(self.drop(vecs) * self.scale), self.query(self.drop(query) * self.scale)
+        products, mask = window * query[:, None], mask[:, None]  # (B, W, C), (B, 1, W)
+        states = torch.cat([products, cosines], dim=-1).transpose(1, 2) * mask
+        states = self.drop(F.relu(self.near(states))) * mask
+        scores, shifts = self.out(F.relu(self.wide(states)) * mask).chunk(2, dim=1)
+        return scores.masked_fill(~mask, -torch.inf).log_softmax(-1), shifts
 
 
 def targets(edges: np.ndarray, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -156,13 +153,13 @@ def locate(head: SpanHead, query: torch.Tensor, windows: Windows, rows) -> np.nd
     pairs = scores[:, 0, :, None] + scores[:, 1, None]  # (B, W, W)
     pairs = pairs.masked_fill(~torch.ones(pairs.shape[1:], dtype=torch.bool).triu(), -torch.inf)
     ends = np.stack(np.divmod(pairs.flatten(1).argmax(dim=1).numpy(), pairs.shape[2]), axis=1)  # (B, 2)
-    edges, shifts = windows.edges[rows], _at(shifts, torch.from_numpy(ends)).numpy()
+    edges, shifts = windows.edges[rows], _pick(shifts, torch.from_numpy(ends)).numpy()
     spans = _outer_edges(edges, ends) + shifts * (edges[:, 1:2] - edges[:, :1])
     seconds = np.where(np.isinf(edges), 0, edges).max(axis=1)
     return np.sort(spans.clip(0, seconds[:, None]), axis=1).round(3)
 
 
-def _at(values, ends):
+def _pick(values, ends):
     """Pick the values (B, 2, W) of start and end at their windows `ends` (B, 2)."""
     return values.gather(2, ends[:, :, None])[..., 0]
 
@@ -225,7 +222,7 @@ def _span_loss(head, queries, windows, wanted, batch):
     ends, shifts = (values[batch] for values in wanted)
     rows = queries.rows[batch]
     scores, predicted = head(queries.vecs[batch], windows.vecs[rows], windows.mask[rows])
-    shift_loss = F.smooth_l1_loss(_at(predicted, ends), shifts, beta=0.1)
+    shift_loss = F.smooth_l1_loss(_pick(predicted, ends), shifts, beta=0.1)
     return 2 * (F.nll_loss(scores.transpose(1, 2), ends) + shift_loss)
 
 
@@ -304,8 +301,8 @@ def submission(head: SpanHead, queries: list[Query], vectors: search_index.Vecto
         ranked = [vectors.video_ids[column] for column in best]
         videos = ranked[:1] + ([query.video] if query.video in windows.rows else [])
         rows = [windows.rows[video] for video in videos]
-        repeated = torch.from_numpy(vec).to(windows.vecs.device).expand(len(rows), -1)
-        spans = locate(head, repeated, windows, rows).tolist()
+        query_vecs = torch.from_numpy(vec).to(windows.vecs.device).expand(len(rows), -1)
+        spans = locate(head, query_vecs, windows, rows).tolist()
         moments = [[numbers[video], *span] for video, span in zip(videos, spans, strict=True)]
         predictions = {"VR": [[numbers[video]] for video in ranked], "VCMR": moments[:1], "SVMR": moments[1:]}
         for task, rows in predictions.items():
@@ -336,9 +333,8 @@ def numbers(
     profile: Profile, dataset: str, first: retrieval.FirstSearch, spans: np.ndarray
 ) -> dict[str, Estimate]:
     """Measure the row `twostage` of T1, and of V1 what concerns oracle videos."""
-    return {
-        f"{'V1' if metric.startswith(('grounding', 'miou')) else 'T1'}/{dataset}/twostage/{metric}": first.estimate(
-            profile, dataset, values
-        )
-        for metric, values in hits(profile, first, spans).items()
-    }
+    measured = {}
+    for metric, values in hits(profile, first, spans).items():
+        table = "V1" if metric.startswith(("grounding", "miou")) else "T1"
+        measured[f"{table}/{dataset}/twostage/{metric}"] = first.estimate(profile, dataset, values)
+    return measured

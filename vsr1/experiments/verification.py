@@ -177,17 +177,17 @@ def statements(episodes: list[Episode], scenes: dict) -> pd.DataFrame:
     for number, episode in enumerate(episodes):
         if not episode.turns or (turn := episode.turns[0]).reply is None:
             continue
-        asked = qualitative.find_query_moment(episode, scenes)
-        seen = qualitative.closest(asked, turn.shown_id, scenes)
-        found = [teacher.read_statement(step) for step, *_ in qualitative.reasoning(turn)]
-        said = {one.attribute: one for one in found if one is not None}
+        query_moment = qualitative.find_query_moment(episode, scenes)
+        shown_moment = qualitative.closest(query_moment, turn.shown_id, scenes)
+        read = [teacher.read_statement(step) for step, *_ in qualitative.reasoning(turn)]
+        by_attribute = {statement.attribute: statement for statement in read if statement is not None}
         for name in ATTRIBUTES:
-            differs = getattr(asked, name) != getattr(seen, name)
-            row = {"query": number, "attribute": name, "differs": differs, "stated": name in said}
-            if one := said.get(name):
-                row |= {"asked": one.query_word == teacher.word(name, asked)}
-                row |= {"shown": one.shown_word == teacher.word(name, seen)}
-                row |= {"same": one.same, "yesno": one.same != differs}
+            differs = getattr(query_moment, name) != getattr(shown_moment, name)
+            row = {"query": number, "attribute": name, "differs": differs, "stated": name in by_attribute}
+            if statement := by_attribute.get(name):
+                row |= {"asked": statement.query_word == teacher.word(name, query_moment)}
+                row |= {"shown": statement.shown_word == teacher.word(name, shown_moment)}
+                row |= {"same": statement.same, "yesno": statement.same != differs}
             rows.append(row)
     return pd.DataFrame(rows, columns=[*"query attribute differs stated asked shown same yesno".split()])
 
@@ -195,29 +195,29 @@ def statements(episodes: list[Episode], scenes: dict) -> pd.DataFrame:
 def _trace_shares(profile, episodes, rows):
     """Return {metric: Estimate} of the rows of one system."""
 
-    def share(part, column, flip=False):
+    def percent(part, column, flip=False):
         values = part[column].to_numpy(bool) ^ flip
         return common.estimate(profile, [episodes[number] for number in part["query"]], values)
 
-    said = rows[rows.stated]
-    shares = {"stated": share(rows, "stated")}
-    shares |= {column: share(said, column) for column in ("asked", "shown", "yesno")}
-    shares |= {"false_yes": share(said[said.differs], "same")}
-    shares |= {"false_no": share(said[~said.differs.astype(bool)], "same", flip=True)}
+    stated = rows[rows.stated]
+    differs = stated.differs.astype(bool)
+    numbers = {"stated": percent(rows, "stated")}
+    numbers |= {column: percent(stated, column) for column in ("asked", "shown", "yesno")}
+    numbers |= {"false_yes": percent(stated[differs], "same")}
+    numbers |= {"false_no": percent(stated[~differs], "same", flip=True)}
     for name in ATTRIBUTES:
-        part = said[said.attribute == name]
-        shares |= {f"shown_{name}": share(part, "shown")}
-        shares |= {f"false_yes_{name}": share(part[part.differs.astype(bool)], "same")}
-    return shares
+        of_name = stated.attribute == name
+        numbers |= {f"shown_{name}": percent(stated[of_name], "shown")}
+        numbers |= {f"false_yes_{name}": percent(stated[of_name & differs], "same")}
+    return numbers
 
 
 # --- How clearly is it decided, and what would another threshold give?
 
 
-def margins(turns: list[Turn]) -> np.ndarray:
-    """Return log P(matched) - log P(not_matched) of looks, (L,) nats; -inf without a verdict, which accepts nothing."""
-    known = [turn.verdict_margin for turn in turns]
-    return np.array([-np.inf if margin is None else margin for margin in known])
+def _margin(turn: Turn) -> float:
+    """Return log P(matched) - log P(not_matched) of a turn, nats; -inf without a verdict, which accepts nothing."""
+    return -np.inf if turn.verdict_margin is None else turn.verdict_margin
 
 
 def roc(margin: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -250,14 +250,11 @@ def youden(margin: np.ndarray, right: np.ndarray) -> float:
 
 
 def _judged(episodes):
-    """Return (margins, whether the video is right, right videos) of first looks."""
-    seen = [(e.turns[0], e.gt_video) for e in episodes if e.turns and e.turns[0].reply is not None]
-    turns = [turn for turn, _ in seen]
-    return (
-        margins(turns),
-        np.array([turn.shown_is_gt for turn in turns]),
-        np.array([video for _, video in seen]),
-    )
+    """Return (margins, whether the video is right, right videos) of first turns."""
+    judged = [episode for episode in episodes if episode.turns and episode.turns[0].reply is not None]
+    margin = np.array([_margin(episode.turns[0]) for episode in judged])
+    right = np.array([episode.turns[0].shown_is_gt for episode in judged])
+    return margin, right, np.array([episode.gt_video for episode in judged])
 
 
 def _resampled(profile, statistic, videos, unit="%"):
@@ -268,11 +265,13 @@ def _resampled(profile, statistic, videos, unit="%"):
     members = [np.flatnonzero(cluster == number) for number in range(cluster.max() + 1)]
     rng = np.random.default_rng(profile.seed)
     draws = rng.integers(len(members), size=(profile.bootstrap_samples, len(members)))
-    found = [statistic(np.concatenate([members[c] for c in draw])) for draw in draws]  # NaN: of one kind only
+    values = [
+        statistic(np.concatenate([members[c] for c in draw])) for draw in draws
+    ]  # NaN: of one kind only
     value = 100 * statistic(np.arange(len(videos)))
     if np.isnan(value):
         return Estimate(None, len(videos), unit=unit)
-    low, high = np.nanpercentile(100 * np.array(found), [2.5, 97.5])
+    low, high = np.nanpercentile(100 * np.array(values), [2.5, 97.5])
     return Estimate(value, len(videos), (float(low), float(high)), (profile.seed,), unit)
 
 
@@ -294,17 +293,16 @@ def margin_numbers(
     for system, episodes in runs.items():
         values = _first_look(profile, episodes)
         score = lambda hits, of=episodes: common.estimate(profile, of, hits)  # noqa: E731
-        values |= {
-            "vcmr@0.5": score(metrics.vcmr_hits(episodes, 0.5)),
-            "ver": score(metrics.ver_hits(episodes)),
-        }
+        values |= {"vcmr@0.5": score(metrics.vcmr_hits(episodes, 0.5))}
+        values |= {"ver": score(metrics.ver_hits(episodes))}
         values |= {"vcmr@0.5_forced": score(answer_hits(episodes, 0, forced=True))}
         if system in held:
             theta, theta_ver = (choose_threshold(held[system], hits) for hits in (answer_hits, judged_hits))
             values |= {"vcmr@0.5_threshold": score(answer_hits(episodes, theta))}
             values |= {"ver_threshold": score(judged_hits(episodes, theta_ver))}
             thetas = {"theta": theta, "theta_ver": theta_ver}
-            values |= {name: Estimate(at, len(held[system]), unit="nats") for name, at in thetas.items()}
+            count = len(held[system])
+            values |= {name: Estimate(level, count, unit="nats") for name, level in thetas.items()}
         if {turn.refine_kind for episode in episodes for turn in episode.turns} - {None, "walkdown"}:
             before, after = (metrics.true_ranks(episodes, which) == 1 for which in ("orig", "final"))
             values |= {"repaired": score(after & ~before), "harmed": score(before & ~after)}
@@ -317,13 +315,12 @@ def _first_look(profile, episodes):
     videos = np.array(statistics.clusters(profile, episodes[0].run.dataset, videos))
     accepted = margin >= 0
     kinds = {"accept_right": right, "accept_wrong": ~right}
-    shares = {
+    numbers = {
         name: statistics.estimate(accepted[rows], videos[rows], profile) for name, rows in kinds.items()
     }
-    shares |= {"auc": _resampled(profile, lambda rows: auc(margin[rows], right[rows]), videos)}
-    return shares | {
-        "j": _resampled(profile, lambda rows: youden(margin[rows], right[rows]), videos, "points")
-    }
+    numbers["auc"] = _resampled(profile, lambda rows: auc(margin[rows], right[rows]), videos)
+    numbers["j"] = _resampled(profile, lambda rows: youden(margin[rows], right[rows]), videos, "points")
+    return numbers
 
 
 def gained_numbers(
@@ -331,14 +328,17 @@ def gained_numbers(
 ) -> dict[str, Estimate]:
     """Measure what stage 2 changes on the same queries (V5): the area under ROC, moments found and moments lost."""
     assert [episode.desc_id for episode in before] == [episode.desc_id for episode in after]
-    (old, right, videos), (new, also_right, _) = _judged(before), _judged(after)
+    (margins_before, right, videos), (margins_after, also_right, _) = _judged(before), _judged(after)
     assert (right == also_right).all(), "first looks are those of one search"
     videos = np.array(statistics.clusters(profile, after[0].run.dataset, videos))
-    ahead = lambda rows: auc(new[rows], right[rows]) - auc(old[rows], right[rows])  # noqa: E731
-    found = [metrics.vcmr_hits(episodes, 0.5) for episodes in (before, after)]
-    values = {"auc_ahead": _resampled(profile, ahead, videos, "points")}
-    values |= {"gained": common.estimate(profile, after, found[1] & ~found[0])}
-    values |= {"lost": common.estimate(profile, after, found[0] & ~found[1])}
+
+    def auc_ahead(rows):
+        return auc(margins_after[rows], right[rows]) - auc(margins_before[rows], right[rows])
+
+    hits_before, hits_after = (metrics.vcmr_hits(episodes, 0.5) for episodes in (before, after))
+    values = {"auc_ahead": _resampled(profile, auc_ahead, videos, "points")}
+    values |= {"gained": common.estimate(profile, after, hits_after & ~hits_before)}
+    values |= {"lost": common.estimate(profile, after, hits_before & ~hits_after)}
     return {f"V5/{dataset}/vsr1/{name}": number for name, number in values.items()}
 
 
@@ -353,7 +353,7 @@ def answer_hits(episodes: list[Episode], threshold: float, forced=False) -> np.n
 
 
 def _is_hit(episode, threshold, forced):
-    answering = [turn for turn in episode.turns if margins([turn])[0] >= threshold]
+    answering = [turn for turn in episode.turns if _margin(turn) >= threshold]
     answering += episode.turns[-1:] if forced else ()
     if not answering or not answering[0].shown_is_gt or answering[0].reply is None:
         return False
@@ -364,13 +364,9 @@ def _is_hit(episode, threshold, forced):
 
 def judged_hits(episodes: list[Episode], threshold: float) -> np.ndarray:
     """Return whether the last look is judged rightly, (Q,), if a margin >= threshold accepts."""
-    return np.array(
-        [
-            bool(e.turns) and bool(margins(e.turns[-1:])[0] >= threshold) == e.turns[-1].shown_is_gt
-            for e in episodes
-        ],
-        bool,
-    )
+    lasts = [episode.turns[-1] if episode.turns else None for episode in episodes]
+    hits = [last is not None and (_margin(last) >= threshold) == last.shown_is_gt for last in lasts]
+    return np.array(hits, bool)
 
 
 def choose_threshold(episodes: list[Episode], hits) -> float:
@@ -378,7 +374,7 @@ def choose_threshold(episodes: list[Episode], hits) -> float:
 
     hits  `answer_hits`, whose thresholds are at most 0, or `judged_hits`
     """
-    levels = np.unique(margins([turn for episode in episodes for turn in episode.turns]))
+    levels = np.unique([_margin(turn) for episode in episodes for turn in episode.turns])
     levels = levels[np.isfinite(levels) & ((levels <= 0) | (hits is judged_hits))]
     return float(max([0.0, *levels], key=lambda level: (hits(episodes, level).sum(), -abs(level))))
 

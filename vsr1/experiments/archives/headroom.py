@@ -8,7 +8,7 @@ import torch
 
 from vsr1 import cache
 from vsr1.data import clip_cache
-from vsr1.experiments.archives import learning, systems
+from vsr1.experiments.archives import learning, search
 from vsr1.mini import pretraining_data, teacher
 from vsr1.mini.archives import casts, corpus
 from vsr1.mini.archives import teacher as archive_teacher
@@ -30,7 +30,7 @@ def measure(profile, cell: str) -> dict[str, list[bool]]:
     name = corpus.CELLS[cell][0]
     first = {system: learning.first_vectors(profile, name, system) for system in FIRST}
     gallery = learning.open_gallery(profile, name, "test")
-    queries = systems.sample(profile, gallery, cell)
+    queries = search.sample(profile, cell, gallery.queries, gallery.truth)
     hits = {"typed": gallery.ranks(queries, gallery.typed(queries)) == 1}
     for system, vecs in first.items():
         hits[system] = gallery.ranks(queries, np.stack([vecs[query.id] for query in queries])) == 1
@@ -39,7 +39,7 @@ def measure(profile, cell: str) -> dict[str, list[bool]]:
 
 
 def _word_hits(profile, gallery, queries):
-    """Hits of wordings by somebody who knows the cast."""
+    """Return the hits of wordings by somebody who knows the cast."""
     engine = engines.load(learning.with_engine(profile))
     wordings = [
         archive_teacher.wordings(gallery.truth.query_moment(q), gallery.truth.cast(q)) for q in queries
@@ -47,10 +47,10 @@ def _word_hits(profile, gallery, queries):
     rows = [row for row, texts in enumerate(wordings) for _ in texts]
     vecs = engine.embed_texts([text for texts in wordings for text in texts])
     hit = gallery.ranks([queries[row] for row in rows], vecs) == 1
-    known = np.r_[0, np.cumsum([len(texts) for texts in wordings])[:-1]]
+    own_style = np.r_[0, np.cumsum([len(texts) for texts in wordings])[:-1]]  # the first of each query
     best = np.zeros(len(queries), bool)
     np.logical_or.at(best, rows, hit)
-    return {"words-known": hit[known], "words-best": best}
+    return {"words-known": hit[own_style], "words-best": best}
 
 
 # --- The known object
@@ -79,16 +79,15 @@ def _read_known(profile, name, gallery, folder):
         films = clips.get(query.video for query in queries)
     shown = [gallery.truth.shown_moment(query.video) for query in queries]
     prompts = [_question(agent, *pair) for pair in zip(films, shown, strict=True)]
-    for query, one in zip(queries, agent.reply(prompts, max_new_tokens=8), strict=True):
-        looks = casts.seen_colour(casts.KNOWN, gallery.truth.cast(query))
-        said = one.text.strip(" .\n")
-        right["half" if " " in looks else "whole"].append(said in looks.split())
+    for query, completion in zip(queries, agent.reply(prompts, max_new_tokens=8), strict=True):
+        colour = casts.seen_colour(casts.KNOWN, gallery.truth.cast(query))  # of a half step: two names
+        right["half" if " " in colour else "whole"].append(completion.text.strip(" .\n") in colour.split())
     numbers = {kind: 100 * float(np.mean(values)) if values else None for kind, values in right.items()}
     cache.write_json(folder / "known.json", numbers | {"n": len(queries)})
 
 
 def _question(agent, clip, shown):
-    """A question of pretraining about the trousers of a film."""
+    """Return a question of pretraining about the trousers of a film."""
     config, rule = agent.model.config.vision_config, inputs.PixelRule(agent.max_frame_pixels)
     video = inputs.Video(*inputs.patchify(clip.frames, config, rule))
     text = inputs.video_text(clip.timestamps, video.tokens_per_pair(config.spatial_merge_size))

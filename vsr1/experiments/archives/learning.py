@@ -31,7 +31,6 @@ from vsr1.training import query_adapters, rewrites, sft, sft_data
 from vsr1.training.sft_examples import SFTExample, choose_examples
 
 NEUTRAL = "same-whole"  # the corpus whose cameras see true colours
-POLICIES = ("sqr", "adapter-soft", "hqr")
 ADAPTERS = {  # (learning rate, times that it reads its rows); all ours, not searched
     "engine": (1e-3, 2),
     "adapter-vec": (3e-3, 20),
@@ -53,40 +52,40 @@ def make_rows(profile, gallery: ArchiveGallery, queries) -> list[SFTExample]:
     """Return the rows of stage 1, chosen archive by archive as on other corpora; negatives are the whole archive."""
     rows = []
     for part, members in gallery.by_archive(queries):
-        own = [queries[row] for row in members]
-        options = {"most": len(own), "negatives": len(part.video_ids) - 1, "seed": profile.seed}
-        rows += choose_examples(own, part, gallery.truth.reply, copies=True, **options)
-    rng = np.random.default_rng([profile.seed, 30])
-    return [rows[at] for at in rng.permutation(len(rows))[: profile.archives.rows]]
+        asking = [queries[row] for row in members]
+        options = {"most": len(asking), "negatives": len(part.video_ids) - 1, "seed": profile.seed}
+        rows += choose_examples(asking, part, gallery.truth.reply, copies=True, **options)
+    return _shuffled(rows, [profile.seed, 30])[: profile.archives.rows]
 
 
-def query_rows(profile, gallery: ArchiveGallery, queries, count: int | None = None) -> list[SFTExample]:
+def _shuffled(items, seed):
+    return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
+
+
+def query_rows(profile, gallery: ArchiveGallery, queries) -> list[SFTExample]:
     """Return rows of queries alone, shuffled: what adapters learn from."""
     rows = []
     for part, members in gallery.by_archive(queries):
         for query in (queries[row] for row in members):
             wrong = tuple(video for video in part.video_ids if video != query.video)
             rows.append(SFTExample(query.id, query.text, query.video, "", wrong, "", "", contrast=True))
-    rng = np.random.default_rng([profile.seed, 31])
-    return [rows[at] for at in rng.permutation(len(rows))[:count]]
+    return _shuffled(rows, [profile.seed, 31])
 
 
 def with_wordings(profile, engine, gallery: ArchiveGallery, rows: list[SFTExample]) -> list[SFTExample]:
     """Let each rejection end with the best of `rewrites.SAMPLES` wordings in seen colours, by the engine's rank."""
     by_id = {query.id: query for query in gallery.queries}
-    best = {}
+    sampled = {}
     for row in filter(rewrites.is_rejected, rows):
-        if row.desc_id in best:
+        if row.desc_id in sampled:
             continue
         query = by_id[row.desc_id]
-        rng = np.random.default_rng([profile.seed, 32, query.id])
         texts = teacher.wordings(gallery.truth.query_moment(query), gallery.truth.cast(query))
-        texts = [texts[at] for at in rng.permutation(len(texts))[: rewrites.SAMPLES]]
-        best[row.desc_id] = texts
-    queries = [by_id[key] for key, texts in best.items() for _ in texts]
-    vecs = engine.embed_texts([text for texts in best.values() for text in texts])
+        sampled[query.id] = _shuffled(texts, [profile.seed, 32, query.id])[: rewrites.SAMPLES]
+    queries = [by_id[key] for key, texts in sampled.items() for _ in texts]
+    vecs = engine.embed_texts([text for texts in sampled.values() for text in texts])
     ranks = iter(gallery.ranks(queries, vecs))
-    best = {key: texts[int(np.argmin([next(ranks) for _ in texts]))] for key, texts in best.items()}
+    best = {key: texts[int(np.argmin([next(ranks) for _ in texts]))] for key, texts in sampled.items()}
     return [
         rewrites.with_update(row, best.get(row.desc_id) if rewrites.is_rejected(row) else None)
         for row in rows
@@ -127,10 +126,10 @@ def _tune_engine(profile, folder):
 
 
 def _styled(profile, gallery, learn):
-    """Rows of every film that `learn` asks about, in all styles."""
+    """Return rows of every film that `learn` asks about, in all styles."""
     rows = {row.right: row for row in query_rows(profile, gallery, learn)}
     rows = [replace(row, query=text) for row in rows.values() for text in _styles(gallery, row.right)]
-    return [rows[at] for at in np.random.default_rng([profile.seed, 33]).permutation(len(rows))]
+    return _shuffled(rows, [profile.seed, 33])
 
 
 def _styles(gallery, video):
@@ -159,7 +158,7 @@ def _r1(gallery, queries, vecs):
 
 
 def train(profile, name: str, system: str) -> Path:
-    """Train one of POLICIES on a corpus and return its checkpoint. Resumes after a kill."""
+    """Train a policy on a corpus, "sqr", "adapter-soft" or "hqr", and return its checkpoint. Resumes after a kill."""
     work = functools.partial(_train, profile, name, system)
     return cache.build(profile.runs(name) / system, _inputs(profile, name, system), work)
 
@@ -214,16 +213,16 @@ class LookedUpTokens(nn.Module):
 
     def forward(self, texts, typed):
         """Return the adapted vectors (B, D)."""
-        words, *looks = zip(*(text.split("\n") for text in texts), strict=True)
-        rows = [[casts.NAMES.index(name) for name in names] for names in looks]  # (2, B)
+        queries, *colours = zip(*(text.split("\n") for text in texts), strict=True)
+        rows = [[casts.NAMES.index(name) for name in names] for names in colours]  # (2, B)
         soft = sum(table[torch.tensor(row)] for table, row in zip(self.table, rows, strict=True))
-        return self.engine.text_vecs(list(words), soft)
+        return self.engine.text_vecs(list(queries), soft)
 
 
 def known_text(gallery: ArchiveGallery, query) -> str:
     """Return a query with the seen colours of shirt and object behind it, for an oracle that knows the cast."""
-    looks = casts.seen_moment(gallery.truth.query_moment(query), gallery.truth.cast(query))
-    return "\n".join((query.text, *(getattr(looks, name) for name in casts.PAINTED)))
+    moment = casts.seen_moment(gallery.truth.query_moment(query), gallery.truth.cast(query))
+    return "\n".join((query.text, *(getattr(moment, name) for name in casts.PAINTED)))
 
 
 KINDS = {

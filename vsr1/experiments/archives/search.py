@@ -11,6 +11,13 @@ from vsr1.mini.archives import corpus, source
 from vsr1.models import embedding, search_index
 
 
+def sample(profile, cell: str, queries, truth: source.Truth) -> list[annotations.Query]:
+    """Return those of the test queries that systems are run on in one of `corpus.CELLS`."""
+    half = corpus.CELLS[cell][1]
+    of_cell = [query for query in queries if truth.cast(query) % 2 == half]
+    return annotations.evenly_spaced(of_cell, profile.archives.test_queries)
+
+
 class ArchiveGallery:
     """The archives of one split of a corpus: queries, what is true of them, and vectors, one gallery an archive."""
 
@@ -37,11 +44,6 @@ class ArchiveGallery:
     def part(self, query) -> search_index.Vectors:
         """Return the archive that a query searches."""
         return self.parts[self.truth.archive_of[query.video].name]
-
-    def cell(self, name: str) -> list[annotations.Query]:
-        """Return the test queries of one of `corpus.CELLS`."""
-        half = corpus.CELLS[name][1]
-        return [query for query in self.queries if self.truth.cast(query) % 2 == half]
 
     def typed(self, queries) -> np.ndarray:
         """Return the vectors of queries as they are typed, (Q, D)."""
@@ -72,7 +74,7 @@ class ArchiveRunner(runner.EpisodeRunner):
         self.gallery, self.first = (
             gallery,
             first,
-        )  # first: {query id: vector (D,) of its first search}, or as typed
+        )  # first: {query id: vector (D,)} of first searches; None: as typed
 
     def search(self, pairs):
         """Rank the archive of each query by its vector."""
@@ -80,8 +82,9 @@ class ArchiveRunner(runner.EpisodeRunner):
         vecs = [self._first(query) if state is ORIGINAL else state.vec for query, state in pairs]
         for part, rows in self.gallery.by_archive([query for query, _ in pairs]):
             right = [pairs[row][0].video for row in rows]
-            found = runner.rank_gallery(part, np.stack([vecs[row] for row in rows]), right, self.top_k)
-            for row, ranking in zip(rows, found, strict=True):
+            part_vecs = np.stack([vecs[row] for row in rows])
+            ranked = runner.rank_gallery(part, part_vecs, right, self.top_k)
+            for row, ranking in zip(rows, ranked, strict=True):
                 rankings[row] = ranking
         return rankings
 

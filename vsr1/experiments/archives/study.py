@@ -8,7 +8,7 @@ results/<profile>/films.png      films of an archive as cameras see them
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ from vsr1 import cache
 from vsr1.data import annotations, video_reader
 from vsr1.evaluation import metrics, statistics
 from vsr1.evaluation.statistics import Estimate
-from vsr1.experiments.archives import headroom, systems
+from vsr1.experiments.archives import headroom, search, systems
+from vsr1.experiments.common import Prediction
 from vsr1.mini.archives import casts, corpus, source, teacher
 from vsr1.report import canvas, plots, results
 
@@ -60,7 +61,7 @@ def numbers_of(profile, cell: str, names=FOLLOWED) -> Iterator[dict[str, Estimat
 
 
 def _split(profile, cell, system, hits, typed):
-    """R@1 of a system by kind of query."""
+    """Measure R@1 of a system by kind of query."""
     queries, truth = _queries(profile, cell)
     unseen = np.array([casts.is_unseen(truth.query_moment(q), truth.cast(q)) for q in queries])
     kinds = {"r1": np.ones_like(unseen), "unseen": unseen, "seen": ~unseen, "repaired": ~typed}
@@ -71,11 +72,11 @@ def _split(profile, cell, system, hits, typed):
 
 
 def _queries(profile, cell):
+    """Return the queries that systems are run on, without their vectors, and what is true of them."""
     name = corpus.CELLS[cell][0]
     queries = annotations.read_fig(profile.data_dir(name) / "corpus" / "test.jsonl")
     truth = source.Truth(profile, name)
-    own = [query for query in queries if truth.cast(query) % 2 == corpus.CELLS[cell][1]]
-    return annotations.evenly_spaced(own, profile.archives.test_queries), truth
+    return search.sample(profile, cell, queries, truth), truth
 
 
 def _estimate(profile, truth, queries, values) -> Estimate:
@@ -83,7 +84,7 @@ def _estimate(profile, truth, queries, values) -> Estimate:
 
 
 def _followed(profile, cell, name, typed):
-    """What a system finds by looking."""
+    """Measure what a system finds by looking."""
     queries, truth = _queries(profile, cell)
     episodes, numbers = systems.run(profile, cell, name), {}
     assert [episode.desc_id for episode in episodes] == [query.id for query in queries]
@@ -94,26 +95,25 @@ def _followed(profile, cell, name, typed):
     if systems.SYSTEMS[name].like in ("sqr", "hqr-reasoned"):
         after = metrics.vr_hits(metrics.within(episodes, 1), 1)
         numbers |= _split(profile, cell, name, after, typed)
-        said = [teacher.read_cast(episode.turns[0].reply.text) for episode in episodes]
-        away = [
-            None if cast is None else (cast - truth.cast(q)) % 12
-            for cast, q in zip(said, queries, strict=True)
-        ]
-        numbers[f"{cell}/{name}/cast"] = _estimate(profile, truth, queries, [step == 0 for step in away])
-        near = [step in (0, 1, 11) for step in away]
-        numbers[f"{cell}/{name}/cast_near"] = _estimate(profile, truth, queries, near)
+        steps = []  # of half a step each, from the true cast to the one that the reply names; None: it names none
+        for episode, query in zip(episodes, queries, strict=True):
+            cast = teacher.read_cast(episode.turns[0].reply.text)
+            steps.append(None if cast is None else (cast - truth.cast(query)) % 12)
+        for metric, right in {"cast": (0,), "cast_near": (0, 1, 11)}.items():
+            hits = [step in right for step in steps]
+            numbers[f"{cell}/{name}/{metric}"] = _estimate(profile, truth, queries, hits)
     return numbers
 
 
 def _interventions(profile, cell):
-    """R@1 after one refinement of failed queries, by what was changed."""
-    found = systems.intervene(profile, cell)
+    """Measure R@1 after one refinement of failed queries, by what was changed."""
+    refined = systems.intervene(profile, cell)
     queries, truth = _queries(profile, cell)
     by_id = {query.id: query for query in queries}
-    queries = [by_id[key] for key in found["ids"]]
+    failed = [by_id[key] for key in refined["ids"]]
     return {
-        f"{cell}/if-{name}/repaired": _estimate(profile, truth, queries, [rank == 1 for rank in ranks])
-        for name, ranks in found["ranks"].items()
+        f"{cell}/if-{name}/repaired": _estimate(profile, truth, failed, [rank == 1 for rank in ranks])
+        for name, ranks in refined["ranks"].items()
     }
 
 
@@ -121,19 +121,18 @@ def run(profile, cells, names=FOLLOWED) -> Iterator[str]:
     """Measure cells and write what this module promises; yield what was written, system by system."""
     folder = profile.results()
     folder.mkdir(parents=True, exist_ok=True)
-    with cache.updated_json(folder / "numbers.json") as kept:
-        kept |= {"profile": profile.digest(), "seed": profile.seed}
-        kept["known object, base policy"] = headroom.read_known(profile, "casts")
+    with cache.updated_json(folder / "numbers.json") as content:
+        content |= {"profile": profile.digest(), "seed": profile.seed}
+        content["known object, base policy"] = headroom.read_known(profile, "casts")
     for cell in cells:
         for numbers in numbers_of(profile, cell, names):
-            with cache.updated_json(folder / "numbers.json") as kept:
-                kept.setdefault("numbers", {}).update(
-                    results.plain({name: asdict(number) for name, number in numbers.items()})
-                )
+            entries = results.plain({name: asdict(number) for name, number in numbers.items()})
+            with cache.updated_json(folder / "numbers.json") as content:
+                content.setdefault("numbers", {}).update(entries)
             yield ", ".join(sorted({name.rpartition("/")[0] for name in numbers}))
-    written = read(folder)
-    cache.write_text(folder / "README.md", table(written))
-    plots.save(draw_looks(written), folder, "looks", LOOKS_CAPTION)
+    numbers = read(folder)
+    cache.write_text(folder / "README.md", table(numbers))
+    plots.save(draw_looks(numbers), folder, "looks", LOOKS_CAPTION)
     plots.save(draw_films(profile), folder, "films", FILMS_CAPTION)
 
 
@@ -144,18 +143,7 @@ def read(folder: Path) -> dict[str, Estimate]:
     return {name: Estimate(**number) for name, number in content.get("numbers", {}).items()}
 
 
-# --- What was predicted
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """`a` less `b` lies from `low` to `high`, in points; written before the policies were trained."""
-
-    words: str
-    a: str  # <cell>/<system>/<metric>
-    b: str | None
-    low: float
-    high: float
+# --- What was predicted, before the policies were trained
 
 
 def _ahead(words, cell, a, b, low, high=100.0, metric="r1"):
@@ -220,16 +208,11 @@ PREDICTIONS = (
 
 
 def outcomes(numbers: dict[str, Estimate]) -> list[tuple[str, str, str]]:
-    """Return (what was predicted, what was measured, whether it came out); MISSING where a number is not there."""
+    """Return (what was predicted, what was measured, whether it came out) of each prediction."""
     rows = []
     for prediction in PREDICTIONS:
-        found = [numbers.get(name) for name in (prediction.a, prediction.b) if name]
-        if any(number is None or number.value is None for number in found):
-            rows.append((prediction.words, "MISSING", "—"))
-            continue
-        value = found[0].value - (found[1].value if prediction.b else 0)
-        came = "yes" if prediction.low <= value <= prediction.high else "**no**"
-        rows.append((prediction.words, f"{value:+.1f} points" if prediction.b else f"{value:.1f} %", came))
+        measured, came_out = prediction.outcome(numbers)
+        rows.append((prediction.words, measured, "**no**" if came_out == "no" else came_out))
     return rows
 
 
@@ -244,48 +227,43 @@ def table(numbers: dict[str, Estimate]) -> str:
         "± is half a 95 % interval over archives.",
         "",
     ]
-    parts += _rows(
-        ["", *cells],
-        [[words, *(_cell(numbers, f"{cell}/{name}/r1") for cell in cells)] for name, words in ROWS.items()],
-    )
+    parts += _grid(["", *cells], [_row(numbers, words, f"{name}/r1") for name, words in ROWS.items()])
     parts += ["", "VCMR at IoU 0.5, %, after one / two / three films looked at.", ""]
-    parts += _rows(
-        ["", *cells], [[name, *(_looks(numbers, cell, name) for cell in cells)] for name in FOLLOWED]
-    )
+    looks = [[name, *(_looks(numbers, cell, name) for cell in cells)] for name in FOLLOWED]
+    parts += _grid(["", *cells], looks)
     parts += ["", "Queries whose first search failed, refined once by SQR: R@1, %.", ""]
-    parts += _rows(
-        ["what the policy has before it", *cells],
-        [
-            [words, *(_cell(numbers, f"{cell}/if-{name}/repaired") for cell in cells)]
-            for name, words in systems.INTERVENTIONS.items()
-        ],
-    )
+    rows = [_row(numbers, words, f"if-{name}/repaired") for name, words in systems.INTERVENTIONS.items()]
+    parts += _grid(["what the policy has before it", *cells], rows)
     parts += [
         "",
         "First replies: cast named right, verdict right. R@1 on queries with a colour that no train archive of the "
         "cast holds (unseen), and on the rest, %.",
         "",
     ]
-    said = [
-        [
-            f"{name}, {words}",
-            *(" / ".join(_cell(numbers, f"{cell}/{name}/{m}") for m in kinds) for cell in cells),
-        ]
-        for name in ("hqr", "sqr")
-        for words, kinds in {"cast / verdict": ("cast", "ver"), "unseen / seen": ("unseen", "seen")}.items()
-    ]
-    parts += _rows(["", *cells], said)
+    rows = []
+    for name in ("hqr", "sqr"):
+        rows.append(_row(numbers, f"{name}, cast / verdict", f"{name}/cast", f"{name}/ver"))
+        rows.append(_row(numbers, f"{name}, unseen / seen", f"{name}/unseen", f"{name}/seen"))
+    parts += _grid(["", *cells], rows)
     parts += ["", "Predictions, written before the policies were trained.", ""]
-    parts += _rows(["predicted", "measured", "came out"], outcomes(numbers))
+    parts += _grid(["predicted", "measured", "came out"], outcomes(numbers))
     return "\n".join(parts) + "\n"
 
 
-def _rows(head, rows):
+def _grid(head, rows):
     lines = [head, ["---"] * len(head), *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def _cell(numbers, name):
+def _row(numbers, label, *names):
+    """Return a label, then for each of `corpus.CELLS` the values of its numbers <system>/<metric>."""
+    return [
+        label,
+        *(" / ".join(_value(numbers, f"{cell}/{name}") for name in names) for cell in corpus.CELLS),
+    ]
+
+
+def _value(numbers, name):
     number = numbers.get(name)
     if number is None or number.value is None:
         return "MISSING"
@@ -294,8 +272,8 @@ def _cell(numbers, name):
 
 
 def _looks(numbers, cell, name):
-    found = [numbers.get(f"{cell}/{name}/vcmr_t{looks}") for looks in LOOKS]
-    return " / ".join("MISSING" if number is None else f"{number.value:.1f}" for number in found)
+    by_looks = [numbers.get(f"{cell}/{name}/vcmr_t{looks}") for looks in LOOKS]
+    return " / ".join("MISSING" if number is None else f"{number.value:.1f}" for number in by_looks)
 
 
 LOOKS_CAPTION = (
@@ -320,22 +298,15 @@ TITLES = {
 def draw_looks(numbers: dict[str, Estimate]) -> Figure:
     """Draw VCMR by looks, a panel a cell; a system that was not run is left out."""
     figure = Figure(figsize=(7.5, 6.2), layout="constrained")
-    for axes, (cell, title) in zip(
-        figure.subplots(2, 2, sharex=True, sharey=True).flat, TITLES.items(), strict=True
-    ):
+    panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
+    for axes, (cell, title) in zip(panels, TITLES.items(), strict=True):
         axes.set_title(title)
-        for name, (words, colour, line) in LINES.items():
-            found = [numbers.get(f"{cell}/{name}/vcmr_t{looks}") for looks in LOOKS]
-            if None not in found:
-                values = [number.value for number in found]
-                axes.plot(LOOKS, values, line, color=colour, marker="o", label=words)
-                axes.fill_between(
-                    LOOKS,
-                    *zip(*(number.ci for number in found), strict=True),
-                    color=colour,
-                    alpha=0.12,
-                    linewidth=0,
-                )
+        for name, (label, colour, line) in LINES.items():
+            by_looks = [numbers.get(f"{cell}/{name}/vcmr_t{looks}") for looks in LOOKS]
+            if None not in by_looks:
+                axes.plot(LOOKS, [n.value for n in by_looks], line, color=colour, marker="o", label=label)
+                low, high = zip(*(number.ci for number in by_looks), strict=True)
+                axes.fill_between(LOOKS, low, high, color=colour, alpha=0.12, linewidth=0)
         axes.set_xticks(LOOKS)
         if not axes.lines:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=plots.GREY)
@@ -359,29 +330,20 @@ SHOWN = 5  # films of a row
 def draw_films(profile) -> Figure:
     """Draw films of one test archive as several cameras see them, with the true colours of shirt and object."""
     sheet, y = canvas.Canvas(1.45 * SHOWN + 0.1, dpi=100), 0.05
+    videos = profile.data_dir("casts") / "videos"
     archives = [archive for archive in source.read(profile, "casts") if archive.split == "test"]
     with video_reader.reader_for(profile) as reader:
         for archive in archives[: len(archives) // 2 : 2][:3] + archives[len(archives) // 2 :: 3][:2]:
             red = casts.seen_colour(casts.KNOWN, archive.cast)
-            words = f"{archive.name}: shifted by {archive.cast / 2:g} steps; red looks {red}"
-            y = sheet.words(0.05, y, sheet.width, [(words, {})], 9) + 0.02
-            below = []
+            title = f"{archive.name}: shifted by {archive.cast / 2:g} steps; red looks {red}"
+            y = sheet.write(0.05, y, sheet.width, [(title, {})], 9) + 0.02
+            bottoms = []
             for n, scene in enumerate(archive.scenes[:: max(1, len(archive.scenes) // SHOWN)][:SHOWN]):
                 (moment,) = scene.moments
-                clip = reader.read(
-                    profile.data_dir("casts") / "videos" / f"{scene.video}.mp4", np.array([moment.start + 1])
-                )
+                clip = reader.read(videos / f"{scene.video}.mp4", np.array([moment.start + 1]))
                 strip = canvas.Strip(clip.frames[:1], clip.timestamps[:1], "")
-                left = 0.05 + 1.45 * n
+                left, colours = 0.05 + 1.45 * n, f"{moment.shirt} shirt, {moment.colour} {moment.object}"
                 bottom = sheet.frames(left, y, strip, 1.4)
-                below.append(
-                    sheet.words(
-                        left,
-                        bottom,
-                        1.4,
-                        [(f"{moment.shirt} shirt, {moment.colour} {moment.object}", {})],
-                        7.5,
-                    )
-                )
-            y = max(below) + 0.06
-    return sheet.cut(y)
+                bottoms.append(sheet.write(left, bottom, 1.4, [(colours, {})], 7.5))
+            y = max(bottoms) + 0.06
+    return sheet.crop(y)

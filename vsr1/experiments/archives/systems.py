@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from vsr1 import cache
-from vsr1.data import annotations, clip_cache
+from vsr1.data import clip_cache
 from vsr1.evaluation import evaluate
-from vsr1.experiments.archives import learning
-from vsr1.experiments.archives.search import ArchiveRunner
+from vsr1.experiments.archives import learning, search
 from vsr1.loop import records, runner, sqr
 from vsr1.mini.archives import corpus, teacher
 from vsr1.models import loading
@@ -26,7 +25,7 @@ class Entry:
     """What a system of this study is made of."""
 
     like: str  # what happens after a verdict: a name of `runner.SYSTEMS`
-    policy: str = "sqr"  # one of `learning.POLICIES`
+    policy: str = "sqr"  # as of `learning.train`
     first: str | None = None  # how its first ranking is made; None: as typed
 
 
@@ -65,24 +64,24 @@ def _inputs(profile, cell, weights):
     }
 
 
-def sample(profile, gallery, cell) -> list[annotations.Query]:
-    """Return the test queries of a cell that systems are run on."""
-    return annotations.evenly_spaced(gallery.cell(cell), profile.archives.test_queries)
-
-
 def _run(profile, cell, system, weights, first, folder):
     name, entry = corpus.CELLS[cell][0], SYSTEMS[system]
     gallery = learning.open_gallery(profile, name, "test")
-    queries, how = sample(profile, gallery, cell), runner.find_system(entry.like)
-    engine, agent = runner.load_pair(learning.with_engine(profile), how, weights)
-    rule = how.display_rule or profile.display_rule
+    queries = search.sample(profile, cell, gallery.queries, gallery.truth)
+    kind = runner.find_system(entry.like)
+    engine, agent = runner.load_pair(learning.with_engine(profile), kind, weights)
+    rule = kind.display_rule or profile.display_rule
     record = records.Run(cell, "test", system, profile.max_turns, 1, profile.seed, rule)
     with clip_cache.open_clips(profile, name, gallery.vectors.video_ids) as clips:
-        functions = ArchiveRunner(profile, how, engine, agent, gallery, clips, first)
-        batches = [queries[at : at + profile.eval_batch] for at in range(0, len(queries), profile.eval_batch)]
-        batches = cache.progress(batches, f"{system} {cell}")
+        functions = search.ArchiveRunner(profile, kind, engine, agent, gallery, clips, first)
+        batches = cache.progress(_batches(profile, queries), f"{system} {cell}")
         episodes = [episode for batch in batches for episode in functions.run(batch, record)]
     records.write_episodes(folder / "episodes.jsonl", record, episodes)
+
+
+def _batches(profile, queries):
+    size = profile.eval_batch
+    return [queries[start : start + size] for start in range(0, len(queries), size)]
 
 
 # --- Interventions
@@ -116,73 +115,71 @@ def _intervene(profile, cell, weights, folder):
     name = corpus.CELLS[cell][0]
     gallery = learning.open_gallery(profile, name, "test")
     engine, agent = runner.load_pair(learning.with_engine(profile), runner.SYSTEMS["sqr"], weights)
-    queries = sample(profile, gallery, cell)
-    ranks = gallery.ranks(queries, gallery.typed(queries))
-    queries = [query for query, rank in zip(queries, ranks, strict=True) if rank > 1]
-    found, casts_read = {}, {}
+    queries = search.sample(profile, cell, gallery.queries, gallery.truth)
+    first = gallery.ranks(queries, gallery.typed(queries))
+    failed = [query for query, rank in zip(queries, first, strict=True) if rank > 1]
+    ranks, casts = ({intervention: [] for intervention in INTERVENTIONS} for _ in range(2))
     with clip_cache.open_clips(profile, name, gallery.vectors.video_ids) as clips:
-        for what in INTERVENTIONS:
-            found[what], casts_read[what] = [], []
-            for at in range(0, len(queries), profile.eval_batch):
-                batch = queries[at : at + profile.eval_batch]
-                looks = [_look(profile, gallery, what, query) for query in batch]
-                vecs, texts = _refine(profile, engine, agent, clips, batch, looks)
-                found[what] += gallery.ranks(batch, vecs).tolist()
-                casts_read[what] += [teacher.read_cast(text) for text in texts]
-    cache.write_json(
-        folder / "ranks.json",
-        {"ids": [query.id for query in queries], "ranks": found, "casts": casts_read},
-    )
+        for intervention in INTERVENTIONS:
+            for batch in _batches(profile, failed):
+                contexts = [_context(profile, gallery, intervention, query) for query in batch]
+                vecs, texts = _refine(profile, engine, agent, clips, batch, contexts)
+                ranks[intervention] += gallery.ranks(batch, vecs).tolist()
+                casts[intervention] += [teacher.read_cast(text) for text in texts]
+    ids = [query.id for query in failed]
+    cache.write_json(folder / "ranks.json", {"ids": ids, "ranks": ranks, "casts": casts})
 
 
-def _look(profile, gallery, what, query):
-    """(id of the film or None, a text in its place or None, the reply in words or None for the policy's own)."""
+def _context(profile, gallery, intervention, query):
+    """Return what the policy has before it refines a query.
+
+    (id of the film or None, a text in its place or None, the reply in words or None for the policy's own)
+    """
     rng = np.random.default_rng([profile.seed, 34, query.id])
     part, truth = gallery.part(query), gallery.truth
     scores = part.scores(gallery.typed([query])[0])
     rejected = part.video_ids[int(scores.argmax())]
-    cast, asked, shown = truth.cast(query), truth.query_moment(query), truth.shown_moment(rejected)
-    if what == "same-archive":
+    if intervention == "same-archive":
         return str(rng.choice([v for v in part.video_ids if v not in (query.video, rejected)])), None, None
-    if what == "other-archive":
+    if intervention == "other-archive":
         return str(rng.choice(_elsewhere(gallery, query))), None, None
-    if what == "no-film":
+    if intervention == "no-film":
         return None, None, ""
-    if what == "teacher":
+    if intervention == "teacher":
         return rejected, None, truth.reply(query, rejected)
-    if what == "teacher-wrong-cast":
+    if intervention == "teacher-wrong-cast":
+        cast = truth.cast(query)
         wrong = int(rng.choice([other for other in range(12) if other != cast and other % 2 == cast % 2]))
-        return rejected, None, teacher.verdict(asked, shown, wrong)
-    if what == "given":
+        return rejected, None, teacher.verdict(truth.query_moment(query), truth.shown_moment(rejected), wrong)
+    if intervention == "given":
         return None, truth.caption(query, rejected), truth.reply(query, rejected)
     return rejected, None, None
 
 
 def _elsewhere(gallery, query):
-    """Films of archives with another cast; where all have the same, of other archives."""
-    own = gallery.truth.archive_of[query.video]
-    others = [
-        one for one in gallery.truth.archive_of.values() if one.name in gallery.parts and one is not own
-    ]
-    far = [one for one in others if one.cast != own.cast]
-    names = sorted({one.name for one in far or others})
+    """Return the films of archives with another cast; where all have the same, of other archives."""
+    searched = gallery.truth.archive_of[query.video]
+    archives = [archive for archive in gallery.truth.archive_of.values() if archive.name in gallery.parts]
+    others = [archive for archive in archives if archive is not searched]
+    other_casts = [archive for archive in others if archive.cast != searched.cast]
+    names = sorted({archive.name for archive in other_casts or others})
     return [video for name in names for video in gallery.parts[name].video_ids]
 
 
-def _refine(profile, engine, agent, clips, queries, looks):
-    """(vectors (B, D) of the queries after one refinement, the replies before it)."""
-    videos = sorted({video for video, _, _ in looks} - {None})
-    seen = dict(zip(videos, clips.get(videos), strict=True))
+def _refine(profile, engine, agent, clips, queries, contexts):
+    """Return (vectors (B, D) of the queries after one refinement, the replies before it); contexts: of `_context`."""
+    videos = sorted({video for video, _, _ in contexts} - {None})
+    clip_of = dict(zip(videos, clips.get(videos), strict=True))
     prompts = [
-        agent.prompt(agent.settings.system, query.text, seen[video] if video else text)
-        for query, (video, text, _) in zip(queries, looks, strict=True)
+        agent.prompt(agent.settings.system, query.text, clip_of[video] if video else text)
+        for query, (video, text, _) in zip(queries, contexts, strict=True)
     ]
-    if looks[0][2] is None:
-        replies = [one.ids for one in agent.reply(prompts, max_new_tokens=profile.max_new_tokens)]
-        replies = [[token for token in ids if token != agent.refine_token_id] for ids in replies]
+    if contexts[0][2] is None:
+        completions = agent.reply(prompts, max_new_tokens=profile.max_new_tokens)
+        replies = [[token for token in c.ids if token != agent.refine_token_id] for c in completions]
     else:
-        replies = [agent.tokenizer(text, add_special_tokens=False)["input_ids"] for _, _, text in looks]
-    contexts = [context for _, context in agent.append_refine(prompts, replies)]
-    latents = sqr.soft_tokens(agent, contexts, agent.settings.n_soft)
+        replies = [agent.tokenizer(text, add_special_tokens=False)["input_ids"] for _, _, text in contexts]
+    refine_contexts = [context for _, context in agent.append_refine(prompts, replies)]
+    latents = sqr.soft_tokens(agent, refine_contexts, agent.settings.n_soft)
     vecs = sqr.soft_query(engine, agent.heads, [query.text for query in queries], latents)
     return vecs.cpu().numpy(), [agent.tokenizer.decode(ids) for ids in replies]
