@@ -47,7 +47,7 @@ def test_weights_that_are_gone_are_named_with_the_remedy(tmp_path, monkeypatch):
     assert doctor.weights(name).status == "ok"
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
     check = doctor.weights(name)
-    assert check.status == "missing" and name in check.found and f"git checkout {name}" in check.remedy
+    assert check.status == "missing" and name in check.finding and f"git checkout {name}" in check.remedy
 
 
 def test_it_runs_where_torch_and_faiss_are_missing(tmp_path):
@@ -75,8 +75,8 @@ def test_hours_follow_the_amounts_of_the_profile():
         "one engine, both see it"
     )
     said = doctor.time_needed(paper)
-    assert "on one GPU: embed " in said.found and "never run" in said.found
-    assert "of the published run" in doctor.time_needed(config.load("mini")).found
+    assert "on one GPU: embed " in said.finding and "never run" in said.finding
+    assert "of the published run" in doctor.time_needed(config.load("mini")).finding
 
 
 def test_states_that_take_a_tenth_of_the_time_to_write_are_named_with_the_remedy():

@@ -49,4 +49,7 @@ def test_a_sheet_has_a_row_for_eight_frames(side):
     from vsr1.apps import inspect_video
 
     frames = np.zeros((10, side, side, 3), np.uint8)
-    assert inspect_video.sheet(frames, np.arange(10.0)).size == (8 * side, 2 * (side + inspect_video.CAPTION))
+    assert inspect_video.contact_sheet(frames, np.arange(10.0)).size == (
+        8 * side,
+        2 * (side + inspect_video.CAPTION),
+    )

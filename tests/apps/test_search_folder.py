@@ -80,7 +80,10 @@ def made(world):
 def find(world, folder, query, index, **how):
     """(what is told, the lines that were said before)."""
     said = []
-    return search_folder.search(world, folder, query, index=index, say=said.append, **how), said
+    with search_folder.Folder(world, folder, index=index, say=said.append, **how) as videos:
+        result = videos.search(query)
+        videos.write_page(result)
+    return result, said
 
 
 # --- The walk

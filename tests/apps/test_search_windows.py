@@ -233,9 +233,9 @@ def test_a_number_that_is_not_finite_is_an_error_and_never_the_last_file(tmp_pat
             videos.search("red")
         state = SimpleNamespace(vec=np.array([np.nan, 1], np.float32))
         patch.undo()
-        walk = search_folder._Walk(videos, search_folder.parse_query("red"))
+        search = search_folder._QuerySearch(videos, search_folder.parse_query("red"))
         with pytest.raises(InputError, match="the refined query"):
-            walk.rank([(walk.query, state)])
+            search.rank([(search.query, state)])
     files = {name: dataclasses.replace(f, vecs=f.vecs * np.nan) for name, f in videos.index.files.items()}
     folder_index.write_index(videos.home / "index.npz", {"format": 2}, files, {})
     with pytest.raises(InputError, match=r"a broken index .*not finite.*delete it and search again"):

@@ -39,9 +39,9 @@ def run(profile: Profile, say: Callable[[str], None] = print) -> dict:
         raise InputError(f"profile {profile.name}: a demo needs the rendered world; leave --profile out")
     home = profile.run_root() / "demo"
     scenes, queries = render(profile, home / "videos")
-    where = search_page.short_path(home / "videos")
+    folder = search_page.short_path(home / "videos")
     about = f"{len(scenes) // 2} scenes and a near-duplicate of each, {len(queries)} queries about them"
-    say(f"{len(scenes)} films of the rendered {DATASET} corpus ({about}), in {where}")
+    say(f"{len(scenes)} films of the rendered {DATASET} corpus ({about}), in {folder}")
     (home / "index").mkdir(exist_ok=True)
     with search_folder.Folder(
         profile, home / "videos", weights=WEIGHTS, system="sqr", index=home / "index", say=lambda _: None
@@ -90,9 +90,8 @@ def _failed(films, queries):
     firsts = [names[column] for (column,) in vectors.search(query_vecs, 1)[1]]
     failed = [(query, first) for query, first in zip(queries, firsts, strict=True) if first != query.video]
     if not failed:
-        raise InputError(
-            f"{films.profile.engine}: every first search is right among {len(names)} films; there is nothing to refine"
-        )
+        reason = f"every first search is right among {len(names)} films; there is nothing to refine"
+        raise InputError(f"{films.profile.engine}: {reason}")
     return failed
 
 
@@ -129,20 +128,17 @@ def ship(profile: Profile, into: Path) -> Path:
     ranks = adapters.save(checkpoints.load(str(source), profile), profile.policy, into)
     for name, log in LOGS.items():
         shutil.copy(runs / log, into / name)
+    seconds = {step: cache.metadata(runs / step)["seconds"] for step in ("sft", "grpo/vsr1")}
     facts = {
         "base": profile.policy,
         "adapters": len(ranks),
         "ranks": sorted(set(ranks.values())),
         "dataset": DATASET,
-    }
-    facts |= {
         "profile": profile.name,
         "digest": profile.digest(),
         "seed": profile.seed,
         "commit": provenance.commit(),
-    }
-    facts["minutes"] = {
-        step: round(cache.metadata(runs / step)["seconds"] / 60, 2) for step in ("sft", "grpo/vsr1")
+        "minutes": {step: round(spent / 60, 2) for step, spent in seconds.items()},
     }
     cache.write_json(into / "provenance.json", facts)
     return into

@@ -1,6 +1,6 @@
 """Say what this machine can reproduce, and what is missing: one table for `make doctor`. It runs without torch.
 
-A check is ok, limited (it works, with less) or missing (the profile cannot run), with what was found and a remedy.
+A check is ok, limited (it works, with less) or missing (the profile cannot run), with a finding and a remedy.
 """
 
 import importlib.metadata
@@ -55,9 +55,9 @@ LEARNING = 3  # times the operations of reading
 class Check(NamedTuple):
     """One row of the table."""
 
-    what: str
+    name: str
     status: str  # ok, limited, missing
-    found: str
+    finding: str
     remedy: str = ""
 
 
@@ -74,7 +74,7 @@ def main(profile) -> int:
         table.add_row(*check)
     console = Console(width=None if sys.stdout.isatty() else 250, highlight=False, markup=False)
     console.print(table)
-    lacking = [check.what for check in checks if check.status == "missing"]
+    lacking = [check.name for check in checks if check.status == "missing"]
     verdict = f"cannot run here: {', '.join(lacking)}" if lacking else "can run here"
     console.print(f"{profile.name} {verdict}")
     return int(bool(lacking))
@@ -102,21 +102,21 @@ def torch_and_faiss(profile) -> list[Check]:
         import torch
     except (ImportError, OSError) as error:  # OSError: a shared library that does not load
         return [Check("torch, faiss", "missing", " ".join(str(error).split())[:80], REINSTALL)]
-    found, status, remedy = f"torch {torch.__version__}, faiss {faiss.__version__}", "ok", ""
+    finding, status, remedy = f"torch {torch.__version__}, faiss {faiss.__version__}", "ok", ""
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     if gpus and not hasattr(faiss, "StandardGpuResources"):
-        found, status = f"{found} on the CPU: slower, same result", "limited"
+        finding, status = f"{finding} on the CPU: slower, same result", "limited"
         remedy = "rm .venv/.ready; make doctor installs faiss-gpu"
     needed = GPU_GB * GB if profile.world is None else 0
     gpu = _amount(
         "GPU", max((gpu.total_memory for gpu in gpus), default=0), needed, f"a GPU with {GPU_GB} GB"
     )
     names = ", ".join(gpu.name for gpu in gpus) or "none that torch can use"
-    return [Check("torch, faiss", status, found, remedy), gpu._replace(found=f"{names}: {gpu.found}")]
+    return [Check("torch, faiss", status, finding, remedy), gpu._replace(finding=f"{names}: {gpu.finding}")]
 
 
 def decoding() -> Check:
-    """PyAV writes eight H.264 frames, and both decoders read them back: the whole way of a mini video."""
+    """Write eight H.264 frames by PyAV, and read them back by both decoders: the whole way of a mini video."""
     try:
         import decord
 
@@ -127,20 +127,20 @@ def decoding() -> Check:
             path = Path(folder) / "clip.mp4"
             write_video(path, [np.full((64, 64, 3), shade, np.uint8) for shade in range(0, 256, 32)], 8)
             frames = decoder.decode(str(path), np.arange(8) / 8, 1.0, 64, None)[0]
-            found = len(frames), len(decord.VideoReader(str(path), num_threads=1))
-            assert found == (8, 8), "not the frames that were written"
+            counts = len(frames), len(decord.VideoReader(str(path), num_threads=1))
+            assert counts == (8, 8), "not the frames that were written"
     except Exception as error:  # whatever a broken codec library raises is the finding
-        found = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
-        return Check("video", "missing", found, REINSTALL)
+        finding = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        return Check("video", "missing", finding, REINSTALL)
     return Check("video", "ok", "PyAV writes and reads H.264, decord reads it too")
 
 
-def _amount(what, amount, needed, remedy):
+def _amount(name, amount, needed, remedy):
     # A machine sold as 8 GB shows 7.6: one tenth less is as asked.
-    found = f"{amount / GB:.1f} GB of {needed / GB:.0f} needed"
+    finding = f"{amount / GB:.1f} GB of {needed / GB:.0f} needed"
     if amount >= 0.9 * needed:
-        return Check(what, "ok", found)
-    return Check(what, "missing" if amount < 0.5 * needed else "limited", found, remedy)
+        return Check(name, "ok", finding)
+    return Check(name, "missing" if amount < 0.5 * needed else "limited", finding, remedy)
 
 
 def space(profile) -> list[Check]:
@@ -162,24 +162,24 @@ def disk(profile) -> float:
     While a training state is saved the one before is still there. Studies and other seeds come on top.
     """
     policy = parameters(profile.policy)
-    count = CHECKPOINTS_PER_DATASET * len(profile.datasets) + CHECKPOINTS_OF_T2 * (
-        ABLATED in profile.datasets
-    )
-    learned = _learned(profile)
+    count = CHECKPOINTS_PER_DATASET * len(profile.datasets)
+    count += CHECKPOINTS_OF_T2 if ABLATED in profile.datasets else 0
     states = 2 * profile.parallel_steps
     hub = sum(HUB_BYTES * parameters(model) for model in _models(profile) if not _is_here(model))
     data = RENDERED_BYTES if profile.world else sum(map(official_release.size, profile.datasets))
-    return policy * SAVED_BYTES * count + learned * STATE_BYTES * states + hub + data
+    return policy * SAVED_BYTES * count + _learned(profile) * STATE_BYTES * states + hub + data
 
 
 def saves(profile) -> Check:
     """Say what a saved training state takes, how often one is written, and whether writing takes much of the time."""
     state = _learned(profile) * STATE_BYTES
     seconds = state / WRITTEN
-    found = f"{state / GB:.1f} GB every {profile.save_minutes:g} min, about {seconds:.0f} s to write"
+    finding = f"{state / GB:.1f} GB every {profile.save_minutes:g} min, about {seconds:.0f} s to write"
     if seconds <= 0.1 * 60 * profile.save_minutes:
-        return Check("saved states", "ok", found)
-    return Check("saved states", "limited", found, f"save_minutes: {np.ceil(seconds / 6):.0f} in the profile")
+        return Check("saved states", "ok", finding)
+    return Check(
+        "saved states", "limited", finding, f"save_minutes: {np.ceil(seconds / 6):.0f} in the profile"
+    )
 
 
 def time_needed(profile) -> Check:
@@ -191,10 +191,13 @@ def time_needed(profile) -> Check:
         return Check("hours", "ok", f"{hours:.1f} for the steps of the published run, one after the other")
     if profile.world is not None:
         return Check("hours", "ok", "nobody has published a run of this profile")
-    parts = {name: sum(estimate_hours(profile, one)[name] for one in profile.datasets) for name in PARTS}
-    each = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
-    found = f"about {sum(parts.values()):.0f} on one GPU: {each}; never run, {FLOPS / 1e12:.0f} TFLOP/s and "
-    return Check("hours", "limited", f"{found}{1000 * DECODED:.0f} ms a decoded token assumed")
+    estimates = [estimate_hours(profile, dataset) for dataset in profile.datasets]
+    hours = {part: sum(estimate[part] for estimate in estimates) for part in PARTS}
+    parts = ", ".join(f"{part} {value:.1f}" for part, value in hours.items())
+    finding = (
+        f"about {sum(hours.values()):.0f} on one GPU: {parts}; never run, {FLOPS / 1e12:.0f} TFLOP/s and "
+    )
+    return Check("hours", "limited", f"{finding}{1000 * DECODED:.0f} ms a decoded token assumed")
 
 
 PARTS = ("embed", "stage 1", "stage 2", "evaluate")
@@ -208,16 +211,16 @@ def estimate_hours(profile, dataset: str) -> dict[str, float]:
     """
     train, test, videos, seconds = AMOUNTS[dataset]
     frames = min(profile.max_frames, seconds * profile.video_fps)
-    seen = profile.engine_max_pixels or profile.max_frame_pixels
+    engine_pixels = profile.engine_max_pixels or profile.max_frame_pixels
     if profile.engine_video_pixels:
-        seen = min(seen, 2 * profile.engine_video_pixels / frames)
+        engine_pixels = min(engine_pixels, 2 * profile.engine_video_pixels / frames)
     prompt = WORDS + frames / 2 * profile.max_frame_pixels / TOKEN_PIXELS
     read = 2 * parameters(profile.policy) * prompt
     replies = LOOKS * test * SYSTEMS
     starts = min(train, (profile.grpo_steps or np.inf) * profile.grpo_prompts_per_step)
     group = LOOKS * starts  # each as one batch of replies, whose prompt is read once
     parts = (
-        2 * parameters(profile.engine) * videos * frames / 2 * seen / TOKEN_PIXELS / FLOPS,
+        2 * parameters(profile.engine) * videos * frames / 2 * engine_pixels / TOKEN_PIXELS / FLOPS,
         LEARNING * 2 * profile.sft_rows * profile.sft_epochs * read / FLOPS,
         group * (REPLY * DECODED + (1 + LEARNING) * read / FLOPS),
         replies * (REPLY * DECODED / profile.eval_batch + read / FLOPS),
@@ -246,19 +249,19 @@ def parameters(model: str) -> float:
 
 
 def _learned(profile):
-    """How many weights of the policy learn: all, or those of its adapters and heads."""
+    """Return how many weights of the policy learn: all, or those of its adapters and heads."""
     return parameters(profile.policy) * min(1, LORA_SHARE * profile.lora_rank or 1)
 
 
 def weights(model: str) -> Check:
     """Look for a model's safetensors in the clone, or in the local cache of the hub."""
-    what, local = f"weights {Path(model).name}", _is_local(model)
+    name, local = f"weights {Path(model).name}", _is_local(model)
     if _is_here(model):
-        return Check(what, "ok", "in this clone" if local else "in the local hub cache")
+        return Check(name, "ok", "in this clone" if local else "in the local hub cache")
     if local:
         restore = f"git checkout {model}, or make foundation"
-        return Check(what, "missing", f"no *.safetensors in {model}", restore)
-    return Check(what, "limited", "not on this machine", "downloaded at first use; needs network")
+        return Check(name, "missing", f"no *.safetensors in {model}", restore)
+    return Check(name, "limited", "not on this machine", "downloaded at first use; needs network")
 
 
 def _is_local(model):
@@ -266,7 +269,7 @@ def _is_local(model):
 
 
 def _is_here(model):
-    """Whether all weights of a model are in the clone, or in the hub cache at the commit that a run asks for."""
+    """Return whether all weights of a model are in the clone, or in the hub cache at the commit that a run asks for."""
     if _is_local(model):
         return any((ROOT / model).glob("*.safetensors"))
     repository, _, revision = model.partition("@")
@@ -288,23 +291,23 @@ def _is_here(model):
 def real_data(profile, dataset) -> Check:
     """Say what of a real data set is there, what is to be downloaded, and which rows of T1 that allows."""
     folder, gigabytes = ROOT / profile.data / dataset, official_release.size(dataset) / GB
-    what, home = f"data {dataset}", f"{profile.data}/{dataset}"
+    name, home = f"data {dataset}", f"{profile.data}/{dataset}"
     download = f"python -m vsr1 download-release --dataset {dataset} downloads about {gigabytes:.1f} GB"
     annotation_files = real_datasets.annotation_files(profile, dataset)
     absent = [file.name for file in annotation_files if not file.exists()]
     if absent:
         remedy = f"{download}, or put it into {home}/annotations/; then the videos"
-        return Check(what, "missing", f"no {absent[0]}", remedy)
+        return Check(name, "missing", f"no {absent[0]}", remedy)
     try:
         counts, files = real_datasets.videos(profile, dataset, annotation_files)
     except InputError as error:
-        return Check(what, "missing", str(error))
+        return Check(name, "missing", str(error))
     train, test = (
         np.mean([video in files for video, of in counts if of == split] or 0)
         for split in real_datasets.SPLITS
     )
     replies = profile.teacher is not None or (folder / official_release.REPLIES).exists()
-    vectors = all((folder / name).exists() for name in official_release.vector_files("test"))
+    vectors = all((folder / file).exists() for file in official_release.vector_files("test"))
     status, remedy = "ok", ""
     if not (test and train):
         status, remedy = "missing", f"put the videos into {home}/videos/"
@@ -312,13 +315,16 @@ def real_data(profile, dataset) -> Check:
         status, remedy = "missing", f"no replies to learn stage 1 from: {download}, or name a teacher"
     elif min(test, train) < 1:
         status, remedy = "limited", "the queries of missing videos count as failures (videos/missing.csv)"
-    found = f"videos of test {test:.1%}, of train {train:.1%}, for {t1(test, train, vectors, replies)} of T1"
-    return Check(what, status, f"{found}; runs/ takes {gigabytes:.1f} GB more for vectors", remedy)
+    finding = (
+        f"videos of test {test:.1%}, of train {train:.1%}, for {t1(test, train, vectors, replies)} of T1"
+    )
+    return Check(name, status, f"{finding}; runs/ takes {gigabytes:.1f} GB more for vectors", remedy)
 
 
 def t1(test, train, vectors, replies) -> str:
     """Name the rows of T1 that part of a data set allows, by the share of videos found."""
+    if test and train:
+        return "all rows" if replies else "ZS, rank fallback, two-stage"
     if test:
-        rest = ", two-stage" * bool(train)
-        return "all rows" if train and replies else f"ZS, rank fallback{rest}"
+        return "ZS, rank fallback"
     return "VR of ZS and FT by the released vectors (download-release prints it)" if vectors else "chance"

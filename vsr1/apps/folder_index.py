@@ -27,10 +27,8 @@ EXTENSIONS = tuple(extension for extension in annotations.CONTAINERS if len(exte
 SOURCE_CODE = ".ts", ".mts", ".mod"  # of TypeScript and Go too
 DECODE_TIMEOUT = 120.0  # ours: seconds for one video, which may be an hour long
 SAVE_SECONDS = 30.0  # ours: seconds of work that a kill may cost, beside the long video that is worked on
-WINDOW, STEP = (
-    1 / 2,
-    3 / 4,
-)  # ours: of a window, in frames that fit one look; from window to window, in windows
+# Ours: length of a window, in frames that fit one look; from window to window, in windows.
+WINDOW, STEP = 1 / 2, 3 / 4
 
 
 class Window(NamedTuple):
@@ -98,24 +96,24 @@ def find_videos(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
     Raises InputError where there is no folder, or no video in it.
     """
-    found, closed = {}, []
+    videos, errors = {}, []
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name the one with your videos")
-    for place, folders, names in os.walk(folder, onerror=closed.append):
+    for parent, folders, names in os.walk(folder, onerror=errors.append):
         folders[:] = [name for name in folders if name[0] != "."]
-        paths = [Path(place, name) for name in names if name[0] != "." and name.lower().endswith(EXTENSIONS)]
+        paths = [Path(parent, name) for name in names if name[0] != "." and name.lower().endswith(EXTENSIONS)]
         # A pipe would be waited for. A link that leads nowhere is one of the files that cannot be read.
         paths = [path for path in paths if path.is_symlink() or path.is_file()]
-        found |= {os.path.relpath(path, folder): path for path in paths if not _is_source_code(path)}
-    unlisted = {os.path.relpath(error.filename, folder): error.strerror for error in closed}
-    if not found:
+        videos |= {os.path.relpath(path, folder): path for path in paths if not _is_source_code(path)}
+    unlisted = {os.path.relpath(error.filename, folder): error.strerror for error in errors}
+    if not videos:
         why = "".join(f"; {plain(name)}: {problem}" for name, problem in unlisted.items())
         raise InputError(f"{folder}: no video in it or below; looked for {' '.join(EXTENSIONS)}{why}")
-    return dict(sorted(found.items())), unlisted
+    return dict(sorted(videos.items())), unlisted
 
 
 def _is_source_code(path):
-    """Whether a file that could be a program is text: no video stream begins with 512 bytes of it."""
+    """Return whether a file that could be a program is text: no video stream begins with 512 bytes of it."""
     if not path.name.lower().endswith(SOURCE_CODE) or not path.is_file():
         return False
     try:
@@ -136,11 +134,11 @@ def plain(text: str) -> str:
     return "".join(sign if sign.isprintable() else "�" for sign in text)
 
 
-def check_finite(vecs: np.ndarray, engine_name: str, what: str) -> np.ndarray:
+def check_finite(vecs: np.ndarray, engine_name: str, source: str) -> np.ndarray:
     """Return vectors; InputError where a number is not finite, since no comparison with it means anything."""
     if not np.isfinite(vecs).all():
         raise InputError(
-            f"{engine_name}: its vector of {plain(what)} holds numbers that are not finite; are the weights damaged, "
+            f"{engine_name}: its vector of {plain(source)} holds numbers that are not finite; are the weights damaged, "
             "or too large for the profile's dtype?"
         )
     return vecs
@@ -232,21 +230,21 @@ def refresh(
     load   returns the engine; it is called once folder and index have been checked
     retry  try again what could not be read before, though it has not changed
     """
-    (found, unreadable), before = find_videos(folder), read_index(path)
+    (paths, unreadable), before = find_videos(folder), read_index(path)
     encoder, started = load(), time.monotonic()
     facts = made_by(profile, encoder)
     differing = [name for name in facts if facts[name] != before[0].get(name)] if before[0] else []
-    old, unread = ({}, {}) if differing else before[1:]
-    files, new, unread = _compare(found, old, {} if retry else unread, unreadable)
+    indexed, unread = ({}, {}) if differing else before[1:]
+    files, contents, unread = _compare(paths, indexed, {} if retry else unread, unreadable)
     repeated, saved = frozenset(unread), time.monotonic()
     unreadable |= {name: file.problem for name, file in unread.items()}
     embedded = 0
-    for same, result in zip(new.values(), _embed(profile, encoder, found, new), strict=True):
+    for copies, result in zip(contents.values(), _embed(profile, encoder, paths, contents), strict=True):
         if isinstance(result, str):
-            unread |= {name: Unread(*row[:2], result) for name, row in same}
-            unreadable |= {name: result for name, _ in same}
+            unread |= {name: Unread(*row[:2], result) for name, row in copies}
+            unreadable |= {name: result for name, _ in copies}
             continue
-        files |= {name: IndexedFile(*row, *result) for name, row in same}
+        files |= {name: IndexedFile(*row, *result) for name, row in copies}
         embedded += 1
         if time.monotonic() - saved > SAVE_SECONDS:
             write_index(path, facts, files, unread)
@@ -257,10 +255,8 @@ def refresh(
     unreadable |= {name: file.problem for name, file in files.items() if file.problem}
     if not files:
         name, why = next(iter(unreadable.items()))
-        raise InputError(f"{folder}: not one of {len(found)} videos could be read; {plain(name)}: {why}")
-    rebuilt = None
-    if differing:
-        rebuilt = "format" if "format" in differing else ", ".join(differing)
+        raise InputError(f"{folder}: not one of {len(paths)} videos could be read; {plain(name)}: {why}")
+    rebuilt = "format" if "format" in differing else ", ".join(differing) or None
     seconds = time.monotonic() - started
     return FolderIndex(files, dict(sorted(unreadable.items())), repeated, embedded, rebuilt, seconds)
 
@@ -274,44 +270,43 @@ def made_by(profile: Profile, encoder: engine.Engine) -> dict:
     return facts | {"code": cache.source_digest(__name__)}
 
 
-def _compare(found, old, unread, unreadable):
-    """Return ({name: IndexedFile} of what is known, {digest: [(name, its size, time and digest)]} of what is new, and
-    {name: Unread} of what is still as it was when it could not be read).
+def _compare(paths, indexed, unread, unreadable):
+    """Return the files whose content is indexed, the contents that are not, and the files that are still unreadable.
 
-    What cannot be opened is tried again each time: its permissions may have changed.
+    They are {name: IndexedFile}, {digest: [(name, its size, time and digest)]} and {name: Unread}; the last are as they
+    were when they could not be read. What cannot be opened is tried again each time: its permissions may have changed.
     """
-    known, files, new, still = {file.digest: file for file in old.values()}, {}, {}, {}
-    for name, path in found.items():
+    by_digest, files, contents, still = {file.digest: file for file in indexed.values()}, {}, {}, {}
+    for name, path in paths.items():
         try:
             facts = path.stat().st_size, path.stat().st_mtime_ns
-            for before, same in ((old, files), (unread, still)):
+            for before, unchanged in ((indexed, files), (unread, still)):
                 if name in before and (before[name].size, before[name].changed) == facts:
-                    same[name] = before[name]
+                    unchanged[name] = before[name]
             if name in files or name in still:
                 continue
             digest = cache.file_digest(path)
         except OSError as error:
             unreadable[name] = error.strerror
             continue
-        if digest in known:
-            same = known[digest]
-            files[name] = IndexedFile(*facts, digest, same.seconds, same.spans, same.problem, same.vecs)
+        if digest in by_digest:
+            files[name] = replace(by_digest[digest], size=facts[0], changed=facts[1])
         else:
-            new.setdefault(digest, []).append((name, (*facts, digest)))
-    return files, new, still
+            contents.setdefault(digest, []).append((name, (*facts, digest)))
+    return files, contents, still
 
 
-def _embed(profile, encoder, found, new):
-    """Yield (seconds, spans, problem of some windows, vectors) of each new content, or why it cannot be read."""
-    names = [same[0][0] for same in new.values()]
-    clips = video_reader.read_videos([found[name] for name in names], reader(profile), profile.decode_workers)
+def _embed(profile, encoder, paths, contents):
+    """Yield (seconds, spans, problem of some windows, vectors) of each content, or why it cannot be read."""
+    names = [copies[0][0] for copies in contents.values()]
+    clips = video_reader.read_videos([paths[name] for name in names], reader(profile), profile.decode_workers)
     for name, clip in zip(names, cache.progress(clips, "embed videos", len(names)), strict=True):
         if clip.problem is not None:
             yield clip.problem
             continue
         spans = spans_of(clip.seconds, profile)
         if len(spans) > 1:
-            yield _embed_windows(profile, encoder, found[name], name, clip.seconds, spans)
+            yield _embed_windows(profile, encoder, paths[name], name, clip.seconds, spans)
         else:
             yield clip.seconds, spans, None, _vec(encoder, clip, name)
 
@@ -326,14 +321,13 @@ def _embed_windows(profile, encoder, path, name, seconds, spans):
             good.append(window.span)
             vecs.append(_vec(encoder, as_video(clip, window), window.id))
         else:
-            problems.append(
-                f"second {window.span[0]:.0f} to {window.span[1]:.0f} is left out: {clip.problem}"
-            )
+            start, end = window.span
+            problems.append(f"second {start:.0f} to {end:.0f} is left out: {clip.problem}")
     if not good:
         return problems[0]
     return seconds, tuple(good), "; ".join(problems) or None, np.concatenate(vecs)
 
 
-def _vec(encoder, clip, what):
+def _vec(encoder, clip, name):
     # One by one: reading takes longer, and frames as large as files have them fill the memory.
-    return check_finite(encoder.embed_clips([clip]), encoder.name, what)
+    return check_finite(encoder.embed_clips([clip]), encoder.name, name)

@@ -28,13 +28,13 @@ def main(profile: Profile, path: Path, png: Path | None, npz: Path | None, as_js
         clip = reader.read(path)
     facts = describe(clip)
     if clip.problem is None:
-        frames = seen(clip.frames, inputs.PixelRule(profile.max_frame_pixels))
+        frames = resized(clip.frames, inputs.PixelRule(profile.max_frame_pixels))
         facts["seen_size"] = "{1}x{0}".format(*frames.shape[1:3])
         facts["engine_size"] = "{1}x{0}".format(*_engine_size(profile, clip.frames))
         facts["looks"] = clip.timestamps.round(3).tolist()
         facts["stamps"] = inputs.pair_times(clip.timestamps).round(1).tolist()
         if png:
-            sheet(frames, clip.timestamps).save(png, format="PNG")
+            contact_sheet(frames, clip.timestamps).save(png, format="PNG")
         if npz:
             with npz.open("wb") as file:  # else numpy appends an ending
                 np.savez(file, frames=frames, timestamps=clip.timestamps)
@@ -62,13 +62,13 @@ def _engine_size(profile, frames):
     return engine.pixel_rule(profile).sizes(*frames.shape[1:3], len(frames), MULTIPLE)[-1]
 
 
-def seen(frames: np.ndarray, rule: inputs.PixelRule) -> np.ndarray:
+def resized(frames: np.ndarray, rule: inputs.PixelRule) -> np.ndarray:
     """Return frames (T, H, W, 3) uint8 in the size in which a model gets them."""
     sizes = rule.sizes(*frames.shape[1:3], len(frames), MULTIPLE)
     return np.stack([inputs.resized(frame, sizes).permute(1, 2, 0).byte().numpy() for frame in frames])
 
 
-def sheet(frames: np.ndarray, timestamps: np.ndarray) -> Image.Image:
+def contact_sheet(frames: np.ndarray, timestamps: np.ndarray) -> Image.Image:
     """Draw frames in rows, each over the second at which it appears."""
     height, width = frames.shape[1:3]
     rows = -(-len(frames) // COLUMNS)

@@ -191,8 +191,8 @@ def publish(profile: Profile) -> list[Path]:
     next(run for run in runs if run.name == ONE_SEARCH).execute()
     home = profile.results() / "notebooks"
     home.mkdir(parents=True, exist_ok=True)
-    for old in home.glob("*.ipynb"):
-        old.unlink()
+    for path in home.glob("*.ipynb"):
+        path.unlink()
     for run in runs:
         book = small_copy(json.loads(run.copy.read_text(encoding="utf-8")))
         text = json.dumps(book, indent=1, ensure_ascii=False) + "\n"
@@ -201,8 +201,8 @@ def publish(profile: Profile) -> list[Path]:
 
 
 def _shown_dataset(profile, path):
-    named = parameters(path).get("dataset")
-    return profile.datasets[0] if named and named not in profile.datasets else named
+    dataset = parameters(path).get("dataset")
+    return profile.datasets[0] if dataset and dataset not in profile.datasets else dataset
 
 
 def small_copy(book: dict) -> dict:
@@ -214,8 +214,8 @@ def small_copy(book: dict) -> dict:
         else:
             outputs = [output for output in cell["outputs"] if output.get("name") != "stderr"]
             cell["outputs"] = [_small_output(output) for output in outputs]
-    kept = ("kernelspec", "language_info")
-    return {**book, "cells": cells, "metadata": {key: book["metadata"][key] for key in kept}}
+    metadata = {key: book["metadata"][key] for key in ("kernelspec", "language_info")}
+    return {**book, "cells": cells, "metadata": metadata}
 
 
 def _small_output(output):

@@ -134,16 +134,16 @@ def notebook_steps(names: list[str], profile_name: str, profile) -> list[Step]:
     Those of a data set keep their order, for they show each other's numbers.
     """
     listed = []
-    each = [name for name in names if notebooks.takes_dataset(name)]
+    per_dataset = [name for name in names if notebooks.takes_dataset(name)]
     for dataset in profile.datasets:
         needs = set()
-        for name in each:
+        for name in per_dataset:
             needs |= {f"{step} {dataset}" for step in READ_BY.get(name, ())}
             run = notebooks.Run(name, profile_name, profile, dataset)
             listed.append(Step(run.title, run.execute, frozenset(needs), NOTEBOOK_MINUTES))
             needs = {run.title}
     for name in names:
-        if name not in each:
+        if name not in per_dataset:
             run, needs = notebooks.Run(name, profile_name, profile, None), {step.name for step in listed}
             listed.append(Step(run.title, run.execute, frozenset(needs), NOTEBOOK_MINUTES))
     return listed

@@ -220,8 +220,8 @@ def premise(profile, dataset: str) -> None:
 
     for name in studies.run(profile, dataset):
         print(f"premise {name} {dataset}: done", flush=True)
-    found = studies.intervene(profile, dataset)
-    refined = dict(zip(found["ids"], found["ranks"]["sqr"], strict=True))
+    interventions = studies.intervene(profile, dataset)
+    refined = dict(zip(interventions["ids"], interventions["ranks"]["sqr"], strict=True))
     bounds = functools.partial(oracles.numbers, optimise=optimise, refined=refined)
     for name, measure in {"oracles": bounds, "galleries": gallery_sizes.numbers}.items():
         longer.record(profile, dataset, measure(profile, dataset), "premise")

@@ -171,16 +171,16 @@ class Folder:
     def search(self, text: str, k: int = TOP, verdicts: int | None = None, turns: int | None = None) -> dict:
         """Search for one query and return what `--json` prints, with the `k` best moments in `hits`.
 
-        verdicts  look at so many of the best windows too; None: at those that the loop comes to; 0: not even there
+        verdicts  judge so many of the best windows too; None: those that the loop comes to; 0: not even those
         turns     at most so many; None: the profile's max_turns
         """
         query, started = parse_query(text), time.monotonic()
-        walk = _Walk(self, query)
-        result = walk.run(turns or self.profile.max_turns) if verdicts != 0 else walk.rank_alone()
-        scores = walk.scores
-        walk.look([name for name in _apart(scores, self.windows, verdicts or 0) if name not in walk.looks])
-        walk.follow()
-        hits = _hits(scores, walk.looks, self.windows)
+        run = _QuerySearch(self, query)
+        result = run.search(turns or self.profile.max_turns) if verdicts != 0 else run.search_unseen()
+        scores, looks = run.scores, run.looks
+        run.judge([name for name in _best_apart(scores, self.windows, verdicts or 0) if name not in looks])
+        run.follow()
+        hits = _hits(scores, looks, self.windows)
         if hits and hits[0]["verdict"] == "accepted":
             result |= {"accepted": True} | {key: hits[0][key] for key in ("video", "window", "moment")}
         facts = {"query": query.text, "folder": str(self.folder), "index": str(self.home), "page": None}
@@ -188,7 +188,7 @@ class Folder:
         facts |= {"weights": self.weights, "system": self.system, "videos": len(self.index.files)}
         facts |= {"windows": len(self.names), "embedded": self.index.embedded}
         facts |= {"unreadable": self.index.unreadable}
-        result = facts | result | {"looks": list(walk.looks.values())}
+        result = facts | result | {"looks": list(looks.values())}
         times = {"index": round(self.index.seconds, 2), "search": round(time.monotonic() - started, 2)}
         return result | {"hits": hits[:k], "exported": [], "seconds": times}
 
@@ -217,14 +217,12 @@ class Folder:
             )
         target.mkdir(parents=True, exist_ok=True)
         paths = []
-        for hit in result["hits"]:
-            if hit["verdict"] == "accepted":
-                digest, span = self.index.files[hit["video"]].digest[:8], hit["moment"] or hit["window"]
-                name = "_".join(
-                    [plain(Path(hit["video"]).stem)[:80], *(f"{time:.1f}" for time in span), digest]
-                )
-                paths.append(target / f"{name}.mp4")
-                search_page.cut(self.filmer, self.folder / hit["video"], self._clip(hit), span, paths[-1])
+        for hit in (hit for hit in result["hits"] if hit["verdict"] == "accepted"):
+            digest, span = self.index.files[hit["video"]].digest[:8], hit["moment"] or hit["window"]
+            seconds = (f"{time:.1f}" for time in span)
+            path = target / f"{'_'.join([plain(Path(hit['video']).stem)[:80], *seconds, digest])}.mp4"
+            search_page.write_moment(self.filmer, self.folder / hit["video"], self._clip(hit), span, path)
+            paths.append(path)
         result["exported"] = list(map(str, paths))
         return paths
 
@@ -247,8 +245,8 @@ class _Then:
         return self.change(self.future.result())
 
 
-class _Walk:
-    """One query on its way: the loop, and looks beside it."""
+class _QuerySearch:
+    """The search for one query: the loop, and verdicts beside it."""
 
     def __init__(self, folder: Folder, query: Query):
         self.folder, self.query, self.looks = folder, query, {}  # {id of a window: its look}
@@ -267,25 +265,24 @@ class _Walk:
         vecs = folder_index.check_finite(np.stack(vecs), self.folder.weights, "the refined query")
         scores, columns = self.vectors.search(vecs, len(self.folder.names))  # (B, W)
         tops = [tuple(self.folder.names[column] for column in order) for order in columns]
-        # {id of a window: cosine}, best first, by the last state: the one that is walked on with.
+        # {id of a window: cosine}, best first, by the last state: the one that the loop goes on with.
         self.scores = dict(zip(tops[-1], scores[-1].tolist(), strict=True))
         return [Ranking(0, 0, top, None, float(best[0])) for top, best in zip(tops, scores, strict=True)]
 
-    def rank_alone(self):
-        """Return the outcome of a search that nobody looks at."""
+    def search_unseen(self):
+        """Return the outcome of a search whose videos nobody looks at."""
         return self._outcome(self.first[0], False, "engine alone", None)
 
-    def run(self, turns):
+    def search(self, turns):
         """Run the loop and return its outcome: where no verdict accepts, the window that the last search put first."""
         run = self._record(turns if self.functions.system.refine else 1)
-        (found,) = episode.run_episodes(
-            [self.query], self.rank, self.functions.ask, self.functions.refine, run
-        )
-        for turn in found.turns:
-            self._note(turn, found.problem)
-        accepted, last = found.stop_reason == "matched", found.turns[-1]
+        functions = self.rank, self.functions.ask, self.functions.refine
+        (result,) = episode.run_episodes([self.query], *functions, run)
+        for turn in result.turns:
+            self._note(turn, result.problem)
+        accepted, last = result.stop_reason == "matched", result.turns[-1]
         name = last.shown_id if accepted or last.top1_out is None else last.top1_out
-        return self._outcome(name, accepted, found.stop_reason, found.problem)
+        return self._outcome(name, accepted, result.stop_reason, result.problem)
 
     def _outcome(self, name, accepted, stop, problem):
         window, look = self.folder.windows[name], self.looks.get(name, {"moment": None})
@@ -299,35 +296,33 @@ class _Walk:
             "yours", "all", self.folder.system, turns, carry, profile.seed, "skip_rejected", False
         )
 
-    def look(self, names):
-        """Let the agent judge windows, each by itself, as in one turn of the loop."""
+    def judge(self, names):
+        """Let the policy judge windows, each by itself, as in one turn of the loop."""
         size = self.folder.profile.eval_batch
         for part in (names[start : start + size] for start in range(0, len(names), size)):
             shown = lambda _, part=part: [Ranking(0, 0, (name,), None, 0.0) for name in part]  # noqa: E731
             queries = [self.query] * len(part)
-            found = episode.run_episodes(queries, shown, self.functions.ask, None, self._record(1))
-            for one in found:
-                self._note(one.turns[0], one.problem)
+            for result in episode.run_episodes(queries, shown, self.functions.ask, None, self._record(1)):
+                self._note(result.turns[0], result.problem)
 
     def follow(self):
         """Follow each accepted moment that reaches an edge of its window into the next one."""
         left = FOLLOWED
         while names := [name for name in self._next_windows() if name not in self.looks][:left]:
-            self.look(names)
+            self.judge(names)
             left -= len(names)
 
     def _next_windows(self):
         names, windows = self.folder.names, self.folder.windows
-        look_seconds = 1 / self.folder.profile.video_fps
+        frame_seconds = 1 / self.folder.profile.video_fps
         for number, name in enumerate(names):
             look = self.looks.get(name, {})
             if look.get("accepted") and look["moment"]:
-                start, end = windows[name].span
-                before, after = (
-                    look["moment"][0] < start + look_seconds,
-                    look["moment"][1] > end - look_seconds,
-                )
-                for other in names[number - 1 : number] * before + names[number + 1 : number + 2] * after:
+                (start, end), moment = windows[name].span, look["moment"]
+                neighbours = names[number - 1 : number] if moment[0] < start + frame_seconds else []
+                if moment[1] > end - frame_seconds:
+                    neighbours = neighbours + names[number + 1 : number + 2]
+                for other in neighbours:
                     if windows[other].video == windows[name].video:
                         yield other
 
@@ -338,46 +333,43 @@ class _Walk:
         """
         window = self.folder.windows[turn.shown_id]
         text = "" if turn.reply is None else turn.reply.text
+        reasoning = text.rpartition("</think>")[0].replace("<think>", "").strip()
         refinement = None
         if turn.top1_out is not None:
             soft_tokens = turn.refine_tokens if turn.refine_kind == "sqr" else None
             refinement = {"kind": turn.refine_kind, "soft_tokens": soft_tokens, "words": turn.update_text}
             refinement["best"] = turn.top1_out
         begin = window.span[0]
-        look = {
+        self.looks[turn.shown_id] = {
             "video": window.video,
             "window": list(window.span),
             "rank": 1 + self.first.index(turn.shown_id),
             "accepted": turn.reply and turn.reply.matched,  # None: no readable verdict
-            "reasoning": text.rpartition("</think>")[0].replace("<think>", "").strip()
-            if text
-            else problem or "",
+            "reasoning": reasoning if text else problem or "",
             "reply": text,
             "moment": None if turn.span_ms is None else [begin + time / 1000 for time in turn.span_ms],
             "next": refinement,
         }
-        self.looks[turn.shown_id] = look
 
 
 # --- The best moments
 
 
-def _meet(a, b):
+def _overlap(a, b):
     return a[0] < b[1] and b[0] < a[1]
 
 
-def _apart(order: Iterable[str], windows, count) -> list[str]:
+def _best_apart(order: Iterable[str], windows, count) -> list[str]:
     """Return the first `count` windows of a ranking that overlap no better one."""
-    kept = []
+    best = []
     for name in order:
-        if len(kept) == count:
+        if len(best) == count:
             break
-        one = windows[name]
-        if not any(
-            one.video == windows[other].video and _meet(one.span, windows[other].span) for other in kept
-        ):
-            kept.append(name)
-    return kept
+        window = windows[name]
+        better = [windows[other] for other in best if windows[other].video == window.video]
+        if not any(_overlap(window.span, other.span) for other in better):
+            best.append(name)
+    return best
 
 
 def _hits(scores, looks, windows) -> list[dict]:
@@ -395,30 +387,23 @@ def _hits(scores, looks, windows) -> list[dict]:
         moment = look["moment"] if verdict == "accepted" else None
         hit = {"video": window.video, "window": list(window.span), "moment": moment}
         hits.append(hit | {"score": round(score, 4), "verdict": verdict})
-    kept = {window.video: [] for window in windows.values()}
+    by_video = {window.video: [] for window in windows.values()}
     for hit in sorted(hits, key=lambda hit: hit["verdict"] != "accepted"):  # stable
         span = hit["moment"] or hit["window"]
-        near = [one for one in kept[hit["video"]] if _meet(one["moment"] or one["window"], span)]
-        near = [one for one in near if one["verdict"] == hit["verdict"] or one["verdict"] != "rejected"]
+        near = [
+            other for other in by_video[hit["video"]] if _overlap(other["moment"] or other["window"], span)
+        ]
+        near = [other for other in near if other["verdict"] != "rejected" or hit["verdict"] == "rejected"]
         if not near:
-            kept[hit["video"]].append(hit)
+            by_video[hit["video"]].append(hit)
         elif hit["moment"] and near[0]["moment"]:
-            spans = near[0]["moment"], span
-            near[0]["moment"] = [min(start for start, _ in spans), max(end for _, end in spans)]
+            start, end = near[0]["moment"]
+            near[0]["moment"] = [min(start, span[0]), max(end, span[1])]
     best_first = lambda hit: (hit["verdict"] != "accepted", -hit["score"])  # noqa: E731
-    return sorted(itertools.chain.from_iterable(kept.values()), key=best_first)
+    return sorted(itertools.chain.from_iterable(by_video.values()), key=best_first)
 
 
 # --- The command
-
-
-def search(profile: Profile, folder, query: str, **options) -> dict:
-    """Search a folder for one query, write its page, and return what `--json` prints; `options` as in `Folder`."""
-    parse_query(query)
-    with Folder(profile, folder, **options) as videos:
-        result = videos.search(query)
-        videos.write_page(result)
-        return result
 
 
 def read_queries(path: Path) -> Iterator[str]:
@@ -473,7 +458,7 @@ def search_and_print(
     """
     out, target = sys.stderr if as_json else sys.stdout, how.pop("export")
     say = functools.partial(print, file=out, flush=True)
-    texts, found = _queries(query, queries, out), False
+    texts, any_accepted = _queries(query, queries, out), False
     with Folder(profile, folder, say=say, **options) as videos:
         for text in texts:
             result = videos.search(text, **how)
@@ -482,5 +467,5 @@ def search_and_print(
                 videos.export(result, target)
             for line in [json.dumps(result)] if as_json else search_page.lines(result):
                 print(line, flush=True)
-            found |= result["accepted"]
-    return 0 if found else 1
+            any_accepted |= result["accepted"]
+    return 0 if any_accepted else 1

@@ -53,14 +53,13 @@ def when(entry: dict) -> str:
 
 def end(result: dict) -> str:
     """Say how a search ended, in one sentence."""
-    at = when(result)
+    moment = when(result)
     if result["accepted"]:
-        return f"Found: {plain(result['video'])}, {at}"
+        return f"Found: {plain(result['video'])}, {moment}"
     why = f" ({result['problem']})" if result["problem"] else ""
     verdict = "not accepted" if key(result) in map(key, result["looks"]) else "not looked at"
-    return plain(
-        f"No video was accepted{why}; best candidate, unverified ({verdict}): {result['video']}, {at}"
-    )
+    candidate = f"best candidate, unverified ({verdict}): {result['video']}, {moment}"
+    return plain(f"No video was accepted{why}; {candidate}")
 
 
 def turn_texts(look: dict) -> tuple[str, str]:
@@ -114,7 +113,9 @@ def film(reader: video_reader.Reader, path: Path, clip: video_reader.Clip, span)
     return buffer.getvalue(), f"The film runs from {clock(span[0])} to {clock(span[1])}, without sound."
 
 
-def cut(reader: video_reader.Reader, path: Path, clip: video_reader.Clip, span, target: Path) -> None:
+def write_moment(
+    reader: video_reader.Reader, path: Path, clip: video_reader.Clip, span, target: Path
+) -> None:
     """Write the seconds `span` of a video as a file of its own, in full size and without sound.
 
     Raises InputError where the video cannot be read.
@@ -144,7 +145,7 @@ def html_page(result: dict, clips: dict[str, video_reader.Clip], mp4: bytes, abo
     facts = {name: short_path(result[name]) for name in ("folder", "videos", "profile", "weights", "system")}
     facts |= {f"cannot be read: {name}": problem for name, problem in result["unreadable"].items()}
     values = {
-        "told": result,
+        "result": result,
         "looks": [(look, *turn_texts(look), clips[key(look)]) for look in result["looks"]],
         "film": _base64(mp4),
         "about": about,
@@ -155,7 +156,7 @@ def html_page(result: dict, clips: dict[str, video_reader.Clip], mp4: bytes, abo
 
 
 def strip(clip: video_reader.Clip, look: dict) -> dict:
-    """Return what the agent looked at as a time axis: its picture, the times below it, the band of its moment."""
+    """Return the frames of one look as a time axis: its picture, the times below it, the band of its moment."""
     picture, times = previews.strip(clip)
     picture.save(buffer := io.BytesIO(), "webp", quality=60)
     start, moment = look["window"][0], look["moment"]
