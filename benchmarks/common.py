@@ -66,10 +66,9 @@ class ForcedRefinePolicy(policy.Policy):
         if ForcedRefinePolicy.sharing:
             return super().prefill(prompts, group)
         counts = group if isinstance(group, list) else [group] * len(prompts)
-        each = [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
-        return super().prefill(
-            [replace(prompt, video=replace(prompt.video)) for prompt in each], share_prefix=False
-        )
+        repeated = [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
+        copies = [replace(prompt, video=replace(prompt.video)) for prompt in repeated]
+        return super().prefill(copies, share_prefix=False)
 
     def _completion(self, generated, columns):
         generated.ids[-1] = self.refine_token_id  # random weights would not say it

@@ -1,4 +1,4 @@
-"""What a 2B policy and a 2B engine cost on one GPU: `python -m benchmarks.gpu`, into results/bench/gpu.{json,csv}.
+"""Measure 2B models on one GPU, seconds and memory: `python -m benchmarks.gpu`, into results/bench/gpu.{json,csv}.
 
 With `--cpu` the same on a CPU, for the memory: into results/bench/cpu.{json,csv}, steps of few rows (`LESS`).
 
@@ -166,10 +166,10 @@ def measure_evaluation(bench: BenchFixture, rounds: int):
 
     def work():
         episodes = episode.run_episodes(queries, loop.search, loop.ask, loop.refine, run)
-        assert {len(one.turns) for one in episodes} == {profile.max_turns}
+        assert {len(searched.turns) for searched in episodes} == {profile.max_turns}
 
-    what = f"episodes of {profile.max_turns} turns"
-    return policy.model, bench.prompt_tokens(policy), [(what, len(queries), timed(work, rounds))]
+    label = f"episodes of {profile.max_turns} turns"
+    return policy.model, bench.prompt_tokens(policy), [(label, len(queries), timed(work, rounds))]
 
 
 class StepTimer(TrainerCallback):
@@ -245,10 +245,10 @@ def measure(
     attention = "/".join(loading.model_facts(model)["attention"])
     facts += attention, prompt_tokens, 0 if part == "embedding" else reply_tokens
     rows = []
-    for what, count, spent in times:
+    for label, count, spent in times:
         seconds = float(np.median(spent))
         numbers = (round(number, 3) for number in (seconds, count / seconds, peak))
-        rows.append(Measurement(what, *facts, count, *numbers))
+        rows.append(Measurement(label, *facts, count, *numbers))
     return rows
 
 
@@ -266,12 +266,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("torch sees no GPU; with --cpu the models of 2B parameters are measured here")
     if args.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the processes that measure
-        profiles = [replace(one, threads=len(os.sched_getaffinity(0)), **LESS) for one in profiles]
+        threads = len(os.sched_getaffinity(0))
+        profiles = [replace(profile, threads=threads, **LESS) for profile in profiles]
     started, rows, runs = time.time(), [], config.ROOT / "runs"
     runs.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs) as scratch:
         folder = Path(scratch)
-        seconds = max(one.max_frames / one.video_fps for one in profiles)
+        seconds = max(profile.max_frames / profile.video_fps for profile in profiles)
         make_video(folder / "video.mp4", seconds, SIZE)
         common.alone(make_models, folder, SHAPES, "bfloat16", "cpu" if args.cpu else "cuda")
         for profile, part in product(profiles, args.parts):

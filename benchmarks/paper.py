@@ -55,14 +55,15 @@ def _sample(process, most):
     """Look at the memory of a process and its descendants every second until it ends."""
     while process.poll() is None:
         sizes = []
-        for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        root = psutil.Process(process.pid)
+        for member in [root, *root.children(recursive=True)]:
             try:
-                info = one.memory_info()
+                info = member.memory_info()
             except psutil.Error:  # it has just ended
                 continue
             sizes.append((info.rss - info.shared, info.rss))
-        most["gb"] = max(most["gb"], round(sum(own for own, _ in sizes) / 1e9, 2))
-        most["gb_process"] = max([most["gb_process"], *(round(whole / 1e9, 2) for _, whole in sizes)])
+        most["gb"] = max(most["gb"], round(sum(private for private, _ in sizes) / 1e9, 2))
+        most["gb_process"] = max([most["gb_process"], *(round(rss / 1e9, 2) for _, rss in sizes)])
         time.sleep(1)
 
 
@@ -80,9 +81,8 @@ def step_minutes(clone: Path) -> dict[str, float]:
 def table(old: dict, new: dict) -> pd.DataFrame:
     """Return old, new and their ratio: commands in minutes of the wall, steps in minutes of one core."""
     rows = {name: (old[name]["seconds"] / 60, new[name]["seconds"] / 60) for name in COMMANDS if name in new}
-    rows |= {
-        f"{name}, processor": (old[name]["processor"] / 60, new[name]["processor"] / 60) for name in rows
-    }
+    for name in list(rows):
+        rows[f"{name}, processor"] = old[name]["processor"] / 60, new[name]["processor"] / 60
     steps = sorted(old["steps"].keys() | new["steps"].keys(), key=lambda name: -old["steps"].get(name, 0.0))
     rows |= {name: (old["steps"].get(name), new["steps"].get(name)) for name in steps}
     frame = pd.DataFrame(rows, index=["old", "new"]).T.astype(float)
@@ -94,20 +94,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("clones", nargs=2, type=Path, metavar="CLONE")
     parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    measured = json.loads(given.out.read_text()) if given.out.exists() else {}
-    for clone in map(Path.absolute, given.clones):
+    args = parser.parse_args()
+    measured = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for clone in map(Path.absolute, args.clones):
         of_clone = measured.setdefault(clone.name, {})
         for name, command in COMMANDS.items():
             if name not in of_clone:
                 of_clone[name] = measure(command, clone)
                 of_clone["steps"] = step_minutes(clone)
-                cache.write_json(given.out, measured)
+                cache.write_json(args.out, measured)
     print("| | old | new | ratio |\n| --- | ---: | ---: | ---: |")
-    for name, *numbers in table(*(measured[clone.name] for clone in given.clones)).itertuples():
-        print(
-            "|", " | ".join([name, *("" if pd.isna(number) else f"{number:.2f}" for number in numbers)]), "|"
-        )
+    for name, *numbers in table(*(measured[clone.name] for clone in args.clones)).itertuples():
+        cells = ["" if pd.isna(number) else f"{number:.2f}" for number in numbers]
+        print(f"| {' | '.join([name, *cells])} |")
 
 
 if __name__ == "__main__":

@@ -14,16 +14,10 @@ from vsr1 import config
 from vsr1.apps import notebooks, paper, pipeline
 from vsr1.config import DATASETS, ROOT, InputError
 
-NAMES, VALUES = (
-    re.compile(rf"({'|'.join(DATASETS)}|[, ])+"),
-    re.compile(r"(?!-\D).*"),
-)  # -1 is a value, --top no
-LISTS = {
-    "--datasets": NAMES,
-    "--dataset": NAMES,
-    "--seeds": VALUES,
-    "--iou": VALUES,
-}  # options of several words
+NAMES = re.compile(rf"({'|'.join(DATASETS)}|[, ])+")
+VALUES = re.compile(r"(?!-\D).*")  # -1 is a value, --top no
+# Options of several words.
+LISTS = {"--datasets": NAMES, "--dataset": NAMES, "--seeds": VALUES, "--iou": VALUES}
 
 Profile = Annotated[str, Option("--profile", help="Name of a file in vsr1/profiles/, or path to a .yaml.")]
 Seed = Annotated[int | None, Option("--seed", min=0, help="Seed of the experiment; default: the profile's.")]
@@ -42,13 +36,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Vi
 def main(argv=None) -> int:
     """Run one command and return its exit status. Bad input is one line and 2; an error of ours keeps its traceback."""
     pipeline.use_this_clone()
-    words = _join_lists(sys.argv[1:] if argv is None else argv)
-    return pipeline.guard(lambda: _run(words))
+    arguments = _join_lists(sys.argv[1:] if argv is None else argv)
+    return pipeline.guard(lambda: _run(arguments))
 
 
-def _run(words):
+def _run(arguments):
     try:
-        status = app(words, "python -m vsr1", standalone_mode=False)
+        status = app(arguments, "python -m vsr1", standalone_mode=False)
     except typer.exceptions.TyperException as error:
         message = f"{error.format_message().rstrip('.')}; see python -m vsr1 COMMAND --help"
         raise InputError(message) from error
@@ -59,13 +53,13 @@ def _run(words):
 
 def _join_lists(argv):
     """Let one option take several words: `--datasets charades didemo` becomes `--datasets "charades didemo"`."""
-    words = []
+    arguments = []
     for word in argv:
-        if len(words) > 1 and words[-2] in LISTS and LISTS[words[-2]].fullmatch(word):
-            words[-1] += f" {word}"
+        if len(arguments) > 1 and arguments[-2] in LISTS and LISTS[arguments[-2]].fullmatch(word):
+            arguments[-1] += f" {word}"
         else:
-            words.append(word)
-    return words
+            arguments.append(word)
+    return arguments
 
 
 def _split(values):
@@ -174,10 +168,10 @@ def seeds(
     jobs: Jobs = None,
 ):
     """Retrain and evaluate with other seeds, for tables R1, R2 and R4."""
-    words = _split(seeds)
-    if not all(word.isdecimal() for word in words):
-        raise InputError(f"--seeds {' '.join(words)}: expected whole numbers from 0 up")
-    work = functools.partial(pipeline.seeds, numbers=[int(word) for word in words])
+    numbers = _split(seeds)
+    if not all(number.isdecimal() for number in numbers):
+        raise InputError(f"--seeds {' '.join(numbers)}: expected whole numbers from 0 up")
+    work = functools.partial(pipeline.seeds, numbers=list(map(int, numbers)))
     return _per_dataset("seeds", work, profile, seed, datasets, jobs)
 
 

@@ -49,13 +49,13 @@ def dist_state(device="auto"):
     return PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=BARRIER_TIMEOUT)
 
 
-def progress(items, what, total=None):
+def progress(items, label, total=None):
     """Iterate over `items` with a bar that goes away at the end; silent in pipes, files and all ranks but 0.
 
     Silent too in processes that work side by side: their bars would overwrite each other.
     """
     disable = None if dist_state().is_main_process and multiprocessing.parent_process() is None else True
-    return tqdm(items, desc=what, total=total, disable=disable, leave=False, dynamic_ncols=True)
+    return tqdm(items, desc=label, total=total, disable=disable, leave=False, dynamic_ncols=True)
 
 
 # --- Steps

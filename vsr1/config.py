@@ -52,9 +52,8 @@ class WorldConfig:
     train_videos: Count
     test_videos: Count
     foundation_videos: Count  # per data set; for `make foundation` only
-    queried_videos: Count | None = (
-        None  # test videos that queries ask for, the others are distractors; None: all
-    )
+    # Test videos that queries ask for, the others are distractors; None: all.
+    queried_videos: Count | None = None
     size: Annotated[int, Field(ge=16, multiple_of=2)] = 128  # pixels, width and height of the MP4 files
     fps: Count = 8
     seed: CountOrZero = 2607  # of the world, not of the experiment: every seed searches the same corpora
@@ -138,9 +137,8 @@ class Profile:
 
     # The loop.
     max_turns: Count = 3  # T of a run; it holds all shorter ones
-    headline_turns: Count = (
-        2  # T of the numbers: "T = 2" by a reading of the full text, and in the official script
-    )
+    # T of the numbers: "T = 2" by a reading of the full text, and in the official script.
+    headline_turns: Count = 2
     # "top1": the paper. "skip_rejected", ours: no rejected video again.
     display_rule: Literal["top1", "skip_rejected"] = "top1"
     eval_batch: Count = 64  # ours: queries of one batch; their KV caches are held, and a kill costs as many
@@ -157,9 +155,8 @@ class Profile:
     engine_max_pixels: Annotated[int, Field(ge=1024)] | None = None
     engine_min_pixels: CountOrZero = 0  # official: 131072; smaller frames are enlarged
     engine_video_pixels: Count | None = None  # official: 7864320, of one frame of each pair; None: any
-    engine_frame_multiple: CountOrZero = (
-        0  # official: 64; frames become multiples of it first; 0: they do not
-    )
+    # Official: 64; frames become multiples of it first. 0: they do not.
+    engine_frame_multiple: CountOrZero = 0
     # Official: released weights search the vectors that their soft tokens were trained against, once these are fetched.
     search_released_vectors: bool = True
     # "official": stamps as if there were two frames a second, whatever there are.
@@ -217,9 +214,8 @@ class Profile:
     # "gdpo": each component of the reward is divided by its own spread in the group before they are added up
     # (arXiv 2601.05242), and the sum by its spread in the step.
     grpo_advantages: Literal["grpo", "gdpo"] = "grpo"
-    shuffle_advantages: bool = (
-        False  # ours, a control: each turn gets the advantage of another one of its group
-    )
+    # Ours, a control: each turn gets the advantage of another one of its group.
+    shuffle_advantages: bool = False
     grpo_lr: PositiveOrZero = 5e-7  # official, of the language model
     grpo_head_lr: PositiveOrZero = 5e-5  # official for stage 1, of the heads; frozen heads have none
     grpo_schedule: Literal["constant", "linear"] = "constant"  # official; "linear" falls to zero
@@ -326,8 +322,8 @@ def _check_clone():
 def _profile_path(name):
     path = Path(name) if name.endswith(".yaml") else PROFILES / f"{name}.yaml"
     if not path.exists():
-        known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
-        raise InputError(f"{path}: no such profile; there are {known}")
+        names = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
+        raise InputError(f"{path}: no such profile; there are {names}")
     shipped = PROFILES / path.name
     if shipped.exists() and not path.samefile(shipped):
         raise InputError(f"{path}: its results would replace those of vsr1's own {path.stem}; rename it")
@@ -336,9 +332,12 @@ def _profile_path(name):
 
 def _part_of(profile, seed, datasets):
     """Return the profile with this seed and these data sets, if there are any; `part` says how it differs."""
-    own = set(datasets) in (set(), set(profile.datasets))
-    datasets = profile.datasets if own else tuple(name for name in DATASETS if name in datasets)
-    part = [] if own else [*datasets]
+    part = []
+    if set(datasets) in (set(), set(profile.datasets)):
+        datasets = profile.datasets
+    else:
+        datasets = tuple(name for name in DATASETS if name in datasets)
+        part += datasets
     if seed not in (None, profile.seed):
         part.append(f"seed{seed}")
         if seed < 0:
