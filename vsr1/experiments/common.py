@@ -165,14 +165,14 @@ class Prediction:
 # --- Rows of contact sheets
 
 
-def moments_to_see(span: tuple[float, float], seconds: float, inside: int = 4) -> np.ndarray:
-    """Return the seconds of frames that show a moment: one from before it, `inside` from within, one from after.
+def moments_to_see(span: tuple[float, float], seconds: float) -> np.ndarray:
+    """Return the seconds of frames that show a moment: one from before it, four from within, one from after.
 
     >>> moments_to_see((10, 20), 30)
     array([ 5. , 11.25, 13.75, 16.25, 18.75, 25. ])
     """
     start, end = min(span[0], seconds), min(span[1], seconds)  # the truth may end behind the video
-    within = start + (end - start) * (np.arange(inside) + 0.5) / inside
+    within = start + (end - start) * (np.arange(4) + 0.5) / 4
     return np.array([start / 2, *within, (end + seconds) / 2])
 
 

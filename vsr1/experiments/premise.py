@@ -136,12 +136,12 @@ def clearest_turn(turns: tuple[Turn, ...]) -> Turn | None:
     return max(judged, key=lambda turn: turn.verdict_margin, default=None)
 
 
-def answers_right(turn: Turn | None, episode: Episode, threshold: float = 0.5) -> bool:
-    """Return whether a turn that answers names the right moment: by its own span, else by the forced one."""
+def answers_right(turn: Turn | None, episode: Episode) -> bool:
+    """Return whether a turn that answers names the right moment, IoU 0.5: by its own span, else by the forced one."""
     if turn is None or not turn.shown_is_gt:
         return False
     span = turn.span_ms or turn.forced_span_ms
-    return span is not None and bool(metrics.reaches(span_iou(span, episode.gt_span_ms), threshold))
+    return span is not None and bool(metrics.reaches(span_iou(span, episode.gt_span_ms), 0.5))
 
 
 # --- P2: interventions at the moment of refinement

@@ -140,6 +140,6 @@ def family_share(first: FirstSearch, families: dict) -> float | None:
     return metrics.percent(wrong) if wrong else None
 
 
-def recall_curve(first: FirstSearch, longest: int = 100) -> list:
-    """Return [k, R@k] for k up to `longest` or the size of the gallery."""
-    return [[k, metrics.recall_at(first.ranks, k)] for k in range(1, min(longest, first.videos) + 1)]
+def recall_curve(first: FirstSearch) -> list:
+    """Return [k, R@k] for k up to 100 or the size of the gallery."""
+    return [[k, metrics.recall_at(first.ranks, k)] for k in range(1, min(100, first.videos) + 1)]

@@ -376,13 +376,13 @@ def train_all_heads(trainer: HeadTrainer) -> dict[str, dict]:
 # --- Numbers
 
 
-def steps_to(curve: list[float], start: float, share: float) -> int | None:
-    """Return the first step at which a curve has closed `share` of the distance from `start` to 100; None: never.
+def steps_to_90(curve: list[float], start: float) -> int | None:
+    """Return the first step at which a curve has closed 90 % of the distance from `start` to 100; None: never.
 
-    >>> steps_to([22.0, 50.0, 95.0, 90.0], 20.0, 0.9), steps_to([22.0, 21.0], 20.0, 0.9)
+    >>> steps_to_90([22.0, 50.0, 95.0, 90.0], 20.0), steps_to_90([22.0, 21.0], 20.0)
     (2, None)
     """
-    goal = start + share * (100 - start)
+    goal = start + 0.9 * (100 - start)
     return next((step for step, value in enumerate(curve) if value >= goal), None)
 
 
@@ -402,7 +402,7 @@ def numbers(profile: Profile, dataset: str, systems: dict[str, dict]) -> dict[st
         for metric, rows in groups.items():
             measured[f"{name}/{metric}"] = statistics.estimate(ranks[rows] == 1, families[rows], profile)
         if name.startswith("free") and "curve" in system:
-            steps = steps_to(system["curve"], plain, 0.9)
+            steps = steps_to_90(system["curve"], plain)
             measured[f"{name}/steps90"] = Estimate(steps, len(ranks), unit="steps")
         if "nce" in system:
             measured[f"{name}/nce"] = Estimate(float(np.mean(system["nce"])), len(ranks), unit="nats")

@@ -99,25 +99,23 @@ def varied_group(folder: Path) -> tuple[int, list[dict]]:
     return (varied or groups)[-1]
 
 
-def share_numbers(dataset: str, name: str, log: list[dict]) -> dict[str, Estimate]:
+def share_numbers(dataset: str, log: list[dict]) -> dict[str, Estimate]:
     """Measure which share of the variance of advantages each component of the reward carries, mean over steps (E2)."""
-    steps = [line["shares"] for line in log if line["shares"]]
-    return {
-        f"E2/{dataset}/{name}/share_{RECORDED[key]}": Estimate(
-            100 * float(np.mean([shares[key] for shares in steps])), len(steps), unit="%"
-        )
-        for key in (steps[0] if steps else ())
-    }
+    steps, numbers = [line["shares"] for line in log if line["shares"]], {}
+    for key in steps[0] if steps else ():
+        percent = 100 * float(np.mean([shares[key] for shares in steps]))
+        numbers[f"E2/{dataset}/vsr1/share_{RECORDED[key]}"] = Estimate(percent, len(steps), unit="%")
+    return numbers
 
 
 REWARDS = ("reward", *RECORDED, "right_shown", "length")
 
 
-def reward_numbers(dataset: str, name: str, log: list[dict]) -> dict[str, Estimate]:
+def reward_numbers(dataset: str, log: list[dict]) -> dict[str, Estimate]:
     """Measure what the policy earns on validation prompts before and after stage 2 (E2); {} without any."""
     if not log:
         return {}
-    ends = {"sft": log[0], name: log[-1]}
+    ends = {"sft": log[0], "vsr1": log[-1]}
     return {
         f"E2/{dataset}/{system}/{RECORDED.get(key, key)}": Estimate(line[key], line["rows"], unit="")
         for system, line in ends.items()

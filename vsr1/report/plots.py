@@ -33,6 +33,7 @@ SHADES = "#08306b #08519c #2171b5 #4292c6 #6baed6 #8fc1e0 #b2d2e8 #cfe1f2".split
 DRAWINGS = Path(__file__).parent / "drawings"
 WIDTH = 6.9  # inches: on a phone at 65 pixels each, letters of 11 points are 10 pixels high
 KINDS = ("png", "svg")  # of what is published
+REDRAW_SECONDS = 3.0  # of a curve in a notebook, at least
 RANK_1 = "right video on rank 1, %"
 
 
@@ -570,7 +571,7 @@ def training_curves(
     return figure
 
 
-def live(keys, every: float = 3.0):
+def live(keys):
     """Return a `watch` for a training run whose curves redraw in JupyterLab; None elsewhere, where nobody watches."""
     if "JPY_SESSION_NAME" not in os.environ:  # set by the server for its kernels; papermill's have none
         return None
@@ -579,7 +580,7 @@ def live(keys, every: float = 3.0):
     handle, last_drawn = display(display_id=True), [0.0]
 
     def watch(lines):
-        if time.monotonic() - last_drawn[0] >= every:
+        if time.monotonic() - last_drawn[0] >= REDRAW_SECONDS:
             last_drawn[0] = time.monotonic()
             handle.update(Image(_live_png(lines, keys)))
 

@@ -31,6 +31,7 @@ from vsr1.report import templates
 
 SYSTEMS = {"sqr": ("vsr1", "SQR")}  # system: its file of episodes, its name on the page
 SYSTEMS |= {f"hqr-{kind}": (f"hqr-{kind}-sample", f"HQR {kind}") for kind in ("blind", "seen", "reasoned")}
+SAMPLES = 6  # cards that the report shows
 OUTCOMES = {  # by the rank after the last search; HQR rescues where at least one variant does
     "sqr": "rescued by SQR alone",
     "both": "rescued by SQR and HQR",
@@ -403,11 +404,11 @@ def mixed(parts: list[dict]) -> list[dict]:
     return in_turn(map(in_turn, wanted))
 
 
-def samples(profile: Profile, count: int = 6) -> list[dict]:
+def samples(profile: Profile) -> list[dict]:
     """Return the first cards of the page of rendered videos, each with a `frame` of each of its stills."""
     parts, chosen = _parts(profile) if profile.world else {}, []
     homes = {part["dataset"]: folder for folder, part in parts.items()}
-    for card in mixed(list(parts.values()))[:count]:
+    for card in mixed(list(parts.values()))[:SAMPLES]:
         frames = []
         for still in card["stills"]:
             path = homes[card["dataset"]] / card["dataset"] / f"{still['clip']['video']}.webp"

@@ -12,10 +12,11 @@ from vsr1.experiments.archives import learning, search
 from vsr1.mini import pretraining_data, teacher
 from vsr1.mini.archives import casts, corpus
 from vsr1.mini.archives import teacher as archive_teacher
-from vsr1.models import checkpoints, inputs, loading
+from vsr1.models import checkpoints, embedding, inputs, loading
 from vsr1.models import engine as engines
 
 FIRST = ("adapter-vec", "tuned-again", "adapter-soft", "oracle-soft")
+CASTS = "casts"  # the corpus whose cameras have a cast
 READ = 96  # test films, evenly spread, that the base policy is asked about
 
 
@@ -56,26 +57,26 @@ def _word_hits(profile, gallery, queries):
 # --- The known object
 
 
-def read_known(profile, name: str) -> dict[str, float | int]:
+def read_known(profile) -> dict[str, float | int]:
     """Measure how often the base policy, before any training here, names the colour that the trousers seem to have.
 
     whole, half  percent right of films by cameras of whole and of half steps; of half steps either neighbour counts
     n            films
     """
-    gallery = learning.ArchiveGallery(profile, name, "test")
-    key = {"vectors": cache.metadata(learning.embedding.embed_corpus(profile, name, "test")).get("key")}
+    gallery = learning.ArchiveGallery(profile, CASTS, "test")
+    key = {"vectors": cache.metadata(embedding.embed_corpus(profile, CASTS, "test")).get("key")}
     key |= {"policy": loading.version(profile.policy), "code": cache.source_digest(__name__)}
-    work = functools.partial(_read_known, profile, name, gallery)
-    folder = cache.build(profile.runs(name) / "known", key, work)
+    work = functools.partial(_read_known, profile, gallery)
+    folder = cache.build(profile.runs(CASTS) / "known", key, work)
     return json.loads((folder / "known.json").read_text(encoding="utf-8"))
 
 
 @torch.no_grad()
-def _read_known(profile, name, gallery, folder):
+def _read_known(profile, gallery, folder):
     agent = checkpoints.load(profile.policy, profile)
     queries = gallery.queries[:: max(1, len(gallery.queries) // READ)]
     right = {"whole": [], "half": []}
-    with clip_cache.open_clips(profile, name, gallery.vectors.video_ids) as clips:
+    with clip_cache.open_clips(profile, CASTS, gallery.vectors.video_ids) as clips:
         films = clips.get(query.video for query in queries)
     shown = [gallery.truth.shown_moment(query.video) for query in queries]
     prompts = [_question(agent, *pair) for pair in zip(films, shown, strict=True)]

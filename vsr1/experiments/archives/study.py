@@ -41,7 +41,7 @@ FOLLOWED = ("walkdown", "adapter-soft", "hqr", "sqr", "oracle-soft")
 # --- Numbers
 
 
-def numbers_of(profile, cell: str, names=FOLLOWED) -> Iterator[dict[str, Estimate]]:
+def numbers_of(profile, cell: str, names) -> Iterator[dict[str, Estimate]]:
     """Measure a cell, unless that is current; yield the numbers of one system after the other.
 
     r1            R@1: of a first search; of SQR and HQR after one look
@@ -123,7 +123,7 @@ def run(profile, cells, names=FOLLOWED) -> Iterator[str]:
     folder.mkdir(parents=True, exist_ok=True)
     with cache.updated_json(folder / "numbers.json") as content:
         content |= {"profile": profile.digest(), "seed": profile.seed}
-        content["known object, base policy"] = headroom.read_known(profile, "casts")
+        content["known object, base policy"] = headroom.read_known(profile)
     for cell in cells:
         for numbers in numbers_of(profile, cell, names):
             entries = results.plain({name: asdict(number) for name, number in numbers.items()})

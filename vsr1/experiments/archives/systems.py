@@ -17,7 +17,7 @@ from vsr1.evaluation import evaluate
 from vsr1.experiments.archives import learning, search
 from vsr1.loop import records, runner, sqr
 from vsr1.mini.archives import corpus, teacher
-from vsr1.models import loading
+from vsr1.models import embedding, loading
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def run(profile, cell: str, system: str) -> list[records.Episode]:
 
 def _inputs(profile, cell, weights):
     name = corpus.CELLS[cell][0]
-    vectors = learning.embedding.embed_corpus(profile, name, "test")
+    vectors = embedding.embed_corpus(profile, name, "test")
     return {
         "cell": cell,
         "vectors": cache.metadata(vectors).get("key"),
