@@ -144,8 +144,8 @@ def find(name: str) -> Path:
     """Return the file of a notebook. Raises InputError where there is none."""
     source = config.ROOT / "notebooks" / f"{name}.ipynb"
     if not source.exists():
-        known = ", ".join(sorted(path.stem for path in source.parent.glob("*.ipynb")))
-        raise InputError(f"{source}: no such notebook; there are {known or 'none'}")
+        names = ", ".join(sorted(path.stem for path in source.parent.glob("*.ipynb")))
+        raise InputError(f"{source}: no such notebook; there are {names or 'none'}")
     return source
 
 

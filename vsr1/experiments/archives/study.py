@@ -329,21 +329,21 @@ SHOWN = 5  # films of a row
 @plots.style()
 def draw_films(profile) -> Figure:
     """Draw films of one test archive as several cameras see them, with the true colours of shirt and object."""
-    sheet, y = canvas.Canvas(1.45 * SHOWN + 0.1, dpi=100), 0.05
+    drawing, y = canvas.Canvas(1.45 * SHOWN + 0.1, dpi=100), 0.05
     videos = profile.data_dir("casts") / "videos"
     archives = [archive for archive in source.read(profile, "casts") if archive.split == "test"]
     with video_reader.reader_for(profile) as reader:
         for archive in archives[: len(archives) // 2 : 2][:3] + archives[len(archives) // 2 :: 3][:2]:
             red = casts.seen_colour(casts.KNOWN, archive.cast)
             title = f"{archive.name}: shifted by {archive.cast / 2:g} steps; red looks {red}"
-            y = sheet.write(0.05, y, sheet.width, [(title, {})], 9) + 0.02
+            y = drawing.write(0.05, y, drawing.width, [(title, {})], 9) + 0.02
             bottoms = []
             for n, scene in enumerate(archive.scenes[:: max(1, len(archive.scenes) // SHOWN)][:SHOWN]):
                 (moment,) = scene.moments
                 clip = reader.read(videos / f"{scene.video}.mp4", np.array([moment.start + 1]))
                 strip = canvas.Strip(clip.frames[:1], clip.timestamps[:1], "")
                 left, colours = 0.05 + 1.45 * n, f"{moment.shirt} shirt, {moment.colour} {moment.object}"
-                bottom = sheet.frames(left, y, strip, 1.4)
-                bottoms.append(sheet.write(left, bottom, 1.4, [(colours, {})], 7.5))
+                bottom = drawing.frames(left, y, strip, 1.4)
+                bottoms.append(drawing.write(left, bottom, 1.4, [(colours, {})], 7.5))
             y = max(bottoms) + 0.06
-    return sheet.crop(y)
+    return drawing.crop(y)
