@@ -56,13 +56,13 @@ class ForcedRefinePolicy(policy.Policy):
         return forced
 
     def prompt(self, *args):
-        """As every policy does; without sharing, of a video that was never encoded."""
+        """Return a prompt as every policy does; without sharing, of a video that was never encoded."""
         if not ForcedRefinePolicy.sharing:
             self.video_cache.clear()
         return super().prompt(*args)
 
     def prefill(self, prompts, group=1):
-        """As every policy does; without sharing, with each prompt in the batch as often as it is replied to."""
+        """Read prompts as every policy does; without sharing, each as often as it is replied to."""
         if ForcedRefinePolicy.sharing:
             return super().prefill(prompts, group)
         counts = group if isinstance(group, list) else [group] * len(prompts)

@@ -115,7 +115,7 @@ def _build(target, key, inputs, work):
 
 
 def _seconds_spent(partial):
-    """Seconds of earlier attempts: until the last file that a killed one wrote."""
+    """Return the seconds of earlier attempts: until the last file that a killed one wrote."""
     record = metadata(partial)
     if "started" not in record:
         return 0.0

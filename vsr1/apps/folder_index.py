@@ -40,7 +40,7 @@ class Window(NamedTuple):
 
     @property
     def id(self) -> str:
-        """The name of the file, with the seconds where it is a part: `film.mp4#t=24,56`."""
+        """Return the name of the file, with the seconds where it is a part: `film.mp4#t=24,56`."""
         return self.video if self.whole else f"{self.video}#t={self.span[0]:g},{self.span[1]:g}"
 
 

@@ -31,12 +31,12 @@ class Run:
 
     @property
     def title(self) -> str:
-        """What a person reads."""
+        """Return the name of the run that a person reads."""
         return " ".join(filter(None, ("notebook", self.name, self.dataset)))
 
     @property
     def copy(self) -> Path:
-        """Where the executed copy is kept, and beside it what it was made from."""
+        """Return where the executed copy is kept, and beside it what it was made from."""
         whole = self.profile.results() if self.profile.part else self.profile.run_root()
         home = self.profile.runs(self.dataset) if self.dataset else whole
         return home / "notebooks" / f"{self.name}.ipynb"

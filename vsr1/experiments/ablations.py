@@ -35,7 +35,7 @@ class Variant:
 
     @property
     def baseline(self) -> str:
-        """The system of the main run that the variant is compared with."""
+        """Return the system of the main run that the variant is compared with."""
         return "sft" if self.recipe == "sft" else "vsr1"
 
 

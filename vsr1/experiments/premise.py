@@ -82,7 +82,7 @@ def row_name(first: str) -> str:
 
 
 def _as_episode(profile, dataset, query):
-    """An episode that nothing was run for: estimates cluster by its video."""
+    """Return an episode that nothing was run for: estimates cluster by its video."""
     run = records.Run(dataset, "test", "first", 1, 1, profile.seed)
     return Episode(run, query.id, query.text, query.video, (0, 0), None, (), "budget")
 

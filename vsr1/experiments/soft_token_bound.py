@@ -265,7 +265,7 @@ class HeadRun:
 
     @property
     def name(self) -> str:
-        """The name of its numbers."""
+        """Return the name of its numbers."""
         return f"held-{self.init}-n{self.n}-r{self.rows}" + "-hard" * self.hard + "-long" * self.long
 
 

@@ -218,7 +218,7 @@ def train(
 
 
 def _span_loss(head, queries, windows, wanted, batch):
-    """Cross entropy of the right windows, and a smooth L1 loss of the shifts there."""
+    """Return the cross entropy of the right windows, plus a smooth L1 loss of the shifts there."""
     ends, shifts = (values[batch] for values in wanted)
     rows = queries.rows[batch]
     scores, predicted = head(queries.vecs[batch], windows.vecs[rows], windows.mask[rows])

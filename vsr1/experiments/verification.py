@@ -31,12 +31,12 @@ class OracleEpisodes:
 
     @property
     def both(self) -> list[Episode]:
-        """The episodes of both halves."""
+        """Return the episodes of both halves."""
         return self.right + self.wrong
 
     @property
     def durations(self) -> list[float]:
-        """Seconds of the right videos."""
+        """Return the seconds of the right videos."""
         return [query.duration for query in self.queries]
 
 

@@ -77,12 +77,12 @@ class Item:
 
     @property
     def available(self) -> bool:
-        """Whether there is anything to show."""
+        """Return whether there is anything to show."""
         return self.table or bool(self.pictures)
 
     @property
     def title(self) -> str:
-        """A few words."""
+        """Return its title, a few words."""
         return results.layouts().get(self.id, {}).get("title") or self.about.get("title", "")
 
     def verdicts(self) -> dict[str, int]:
@@ -263,12 +263,12 @@ class Departure:
 
     @property
     def test_file(self) -> str:
-        """The file of its test; empty without one."""
+        """Return the file of its test; empty without one."""
         return "" if self.test == "none" else self.test.partition("::")[0]
 
     @property
     def test_name(self) -> str:
-        """The function of its test; empty without one."""
+        """Return the function of its test; empty without one."""
         return self.test.partition("::")[2]
 
 

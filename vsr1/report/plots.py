@@ -396,14 +396,16 @@ def refinements(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Fig
     return _legend(figure, panels[0], 2)
 
 
-INTERVENTIONS = {"sqr": ("rejected video", BLUE, ""), "sqr-other-video": ("random wrong video", SKY, "")}
-INTERVENTIONS |= {"sqr-right-video": ("right video", SKY, "///"), "sqr-no-video": ("no video", SHADES[6], "")}
-INTERVENTIONS |= {
+INTERVENTIONS = {
+    "sqr": ("rejected video", BLUE, ""),
+    "sqr-other-video": ("random wrong video", SKY, ""),
+    "sqr-right-video": ("right video", SKY, "///"),
+    "sqr-no-video": ("no video", SHADES[6], ""),
     "sqr-no-reply": ("no reply", SHADES[6], "///"),
     "sqr-query-alone": ("neither", SHADES[6], ".."),
+    "sqr-other-reply": ("another query's reply", ORANGE, ""),
+    "sqr-asked-corrupted": ("other colours asked for", ORANGE, "///"),
 }
-INTERVENTIONS |= {"sqr-other-reply": ("another query's reply", ORANGE, "")}
-INTERVENTIONS |= {"sqr-asked-corrupted": ("other colours asked for", ORANGE, "///")}
 
 
 def interventions(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:

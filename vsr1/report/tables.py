@@ -47,7 +47,7 @@ def paper_cell(entry, mark: str = "") -> str:
 
 
 def _digits(entry, key):
-    """A difference has a sign."""
+    """Format a value as tables show it; a difference has a sign."""
     return f"{entry[key]:+.1f}" if entry["unit"] == "points" else results.digits(entry[key])
 
 
