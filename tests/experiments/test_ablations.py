@@ -75,14 +75,14 @@ def test_a_variant_trains_what_it_changes_and_starts_from_the_main_run(tmp_path,
 
 def test_what_is_kept_grows_and_forgets_other_knobs(tmp_path, monkeypatch):
     run = fake_profile(tmp_path, monkeypatch)
-    ablations.record(run, "didemo", {"B1/didemo/m1/ver": Estimate(50.0, 4)})
-    ablations.record(run, "didemo", {"B1/didemo/m3/ver": Estimate(60.0, 4)})
+    common.record_committed(run, "didemo", {"B1/didemo/m1/ver": Estimate(50.0, 4)}, "ablations")
+    common.record_committed(run, "didemo", {"B1/didemo/m3/ver": Estimate(60.0, 4)}, "ablations")
     entry = results.collect(run).loc["B1/didemo/m1/ver"]
     assert (entry["value"], entry["measured"]) == (50.0, True) and entry["note"].startswith(
         "committed; run at "
     )
     other = dataclasses.replace(run, infonce_temperature=0.2)
-    ablations.record(other, "didemo", {"B1/didemo/m3/ver": Estimate(70.0, 4)})
+    common.record_committed(other, "didemo", {"B1/didemo/m3/ver": Estimate(70.0, 4)}, "ablations")
     path = run.results() / "ablations" / "didemo.json"
     assert list(json.loads(path.read_text())["numbers"]) == ["B1/didemo/m3/ver"]
     assert not results.collect(run).measured.get("B1/didemo/m3/ver")

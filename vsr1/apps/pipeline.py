@@ -210,7 +210,7 @@ def ablations(profile, dataset: str) -> None:
 def premise(profile, dataset: str) -> None:
     """Run the baselines and bounds that `make paper` leaves out; each writes its results when it ends."""
     from vsr1.evaluation import gallery_sizes, oracles
-    from vsr1.experiments import ablations as longer
+    from vsr1.experiments import common
     from vsr1.experiments import premise as studies
     from vsr1.experiments import soft_token_bound as bound
 
@@ -224,22 +224,20 @@ def premise(profile, dataset: str) -> None:
     refined = dict(zip(interventions["ids"], interventions["ranks"]["sqr"], strict=True))
     bounds = functools.partial(oracles.numbers, optimise=optimise, refined=refined)
     for name, measure in {"oracles": bounds, "galleries": gallery_sizes.numbers}.items():
-        longer.record(profile, dataset, measure(profile, dataset), "premise")
+        common.record_committed(profile, dataset, measure(profile, dataset), "premise")
         print(f"premise {name} {dataset}: done", flush=True)
 
 
 def exam(profile, dataset: str) -> None:
     """Sit the fresh exam, once: what it measured stays, whatever is trained afterwards."""
-    from vsr1.evaluation import exam as paper
-    from vsr1.experiments import ablations as longer
-    from vsr1.experiments import premise as studies
+    from vsr1.evaluation import exam as fresh_exam
+    from vsr1.experiments import common
 
-    if any(name.startswith("X1/") for name in studies.committed(profile, dataset)):
-        print(
-            f"exam {dataset}: was sat before; another one needs claims and a world_seed of its own ({paper.FILE})"
-        )
+    if any(name.startswith("X1/") for name in common.read_committed(profile, dataset, "premise")):
+        remedy = f"another one needs claims and a world_seed of its own ({fresh_exam.FILE})"
+        print(f"exam {dataset}: was sat before; {remedy}")
         return
-    longer.record(profile, dataset, paper.sit(profile, dataset), "premise")
+    common.record_committed(profile, dataset, fresh_exam.sit(profile, dataset), "premise")
     print(f"exam {dataset}: done", flush=True)
 
 

@@ -8,17 +8,16 @@ results/<profile>/ablations/<dataset>.json     tables B1 to B3, read by `results
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from vsr1 import cache
 from vsr1.config import ABLATED, Profile
 from vsr1.evaluation import metrics, statistics
 from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments import common, gallery_growth, retry
 from vsr1.loop.records import Episode
-from vsr1.report import provenance, results
+from vsr1.report import results
 from vsr1.training import grpo, sft
 
 PARTS = ("vcmr@0.5", "vr@1", "ver")  # columns of T2
@@ -147,21 +146,11 @@ def retry_numbers(profile: Profile, dataset: str, runs: dict[str, list[Episode]]
 def run(profile: Profile, dataset: str) -> Iterator[str]:
     """Run the longer studies of one data set, one after the other; yield the name of each when it is recorded."""
     for study in (longer_turns, gallery_growth.gallery_numbers):
-        record(profile, dataset, study(profile, dataset))
+        common.record_committed(profile, dataset, study(profile, dataset), "ablations")
         yield study.__name__
     for name in LONGER if dataset == ABLATED else ():
-        record(profile, dataset, variant_numbers(profile, name))
+        common.record_committed(profile, dataset, variant_numbers(profile, name), "ablations")
         yield name
-
-
-def record(profile: Profile, dataset: str, numbers: dict[str, Estimate], part: str = "ablations") -> None:
-    """Add numbers to results/<profile>/<part>/<dataset>.json; what was measured with other knobs goes."""
-    note = f"committed; run at {provenance.commit()[:7]}"
-    entries = {name: results.plain(asdict(replace(number, note=note))) for name, number in numbers.items()}
-    with cache.updated_json(profile.results() / part / f"{dataset}.json") as content:
-        recorded = content.get("numbers", {}) if content.get("profile") == profile.digest() else {}
-        content.clear()
-        content |= {"profile": profile.digest(), "numbers": recorded | entries, "series": {}}
 
 
 def variant_numbers(profile: Profile, name: str) -> dict[str, Estimate]:

@@ -1,11 +1,13 @@
 """Run systems, read their episodes and compare them: what several notebooks and studies share."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from vsr1 import cache
 from vsr1.config import Profile
 from vsr1.data import annotations, video_reader
 from vsr1.data.annotations import Query
@@ -13,6 +15,7 @@ from vsr1.evaluation import evaluate, metrics, statistics
 from vsr1.evaluation.statistics import Estimate
 from vsr1.loop import records
 from vsr1.loop.records import Episode
+from vsr1.report import provenance, results
 from vsr1.report.canvas import Strip
 from vsr1.report.results import digits
 
@@ -100,6 +103,32 @@ def combination_numbers(profile: Profile, dataset: str, runs: dict, unseen: set)
             for metric in ("vr@1_orig", "vr@1", "right_last", "ver", "vcmr@0.5"):
                 numbers[f"U1/{dataset}/{system}/{metric}_{name}"] = estimate(profile, part, hits[metric])
     return numbers
+
+
+# --- Committed numbers of the longer studies: results/<profile>/<study>/<dataset>.json
+
+
+def record_committed(profile: Profile, dataset: str, numbers: dict[str, Estimate], study: str) -> None:
+    """Add numbers to those of a study of `make ablations` or `make premise`; what other knobs gave goes."""
+    note = f"committed; run at {provenance.commit()[:7]}"
+    entries = {name: results.plain(asdict(replace(number, note=note))) for name, number in numbers.items()}
+    with cache.updated_json(_committed(profile, dataset, study)) as content:
+        recorded = content.get("numbers", {}) if content.get("profile") == profile.digest() else {}
+        content.clear()
+        content |= {"profile": profile.digest(), "numbers": recorded | entries, "series": {}}
+
+
+def read_committed(profile: Profile, dataset: str, study: str) -> dict[str, Estimate]:
+    """Return the numbers that a study left for these knobs; none before it was run."""
+    path = _committed(profile, dataset, study)
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if content.get("profile") != profile.digest():
+        return {}
+    return {name: Estimate(**number) for name, number in content["numbers"].items()}
+
+
+def _committed(profile, dataset, study):
+    return profile.results() / study / f"{dataset}.json"
 
 
 # --- Tables for readers

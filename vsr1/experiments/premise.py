@@ -7,7 +7,6 @@ predicted before the run stands in `PREDICTIONS`.
 results/<profile>/premise/<dataset>.json     what `make premise` measured beyond `make paper`, committed
 """
 
-import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -243,25 +242,16 @@ def outcomes(dataset: str, numbers: dict[str, Estimate]) -> pd.DataFrame:
 # --- `make premise`
 
 
-def committed(profile: Profile, dataset: str) -> dict[str, Estimate]:
-    """Return the numbers that `make premise` left for these knobs; none before it was run."""
-    path = profile.results() / "premise" / f"{dataset}.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if content.get("profile") != profile.digest():
-        return {}
-    return {name: Estimate(**number) for name, number in content["numbers"].items()}
-
-
 def run(profile: Profile, dataset: str) -> Iterator[str]:
     """Run all that `make paper` leaves out, one after the other; yield the name of each when it is recorded."""
     for name in MORE_FIRST:
         # Those of the query as typed come along; `make paper` has recorded them.
         numbers = first_numbers(profile, dataset, (name,))
         row = {key: number for key, number in numbers.items() if f"/{row_name(name)}/" in key}
-        ablations.record(profile, dataset, row, "premise")
+        common.record_committed(profile, dataset, row, "premise")
         yield name
     for name in MORE_SYSTEMS:
-        ablations.record(profile, dataset, look_numbers(profile, dataset, (name,)), "premise")
+        common.record_committed(profile, dataset, look_numbers(profile, dataset, (name,)), "premise")
         yield name
-    ablations.record(profile, dataset, rerank_numbers(profile, dataset), "premise")
+    common.record_committed(profile, dataset, rerank_numbers(profile, dataset), "premise")
     yield "rerank"
