@@ -399,8 +399,8 @@ def _hits(scores, looks, windows) -> list[dict]:
         elif hit["moment"] and near[0]["moment"]:
             start, end = near[0]["moment"]
             near[0]["moment"] = [min(start, span[0]), max(end, span[1])]
-    best_first = lambda hit: (hit["verdict"] != "accepted", -hit["score"])  # noqa: E731
-    return sorted(itertools.chain.from_iterable(by_video.values()), key=best_first)
+    hits = itertools.chain.from_iterable(by_video.values())
+    return sorted(hits, key=lambda hit: (hit["verdict"] != "accepted", -hit["score"]))
 
 
 # --- The command

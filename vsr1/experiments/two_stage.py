@@ -7,6 +7,7 @@ runs/<profile>/<dataset>/<seed>/twostage/   windows-<split>-*.npz, head.safetens
 """
 
 import copy
+import functools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -248,7 +249,7 @@ def run(profile: Profile, dataset: str) -> Path:
         "code": cache.source_digest(__name__),
         "families": cache.source_digest(profile.data_source),
     }
-    work = lambda folder: _run(profile, dataset, embedded, folder)  # noqa: E731
+    work = functools.partial(_run, profile, dataset, embedded)
     return cache.build(profile.runs(dataset) / "twostage", inputs, work)
 
 

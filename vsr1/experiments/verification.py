@@ -1,5 +1,6 @@
 """Measure verdicts: in oracle videos without search (notebook 02), their reasons and their margins (notebook 04)."""
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -292,7 +293,7 @@ def margin_numbers(
     numbers = {}
     for system, episodes in runs.items():
         values = _first_look(profile, episodes)
-        score = lambda hits, of=episodes: common.estimate(profile, of, hits)  # noqa: E731
+        score = functools.partial(common.estimate, profile, episodes)
         values |= {"vcmr@0.5": score(metrics.vcmr_hits(episodes, 0.5))}
         values |= {"ver": score(metrics.ver_hits(episodes))}
         values |= {"vcmr@0.5_forced": score(answer_hits(episodes, 0, forced=True))}

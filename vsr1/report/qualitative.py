@@ -8,6 +8,7 @@ runs/<profile>/<dataset>/seed-<n>/qualitative/   index.html, cards.json, films.j
 results/<profile>/qualitative/                   all data sets on one page, where videos are rendered
 """
 
+import functools
 import json
 import re
 import shutil
@@ -371,8 +372,8 @@ def make(profile: Profile, dataset: str) -> Path:
     videos, home = sorted(shown - {None}), profile.data_dir(dataset) / "videos"
     code = cache.source_digest(previews.__name__)
     inputs = {"films": cache.metadata(home).get("key"), "videos": videos, "code": code}
-    build = lambda folder: previews.make(home, videos, folder, dataset)  # noqa: E731
-    folder = cache.build(profile.runs(dataset) / "qualitative", inputs, build)
+    work = functools.partial(previews.make, home, videos, name=dataset)
+    folder = cache.build(profile.runs(dataset) / "qualitative", inputs, work)
     cards = Cards(profile, dataset, json.loads((folder / "films.json").read_text(encoding="utf-8")))
     part = {"profile": profile.digest(), "dataset": dataset, "queries": len(cards.queries)}
     part["cards"] = [cards.card(search) for search in chosen]
