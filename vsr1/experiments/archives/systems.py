@@ -118,7 +118,7 @@ def _intervene(profile, cell, weights, folder):
     queries = search.sample(profile, cell, gallery.queries, gallery.truth)
     first = gallery.ranks(queries, gallery.typed(queries))
     failed = [query for query, rank in zip(queries, first, strict=True) if rank > 1]
-    ranks, casts = ({intervention: [] for intervention in INTERVENTIONS} for _ in range(2))
+    ranks, casts = {name: [] for name in INTERVENTIONS}, {name: [] for name in INTERVENTIONS}
     with clip_cache.open_clips(profile, name, gallery.vectors.video_ids) as clips:
         for intervention in INTERVENTIONS:
             for batch in _batches(profile, failed):
