@@ -249,11 +249,11 @@ def test_the_command_leaves_episodes_and_the_row_of_t1(hub, profile, tmp_path, m
 def test_doctor_finds_weights_in_the_cache_only_at_the_commit_that_a_run_asks_for_and_only_whole(
     profile, hub
 ):
-    assert doctor.weights(NAME).found == "in the local hub cache"
+    assert doctor.weights(NAME).finding == "in the local hub cache"
     assert doctor.weights(f"{NAME}@{COMMIT}").status == "ok"
     index = hub / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
     assert doctor.weights(NAME).status == "limited", "one of its files has not come yet"
     index.unlink()
     (config.ROOT / loading.REVISIONS).write_text(json.dumps({NAME: COMMIT[::-1]}))
-    assert doctor.weights(NAME).found == "not on this machine", "what is called main now is another commit"
+    assert doctor.weights(NAME).finding == "not on this machine", "what is called main now is another commit"
