@@ -54,8 +54,8 @@ exam: setup  ## test claims written in advance on freshly rendered videos, once 
 	@$(VSR1) exam $(ALL)
 	@$(VSR1) report $(ALL)
 
-archives: setup  ## measure when looking at videos pays off, in a second rendered world (an hour), into results/archives
-	@$(VSR1) archives $(if $(SEED),--seed $(SEED))
+archives: setup  ## measure with SEEDS when looking at videos pays off, in a second rendered world (an hour each), into results/archives
+	@$(VSR1) archives --seeds $(SEEDS)
 
 doctor: setup  ## show what this machine can reproduce, and what is missing
 	@$(VSR1) doctor $(ONE)

@@ -75,6 +75,13 @@ def _load(command, name, seed=None, datasets=(), shared=False):
     return profile
 
 
+def _seeds(texts):
+    numbers = _split(texts)
+    if not all(number.isdecimal() for number in numbers):
+        raise InputError(f"--seeds {' '.join(numbers)}: expected whole numbers from 0 up")
+    return list(map(int, numbers))
+
+
 def _per_dataset(command, work, name, seed, datasets, jobs, shared=False):
     """Do a command for every data set, in processes of their own where several are worked on at once."""
     profile = _load(command, name, seed, shared=shared)
@@ -168,10 +175,7 @@ def seeds(
     jobs: Jobs = None,
 ):
     """Retrain and evaluate with other seeds, for tables R1, R2 and R4."""
-    numbers = _split(seeds)
-    if not all(number.isdecimal() for number in numbers):
-        raise InputError(f"--seeds {' '.join(numbers)}: expected whole numbers from 0 up")
-    work = functools.partial(pipeline.seeds, numbers=list(map(int, numbers)))
+    work = functools.partial(pipeline.seeds, numbers=_seeds(seeds))
     return _per_dataset("seeds", work, profile, seed, datasets, jobs)
 
 
@@ -196,13 +200,15 @@ def exam(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None
 @app.command()
 def archives(
     profile: Profile = "archives",
-    seed: Seed = None,
+    seeds: Annotated[
+        list[str] | None, Option("--seeds", metavar="N...", help="Seeds; default: the profile's.")
+    ] = None,
     cells: Annotated[
         list[str] | None, Option(help="Any of same-whole same-half casts-whole casts-half; default: all.")
     ] = None,
+    jobs: Jobs = None,
 ):
-    """Measure when looking at videos pays off, in a second rendered world, and print the results."""
-    from vsr1.experiments.archives import study
+    """Measure when looking at videos pays off, in a second rendered world, and print where the table is."""
     from vsr1.mini.archives import corpus
 
     chosen = _split(cells) or list(corpus.CELLS)
@@ -210,10 +216,19 @@ def archives(
         raise InputError(
             f"--cells: no cell {', '.join(sorted(unknown))}; there are {', '.join(corpus.CELLS)}"
         )
-    loaded = _load("archives", profile, seed)
-    for done in study.run(loaded, chosen):
-        print(done, flush=True)
+    loaded, by_corpus = _load("archives", profile), {}
+    for cell in chosen:
+        by_corpus.setdefault(corpus.CELLS[cell][0], []).append(cell)
+    steps = [
+        pipeline.Step(
+            f"archives {name}, seed {seed}", functools.partial(pipeline.archives, loaded, seed, part)
+        )
+        for seed in _seeds(seeds) or [loaded.seed]
+        for name, part in by_corpus.items()
+    ]
+    status = pipeline.run(steps, pipeline.count_jobs(loaded, jobs))
     print(f"table: {os.path.relpath(loaded.results() / 'README.md')}")
+    return status
 
 
 @app.command()

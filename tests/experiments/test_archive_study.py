@@ -20,10 +20,17 @@ def profile(tmp_path_factory):
     sizes = config.ArchiveConfig(
         train_archives=4, test_archives=2, families=2, family_size=3, train_queries=1, rows=8
     )
-    knobs = {"sft_batch": 4, "bootstrap_samples": 50, "max_new_tokens": 90, "lora_rank": 4}
+    knobs = {
+        "sft_batch": 4,
+        "bootstrap_samples": 50,
+        "max_new_tokens": 90,
+        "lora_rank": 4,
+        "sft_text_only_rows": 0,
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "ROOT", tmp_path_factory.mktemp("clone"))
         patch.setattr(study.systems, "INTERVENTIONS", {"own": "", "other-archive": "", "teacher": ""})
+        patch.setattr(study.systems, "IN_WORDS", ("own", "other-archive"))
         patch.setitem(learning.ADAPTERS, "engine", (1e-3, 1))
         loaded = config.load("archives")
         absolute = {name: str(config.PACKAGE.parent / getattr(loaded, name)) for name in ("engine", "policy")}
@@ -65,17 +72,33 @@ def test_rows_name_the_films_of_their_archive_alone_and_rewrites_name_seen_colou
             assert "query_update" not in row.reply
 
 
+def test_text_only_rows_say_in_words_what_a_film_shows_and_come_first(profile):
+    gallery = learning.open_gallery(profile, "casts", "train")
+    some = dataclasses.replace(profile, sft_text_only_rows=12)
+    rows = learning.make_rows(some, gallery, gallery.queries)
+    text_only = [row for row in rows if row.caption is not None]
+    assert len(text_only) == 12 and len(rows) == 12 + 8 and rows[0].caption
+    by_id = {query.id: query for query in gallery.queries}
+    for row in text_only:
+        shown = gallery.truth.shown_moment(row.shown)
+        assert shown.trousers in row.caption and row.caption == gallery.truth.caption(
+            by_id[row.desc_id], row.shown
+        )
+    assert all(row.caption is None for row in learning.make_rows(profile, gallery, gallery.queries))
+
+
 def test_the_study_measures_a_cell_and_says_what_is_missing(profile):
-    done = list(study.run(profile, [CELL], ("walkdown", "hqr", "sqr")))
-    assert done
+    assert list(study.measure(profile, profile.seed, [CELL], ("walkdown", "hqr", "sqr")))
+    study.publish(profile)
     numbers = study.read(profile.results())
     # The loop's own refinement is the intervention that changes nothing.
-    episodes = {one.desc_id: one for one in systems.run(profile, CELL, "sqr")}
-    found = systems.intervene(profile, CELL)
-    for desc_id, rank in zip(found["ids"], found["ranks"]["own"], strict=True):
-        if (after := episodes[desc_id].turns[0].rank_out) is not None:
-            assert after == rank
-    hits = [one.rank_orig == 1 for one in episodes.values()]
+    for system in ("sqr", "hqr"):
+        episodes = {episode.desc_id: episode for episode in systems.run(profile, CELL, system)}
+        refined = systems.intervene(profile, CELL, system)
+        for desc_id, rank in zip(refined["ids"], refined["ranks"]["own"], strict=True):
+            if (after := episodes[desc_id].turns[0].rank_out) is not None:
+                assert after == rank
+    hits = [episode.rank_orig == 1 for episode in episodes.values()]
     assert numbers[f"{CELL}/typed/r1"].value == pytest.approx(100 * np.mean(hits))
     page = (profile.results() / "README.md").read_text()
     assert "MISSING" in page and "same-half" in page
@@ -84,13 +107,47 @@ def test_the_study_measures_a_cell_and_says_what_is_missing(profile):
     assert (profile.results() / "looks.png").exists() and (profile.results() / "films.png").exists()
 
 
-def test_a_prediction_comes_out_within_its_limits_or_not(monkeypatch):
-    one = study.Prediction("x", f"{CELL}/sqr/r1", f"{CELL}/hqr/r1", 5, 100)
-    monkeypatch.setattr(study, "PREDICTIONS", (one,))
+def test_numbers_are_means_over_seeds_of_the_queries_that_they_name(profile):
+    """By plain loops over hits that are made up."""
+    rng, ids = np.random.default_rng(3), list(range(40))
+    cells = {CELL: {"archives": {str(key): f"test-{key % 4}" for key in ids}, "unseen": "01" * 20}}
+    typed = "".join(rng.choice(["0", "1"], 40))
+    runs = []
+    for seed in (42, 1):
+        hits = {f"{CELL}/typed": {"ids": ids, "r1": typed}}
+        for name in ("sqr", "adapter-soft"):
+            hits[f"{CELL}/{name}"] = {"ids": ids, "r1": "".join(rng.choice(["0", "1"], 40))}
+        runs.append({"seed": seed, "commit": "a" * 40, "cells": cells, "hits": hits})
+    del runs[1]["hits"][f"{CELL}/adapter-soft"]
+    numbers = study.summarize(profile, runs)
+
+    def share(name, seeds, keep):
+        hits = [int(run["hits"][name]["r1"][key]) for run in runs[:seeds] for key in ids if keep(key)]
+        return pytest.approx(100 * sum(hits) / len(hits))
+
+    sqr, soft = f"{CELL}/sqr", f"{CELL}/adapter-soft"
+    assert numbers[f"{sqr}/r1"].value == share(sqr, 2, lambda key: True)
+    assert numbers[f"{sqr}/r1"].seeds == (42, 1) and numbers[f"{soft}/r1"].seeds == (42,)
+    assert numbers[f"{sqr}/unseen"].value == share(sqr, 2, lambda key: key % 2 == 1)
+    assert numbers[f"{sqr}/seen"].value == share(sqr, 2, lambda key: key % 2 == 0)
+    assert numbers[f"{sqr}/repaired"].value == share(sqr, 2, lambda key: typed[key] == "0")
+    assert numbers[f"{sqr}/repaired"].n == typed.count("0")
+    gain = numbers[f"{sqr}/r1_over_adapter-soft"]  # of the seed that has both
+    first = runs[0]["hits"]
+    gains = [int(a) - int(b) for a, b in zip(first[sqr]["r1"], first[soft]["r1"], strict=True)]
+    assert (
+        gain.value == pytest.approx(100 * sum(gains) / 40) and gain.seeds == (42,) and gain.unit == "points"
+    )
+
+
+def test_a_prediction_comes_out_within_its_limits_or_not():
+    predictions = (study.Prediction("x", f"{CELL}/sqr/r1", f"{CELL}/hqr/r1", 5, 100),)
     numbers = {f"{CELL}/sqr/r1": Estimate(50.0), f"{CELL}/hqr/r1": Estimate(46.0)}
-    assert study.outcomes(numbers) == [("x", "+4.0 points", "**no**")]
-    assert study.outcomes(numbers | {f"{CELL}/sqr/r1": Estimate(60.0)}) == [("x", "+14.0 points", "yes")]
-    assert study.outcomes({}) == [("x", "MISSING", "—")]
+    assert study.outcomes(numbers, predictions) == [("x", "+4.0 points", "**no**")]
+    assert study.outcomes(numbers | {f"{CELL}/sqr/r1": Estimate(60.0)}, predictions) == [
+        ("x", "+14.0 points", "yes")
+    ]
+    assert study.outcomes({}, predictions) == [("x", "MISSING", "—")]
 
 
 def test_every_cell_has_a_corpus():

@@ -241,6 +241,15 @@ def exam(profile, dataset: str) -> None:
     print(f"exam {dataset}: done", flush=True)
 
 
+def archives(profile, seed: int, cells: list[str]) -> None:
+    """Measure cells of one corpus of archives with one seed, and write the tables of all that is measured so far."""
+    from vsr1.experiments.archives import study
+
+    for row in study.measure(profile, seed, cells):
+        print(row, flush=True)
+    study.publish(profile)
+
+
 # --- Processes
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from vsr1 import cache
-from vsr1.data import annotations, clip_cache
+from vsr1.data import annotations
 from vsr1.experiments.archives.search import ArchiveGallery
 from vsr1.mini import captions
 from vsr1.mini.archives import casts, corpus, source, teacher
@@ -49,13 +49,23 @@ def split_train(profile, gallery: ArchiveGallery, name: str) -> tuple[list, list
 
 
 def make_rows(profile, gallery: ArchiveGallery, queries) -> list[SFTExample]:
-    """Return the rows of stage 1, chosen archive by archive as on other corpora; negatives are the whole archive."""
-    rows = []
+    """Return the rows of stage 1 in their order, chosen archive by archive as on other corpora.
+
+    Negatives are the whole archive. `sft_text_only_rows` of them have words in place of the film.
+    """
+    with_film, text_only = [], []
     for part, members in gallery.by_archive(queries):
         asking = [queries[row] for row in members]
         options = {"most": len(asking), "negatives": len(part.video_ids) - 1, "seed": profile.seed}
-        rows += choose_examples(asking, part, gallery.truth.reply, copies=True, **options)
-    return _shuffled(rows, [profile.seed, 30])[: profile.archives.rows]
+        with_film += choose_examples(asking, part, gallery.truth.reply, copies=True, **options)
+        if profile.sft_text_only_rows:
+            text_only += choose_examples(asking, part, gallery.truth.reply, **options)
+    by_id = {query.id: query for query in queries}
+    text_only = [
+        replace(row, caption=gallery.truth.caption(by_id[row.desc_id], row.shown)) for row in text_only
+    ]
+    with_film = _shuffled(with_film, [profile.seed, 30])[: profile.archives.rows]
+    return sft_data.order_batches(profile, text_only, with_film)
 
 
 def _shuffled(items, seed):
@@ -98,15 +108,17 @@ def with_wordings(profile, engine, gallery: ArchiveGallery, rows: list[SFTExampl
 def tune_engine(profile) -> Path:
     """Return the folder of the engine whose text side learned the names of colours from neutral archives.
 
-    Its video side is the shipped engine's, and so are all video vectors: it reads queries alone.
+    Its video side is the shipped engine's, and so are all video vectors: it reads queries alone. It is the same for all
+    seeds, as the shipped engine is.
     """
+    profile = replace(profile, seed=profile.world.seed)
     inputs = {
         "vectors": cache.metadata(embedding.embed_corpus(profile, NEUTRAL, "train")).get("key"),
         "knobs": [getattr(profile, knob) for knob in KNOBS],
         "recipe": ADAPTERS["engine"],
         "code": cache.source_digest(__name__),
     }
-    return cache.build(profile.runs("engine"), inputs, functools.partial(_tune_engine, profile))
+    return cache.build(profile.data_dir("engine"), inputs, functools.partial(_tune_engine, profile))
 
 
 def _tune_engine(profile, folder):
@@ -182,17 +194,11 @@ def _train(profile, name, system, folder):
         rows = sft.draw_queries(profile, rows)
     elif system == "hqr":
         rows = with_wordings(profile, engine, gallery, rows)
-    rows = sft_data.order_batches(profile, [], rows)
     lines = (json.dumps(asdict(row) | {"negatives": []}, ensure_ascii=False) + "\n" for row in rows)
     cache.write_text(folder / "rows.jsonl", "".join(lines))
     agent = sft.build_policy(profile, engine, heads=system != "hqr")
     prompt = prompt_text.SYSTEM_HQR if system == "hqr" else None
-    with clip_cache.open_clips(profile, name, gallery.vectors.video_ids) as clips:
-        parts = agent, engine, gallery.vectors, rows, clips
-        trainer = sft.make_trainer(profile, *parts, folder, f"{system} {name}", system=prompt)
-        trainer.train(resume_from_checkpoint=sft.checkpoint(folder))
-    sft.detach_heads(agent)
-    checkpoints.save(agent, folder)
+    sft.train_policy(profile, name, agent, engine, gallery.vectors, rows, folder, system, system=prompt)
 
 
 # --- Adapters of queries

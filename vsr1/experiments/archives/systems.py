@@ -15,9 +15,9 @@ from vsr1 import cache
 from vsr1.data import clip_cache
 from vsr1.evaluation import evaluate
 from vsr1.experiments.archives import learning, search
-from vsr1.loop import records, runner, sqr
+from vsr1.loop import hqr, records, replies, runner, sqr
 from vsr1.mini.archives import corpus, teacher
-from vsr1.models import embedding, loading
+from vsr1.models import embedding, loading, prompt_text
 
 
 @dataclass(frozen=True)
@@ -97,33 +97,42 @@ INTERVENTIONS = {
 }
 
 
-def intervene(profile, cell: str) -> dict:
-    """Refine the queries of a cell whose first search failed once for each of INTERVENTIONS, unless that is current.
+IN_WORDS = ("own", "same-archive", "other-archive")  # those of HQR, whose words come out of its own reply
+
+
+def intervene(profile, cell: str, system: str) -> dict:
+    """Refine the queries of a cell whose first search failed once for each intervention, unless that is current.
 
     Return {"ids": of the queries, "ranks": {intervention: of the right videos}, "casts": {intervention: what the reply
     says it sees, or None}}.
+
+    system  "sqr", all of INTERVENTIONS; or "hqr", those IN_WORDS
     """
     name = corpus.CELLS[cell][0]
-    weights = str(learning.train(profile, name, "sqr"))
-    work = functools.partial(_intervene, profile, cell, weights)
-    target = cache.build(profile.runs(name) / "interventions" / cell, _inputs(profile, cell, weights), work)
+    weights = str(learning.train(profile, name, system))
+    inputs = _inputs(profile, cell, weights) | {"system": system}
+    work = functools.partial(_intervene, profile, cell, system, weights)
+    target = cache.build(profile.runs(name) / "interventions" / cell / system, inputs, work)
     return json.loads((target / "ranks.json").read_text(encoding="utf-8"))
 
 
 @torch.no_grad()
-def _intervene(profile, cell, weights, folder):
+def _intervene(profile, cell, system, weights, folder):
     name = corpus.CELLS[cell][0]
     gallery = learning.open_gallery(profile, name, "test")
-    engine, agent = runner.load_pair(learning.with_engine(profile), runner.SYSTEMS["sqr"], weights)
+    kind = runner.SYSTEMS[SYSTEMS[system].like]
+    engine, agent = runner.load_pair(learning.with_engine(profile), kind, weights)
+    refine = _refine_soft if system == "sqr" else _refine_hard
     queries = search.sample(profile, cell, gallery.queries, gallery.truth)
     first = gallery.ranks(queries, gallery.typed(queries))
     failed = [query for query, rank in zip(queries, first, strict=True) if rank > 1]
-    ranks, casts = {name: [] for name in INTERVENTIONS}, {name: [] for name in INTERVENTIONS}
+    ranks, casts = {}, {}
     with clip_cache.open_clips(profile, name, gallery.vectors.video_ids) as clips:
-        for intervention in INTERVENTIONS:
+        for intervention in INTERVENTIONS if system == "sqr" else IN_WORDS:
+            ranks[intervention], casts[intervention] = [], []
             for batch in _batches(profile, failed):
                 contexts = [_context(profile, gallery, intervention, query) for query in batch]
-                vecs, texts = _refine(profile, engine, agent, clips, batch, contexts)
+                vecs, texts = refine(profile, engine, agent, clips, batch, contexts)
                 ranks[intervention] += gallery.ranks(batch, vecs).tolist()
                 casts[intervention] += [teacher.read_cast(text) for text in texts]
     ids = [query.id for query in failed]
@@ -166,20 +175,33 @@ def _elsewhere(gallery, query):
     return [video for name in names for video in gallery.parts[name].video_ids]
 
 
-def _refine(profile, engine, agent, clips, queries, contexts):
+def _refine_soft(profile, engine, agent, clips, queries, contexts):
     """Return (vectors (B, D) of the queries after one refinement, the replies before it); contexts: of `_context`."""
-    videos = sorted({video for video, _, _ in contexts} - {None})
-    clip_of = dict(zip(videos, clips.get(videos), strict=True))
-    prompts = [
-        agent.prompt(agent.settings.system, query.text, clip_of[video] if video else text)
-        for query, (video, text, _) in zip(queries, contexts, strict=True)
-    ]
+    prompts = _prompts(agent, agent.settings.system, clips, queries, contexts)
     if contexts[0][2] is None:
         completions = agent.reply(prompts, max_new_tokens=profile.max_new_tokens)
-        replies = [[token for token in c.ids if token != agent.refine_token_id] for c in completions]
+        reply_ids = [[token for token in c.ids if token != agent.refine_token_id] for c in completions]
     else:
-        replies = [agent.tokenizer(text, add_special_tokens=False)["input_ids"] for _, _, text in contexts]
-    refine_contexts = [context for _, context in agent.append_refine(prompts, replies)]
+        reply_ids = [agent.tokenizer(text, add_special_tokens=False)["input_ids"] for _, _, text in contexts]
+    refine_contexts = [context for _, context in agent.append_refine(prompts, reply_ids)]
     latents = sqr.soft_tokens(agent, refine_contexts, agent.settings.n_soft)
     vecs = sqr.soft_query(engine, agent.heads, [query.text for query in queries], latents)
-    return vecs.cpu().numpy(), [agent.tokenizer.decode(ids) for ids in replies]
+    return vecs.cpu().numpy(), [agent.tokenizer.decode(ids) for ids in reply_ids]
+
+
+def _refine_hard(profile, engine, agent, clips, queries, contexts):
+    """Do the same in words; a reply without a rewrite leaves the query as it is."""
+    prompts = _prompts(agent, prompt_text.SYSTEM_HQR, clips, queries, contexts)
+    completions = agent.reply(prompts, max_new_tokens=profile.max_new_tokens)
+    updates = [replies.read_reply(c.text, c.ids, ended=c.ended).update for c in completions]
+    texts = [update or query.text for update, query in zip(updates, queries, strict=True)]
+    return hqr.with_query_limit(engine).embed_texts(texts), [c.text for c in completions]
+
+
+def _prompts(agent, system, clips, queries, contexts):
+    videos = sorted({video for video, _, _ in contexts} - {None})
+    clip_of = dict(zip(videos, clips.get(videos), strict=True))
+    return [
+        agent.prompt(system, query.text, clip_of[video] if video else text)
+        for query, (video, text, _) in zip(queries, contexts, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""Say what somebody who knows the camera would say: the cast first, then what to look for, then the comparison."""
+"""Say what somebody who knows the camera would say: the cast, the comparison, and what to look for next."""
 
 import re
 from dataclasses import replace
@@ -20,8 +20,9 @@ def verdict(query_moment: Moment, shown: Moment, cast: int) -> str:
     """
     seen = casts.seen_moment(query_moment, cast)
     reasoning = f"{reading(query_moment, cast)} {checklist(seen, shown)}"
-    matched = all(getattr(seen, name) == getattr(shown, name) for name in CHECKLIST)
-    return teacher.reply(reasoning, shown if matched else None)
+    if all(getattr(seen, name) == getattr(shown, name) for name in CHECKLIST):
+        return teacher.reply(reasoning, shown)
+    return teacher.reply(f"{reasoning} {summary(seen)}", None)
 
 
 def reading(query_moment: Moment, cast: int) -> str:
@@ -42,6 +43,15 @@ def checklist(seen: Moment, shown: Moment) -> str:
     'colour red - red yes. shirt red - red yellow no. light night - night yes.'
     """
     return teacher.compare(seen, shown, CHECKLIST)
+
+
+def summary(seen: Moment) -> str:
+    """Return what to look for next, in seen colours: the last words before the soft tokens.
+
+    >>> summary(Moment(0, 5, "green", "yellow", "jump", "box", "red yellow", "kitchen", "night"))
+    'seek shirt green. colour red yellow. object box.'
+    """
+    return f"seek shirt {seen.shirt}. colour {seen.colour}. object {seen.object}."
 
 
 READING = re.compile(r"trousers red is ([a-z ]+?)\.")
