@@ -122,6 +122,18 @@ def test_an_option_takes_several_words_and_leaves_other_words_alone(monkeypatch)
     assert seen == [("charades", "zs"), ("charades", "sft")] * 2
 
 
+def test_archives_are_measured_a_corpus_and_seed_at_a_time(monkeypatch, capsys):
+    """In the words of docs/archives.md: both cells of one corpus are one step, which renders and trains once."""
+    steps = []
+    monkeypatch.setattr(pipeline, "run", lambda listed, jobs: steps.extend(listed) or 0)
+    assert cli.main("archives --seeds 42 1 --cells casts-whole casts-half same-half".split()) == 0
+    parts = [(step.work.args[1], step.work.args[2]) for step in steps]
+    cells = ["casts-whole", "casts-half"], ["same-half"]
+    assert parts == [(42, cells[0]), (42, cells[1]), (1, cells[0]), (1, cells[1])]
+    assert cli.main(["archives", "--cells", "casts"]) == 2
+    assert "no cell casts; there are same-whole" in capsys.readouterr().err
+
+
 def test_data_sets_may_be_separated_by_spaces_or_commas(monkeypatch):
     seen = []
     monkeypatch.setattr(pipeline, "corpus", lambda profile, dataset: seen.append(dataset))

@@ -17,7 +17,7 @@ from vsr1.config import DATASETS, ROOT, InputError
 NAMES = re.compile(rf"({'|'.join(DATASETS)}|[, ])+")
 VALUES = re.compile(r"(?!-\D).*")  # -1 is a value, --top no
 # Options of several words.
-LISTS = {"--datasets": NAMES, "--dataset": NAMES, "--seeds": VALUES, "--iou": VALUES}
+LISTS = {"--datasets": NAMES, "--dataset": NAMES, "--seeds": VALUES, "--cells": VALUES, "--iou": VALUES}
 
 Profile = Annotated[str, Option("--profile", help="Name of a file in vsr1/profiles/, or path to a .yaml.")]
 Seed = Annotated[int | None, Option("--seed", min=0, help="Seed of the experiment; default: the profile's.")]

@@ -7,7 +7,7 @@ import pytest
 
 from vsr1 import config
 from vsr1.evaluation.statistics import Estimate
-from vsr1.experiments.archives import learning, search, study, systems
+from vsr1.experiments.archives import learning, pages, search, study, systems
 from vsr1.mini.archives import casts, corpus
 from vsr1.training import rewrites
 
@@ -89,7 +89,7 @@ def test_text_only_rows_say_in_words_what_a_film_shows_and_come_first(profile):
 
 def test_the_study_measures_a_cell_and_says_what_is_missing(profile):
     assert list(study.measure(profile, profile.seed, [CELL], ("walkdown", "hqr", "sqr")))
-    study.publish(profile)
+    pages.publish(profile)
     numbers = study.read(profile.results())
     # The loop's own refinement is the intervention that changes nothing.
     for system in ("sqr", "hqr"):
@@ -104,7 +104,29 @@ def test_the_study_measures_a_cell_and_says_what_is_missing(profile):
     assert "MISSING" in page and "same-half" in page
     columns = [line.split(" | ")[3] for line in page.splitlines() if line.startswith("| the query as typed")]
     assert columns and "MISSING" not in columns
-    assert (profile.results() / "looks.png").exists() and (profile.results() / "films.png").exists()
+    assert {"looks.png", "films.png"} <= {path.name for path in profile.results().iterdir()}
+
+
+def test_a_search_is_drawn_by_rule_in_the_colours_of_its_camera(profile, monkeypatch):
+    """One episode refines and finds, one refines and does not: each rule in turn."""
+    episodes = systems.run(profile, CELL, "sqr")
+    episode = next(e for e in episodes if e.turns and e.turns[0].reply and not e.turns[0].shown_is_gt)
+    turn = dataclasses.replace(episode.turns[0], refine_kind="soft", refine_tokens=8, rank_out=1)
+    span = episode.gt_span_ms
+    reply = dataclasses.replace(turn.reply, matched=True, span=tuple(ms / 1000 for ms in span))
+    right = {"shown_id": episode.gt_video, "shown_is_gt": True, "span_ms": span, "iou": 1.0}
+    last = dataclasses.replace(turn, t=2, reply=reply, rank_out=None, **right)
+    found = dataclasses.replace(episode, turns=(turn, last))
+    first = dataclasses.replace(episode, turns=(turn, dataclasses.replace(turn, t=2)))
+    for kind, *pair in (("words", found, first), ("tokens", first, found), ("neither", first, first)):
+        runs = dict(zip(("hqr", "sqr"), pair, strict=True))
+        monkeypatch.setattr(systems, "read", lambda profile, cell, system, runs=runs: [runs[system]])
+        ((drawn, (figure, caption)),) = pages.draw_searches(profile).items()
+        assert drawn == kind and ": 1 of 1 failed" in caption
+        texts = " ".join(text.get_text() for axes in figure.axes for text in axes.texts)
+        assert first.query.split()[0] in texts
+    monkeypatch.setattr(systems, "read", lambda *_: [])
+    assert pages.draw_searches(profile) == {}
 
 
 def test_numbers_are_means_over_seeds_of_the_queries_that_they_name(profile):
@@ -152,4 +174,4 @@ def test_a_prediction_comes_out_within_its_limits_or_not():
 
 def test_every_cell_has_a_corpus():
     assert {name for name, _ in corpus.CELLS.values()} == set(corpus.CASTS)
-    assert set(study.TITLES) == set(corpus.CELLS)
+    assert set(pages.TITLES) == set(corpus.CELLS)

@@ -16,7 +16,10 @@ from vsr1 import cache, config
 from vsr1.config import InputError, Profile
 
 ONE_SEARCH = "00_one_search"  # about a policy that ships, so about no run
-SHIPPED = config.ROOT / "vsr1" / "mini" / "weights"
+READS = {  # what notebooks about no data set read, where that is not the numbers of all
+    ONE_SEARCH: config.ROOT / "vsr1" / "mini" / "weights",
+    "06d_when_looking_pays": config.ROOT / "results" / "archives",
+}
 LARGEST, WIDEST, COLOURS = 200_000, 900, 128  # ours: bytes, pixels and colours of a committed output
 
 
@@ -90,8 +93,8 @@ class Run:
     def _inputs(self):
         committed = self.profile.results() / "premise" / f"{self.dataset}.json"
         others = (committed,) if self.dataset else _inputs_of_all(self.profile)
-        if self.name == ONE_SEARCH:
-            others = (SHIPPED,)
+        if self.name in READS:
+            others = (READS[self.name],)
         return {
             "given": self.parameters(),
             "profile": self.profile.digest(),

@@ -54,6 +54,7 @@ READ_BY = {
         "intervene": (("retry sqr",), 0.5),
     },
     "06c_upper_bound": {"bound": (("embed engine",), 1.3)},
+    "06d_when_looking_pays": {},
     "07_ablations": {
         "ablate no-ret": (("train sft",), 4.0),
         "ablate no-verif": (("train sft",), 4.0),
@@ -105,8 +106,11 @@ def run(profile, profile_name: str, jobs: int) -> int:
 
 def _is_current(profile, profile_name):
     """Return whether no notebook would run, without a look into the steps that they read."""
-    pairs = [(name, dataset) for name in READ_BY for dataset in profile.datasets] + [(LAST, None)]
-    return all(notebooks.Run(name, profile_name, profile, dataset).is_current() for name, dataset in pairs)
+    return all(
+        notebooks.Run(name, profile_name, profile, dataset).is_current()
+        for name in [*READ_BY, LAST]
+        for dataset in (profile.datasets if notebooks.takes_dataset(name) else [None])
+    )
 
 
 def steps(profile, profile_name: str) -> list[Step]:

@@ -243,11 +243,11 @@ def exam(profile, dataset: str) -> None:
 
 def archives(profile, seed: int, cells: list[str]) -> None:
     """Measure cells of one corpus of archives with one seed, and write the tables of all that is measured so far."""
-    from vsr1.experiments.archives import study
+    from vsr1.experiments.archives import pages, study
 
     for row in study.measure(profile, seed, cells):
         print(row, flush=True)
-    study.publish(profile)
+    pages.publish(profile)
 
 
 # --- Processes

@@ -1,10 +1,7 @@
-"""Ask when looking pays: the four cells, systems side by side, and what was predicted (docs/archives.md).
+"""Ask when looking pays: what systems get right on the four cells, and what was predicted (docs/archives.md).
 
 results/<profile>/seed-<N>.json  what each system got right, query by query, and the commit that did it
 results/<profile>/numbers.json   {<cell>/<system>/<metric>: Estimate}: means over the seeds that have a file
-results/<profile>/README.md      the four cells, systems as rows
-results/<profile>/looks.png      VCMR by the number of films looked at
-results/<profile>/films.png      films of an archive as cameras see them
 """
 
 import json
@@ -12,31 +9,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from vsr1 import cache
-from vsr1.data import annotations, video_reader
+from vsr1.data import annotations
 from vsr1.evaluation import claims, metrics, statistics
 from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments.archives import headroom, search, systems
 from vsr1.experiments.common import Prediction
 from vsr1.mini.archives import casts, corpus, source, teacher
-from vsr1.report import canvas, plots, provenance, results
+from vsr1.report import provenance, results
 
 LOOKS = (1, 2, 3)
-ROWS = {  # of the table: words; first searches, then systems that look
-    "typed": "the query as typed",
-    "adapter-vec": "linear map of its vector, no look",
-    "tuned-again": "engine tuned on these queries, no look",
-    "adapter-soft": "soft tokens of the query alone, no look",
-    "hqr": "HQR, trained: looks, then writes seen colours",
-    "sqr": "SQR: looks, then soft tokens",
-    "words-known": "bound: words by who knows the cast",
-    "words-best": "bound: the best wording by who knows cast and answer",
-    "oracle-soft": "bound: soft tokens looked up by who knows the cast",
-}
 FOLLOWED = ("walkdown", "adapter-soft", "hqr", "sqr", "oracle-soft")
 PREFIXES = {"sqr": "if-", "hqr": "hqr-if-"}  # of the rows of interventions
 COMPARED = (  # (row, control, metric): differences, paired by seed and query
@@ -135,15 +119,12 @@ def _followed(profile, cell, name):
 # --- Numbers
 
 
-def publish(profile) -> None:
-    """Write what this module promises, from the seeds that have a file."""
-    folder = profile.results()
+def write(profile) -> dict[str, Estimate]:
+    """Write and return the numbers of all seeds that have a file."""
     numbers = summarize(profile, read_runs(profile))
     plain = {name: results.plain(asdict(number)) for name, number in numbers.items()}
-    cache.write_json(folder / "numbers.json", {"profile": profile.digest(), "numbers": plain})
-    cache.write_text(folder / "README.md", table(numbers))
-    plots.save(draw_looks(numbers), folder, "looks", LOOKS_CAPTION.format(seeds=_seeds(numbers)))
-    plots.save(draw_films(profile), folder, "films", FILMS_CAPTION)
+    cache.write_json(profile.results() / "numbers.json", {"profile": profile.digest(), "numbers": plain})
+    return numbers
 
 
 def read_runs(profile) -> list[dict]:
@@ -324,154 +305,3 @@ def outcomes(numbers: dict[str, Estimate], predictions) -> list[tuple[str, str, 
         measured, came_out = prediction.outcome(numbers)
         rows.append((prediction.words, measured, "**no**" if came_out == "no" else came_out))
     return rows
-
-
-# --- Table and figures
-
-
-def table(numbers: dict[str, Estimate]) -> str:
-    """Return the page of tables in Markdown: the four cells, looks, interventions, predictions."""
-    cells = list(corpus.CELLS)
-    parts = [
-        "R@1, %: of a first search where nothing is looked at, after one look of SQR and HQR. "
-        f"± is half a 95 % interval, which draws archives and seeds. Mean over {_seeds(numbers)}.",
-        "",
-    ]
-    parts += _grid(["", *cells], [_row(numbers, words, f"{name}/r1") for name, words in ROWS.items()])
-    parts += ["", "VCMR at IoU 0.5, %, after one / two / three films looked at.", ""]
-    looks = [[name, *(_looks(numbers, cell, name) for cell in cells)] for name in FOLLOWED]
-    parts += _grid(["", *cells], looks)
-    parts += ["", "Queries whose first search failed, refined once: R@1, %.", ""]
-    rows = []
-    for system, prefix in PREFIXES.items():
-        for name in systems.INTERVENTIONS if system == "sqr" else systems.IN_WORDS:
-            label = f"{system.upper()}, {systems.INTERVENTIONS[name]}"
-            rows.append(_row(numbers, label, f"{prefix}{name}/repaired"))
-    parts += _grid(["what the policy has before it", *cells], rows)
-    parts += ["", "Differences, paired by seed and query, in points.", ""]
-    rows = []
-    for row, control, metric in COMPARED:
-        rows.append(_row(numbers, f"{row} less {control}, {metric}", f"{row}/{metric}_over_{control}"))
-    parts += _grid(["", *cells], rows)
-    parts += [
-        "",
-        "First replies: cast named right, verdict right. R@1 on queries with a colour that no train archive of the "
-        "cast holds (unseen), and on the rest, %.",
-        "",
-    ]
-    rows = []
-    for name in ("hqr", "sqr"):
-        rows.append(_row(numbers, f"{name}, cast / verdict", f"{name}/cast", f"{name}/ver"))
-        rows.append(_row(numbers, f"{name}, unseen / seen", f"{name}/unseen", f"{name}/seen"))
-    parts += _grid(["", *cells], rows)
-    parts += ["", "Predictions, written before any policy was trained.", ""]
-    parts += _grid(["predicted", "measured", "came out"], outcomes(numbers, PREDICTIONS))
-    parts += ["", "Predictions, written before stage 1 had text-only rows.", ""]
-    parts += _grid(["predicted", "measured", "came out"], outcomes(numbers, SECOND))
-    return "\n".join(parts) + "\n"
-
-
-def _seeds(numbers):
-    """Say which seeds numbers are of."""
-    seeds = sorted({seed for number in numbers.values() for seed in number.seeds})
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-
-
-def _grid(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _row(numbers, label, *names):
-    """Return a label, then for each of `corpus.CELLS` the values of its numbers <system>/<metric>."""
-    return [
-        label,
-        *(" / ".join(_value(numbers, f"{cell}/{name}") for name in names) for cell in corpus.CELLS),
-    ]
-
-
-def _value(numbers, name):
-    number = numbers.get(name)
-    if number is None or number.value is None:
-        return "MISSING"
-    spread = f" ± {(number.ci[1] - number.ci[0]) / 2:.1f}" if number.ci else ""
-    return f"{number.value:.1f}{spread}"
-
-
-def _looks(numbers, cell, name):
-    by_looks = [numbers.get(f"{cell}/{name}/vcmr_t{looks}") for looks in LOOKS]
-    return " / ".join("MISSING" if number is None else f"{number.value:.1f}" for number in by_looks)
-
-
-LOOKS_CAPTION = (
-    "VCMR at IoU 0.5 by the number of films looked at, four cells; bands are 95 % intervals. Rendered archives, mini "
-    "models, {seeds}."
-)
-LINES = {
-    "walkdown": ("as typed, rank fallback", plots.GREY, ":"),
-    "adapter-soft": ("soft tokens without a look, rank fallback", plots.SKY, "--"),
-    "hqr": ("HQR, trained", plots.ORANGE, "-"),
-    "sqr": ("SQR", plots.BLUE, "-"),
-    "oracle-soft": ("knows the cast, rank fallback", plots.BLACK, ":"),
-}
-TITLES = {
-    "same-whole": "query enough, true colours",
-    "same-half": "query enough, half a step",
-    "casts-whole": "look needed, whole steps",
-    "casts-half": "look needed, half steps",
-}
-
-
-@plots.style()
-def draw_looks(numbers: dict[str, Estimate]) -> Figure:
-    """Draw VCMR by looks, a panel a cell; a system that was not run is left out."""
-    figure = Figure(figsize=(7.5, 6.2), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
-    for axes, (cell, title) in zip(panels, TITLES.items(), strict=True):
-        axes.set_title(title)
-        for name, (label, colour, line) in LINES.items():
-            by_looks = [numbers.get(f"{cell}/{name}/vcmr_t{looks}") for looks in LOOKS]
-            if None not in by_looks:
-                axes.plot(LOOKS, [n.value for n in by_looks], line, color=colour, marker="o", label=label)
-                low, high = zip(*(number.ci for number in by_looks), strict=True)
-                axes.fill_between(LOOKS, low, high, color=colour, alpha=0.12, linewidth=0)
-        axes.set_xticks(LOOKS)
-        if not axes.lines:
-            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=plots.GREY)
-    for axes in figure.axes[2:]:
-        axes.set_xlabel("films looked at")
-    figure.supylabel("right video and moment (IoU 0.5), %", fontsize=9)
-    handles = {}
-    for axes in figure.axes:
-        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
-    return figure
-
-
-FILMS_CAPTION = (
-    "Films by cameras of several casts, with true colours below. Trousers are red, and tell the cast."
-)
-SHOWN = 5  # films of a row
-
-
-@plots.style()
-def draw_films(profile) -> Figure:
-    """Draw films of one test archive as several cameras see them, with the true colours of shirt and object."""
-    drawing, y = canvas.Canvas(1.45 * SHOWN + 0.1, dpi=100), 0.05
-    videos = profile.data_dir("casts") / "videos"
-    archives = [archive for archive in source.read(profile, "casts") if archive.split == "test"]
-    with video_reader.reader_for(profile) as reader:
-        for archive in archives[: len(archives) // 2 : 2][:3] + archives[len(archives) // 2 :: 3][:2]:
-            red = casts.seen_colour(casts.KNOWN, archive.cast)
-            title = f"{archive.name}: shifted by {archive.cast / 2:g} steps; red looks {red}"
-            y = drawing.write(0.05, y, drawing.width, [(title, {})], 9) + 0.02
-            bottoms = []
-            for n, scene in enumerate(archive.scenes[:: max(1, len(archive.scenes) // SHOWN)][:SHOWN]):
-                (moment,) = scene.moments
-                clip = reader.read(videos / f"{scene.video}.mp4", np.array([moment.start + 1]))
-                strip = canvas.Strip(clip.frames[:1], clip.timestamps[:1], "")
-                left, colours = 0.05 + 1.45 * n, f"{moment.shirt} shirt, {moment.colour} {moment.object}"
-                bottom = drawing.frames(left, y, strip, 1.4)
-                bottoms.append(drawing.write(left, bottom, 1.4, [(colours, {})], 7.5))
-            y = max(bottoms) + 0.06
-    return drawing.crop(y)

@@ -50,6 +50,12 @@ def run(profile, cell: str, system: str) -> list[records.Episode]:
     return records.read_episodes(folder / "episodes.jsonl")
 
 
+def read(profile, cell: str, system: str) -> list[records.Episode]:
+    """Read the episodes that `run` left; none before."""
+    folder = profile.runs(corpus.CELLS[cell][0]) / "episodes" / cell / system
+    return records.read_episodes(folder / "episodes.jsonl") if folder.exists() else []
+
+
 def _inputs(profile, cell, weights):
     name = corpus.CELLS[cell][0]
     vectors = embedding.embed_corpus(profile, name, "test")
