@@ -24,6 +24,7 @@ from vsr1 import cache
 from vsr1.data import annotations
 from vsr1.experiments.archives.search import ArchiveGallery
 from vsr1.mini import captions
+from vsr1.mini import teacher as rendered_teacher
 from vsr1.mini.archives import casts, corpus, source, teacher
 from vsr1.models import checkpoints, embedding, loading, policy, prompt_text
 from vsr1.models import engine as engines
@@ -51,7 +52,9 @@ def split_train(profile, gallery: ArchiveGallery, name: str) -> tuple[list, list
 def make_rows(profile, gallery: ArchiveGallery, queries) -> list[SFTExample]:
     """Return the rows of stage 1 in their order, chosen archive by archive as on other corpora.
 
-    Negatives are the whole archive. `sft_text_only_rows` of them have words in place of the film.
+    Negatives are the whole archive. `sft_text_only_rows` of them have words in place of the film. In half of these the
+    known object is not named: what the colours asked for look like then follows from the reply's own words alone, as it
+    has to where a film is shown.
     """
     with_film, text_only = [], []
     for part, members in gallery.by_archive(queries):
@@ -62,10 +65,19 @@ def make_rows(profile, gallery: ArchiveGallery, queries) -> list[SFTExample]:
             text_only += choose_examples(asking, part, gallery.truth.reply, **options)
     by_id = {query.id: query for query in queries}
     text_only = [
-        replace(row, caption=gallery.truth.caption(by_id[row.desc_id], row.shown)) for row in text_only
+        replace(row, caption=_caption(gallery.truth, by_id[row.desc_id], row.shown, number % 2 == 0))
+        for number, row in enumerate(text_only)
     ]
     with_film = _shuffled(with_film, [profile.seed, 30])[: profile.archives.rows]
     return sft_data.order_batches(profile, text_only, with_film)
+
+
+def _caption(truth, query, shown, known):
+    """Return a film in words, with its times; `known` says whether the known object is named."""
+    if known:
+        return truth.caption(query, shown)
+    moment = truth.shown_moment(shown)
+    return f"{rendered_teacher.times(moment)}: {captions.caption(moment, query.id % captions.STYLES, corpus.NAMED)}"
 
 
 def _shuffled(items, seed):
