@@ -8,7 +8,7 @@ import pytest
 from vsr1 import config
 from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments.archives import learning, pages, search, study, systems
-from vsr1.mini.archives import casts, corpus
+from vsr1.mini.archives import casts, corpus, teacher
 from vsr1.training import rewrites
 
 CELL = "casts-whole"
@@ -72,19 +72,33 @@ def test_rows_name_the_films_of_their_archive_alone_and_rewrites_name_seen_colou
             assert "query_update" not in row.reply
 
 
-def test_text_only_rows_say_in_words_what_a_film_shows_and_come_first(profile):
+def test_text_only_rows_say_in_words_what_a_film_shows_and_every_second_one_by_another_camera(profile):
     gallery = learning.open_gallery(profile, "casts", "train")
+    truth, by_id = gallery.truth, {query.id: query for query in gallery.queries}
     some = dataclasses.replace(profile, sft_text_only_rows=12)
     rows = learning.make_rows(some, gallery, gallery.queries)
     text_only = [row for row in rows if row.caption is not None]
     assert len(text_only) == 12 and len(rows) == 12 + 8 and rows[0].caption
-    named = [row for row in text_only if "trousers" in row.caption]
-    assert 0 < len(named) < 12, "half of them do not name the known object"
-    for row in text_only:
-        shown = gallery.truth.shown_moment(row.shown)
-        assert f"{shown.shirt} shirt" in row.caption
-        assert (f"{shown.trousers} trousers" in row.caption) == (row in named)
     assert all(row.caption is None for row in learning.make_rows(profile, gallery, gallery.queries))
+    assert {"trousers" in row.caption for row in text_only} == {True, False}
+    for row in text_only:
+        query = by_id[row.desc_id]
+        asked, shown = truth.query_moment(query), truth.scenes[row.shown].moments[0]
+        if "trousers" in row.caption:  # as the camera of the archive shows it
+            assert row.contrast and row.reply == truth.reply(query, row.shown)
+            assert f"{truth.shown_moment(row.shown).trousers} trousers" in row.caption
+        else:
+            cast = teacher.read_cast(row.reply)
+            assert not row.contrast and f"{casts.seen_colour(shown.shirt, cast)} shirt" in row.caption
+            assert f"shirt {asked.shirt} is {casts.seen_colour(asked.shirt, cast)}." in row.reply
+            assert not casts.is_unseen(asked, cast) and not casts.is_unseen(shown, cast)
+    engine = learning.engines.load(learning.with_engine(profile))
+    for row in learning.with_wordings(profile, engine, gallery, rows):
+        if rewrites.is_rejected(row):
+            asked, cast = truth.query_moment(by_id[row.desc_id]), teacher.read_cast(row.reply)
+            update = row.reply.split("<query_update>")[1].removesuffix("</query_update>")
+            wordings = teacher.wordings(asked, cast)
+            assert update in (wordings if row.contrast else wordings[:1])
 
 
 def test_the_study_measures_a_cell_and_says_what_is_missing(profile):
