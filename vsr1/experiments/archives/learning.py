@@ -81,12 +81,14 @@ def _by_another_camera(truth, query, row: SFTExample, rng) -> SFTExample:
     back from it. Soft tokens learn nothing here: no such film is in the gallery.
     """
     (shown,) = rendered.printed_moments(truth.profile, truth.scenes[row.shown])
-    asked = truth.query_moment(query)
-    fit = [c for c in range(casts.STEPS) if not (casts.is_unseen(asked, c) or casts.is_unseen(shown, c))]
+    query_moment = truth.query_moment(query)
+    fit = [
+        c for c in range(casts.STEPS) if not (casts.is_unseen(query_moment, c) or casts.is_unseen(shown, c))
+    ]
     cast = int(rng.choice(fit))
     shown = casts.seen_moment(shown, cast)
     text = captions.caption(shown, query.id % captions.STYLES, corpus.NAMED)
-    reply = teacher.verdict(asked, shown, cast)
+    reply = teacher.verdict(query_moment, shown, cast)
     return replace(row, caption=f"{rendered_teacher.times(shown)}: {text}", reply=reply, contrast=False)
 
 
