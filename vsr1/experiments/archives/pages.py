@@ -247,7 +247,10 @@ def draw_searches(profile) -> dict[str, tuple[Figure, str]]:
                 caption = (
                     f"{words}: {len(fit)} of {len(pairs)} failed first searches after which both refine. "
                 )
-                caption += f"Smallest query id; the camera shifts colours by {cast / 2:g} steps. "
+                caption += (
+                    f"Smallest query id; the camera shifts colours by {cast / 2:g} steps, and colours beside "
+                )
+                caption += "films and in corrections are as it shows them. "
                 caption += search_figures.LEGEND
                 drawn[kind] = search_panels.turn_by_turn(columns, frames), caption
     return drawn
