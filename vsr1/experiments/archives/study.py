@@ -165,7 +165,7 @@ def summarize(profile, runs: list[dict]) -> dict[str, Estimate]:
     numbers = {}
     for name in dict.fromkeys(name for run in runs for name in run["hits"]):
         cell, measured = name.split("/")[0], [run for run in runs if name in run["hits"]]
-        for metric in measured[0]["hits"][name].keys() - {"ids"}:
+        for metric in (key for key in measured[0]["hits"][name] if key != "ids"):
             numbers[f"{name}/{metric}"] = _mean(profile, measured, cell, _values(measured, name, metric))
         if "r1" in measured[0]["hits"][name]:
             values, unseen = _values(measured, name, "r1"), _unseen(measured[0]["cells"][cell])
