@@ -25,6 +25,8 @@ from vsr1.mini import (
     teacher,
     world,
 )
+from vsr1.mini.archives import casts
+from vsr1.mini.archives import teacher as archive_teacher
 from vsr1.models import embedding, inputs, search_index
 
 SHIPPED = ("backbone", "policy", "engine-small", "engine-large", "engine-noisy")
@@ -76,6 +78,8 @@ FIRST_LOSSES = {  # of three steps of `small(batch=6)`; text: since its captions
     "instruct": [7.0471, 6.9794, 6.8729],
     "locate": [13.8419, 13.608, 13.456],
     "judge": [14.0379, 13.8533, 13.7407],
+    "look": [24.8647, 24.1037, 22.9918],
+    "translate": [7.0294, 6.9637, 6.8614],
     "index": [1.7082, 1.3997, 1.6187],
     "text": [2.6734, 2.6216, 2.7491],
 }
@@ -169,7 +173,7 @@ def test_a_moment_is_placed_by_times_that_the_text_of_its_video_carries(videos, 
 
 def test_labels_of_a_pair_of_frames_stand_where_the_pair_ends(make_task):
     task = make_task(small())
-    prompt, _, pairs, _ = task.examples.question(8, np.random.default_rng(0))
+    prompt, _, pairs, *_ = task.examples.question(8, np.random.default_rng(0))
     text = task.tokenizer.decode(prompt.ids)
     seconds = [int(time) for time in re.findall(r"<(\d+)\.\d seconds>", text)]
     assert [pair["second"] for pair in pairs] == seconds
@@ -182,6 +186,61 @@ def test_labels_of_a_pair_of_frames_stand_where_the_pair_ends(make_task):
     heads[row] = 9 * torch.nn.functional.rms_norm(states[0], (16,))
     better, log = attribute_heads.pair_loss(states[:1], heads, pairs[:1])
     assert log["second"] == 1 and better < even
+
+
+def test_looks_are_what_the_attention_pays_to_the_pairs_of_the_moment(group, make_task):
+    """Computed from the kept queries and keys, and read from the whole matrix of attention."""
+    recipe, rng = small(), np.random.default_rng(3)
+    task = make_task(recipe)
+    examples = [task.examples.judgement(6, rng, strange=1.0) for _ in range(3)]
+    batch = task.collate([example.prompt for example in examples])
+    ids, length = batch["input_ids"], batch["input_ids"].shape[1]
+    rows, columns = (ids == task.ids("-")).nonzero().T
+    seen = torch.rand(ids.shape) < 0.5
+    task.model.set_attn_implementation({"text_config": pretraining_tasks.KEEPING})
+    loss = pretraining_tasks.AnswerLoss(task, recipe, None, task.new_heads(), lookups=True)
+    with torch.no_grad():
+        kept = task.model(**batch).logits
+        looks = loss._looks(ids, rows, columns, seen)
+        task.model.set_attn_implementation("eager")
+        out = task.model(**batch, output_attentions=True)
+    torch.testing.assert_close(out.logits[:, -1], kept[:, -1], atol=1e-4, rtol=1e-4)
+    config = task.model.config.text_config
+    heads = range(0, config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads)
+    whole = out.attentions[pretraining_tasks.HALF]  # (B, heads, length, length)
+    assert whole.shape[-1] == length and len(rows) >= 7 * len(examples)
+    for m, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
+        paid = [whole[row, head, column][seen[row]].sum() for head in heads]
+        torch.testing.assert_close(looks[m], torch.stack(paid), atol=1e-5, rtol=1e-4)
+
+
+def test_a_strange_query_shares_nothing_with_its_moment_and_the_reply_says_what_is_shown(make_task):
+    examples, rng, differing = make_task(small()).examples, np.random.default_rng(1), []
+    for _ in range(20):
+        example = examples.judgement(6, rng, strange=1.0)
+        asked = world.Moment(**example.target)
+        differing.append(len(teacher.differing(asked, example.shown)))
+        within = [pretraining_tasks._is_within(pair, example.shown) for pair in example.pairs]
+        shown = [pair for pair, inside in zip(example.pairs, within, strict=True) if inside]
+        assert shown and all(pair["action"] == example.shown.action for pair in shown)
+        assert shown[0]["second"] == int(example.shown.start)
+    assert np.mean(differing) > 5.5, "now and then another moment of the video has something in common"
+
+
+def test_what_colours_look_like_follows_from_the_words_of_the_reply_alone(make_task):
+    """The film in words names no trousers, and no cast shows the colour that train archives hold back from it."""
+    task, rng, casts_seen = make_task(small()), np.random.default_rng(2), set()
+    for _ in range(150):
+        example = task.examples.translation(6, rng)
+        text = task.tokenizer.decode(example.prompt.ids)
+        prompt, reply = text.split("<|im_start|>assistant")
+        assert "trousers" not in prompt
+        cast = archive_teacher.read_cast(reply)
+        casts_seen.add(cast)
+        for name, true, seen in re.findall(r"(shirt|colour) (\w+) is ([a-z ]+)\.", reply):
+            assert casts.seen_colour(true, cast) == seen, name
+            assert true != casts.unseen_colour(cast)
+    assert len(casts_seen) == casts.STEPS
 
 
 RECIPES = """

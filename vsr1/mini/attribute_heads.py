@@ -76,3 +76,20 @@ def target_loss(states: torch.Tensor, heads: torch.Tensor, targets: list[dict]) 
     """
     logits = F.rms_norm(states, states.shape[-1:]) @ heads[: len(attribute_ids()) + 1].T
     return attribute_loss(logits, targets, ("action", "object"))
+
+
+def lookup_loss(
+    states: torch.Tensor, next_states: torch.Tensor, heads: torch.Tensor, shown: list[world.Moment]
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Return (loss of the attributes, loss of the second, accuracies) where a word about the video is to be named.
+
+    states       (M, D): read for the whole second at which the moment shown begins
+    next_states  (M, D) one layer later: read for its attributes
+    """
+    count = len(attribute_ids()) + 1
+    logits = F.rms_norm(states, states.shape[-1:]) @ heads[2 * count :].T
+    seconds = torch.tensor([int(moment.start) for moment in shown])
+    next_logits = F.rms_norm(next_states, next_states.shape[-1:]) @ heads[:count].T
+    loss, accuracies = attribute_loss(next_logits, [vars(moment) for moment in shown])
+    accuracies["second"] = (logits.argmax(1) == seconds).float().mean()
+    return loss, F.cross_entropy(logits, seconds), accuracies

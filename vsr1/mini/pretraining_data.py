@@ -12,6 +12,9 @@ import torch
 from vsr1 import cache
 from vsr1.data import video_reader
 from vsr1.mini import architecture, captions, renderer, teacher, world
+from vsr1.mini.archives import casts
+from vsr1.mini.archives import corpus as archives
+from vsr1.mini.archives import teacher as archive_teacher
 from vsr1.mini.world import ATTRIBUTES, Moment, Scene
 from vsr1.models import inputs, prompt_text
 
@@ -130,11 +133,11 @@ def visible_attributes(scene: Scene, second: float) -> dict:
 
 
 def pair_labels(scene: Scene, clip: video_reader.Clip) -> tuple[dict, ...]:
-    """Return for each pair of frames what it shows, its whole second, and the action of the pair before."""
+    """Return for each pair of frames what it shows, its time and whole second, and the action of the pair before."""
     seconds = inputs.pair_times(clip.timestamps)
     labels = [visible_attributes(scene, second) for second in seconds]
     for number, label in enumerate(labels):
-        label["second"] = int(seconds[number])
+        label["time"], label["second"] = float(seconds[number]), int(seconds[number])
         label["before"] = labels[number - 1]["action"] if number else None
     return tuple(labels)
 
@@ -149,6 +152,7 @@ class Example(NamedTuple):
     answer_tokens: int
     pairs: tuple[dict, ...] = ()  # see `pair_labels`; (): not to be read from the states
     target: dict | None = None  # attributes of the moment asked for
+    shown: Moment | None = None  # the moment of the video that a reply compares with it
 
 
 class Examples:
@@ -158,8 +162,8 @@ class Examples:
         self.videos, self.tokenizer = videos, tokenizer
         self.vision_config, self.max_frame_pixels = vision_config, max_frame_pixels
 
-    def _example(self, system, user, answer, clip=None, pairs=(), target=None):
-        """Return a prompt and its answer; `{video}` in `user` stands for the clip."""
+    def _example(self, system, user, answer, clip=None, pairs=(), target=None, shown=None, given=""):
+        """Return a prompt and its answer; `{video}` in `user` stands for the clip; `given` is the reply's beginning."""
         video = None
         if clip is not None:
             rule = inputs.PixelRule(self.max_frame_pixels)
@@ -167,8 +171,8 @@ class Examples:
             per_pair = video.tokens_per_pair(self.vision_config.spatial_merge_size)
             user = user.replace("{video}", inputs.video_text(clip.timestamps, per_pair))
         answer_ids = self.tokenizer(f"{answer}<|im_end|>")["input_ids"]
-        ids = self.tokenizer(inputs.chat(self.tokenizer, system, user))["input_ids"] + answer_ids
-        return Example(inputs.Prompt(ids, video), len(answer_ids), pairs, target)
+        ids = self.tokenizer(inputs.chat(self.tokenizer, system, user) + given)["input_ids"] + answer_ids
+        return Example(inputs.Prompt(ids, video), len(answer_ids), pairs, target, shown)
 
     def picture(self, count: int, rng) -> Example:
         """Draw two frames of one moment, and its fine caption."""
@@ -233,25 +237,50 @@ class Examples:
             return self._example(prompt_text.SYSTEM_HQR, query_and_video, reply, clip)
         return self._judgement(number, clip, moments, query_and_video, moment)
 
-    def judgement(self, count: int, rng) -> Example:
+    def judgement(self, count: int, rng, strange: float = 0.0, differ: float = 0.5) -> Example:
         """Draw a query to judge about a window: one in three fits, in the others each attribute differs in one of two.
+
+        strange  how often all attributes differ instead
+        differ   how often one does, where it is not one of two
 
         Where few attributes ever differ, the word asked for is nearly always the word shown: copying it is cheaper than
         looking, and was learned for all that changes within a video.
         """
         number, clip, moments = self.printed_window(count, rng)
         moment = moments[int(rng.integers(len(moments)))]
-        if rng.random() < 2 / 3:
-            names = [name for name in ATTRIBUTES if rng.random() < 0.5]
+        is_strange = bool(strange) and rng.random() < strange
+        if is_strange or rng.random() < 2 / 3:
+            names = [name for name in ATTRIBUTES if is_strange or rng.random() < differ]
             moment = change(moment, self.videos.datasets[number], names, rng)
         user = f'Query: "{_caption(moment, rng)}"\nRetrieved video: {{video}}'
         return self._judgement(number, clip, moments, user, moment)
 
+    def translation(self, count: int, rng) -> Example:
+        """Draw a query to judge about a film in words, by a camera of any cast; what trousers look like is not told.
+
+        What the colours asked for look like then follows from the reply's own words. As in the train archives, no cast
+        shows the colour that is held back from it.
+        """
+        cast = int(rng.integers(casts.STEPS))
+        colours = [colour for colour in casts.CIRCLE if colour != casts.unseen_colour(cast)]
+        asked = _archive_moment(colours, rng)
+        kind, shown = rng.random(), _archive_moment(colours, rng)
+        if kind < 0.7:  # of the same family, or the film asked for
+            same = world.ATTRIBUTES if kind < 0.3 else ("action", "object", "place", "light")
+            shown = replace(shown, **{name: getattr(asked, name) for name in same})
+        shown = casts.seen_moment(shown, cast)
+        text = captions.caption(shown, int(rng.integers(captions.STYLES)), archives.NAMED)
+        query = captions.caption(asked, int(rng.integers(captions.STYLES)), archives.NAMED)
+        user = prompt_text.user_message(query, f"{teacher.times(shown)}: {text}")
+        known, dot, rest = archive_teacher.verdict(asked, shown, cast).partition(".")
+        # What the known colour looks like is given: it cannot be told from here, and guessing it was learned too well.
+        return self._example(prompt_text.SYSTEM_ZS, user, rest, given=known + dot)
+
     def _judgement(self, number, clip, moments, user, query_moment):
         """Return the judging of a window by a query, with what the heads read from its states."""
         answer = teacher.verdict(query_moment, moments)
-        labels = pair_labels(self.videos.scenes[number], clip), asdict(query_moment)
-        return self._example(prompt_text.SYSTEM_ZS, user, answer, clip, *labels)
+        pairs, shown = pair_labels(self.videos.scenes[number], clip), teacher.closest(query_moment, moments)
+        return self._example(prompt_text.SYSTEM_ZS, user, answer, clip, pairs, asdict(query_moment), shown)
 
     def printed_window(self, count: int, rng) -> tuple[int, video_reader.Clip, tuple[Moment, ...]]:
         """Draw (video, clip, moments): a window that shows something, its moments at the times that are printed."""
@@ -286,6 +315,15 @@ class Examples:
 def _caption(moment, rng):
     """Return a fine caption in a random style."""
     return captions.caption(moment, int(rng.integers(captions.STYLES)))
+
+
+def _archive_moment(colours, rng) -> Moment:
+    """Draw a moment of a film of an archive, in true colours."""
+    values = {name: world.values(name, "charades") for name in ATTRIBUTES}
+    values |= {"shirt": colours, "colour": colours, "trousers": (casts.KNOWN,)}
+    start, length = rng.integers(1, 5), rng.integers(4, 8)
+    drawn = {name: str(rng.choice(choices)) for name, choices in values.items()}
+    return Moment(float(start), float(start + length), **drawn)
 
 
 def change(moment: Moment, dataset: str, names, rng) -> Moment:

@@ -16,7 +16,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from vsr1 import cache
 from vsr1.mini import architecture, attribute_heads, pretraining_data
@@ -27,6 +34,17 @@ from vsr1.models import engine, inputs, loading
 HALF = 2  # text layers up to where heads read the states
 HOLD = 20.0  # weight of one minus the cosine between a video's vector and what it was
 TEMPERATURE = 0.07  # of InfoNCE
+
+
+def _keep_attention(module, query, key, *rest, **options):
+    """Attend as `sdpa` does, and keep what is compared."""
+    module.kept = query, key
+    return sdpa_attention_forward(module, query, key, *rest, **options)
+
+
+KEEPING = "sdpa_keeping"
+AttentionInterface.register(KEEPING, _keep_attention)
+AttentionMaskInterface.register(KEEPING, sdpa_mask)
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,13 @@ class PhaseConfig:
     wrong: float = 0.0  # and how often such a colour is another than the video's
     decisive: float = 1.0  # weight of a yes, a no or a verdict in a reply; of another token: 1
     timing: float = 1.0  # the same for whole seconds of a start or an end, of a reply and of its reasoning
-    seen: float = 1.0  # the same for the word a reply says is shown: behind the dash of `teacher.checklist`
+    seen: float = (
+        1.0  # the same for the word a reply says is shown: behind the dash of `teacher.checklist`, or "is"
+    )
+    asked: float = 1.0  # the same for the word it says is asked for
+    strange: float = 0.0  # how often a query to judge shares nothing with the moment it was drawn from,
+    differ: float = 0.5  # and how often one that does not fit differs in an attribute, if not
+    found: float = 0.0  # weight of reading what is shown behind the layer that looks it up
     neutral: float = 0.0  # how often neutral tokens stand where soft tokens will
     seed: int = 7
 
@@ -141,13 +165,17 @@ class AnswerLoss:
     draw     (frames, rng) -> Example
     heads    with them their loss (`attribute_heads.pair_loss`) on the states half-way up is added
     targets  the heads also read, where a time is to be named, what is asked for
+    lookups  they also read, where a shown word is to be named, when it is shown and, a layer later, all that is
     """
 
-    def __init__(self, task: PretrainingTask, recipe: PhaseConfig, draw, heads=None, targets=False):
-        self.task, self.recipe, self.draw, self.heads, self.targets = task, recipe, draw, heads, targets
+    def __init__(
+        self, task: PretrainingTask, recipe: PhaseConfig, draw, heads=None, targets=False, lookups=False
+    ):
+        self.task, self.recipe, self.draw, self.heads = task, recipe, draw, heads
+        self.targets, self.lookups = targets, lookups
         self.decisive = task.ids("Ġyes", "Ġno", "not", "matched")
         self.seconds = task.ids(*(str(second) for second in range(200)))
-        self.dash = task.ids("-")
+        self.dash, self.before_seen = task.ids("-"), task.ids("-", "Ġis")
 
     def __call__(self, step: int, rng) -> tuple[torch.Tensor, dict]:
         """Return (loss, values for the log) of a batch."""
@@ -164,8 +192,7 @@ class AnswerLoss:
         if read:
             loss = loss + 0.0 * self.heads.sum()  # processes share gradients, whatever their examples
             if any(example.pairs for example in examples):
-                states = out.hidden_states[HALF]
-                extra, values = self._states(states, batch["input_ids"], answers, inside, examples)
+                extra, values = self._states(out.hidden_states, batch["input_ids"], answers, inside, examples)
                 loss, log = loss + extra, log | values
         return loss, log
 
@@ -173,13 +200,15 @@ class AnswerLoss:
         """Return the weighted cross-entropy of the answers, and the accuracy of all tokens."""
         weight = torch.where(torch.isin(answers, self.decisive), self.recipe.decisive, 1.0)
         weight[torch.isin(answers, self.seconds)] = self.recipe.timing
-        weight[:, 1:][torch.isin(answers[:, :-1], self.dash)] = self.recipe.seen
+        weight[:, 1:][torch.isin(answers[:, :-1], self.before_seen)] = self.recipe.seen
+        weight[:, :-2][torch.isin(answers[:, 2:], self.dash)] = self.recipe.asked  # a space stands between
         logits, answers, weight = logits[inside], answers[inside], weight[inside]
         each = F.cross_entropy(logits, answers, reduction="none")
         return (each * weight).sum() / weight.sum(), {"accuracy": _accuracy(logits, answers)}
 
-    def _states(self, states, ids, answers, inside, examples: list[Example]):
-        """Return the loss of the heads on states (B, length, D), and their accuracies."""
+    def _states(self, layers, ids, answers, inside, examples: list[Example]):
+        """Return the loss of the heads on states (B, length, D) of all layers, and their accuracies."""
+        states = layers[HALF]
         labelled = torch.tensor([bool(example.pairs) for example in examples])[:, None]
         pair_ends = (ids == self.task.model.config.vision_end_token_id) & labelled
         pairs = [pair for example in examples for pair in example.pairs]
@@ -190,7 +219,43 @@ class AnswerLoss:
             at_times = states[rows, columns - answers.shape[1] - 1]  # where the next token is a time
             extra, values = attribute_heads.target_loss(at_times, self.heads, targets)
             loss, log = loss + extra, log | {f"asked_{name}": value for name, value in values.items()}
+        rows, columns = (inside & (answers == self.dash) & labelled).nonzero().T
+        if self.lookups and len(rows):
+            shown = [examples[row].shown for row in rows.tolist()]
+            columns = columns - answers.shape[1] + ids.shape[1]  # where the next token is the word shown
+            at_dashes = rows, columns
+            found, when, values = attribute_heads.lookup_loss(
+                states[at_dashes], layers[HALF + 1][at_dashes], self.heads, shown
+            )
+            loss = loss + when + self.recipe.found * found
+            log |= {f"found_{name}": value for name, value in values.items()}
+            seen = torch.zeros_like(
+                ids, dtype=torch.bool
+            )  # (B, length): the ends of the pairs that show the moment
+            moments = [example.shown for example in examples for _ in example.pairs]
+            seen[pair_ends] = torch.tensor([_is_within(*both) for both in zip(pairs, moments, strict=True)])
+            looks = self._looks(ids, rows, columns, seen)
+            loss, log = loss - (looks + 1e-6).log().mean(), log | {"looks": looks.mean()}
         return loss, log
+
+    def _looks(self, ids, rows, columns, seen):
+        """Return how much of its attention a token at (rows, columns), each (M,), pays to what is `seen`, (M, 2).
+
+        In the layer behind the states: of one head for each of the two keys.
+        """
+        attention = self.task.model.model.language_model.layers[HALF].self_attn
+        queries, keys = attention.kept  # (B, heads, length, D), (B, 2, length, D)
+        queries = queries[:, :: attention.num_key_value_groups][rows, :, columns]  # (M, 2, D)
+        scores = torch.einsum("mhd,mhld->mhl", queries, keys[rows]) * attention.scaling
+        before = torch.arange(ids.shape[1]) <= columns[:, None]  # (M, length)
+        before &= (ids != self.task.tokenizer.pad_token_id)[rows]
+        scores = scores.masked_fill(~before[:, None], -torch.inf)
+        return (scores.softmax(dim=-1) * seen[rows][:, None]).sum(dim=-1)
+
+
+def _is_within(pair: dict, moment) -> bool:
+    """Return whether a pair of frames, a label of `pretraining_data.pair_labels`, shows a moment."""
+    return moment is not None and moment.start <= round(pair["time"], 1) < moment.end
 
 
 def _accuracy(scores, right):
@@ -222,14 +287,44 @@ def judge(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
     _mix_with_tasks(task, recipe, folder, task.examples.judgement, recipe)
 
 
-def _mix_with_tasks(task, recipe, folder, draw, task_recipe):
-    """Train on three steps of one kind of example and one of any task, with new heads that read targets too."""
+def look(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
+    """Teach it to look up what is shown at the time that its reasoning names, with queries that are no help.
+
+    Of what changes within a video, `judge` hardly learned it: actions stayed the word of the query in nine of ten. What
+    a pair of frames shows, and when, can be read half-way up; here the heads also read there, where a shown word comes
+    next, when that is, and one layer later what is shown then. So the layer between learns to match the two.
+    """
+    task.model.set_attn_implementation({"text_config": KEEPING})
+    draw = partial(task.examples.judgement, strange=recipe.strange, differ=recipe.differ)
+    _mix_with_tasks(task, recipe, folder, draw, recipe, lookups=True)
+
+
+def translate(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
+    """Teach it what colours look like to a camera by what one known colour looks like, for archives (docs/archives.md).
+
+    One step in four is what `look` learned from.
+    """
     task.model.model.visual.requires_grad_(False)
-    heads = task.new_heads()
-    examples = AnswerLoss(task, recipe, draw, heads, targets=True)
-    tasks = AnswerLoss(task, task_recipe, task.examples.task, heads, targets=True)
+    draw = partial(task.examples.judgement, strange=recipe.strange, differ=recipe.differ)
+    looks = AnswerLoss(task, replace(recipe, batch=recipe.batch // 3), draw)
+    losses = AnswerLoss(task, recipe, task.examples.translation)
+    train(recipe, task.model, lambda step, rng: (looks if step % 4 == 3 else losses)(step, rng), folder)
+
+
+def _mix_with_tasks(task, recipe, folder, draw, task_recipe, lookups=False):
+    """Train on three steps of one kind of example and one of any task, with heads that read targets too.
+
+    The heads go on from a phase before that kept them, or begin anew.
+    """
+    task.model.model.visual.requires_grad_(False)
+    kept = task.profile.data_dir("foundation") / recipe.start / "heads.pt"
+    heads = torch.nn.Parameter(torch.load(kept)) if recipe.start and kept.exists() else task.new_heads()
+    examples = AnswerLoss(task, recipe, draw, heads, True, lookups)
+    tasks = AnswerLoss(task, task_recipe, task.examples.task, heads, True, lookups)
     losses = lambda step, rng: (tasks if step % 4 == 3 else examples)(step, rng)  # noqa: E731
     train(recipe, task.model, losses, folder, [heads])
+    if lookups:
+        torch.save(heads.detach(), folder / "heads.pt")
 
 
 # --- Phases of the vision tower and of engines
@@ -344,6 +439,8 @@ PHASES = {
     "instruct": partial(_language, "task"),
     "locate": locate,
     "judge": judge,
+    "look": look,
+    "translate": translate,
     "index": index,
     "text": text,
 }
