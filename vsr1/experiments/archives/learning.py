@@ -24,8 +24,6 @@ from vsr1 import cache
 from vsr1.data import annotations
 from vsr1.experiments.archives.search import ArchiveGallery
 from vsr1.mini import captions
-from vsr1.mini import source as rendered
-from vsr1.mini import teacher as rendered_teacher
 from vsr1.mini.archives import casts, corpus, source, teacher
 from vsr1.models import checkpoints, embedding, loading, policy, prompt_text
 from vsr1.models import engine as engines
@@ -53,8 +51,7 @@ def split_train(profile, gallery: ArchiveGallery, name: str) -> tuple[list, list
 def make_rows(profile, gallery: ArchiveGallery, queries) -> list[SFTExample]:
     """Return the rows of stage 1 in their order, chosen archive by archive as on other corpora.
 
-    Negatives are the whole archive. `sft_text_only_rows` of them have words in place of the film, every second one
-    those of `_by_another_camera`.
+    Negatives are the whole archive. `sft_text_only_rows` of them have words in place of the film.
     """
     with_film, text_only = [], []
     for part, members in gallery.by_archive(queries):
@@ -63,33 +60,12 @@ def make_rows(profile, gallery: ArchiveGallery, queries) -> list[SFTExample]:
         with_film += choose_examples(asking, part, gallery.truth.reply, copies=True, **options)
         if profile.sft_text_only_rows:
             text_only += choose_examples(asking, part, gallery.truth.reply, **options)
-    by_id, rng = {query.id: query for query in queries}, np.random.default_rng([profile.seed, 41])
-    for number, row in enumerate(text_only):
-        query = by_id[row.desc_id]
-        text_only[number] = replace(row, caption=gallery.truth.caption(query, row.shown))
-        if number % 2:
-            text_only[number] = _by_another_camera(gallery.truth, query, row, rng)
+    by_id = {query.id: query for query in queries}
+    text_only = [
+        replace(row, caption=gallery.truth.caption(by_id[row.desc_id], row.shown)) for row in text_only
+    ]
     with_film = _shuffled(with_film, [profile.seed, 30])[: profile.archives.rows]
     return sft_data.order_batches(profile, text_only, with_film)
-
-
-def _by_another_camera(truth, query, row: SFTExample, rng) -> SFTExample:
-    """Return a row with the film in words as a camera of a cast drawn anew would show it, the known object left out.
-
-    What the colours asked for look like then follows from the reply's own words alone, as it has to where a film is
-    shown. Else it is learned from the caption, or from which archive it is. No cast shows the colour that train holds
-    back from it. Soft tokens learn nothing here: no such film is in the gallery.
-    """
-    (shown,) = rendered.printed_moments(truth.profile, truth.scenes[row.shown])
-    query_moment = truth.query_moment(query)
-    fit = [
-        c for c in range(casts.STEPS) if not (casts.is_unseen(query_moment, c) or casts.is_unseen(shown, c))
-    ]
-    cast = int(rng.choice(fit))
-    shown = casts.seen_moment(shown, cast)
-    text = captions.caption(shown, query.id % captions.STYLES, corpus.NAMED)
-    reply = teacher.verdict(query_moment, shown, cast)
-    return replace(row, caption=f"{rendered_teacher.times(shown)}: {text}", reply=reply, contrast=False)
 
 
 def _shuffled(items, seed):
@@ -108,24 +84,19 @@ def query_rows(profile, gallery: ArchiveGallery, queries) -> list[SFTExample]:
 
 def with_wordings(profile, engine, gallery: ArchiveGallery, rows: list[SFTExample]) -> list[SFTExample]:
     """Let each rejection end with the best of `rewrites.SAMPLES` wordings in seen colours, by the engine's rank."""
-    by_id = {query.id: query for query in gallery.queries}
-    sampled = {}
-    for row in filter(rewrites.is_rejected, rows):
-        query, cast = by_id[row.desc_id], teacher.read_cast(row.reply)
-        if (query.id, cast) not in sampled:
-            plain, *others = teacher.wordings(gallery.truth.query_moment(query), cast)
-            others = _shuffled(others, [profile.seed, 32, query.id])[: rewrites.SAMPLES - 1]
-            # No film of another camera can be found, so the plain wording has to do.
-            sampled[query.id, cast] = [plain, *others] if cast == gallery.truth.cast(query) else [plain]
-    queries = [by_id[desc_id] for (desc_id, _), texts in sampled.items() for _ in texts]
+    by_id, truth, sampled = {query.id: query for query in gallery.queries}, gallery.truth, {}
+    for query in (by_id[row.desc_id] for row in filter(rewrites.is_rejected, rows)):
+        plain, *others = teacher.wordings(truth.query_moment(query), truth.cast(query))
+        others = _shuffled(others, [profile.seed, 32, query.id])
+        sampled[query.id] = [plain, *others[: rewrites.SAMPLES - 1]]
+    queries = [by_id[desc_id] for desc_id, texts in sampled.items() for _ in texts]
     vecs = engine.embed_texts([text for texts in sampled.values() for text in texts])
     ranks = iter(gallery.ranks(queries, vecs))
-    best = {key: texts[int(np.argmin([next(ranks) for _ in texts]))] for key, texts in sampled.items()}
+    best = {
+        desc_id: texts[int(np.argmin([next(ranks) for _ in texts]))] for desc_id, texts in sampled.items()
+    }
     return [
-        rewrites.with_update(
-            row, best[row.desc_id, teacher.read_cast(row.reply)] if rewrites.is_rejected(row) else None
-        )
-        for row in rows
+        rewrites.with_update(row, best[row.desc_id] if rewrites.is_rejected(row) else None) for row in rows
     ]
 
 
