@@ -6,7 +6,8 @@ learns to *see* (attributes of pairs of frames), to *name* (their captions), the
 first learns video vectors that a linear map from all seven attributes can tell apart (*index*); then its *text* side
 follows that index from captions that are true and coarse: few name a colour.
 The policy is taught to keep in mind what each pair of frames shows (*watch*), to *compare*, to judge, answer and
-rewrite (*instruct*), to *locate* a moment, and to say what it shows, not what is asked for (*judge*).
+rewrite (*instruct*), to *locate* a moment, and to say what it shows, not what is asked for (*judge*). The policy of
+archives also learns what colours look like through a camera (*translate*). *look* is in work.
 """
 
 import json
@@ -49,7 +50,7 @@ def read_recipes(path: Path = RECIPES) -> dict[str, PhaseConfig]:
 def pretrain(profile, recipes: dict[str, PhaseConfig], into: Path = WEIGHTS) -> None:
     """Train every phase, or leave what is current, and put the models where the package ships them.
 
-    About 100 minutes on 2 cores; goes on with the phase at which it was stopped.
+    Two to three hours on 2 cores; goes on with the phase at which it was stopped.
     """
     for phase, recipe in recipes.items():
         folder = train_phase(profile, phase, recipe)
