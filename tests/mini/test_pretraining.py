@@ -29,7 +29,7 @@ from vsr1.mini.archives import casts
 from vsr1.mini.archives import teacher as archive_teacher
 from vsr1.models import embedding, inputs, search_index
 
-SHIPPED = ("backbone", "policy", "engine-small", "engine-large", "engine-noisy")
+SHIPPED = ("backbone", "policy", "policy-archives", "engine-small", "engine-large", "engine-noisy")
 
 
 @pytest.fixture

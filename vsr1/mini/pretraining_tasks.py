@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -31,6 +32,7 @@ from vsr1.mini.attribute_heads import attribute_ids, attribute_loss
 from vsr1.mini.pretraining_data import Example, Examples
 from vsr1.models import engine, inputs, loading
 
+HEADS = "heads.safetensors"
 HALF = 2  # text layers up to where heads read the states
 HOLD = 20.0  # weight of one minus the cosine between a video's vector and what it was
 TEMPERATURE = 0.07  # of InfoNCE
@@ -66,7 +68,7 @@ class PhaseConfig:
     decisive: float = 1.0  # weight of a yes, a no or a verdict in a reply; of another token: 1
     timing: float = 1.0  # the same for whole seconds of a start or an end, of a reply and of its reasoning
     seen: float = (
-        1.0  # the same for the word a reply says is shown: behind the dash of `teacher.checklist`, or "is"
+        1.0  # the same for the word a reply says is shown: behind a dash of `teacher.checklist`, or "is"
     )
     asked: float = 1.0  # the same for the word it says is asked for
     strange: float = 0.0  # how often a query to judge shares nothing with the moment it was drawn from,
@@ -229,9 +231,7 @@ class AnswerLoss:
             )
             loss = loss + when + self.recipe.found * found
             log |= {f"found_{name}": value for name, value in values.items()}
-            seen = torch.zeros_like(
-                ids, dtype=torch.bool
-            )  # (B, length): the ends of the pairs that show the moment
+            seen = torch.zeros_like(ids, dtype=torch.bool)  # where a pair ends that shows the moment
             moments = [example.shown for example in examples for _ in example.pairs]
             seen[pair_ends] = torch.tensor([_is_within(*both) for both in zip(pairs, moments, strict=True)])
             looks = self._looks(ids, rows, columns, seen)
@@ -291,8 +291,8 @@ def look(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
     """Teach it to look up what is shown at the time that its reasoning names, with queries that are no help.
 
     Of what changes within a video, `judge` hardly learned it: actions stayed the word of the query in nine of ten. What
-    a pair of frames shows, and when, can be read half-way up; here the heads also read there, where a shown word comes
-    next, when that is, and one layer later what is shown then. So the layer between learns to match the two.
+    a pair of frames shows, and when, can be read half-way up. Here the heads also read there, where a shown word comes
+    next, when that is; and the next layer's attention is paid for going to the pairs of that moment.
     """
     task.model.set_attn_implementation({"text_config": KEEPING})
     draw = partial(task.examples.judgement, strange=recipe.strange, differ=recipe.differ)
@@ -317,14 +317,15 @@ def _mix_with_tasks(task, recipe, folder, draw, task_recipe, lookups=False):
     The heads go on from a phase before that kept them, or begin anew.
     """
     task.model.model.visual.requires_grad_(False)
-    kept = task.profile.data_dir("foundation") / recipe.start / "heads.pt"
-    heads = torch.nn.Parameter(torch.load(kept)) if recipe.start and kept.exists() else task.new_heads()
+    kept, heads = task.profile.data_dir("foundation") / recipe.start / HEADS, task.new_heads()
+    if recipe.start and kept.exists():
+        heads = torch.nn.Parameter(load_file(kept)["heads"])
     examples = AnswerLoss(task, recipe, draw, heads, True, lookups)
     tasks = AnswerLoss(task, task_recipe, task.examples.task, heads, True, lookups)
     losses = lambda step, rng: (tasks if step % 4 == 3 else examples)(step, rng)  # noqa: E731
     train(recipe, task.model, losses, folder, [heads])
     if lookups:
-        torch.save(heads.detach(), folder / "heads.pt")
+        save_file({"heads": heads.detach()}, folder / HEADS)
 
 
 # --- Phases of the vision tower and of engines
