@@ -67,9 +67,7 @@ class PhaseConfig:
     wrong: float = 0.0  # and how often such a colour is another than the video's
     decisive: float = 1.0  # weight of a yes, a no or a verdict in a reply; of another token: 1
     timing: float = 1.0  # the same for whole seconds of a start or an end, of a reply and of its reasoning
-    seen: float = (
-        1.0  # the same for the word a reply says is shown: behind a dash of `teacher.checklist`, or "is"
-    )
+    seen: float = 1.0  # the same for the word that a reply says is shown: behind a dash, or behind "is"
     asked: float = 1.0  # the same for the word it says is asked for
     strange: float = 0.0  # how often a query to judge shares nothing with the moment it was drawn from,
     differ: float = 0.5  # and how often one that does not fit differs in an attribute, if not
