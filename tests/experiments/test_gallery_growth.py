@@ -65,7 +65,13 @@ def test_ranks_in_blocks_are_those_in_the_whole_gallery(run):
     queries = {name: vectors_of(9, rng).video_vecs for name in ("none", "sqr")}
     right = np.arange(9) % 3
     blocks = gallery_growth.galleries(run, "didemo", test)
-    ranks = dict(gallery_growth.growing_ranks(queries, blocks, right))
+    ranks, clear = dict(gallery_growth.growing_ranks(queries, blocks, right)), []
     for name, vecs in grown(run, test).items():
         for system, query_vecs in queries.items():
-            assert ranks[name][system].tolist() == search_index.ranks(query_vecs @ vecs.T, right).tolist()
+            scores = query_vecs.astype(float) @ vecs.T.astype(float)
+            true = scores[np.arange(9), right][:, None]
+            # Made-up videos that equal the right one but for rounding may stand before or behind it.
+            first, last = 1 + (scores > true + 1e-6).sum(axis=1), (scores > true - 1e-6).sum(axis=1)
+            assert ((first <= ranks[name][system]) & (ranks[name][system] <= last)).all()
+            clear += (first == last).tolist()
+    assert np.mean(clear) > 0.7
