@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from transformers import Qwen3VLForConditionalGeneration
 
 from vsr1 import config
 from vsr1.__main__ import app
@@ -27,7 +28,7 @@ from vsr1.mini import (
 )
 from vsr1.mini.archives import casts
 from vsr1.mini.archives import teacher as archive_teacher
-from vsr1.models import embedding, inputs, search_index
+from vsr1.models import embedding, inputs, loading, search_index
 
 SHIPPED = ("backbone", "policy", "policy-archives", "engine-small", "engine-large", "engine-noisy")
 
@@ -309,6 +310,27 @@ def test_a_shipped_model_is_small_16_bit_and_says_where_it_comes_from(name):
             phase
         )
     assert any(recipe.ships == name and phase in facts["phases"] for phase, recipe in plan.items())
+
+
+def test_the_shipped_policy_of_archives_translates_colours_by_the_words_of_its_reply(monkeypatch, videos):
+    """What it would write behind "is", the true words before it given, on queries drawn by a seed of their own."""
+    monkeypatch.setattr(pretraining_data, "load_videos", lambda profile: videos)
+    task = pretraining_tasks.PretrainingTask(config.load("mini"), small())
+    model, tokenizer = loading.load(Qwen3VLForConditionalGeneration, "vsr1/mini/weights/policy-archives")
+    rng, right = np.random.default_rng(77), []
+    for _ in range(64):
+        example = task.examples.translation(2, rng)
+        start = len(example.prompt.ids) - example.answer_tokens
+        with torch.no_grad():
+            logits = model.eval()(**task.collate([example.prompt])).logits[0]
+        written = logits[start - 1 : -1].argmax(dim=-1).tolist()
+        for said in re.finditer(
+            r"(shirt|colour) \w+ is [a-z ]+\.", tokenizer.decode(example.prompt.ids[start:])
+        ):
+            first = len(tokenizer(tokenizer.decode(example.prompt.ids[start:])[: said.start()])["input_ids"])
+            last = first + len(tokenizer(f" {said[0]}")["input_ids"])
+            right.append(written[first:last] == example.prompt.ids[start:][first:last])
+    assert len(right) == 128 and np.mean(right) > 0.95
 
 
 def test_the_shipped_engine_finds_films_of_a_new_world_far_more_often_than_chance(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ TEMPERATURE = 0.07  # of InfoNCE
 
 def _keep_attention(module, query, key, *rest, **options):
     """Attend as `sdpa` does, and keep what is compared."""
-    module.kept = query, key
+    module.compared = query, key
     return sdpa_attention_forward(module, query, key, *rest, **options)
 
 
@@ -68,10 +68,10 @@ class PhaseConfig:
     decisive: float = 1.0  # weight of a yes, a no or a verdict in a reply; of another token: 1
     timing: float = 1.0  # the same for whole seconds of a start or an end, of a reply and of its reasoning
     seen: float = 1.0  # the same for the word that a reply says is shown: behind a dash, or behind "is"
-    asked: float = 1.0  # the same for the word it says is asked for
+    query_word: float = 1.0  # the same for the word it says is asked for
     strange: float = 0.0  # how often a query to judge shares nothing with the moment it was drawn from,
     differ: float = 0.5  # and how often one that does not fit differs in an attribute, if not
-    found: float = 0.0  # weight of reading what is shown behind the layer that looks it up
+    reading: float = 0.0  # weight of reading what is shown behind the layer that looks it up
     neutral: float = 0.0  # how often neutral tokens stand where soft tokens will
     seed: int = 7
 
@@ -201,7 +201,9 @@ class AnswerLoss:
         weight = torch.where(torch.isin(answers, self.decisive), self.recipe.decisive, 1.0)
         weight[torch.isin(answers, self.seconds)] = self.recipe.timing
         weight[:, 1:][torch.isin(answers[:, :-1], self.before_seen)] = self.recipe.seen
-        weight[:, :-2][torch.isin(answers[:, 2:], self.dash)] = self.recipe.asked  # a space stands between
+        weight[:, :-2][torch.isin(answers[:, 2:], self.dash)] = (
+            self.recipe.query_word
+        )  # a space stands between
         logits, answers, weight = logits[inside], answers[inside], weight[inside]
         each = F.cross_entropy(logits, answers, reduction="none")
         return (each * weight).sum() / weight.sum(), {"accuracy": _accuracy(logits, answers)}
@@ -224,11 +226,11 @@ class AnswerLoss:
             shown = [examples[row].shown for row in rows.tolist()]
             columns = columns - answers.shape[1] + ids.shape[1]  # where the next token is the word shown
             at_dashes = rows, columns
-            found, when, values = attribute_heads.lookup_loss(
+            attributes_loss, second_loss, values = attribute_heads.lookup_loss(
                 states[at_dashes], layers[HALF + 1][at_dashes], self.heads, shown
             )
-            loss = loss + when + self.recipe.found * found
-            log |= {f"found_{name}": value for name, value in values.items()}
+            loss = loss + second_loss + self.recipe.reading * attributes_loss
+            log |= {f"shown_{name}": value for name, value in values.items()}
             seen = torch.zeros_like(ids, dtype=torch.bool)  # where a pair ends that shows the moment
             moments = [example.shown for example in examples for _ in example.pairs]
             seen[pair_ends] = torch.tensor([_is_within(*both) for both in zip(pairs, moments, strict=True)])
@@ -242,7 +244,7 @@ class AnswerLoss:
         In the layer behind the states: of one head for each of the two keys.
         """
         attention = self.task.model.model.language_model.layers[HALF].self_attn
-        queries, keys = attention.kept  # (B, heads, length, D), (B, 2, length, D)
+        queries, keys = attention.compared  # (B, heads, length, D), (B, 2, length, D)
         queries = queries[:, :: attention.num_key_value_groups][rows, :, columns]  # (M, 2, D)
         scores = torch.einsum("mhd,mhld->mhl", queries, keys[rows]) * attention.scaling
         before = torch.arange(ids.shape[1]) <= columns[:, None]  # (M, length)
@@ -315,9 +317,9 @@ def _mix_with_tasks(task, recipe, folder, draw, task_recipe, lookups=False):
     The heads go on from a phase before that kept them, or begin anew.
     """
     task.model.model.visual.requires_grad_(False)
-    kept, heads = task.profile.data_dir("foundation") / recipe.start / HEADS, task.new_heads()
-    if recipe.start and kept.exists():
-        heads = torch.nn.Parameter(load_file(kept)["heads"])
+    heads_file, heads = task.profile.data_dir("foundation") / recipe.start / HEADS, task.new_heads()
+    if recipe.start and heads_file.exists():
+        heads = torch.nn.Parameter(load_file(heads_file)["heads"])
     examples = AnswerLoss(task, recipe, draw, heads, True, lookups)
     tasks = AnswerLoss(task, task_recipe, task.examples.task, heads, True, lookups)
     losses = lambda step, rng: (tasks if step % 4 == 3 else examples)(step, rng)  # noqa: E731

@@ -98,9 +98,22 @@ def table(numbers: dict[str, Estimate]) -> str:
 
 
 def _seeds(numbers):
-    """Say which seeds numbers are of."""
-    seeds = sorted({seed for number in numbers.values() for seed in number.seeds})
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    """Say which seeds the numbers of each cell are of.
+
+    >>> _seeds({"same-half/sqr/r1": Estimate(1.0, seeds=(42,)), "casts-whole/sqr/r1": Estimate(1.0, seeds=(1, 42))})
+    'seed 42 (same-half), seeds 1, 42 (casts-whole)'
+    """
+    cells = {}
+    for cell in corpus.CELLS:
+        seeds = {
+            seed for name, number in numbers.items() if name.startswith(f"{cell}/") for seed in number.seeds
+        }
+        if seeds:
+            cells.setdefault(tuple(sorted(seeds)), []).append(cell)
+    return ", ".join(
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} ({', '.join(names)})"
+        for seeds, names in cells.items()
+    )
 
 
 def _grid(head, rows):
