@@ -1,13 +1,15 @@
 """The study of archives on a handful of films: search stays inside the archive, and its parts agree with each other."""
 
 import dataclasses
+import json
+import re
 
 import numpy as np
 import pytest
 
 from vsr1 import config
 from vsr1.evaluation.statistics import Estimate
-from vsr1.experiments.archives import learning, pages, search, study, systems
+from vsr1.experiments.archives import cards, headroom, learning, pages, search, study, systems
 from vsr1.mini.archives import casts, corpus, teacher
 from vsr1.training import rewrites
 
@@ -29,7 +31,9 @@ def profile(tmp_path_factory):
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "ROOT", tmp_path_factory.mktemp("clone"))
-        patch.setattr(study.systems, "INTERVENTIONS", {"own": "", "other-archive": "", "teacher": ""})
+        patch.setattr(
+            study.systems, "INTERVENTIONS", {"own": "", "other-archive": "", "other-reply": "", "teacher": ""}
+        )
         patch.setattr(study.systems, "IN_WORDS", ("own", "other-archive"))
         patch.setitem(learning.ADAPTERS, "engine", (1e-3, 1))
         loaded = config.load("archives")
@@ -92,7 +96,7 @@ def test_text_only_rows_say_in_words_what_a_film_shows(profile):
 
 
 def test_the_study_measures_a_cell_and_says_what_is_missing(profile):
-    assert list(study.measure(profile, profile.seed, [CELL], ("walkdown", "hqr", "sqr")))
+    assert list(study.measure(profile, profile.seed, [CELL], ("walkdown", "rerank", "rocchio", "hqr", "sqr")))
     pages.publish(profile)
     numbers = study.read(profile.results())
     # The loop's own refinement is the intervention that changes nothing.
@@ -104,11 +108,82 @@ def test_the_study_measures_a_cell_and_says_what_is_missing(profile):
                 assert after == rank
     hits = [episode.rank_orig == 1 for episode in episodes.values()]
     assert numbers[f"{CELL}/typed/r1"].value == pytest.approx(100 * np.mean(hits))
+    # The clearest of one verdict is the only one, and it answers whatever it is.
+    assert numbers[f"{CELL}/rerank/vcmr_t1"].value >= numbers[f"{CELL}/walkdown/vcmr_t1"].value
     page = (profile.results() / "README.md").read_text()
     assert "MISSING" in page and "same-half" in page
     columns = [line.split(" | ")[3] for line in page.splitlines() if line.startswith("| the query as typed")]
     assert columns and "MISSING" not in columns
     assert {"looks.png", "films.png"} <= {path.name for path in profile.results().iterdir()}
+
+
+def test_rocchio_searches_with_the_query_less_a_part_of_the_film_it_was_shown(profile):
+    gallery, feedback = (
+        learning.open_gallery(profile, "casts", "test"),
+        systems.choose_feedback(profile, "casts"),
+    )
+    by_id, moved = {query.id: query for query in gallery.queries}, 0
+    for episode in systems.run(profile, CELL, "rocchio"):
+        turn = episode.turns[0]
+        if turn.rank_out is not None:
+            query, moved = by_id[episode.desc_id], moved + 1
+            film = gallery.vectors.video_vecs[gallery.vectors.column(turn.shown_id)]
+            vec = gallery.typed([query])[0] - feedback * film
+            scores = gallery.part(query).scores(vec[None])[0]
+            right = scores[gallery.part(query).columns([query.video])[0]]
+            assert turn.rank_out == 1 + (scores > right).sum()
+    assert moved
+
+
+def test_a_reply_given_back_beside_its_own_film_refines_as_it_did(profile, monkeypatch, tmp_path):
+    """The film of another camera is here the rejected one, so its reply is the policy's own."""
+
+    def rejected(gallery, query):
+        part = gallery.part(query)
+        return [part.video_ids[int(part.scores(gallery.typed([query])[0]).argmax())]]
+
+    monkeypatch.setattr(systems, "_elsewhere", rejected)
+    weights = str(learning.train(profile, "casts", "sqr"))
+    systems._intervene(profile, CELL, "sqr", weights, tmp_path)
+    ranks = json.loads((tmp_path / "ranks.json").read_text())["ranks"]
+    assert ranks["other-archive"] == ranks["own"] == ranks["other-reply"] and ranks["own"]
+
+
+def test_a_bound_by_words_is_aimed_at_another_film_of_the_archive_for_its_null(profile):
+    gallery = learning.open_gallery(profile, "casts", "test")
+    for query in gallery.queries:
+        wrong = headroom._aimed_at_wrong(profile, gallery, query)
+        assert wrong.video != query.video and wrong.text == query.text
+        assert wrong.video in gallery.part(query).video_ids
+
+
+def test_cards_find_nothing_false_in_what_somebody_says_who_knows_the_camera(profile):
+    gallery = learning.open_gallery(profile, "casts", "test")
+    by_id, made = {query.id: query for query in gallery.queries}, cards.ArchiveCards(profile, CELL, {})
+    false = 0
+    for episode in systems.run(profile, CELL, "sqr"):
+        query, turn = by_id[episode.desc_id], episode.turns[0]
+        said = lambda text, turn=turn: dataclasses.replace(  # noqa: E731
+            turn, reply=dataclasses.replace(turn.reply, text=text)
+        )
+        reply = gallery.truth.reply(query, turn.shown_id)
+        assert not any(errors for *_, errors in made.reasoning(episode, said(reply)))
+        cast = gallery.truth.cast(query)
+        shown = gallery.truth.shown_moment(turn.shown_id)
+        reply = teacher.verdict(gallery.truth.query_moment(query), shown, (cast + 2) % casts.STEPS)
+        false += any("looks" in errors for *_, errors in made.reasoning(episode, said(reply)))
+    assert false == len(by_id) // 2  # of whole steps
+
+
+def test_a_page_of_cards_has_the_searches_of_both_systems_and_plays_their_films(profile):
+    for system in ("hqr", "sqr"):
+        systems.run(profile, CELL, system)
+    page = cards.publish(profile)
+    text = page.read_text()
+    assert text.count("<article id=") == 12 and text.count("The camera shifts colours by") == 12
+    for film in set(re.findall(r'href="([^"]+\.mp4)', text)):
+        assert (page.parent / film).exists()
+    assert "HQR, trained" in text and "casts-half" not in text.split("<main>")[1]
 
 
 def test_a_search_is_drawn_by_rule_in_the_colours_of_its_camera(profile, monkeypatch):

@@ -15,6 +15,7 @@ import shutil
 from collections import Counter
 from itertools import zip_longest
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import quote
 
 import numpy as np
@@ -108,7 +109,7 @@ def contrast(query_moment: Moment | None, shown_moment: Moment | None) -> dict[s
     if not (query_moment and shown_moment):
         return {}
     differing = teacher.differing(query_moment, shown_moment)
-    return {_phrase(name, query_moment): _phrase(name, shown_moment) for name in differing}
+    return {phrase(name, query_moment): phrase(name, shown_moment) for name in differing}
 
 
 def describe_wrong(differences: dict[str, str]) -> str:
@@ -121,7 +122,7 @@ def describe_wrong(differences: dict[str, str]) -> str:
     return f"wrong video: {pairs}" if pairs else "wrong video"
 
 
-def _phrase(name, moment):
+def phrase(name: str, moment: Moment) -> str:
     """Return one attribute as captions have it; an object and its colour are one phrase."""
     if name in ("object", "colour"):
         return f"{moment.colour} {moment.object}"
@@ -213,7 +214,12 @@ def _rank(value) -> str:
 
 
 class Cards:
-    """Cards of one data set, with its films and, if they were rendered, their scenes."""
+    """Cards of one data set, with its films and, if they were rendered, their scenes.
+
+    names  {system: its name on the page}
+    """
+
+    names: ClassVar = {system: name for system, (_, name) in SYSTEMS.items()}
 
     def __init__(self, profile: Profile, dataset: str, films: dict[str, dict]):
         self.dataset, self.films = dataset, films
@@ -227,17 +233,17 @@ class Cards:
         soft, video = search["sqr"], wrong_video(search)
         moment_lead, rank_lead = lead(search)
         before, seconds = rank(soft, "orig"), self.film(soft.gt_video)["seconds"]
-        query_moment = find_query_moment(soft, self.scenes)
-        shown_moment = closest(query_moment, video, self.scenes)
-        differences = contrast(query_moment, shown_moment)
+        query_moment, shown_moment = self.moments(soft, video)
+        differences = self.differences(soft, video)
         turns = [turn for episode in search.values() for turn in episode.turns]
         updates = [turn.update_text for turn in turns if turn.update_text]
-        phrases = list(differences) if query_moment else dropped(soft.query, updates)
-        stills = [self.still(soft.gt_video, soft.gt_span_ms, "wanted", differences.keys())]
+        asked, wanted, instead = zip(*differences, strict=True) if differences else ((), (), ())
+        phrases = list(asked) if query_moment else dropped(soft.query, updates)
+        stills = [self.still(soft.gt_video, soft.gt_span_ms, "wanted", wanted)]
         if video:
             title = "found first" if before > 1 else "found instead"
             span_ms = _span(shown_moment) or soft.gt_span_ms
-            stills.append(self.still(video, span_ms, title, differences.values()))
+            stills.append(self.still(video, span_ms, title, instead))
         return {
             "id": f"{self.dataset}-{soft.desc_id}",
             "dataset": self.dataset,
@@ -246,14 +252,33 @@ class Cards:
             "found": moment_lead,
             "lead": rank_lead,
             "query": pieces(soft.query, phrases),
+            "note": self.note(soft),
             "videos": self.videos,
             "seconds": seconds,
             "ticks": ticks(seconds),
             "stills": stills,
             "rows": [self.row(system, episode) for system, episode in search.items()],
-            "turns": self.turns(search, query_moment, phrases),
+            "turns": self.turns(search, phrases),
             "problems": [episode.problem for episode in search.values() if episode.problem],
         }
+
+    def moments(self, episode: Episode, video: str | None) -> tuple[Moment | None, Moment | None]:
+        """Return the moment that a query describes, and the one of a video that has most of it; None of real video."""
+        query_moment = find_query_moment(episode, self.scenes)
+        return query_moment, closest(query_moment, video, self.scenes)
+
+    def differences(self, episode: Episode, video: str | None) -> list[tuple[str, str, str]]:
+        """Return how a wrong video differs: (as the query says it, as its own video shows it, what is in its place)."""
+        differing = contrast(*self.moments(episode, video))
+        return [(wanted, wanted, shown) for wanted, shown in differing.items()]
+
+    def note(self, episode: Episode) -> str:
+        """Return what else a reader must know of a search."""
+        return ""
+
+    def reasoning(self, episode: Episode, turn: Turn) -> list[tuple[str, bool, str]]:
+        """Return the steps of a reply, as `reasoning` does."""
+        return reasoning(turn, *self.moments(episode, turn.shown_id))
 
     def film(self, video: str) -> dict:
         """Return the entry of films.json about a video."""
@@ -281,14 +306,14 @@ class Cards:
         named = last.span_ms if last and last.shown_is_gt else None
         bands = [("right", tuple(episode.gt_span_ms)), ("said", named and tuple(named))]
         return {
-            "name": SYSTEMS[system][1],
+            "name": self.names[system],
             "ranks": " → ".join(map(_rank, ranks)),
             "won": ranks[-1] == 1,
             "bands": self.clip(episode.gt_video, 0, bands)["bands"],
             "end": _end(episode),
         }
 
-    def turns(self, search: dict[str, Episode], query_moment, phrases: list[str]) -> list[list[dict]]:
+    def turns(self, search: dict[str, Episode], phrases: list[str]) -> list[list[dict]]:
         """Return all turns of all systems: turn by turn, those that see the same video together."""
         turns = []
         for number in range(max(len(episode.turns) for episode in search.values())):
@@ -297,14 +322,13 @@ class Cards:
                 if number < len(episode.turns):
                     turn = episode.turns[number]
                     by_video.setdefault(turn.shown_id, {})[system] = turn
-            groups = by_video.values()
-            turns.append([self.group(search["sqr"], group, query_moment, phrases) for group in groups])
+            turns.append([self.group(search["sqr"], group, phrases) for group in by_video.values()])
         return turns
 
-    def group(self, episode: Episode, turns: dict[str, Turn], query_moment, phrases: list[str]) -> dict:
+    def group(self, episode: Episode, turns: dict[str, Turn], phrases: list[str]) -> dict:
         """Return one video, then what each system that saw it replied and did next."""
         video = next(iter(turns.values())).shown_id
-        shown_moment = closest(query_moment, video, self.scenes)
+        query_moment, shown_moment = self.moments(episode, video)
         if video == episode.gt_video:
             kind, span, title = "right", tuple(episode.gt_span_ms), "The right video"
         else:
@@ -314,17 +338,16 @@ class Cards:
         replies, first = [], {}  # the first system that gave a reply
         for system, turn in turns.items():
             first_system = first.setdefault(turn.reply, system)
-            same = SYSTEMS[first_system][1] if first_system != system else None
-            reply = _reply(turn, phrases, query_moment, shown_moment)
-            replies.append({"system": system, "name": SYSTEMS[system][1], "same": same} | reply)
+            same = self.names[first_system] if first_system != system else None
+            reply = _reply(turn, phrases, self.reasoning(episode, turn))
+            replies.append({"system": system, "name": self.names[system], "same": same} | reply)
         clip = self.clip(video, (span or (0,))[0], [(kind, span), *named])
         return {"title": title, "clip": clip, "replies": replies}
 
 
-def _reply(turn, phrases, query_moment, shown_moment) -> dict:
+def _reply(turn, phrases, steps) -> dict:
     """Return the reasoning and verdict of a reply, and what followed: a moment, soft tokens, or other words."""
     matched = None if turn.reply is None else turn.reply.matched
-    steps = reasoning(turn, query_moment, shown_moment)
     seconds = re.fullmatch(r"([\d.]+ to [\d.]+)\.", steps[0][0]) if steps else None
     reply = {
         "reused": turn.reused,
@@ -367,9 +390,7 @@ def _end(episode) -> str:
 def make(profile: Profile, dataset: str) -> Path:
     """Write the page of one data set and return its folder; its films are a step."""
     chosen = searches(profile, dataset)
-    shown = {turn.shown_id for search in chosen for episode in search.values() for turn in episode.turns}
-    shown |= {search["sqr"].gt_video for search in chosen} | {wrong_video(search) for search in chosen}
-    videos, home = sorted(shown - {None}), profile.data_dir(dataset) / "videos"
+    videos, home = shown_videos(chosen), profile.data_dir(dataset) / "videos"
     code = cache.source_digest(previews.__name__)
     inputs = {"films": cache.metadata(home).get("key"), "videos": videos, "code": code}
     work = functools.partial(previews.make, home, videos, name=dataset)
@@ -382,12 +403,19 @@ def make(profile: Profile, dataset: str) -> Path:
     return folder
 
 
-def page(profile: Profile, parts: list[dict]) -> str:
+def shown_videos(chosen: list[dict[str, Episode]]) -> list[str]:
+    """List the videos that cards of searches show."""
+    shown = {turn.shown_id for search in chosen for episode in search.values() for turn in episode.turns}
+    shown |= {search["sqr"].gt_video for search in chosen} | {wrong_video(search) for search in chosen}
+    return sorted(shown - {None})
+
+
+def page(profile: Profile, parts: list[dict], template="qualitative.html") -> str:
     """Return the whole page of some data sets, as `make` left them in cards.json."""
     cards = mixed(parts)
     values = {"parts": parts, "cards": cards, "counts": Counter(card["outcome"] for card in cards)}
     values |= {"outcomes": OUTCOMES, "strip": previews.STRIP, "rendered": bool(profile.world)}
-    return templates.render("qualitative.html", **values)
+    return templates.render(template, **values)
 
 
 def in_turn(lists) -> list:

@@ -2,21 +2,25 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from vsr1 import cache
-from vsr1.data import clip_cache
+from vsr1.data import annotations, clip_cache
 from vsr1.experiments.archives import learning, search
+from vsr1.loop import hqr
 from vsr1.mini import pretraining_data, teacher
 from vsr1.mini.archives import casts, corpus
 from vsr1.mini.archives import teacher as archive_teacher
 from vsr1.models import checkpoints, embedding, inputs, loading
 from vsr1.models import engine as engines
+from vsr1.training import query_adapters, rewrites
 
-FIRST = ("adapter-vec", "tuned-again", "adapter-soft", "oracle-soft")
+FIRST = ("adapter-vec", "adapter-static", "tuned-again", "adapter-soft", "oracle-soft")
 CASTS = "casts"  # the corpus whose cameras have a cast
+WORDED = 480  # train queries, evenly spaced, that the fixed wording is chosen on
 READ = 96  # test films, evenly spread, that the base policy is asked about
 
 
@@ -26,6 +30,8 @@ def measure(profile, cell: str) -> dict[str, list[bool]]:
     typed         the query as it is
     words-known   in seen colours, in the query's own style: what one writes who knows the cast
     words-best    the best of all wordings in seen colours, by somebody who also knows the answer
+    words-wrong   the same for a random wrong film of the archive, in its place: what such a choice finds by chance
+    hqr-fixed     in the one of `rewrites.wordings` that finds most of WORDED train queries
     and each of FIRST
     """
     name = corpus.CELLS[cell][0]
@@ -36,6 +42,7 @@ def measure(profile, cell: str) -> dict[str, list[bool]]:
     for system, vecs in first.items():
         hits[system] = gallery.ranks(queries, np.stack([vecs[query.id] for query in queries])) == 1
     hits |= _word_hits(profile, gallery, queries)
+    hits["hqr-fixed"] = _fixed_hits(profile, name, gallery, queries)
     return {system: values.tolist() for system, values in hits.items()}
 
 
@@ -48,10 +55,29 @@ def _word_hits(profile, gallery, queries):
     rows = [row for row, texts in enumerate(wordings) for _ in texts]
     vecs = engine.embed_texts([text for texts in wordings for text in texts])
     hit = gallery.ranks([queries[row] for row in rows], vecs) == 1
+    wrong = [_aimed_at_wrong(profile, gallery, query) for query in queries]
+    hit_wrong = gallery.ranks([wrong[row] for row in rows], vecs) == 1
     own_style = np.r_[0, np.cumsum([len(texts) for texts in wordings])[:-1]]  # the first of each query
-    best = np.zeros(len(queries), bool)
+    best, chance = np.zeros(len(queries), bool), np.zeros(len(queries), bool)
     np.logical_or.at(best, rows, hit)
-    return {"words-known": hit[own_style], "words-best": best}
+    np.logical_or.at(chance, rows, hit_wrong)
+    return {"words-known": hit[own_style], "words-best": best, "words-wrong": chance}
+
+
+def _aimed_at_wrong(profile, gallery, query):
+    """Return the query with a random wrong film of its archive as the right one."""
+    others = [video for video in gallery.part(query).video_ids if video != query.video]
+    return replace(query, video=str(np.random.default_rng([profile.seed, 35, query.id]).choice(others)))
+
+
+def _fixed_hits(profile, name, gallery, queries):
+    """Return the hits of the wording, the same for all, that finds most of WORDED train queries."""
+    engine = hqr.with_query_limit(engines.load(learning.with_engine(profile)))
+    train = learning.open_gallery(profile, name, "train")
+    learn = annotations.evenly_spaced(learning.split_train(profile, train, name)[0], WORDED)
+    numbers = range(len(rewrites.wordings(learn[0].text)))
+    found = [np.mean(train.ranks(learn, query_adapters.worded_vecs(engine, n, learn)) == 1) for n in numbers]
+    return gallery.ranks(queries, query_adapters.worded_vecs(engine, int(np.argmax(found)), queries)) == 1
 
 
 # --- The known object

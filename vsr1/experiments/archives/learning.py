@@ -2,13 +2,14 @@
 
 All of a corpus learn from the same train queries, against the archive that each query searches.
 
-engine        the text side of the shipped engine, on archives of neutral cameras: it must know the names of colours
-adapter-vec   a linear map, added to the vector of the query; sees no film
-adapter-soft  policy and heads, <REFINE> right behind the query; sees no film, as many rows as SQR's soft tokens
-tuned-again   the engine's text side once more, on this corpus; sees no film
-oracle-soft   eight soft tokens looked up by the colours that a camera makes of those asked for: it knows the cast
-sqr           stage 1 of the paper, with replies that read the cast
-hqr           the same rows and steps, with the best of eight wordings in seen colours behind each rejection
+engine          the text side of the shipped engine, on archives of neutral cameras: it must know the names of colours
+adapter-vec     a linear map, added to the vector of the query; sees no film
+adapter-static  eight learned soft tokens, the same in every query; sees no film
+adapter-soft    policy and heads, <REFINE> right behind the query; sees no film, as many rows as SQR's soft tokens
+tuned-again     the engine's text side once more, on this corpus; sees no film
+oracle-soft     eight soft tokens looked up by the colours that a camera makes of those asked for: it knows the cast
+sqr             stage 1 of the paper, with replies that read the cast
+hqr             the same rows and steps, with the best of eight wordings in seen colours behind each rejection
 """
 
 import functools
@@ -34,6 +35,7 @@ NEUTRAL = "same-whole"  # the corpus whose cameras see true colours
 ADAPTERS = {  # (learning rate, times that it reads its rows); all ours, not searched
     "engine": (1e-3, 2),
     "adapter-vec": (3e-3, 20),
+    "adapter-static": (1e-2, 2),
     "tuned-again": (1e-3, 1),
     "oracle-soft": (1e-2, 2),
 }
@@ -231,6 +233,7 @@ def known_text(gallery: ArchiveGallery, query) -> str:
 
 KINDS = {
     "adapter-vec": query_adapters.VectorMap,
+    "adapter-static": query_adapters.StaticTokens,
     "tuned-again": query_adapters.TunedEngine,
     "oracle-soft": LookedUpTokens,
 }

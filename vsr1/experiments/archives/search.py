@@ -71,10 +71,8 @@ class ArchiveRunner(runner.EpisodeRunner):
 
     def __init__(self, profile, system, engine, policy, gallery: ArchiveGallery, clips, first=None):
         super().__init__(profile, system, engine, policy, gallery.vectors, clips)
-        self.gallery, self.first = (
-            gallery,
-            first,
-        )  # first: {query id: vector (D,)} of first searches; None: as typed
+        self.gallery = gallery
+        self.first = first  # {query id: vector (D,)} of first searches; None: as typed
 
     def search(self, pairs):
         """Rank the archive of each query by its vector."""

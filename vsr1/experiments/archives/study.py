@@ -15,22 +15,34 @@ from vsr1 import cache
 from vsr1.data import annotations
 from vsr1.evaluation import claims, metrics, statistics
 from vsr1.evaluation.statistics import Estimate
+from vsr1.experiments import premise
 from vsr1.experiments.archives import headroom, search, systems
 from vsr1.experiments.common import Prediction
 from vsr1.mini.archives import casts, corpus, source, teacher
 from vsr1.report import provenance, results
 
 LOOKS = (1, 2, 3)
-FOLLOWED = ("walkdown", "adapter-soft", "hqr", "sqr", "oracle-soft")
+FOLLOWED = tuple(systems.SYSTEMS)
+REFINING = (
+    "rocchio",
+    "hqr-reasoned",
+    "sqr",
+    "sqr-skip",
+)  # of `runner.SYSTEMS`: another query after the first look
 PREFIXES = {"sqr": "if-", "hqr": "hqr-if-"}  # of the rows of interventions
 COMPARED = (  # (row, control, metric): differences, paired by seed and query
     ("sqr", "adapter-soft", "r1"),
     ("hqr", "adapter-soft", "r1"),
     ("sqr", "hqr", "r1"),
+    ("sqr", "adapter-vec", "r1"),
     ("sqr", "walkdown", "vcmr_t3"),
+    ("sqr-skip", "sqr", "vcmr_t3"),
+    ("sqr-skip", "walkdown", "vcmr_t3"),
+    ("rerank", "walkdown", "vcmr_t3"),
     ("hqr", "walkdown", "vcmr_t3"),
     ("if-own", "if-same-archive", "repaired"),
     ("if-own", "if-other-archive", "repaired"),
+    ("if-own", "if-other-reply", "repaired"),
     ("if-teacher", "if-teacher-wrong-cast", "repaired"),
     ("hqr-if-own", "hqr-if-same-archive", "repaired"),
     ("hqr-if-own", "hqr-if-other-archive", "repaired"),
@@ -75,8 +87,8 @@ def _queries(profile, cell):
 def _hits(profile, cell, names) -> Iterator[tuple[str, dict]]:
     """Yield (row, hits in the form of `claims.hits`) of a cell.
 
-    r1           right video on rank 1: of a first search; of SQR and HQR after one look
-    vcmr_t1 ..   VCMR at IoU 0.5 by the number of films looked at
+    r1           right video on rank 1: of a first search; of those that then change the query, after one look
+    vcmr_t1 ..   VCMR at IoU 0.5 by the number of films looked at; of `rerank` the clearest verdict answers
     ver          the verdict on the first film is right
     cast         the first reply names the cast; `cast_near`: half a step away counts too
     shirt        it translates the shirt asked for by the cast that it names, right or wrong; `colour`: the object's
@@ -104,10 +116,14 @@ def _followed(profile, cell, name):
     queries, truth = _queries(profile, cell)
     episodes = systems.run(profile, cell, name)
     assert [episode.desc_id for episode in episodes] == [query.id for query in queries]
+    like = systems.SYSTEMS[name].like
+    if like == "rerank":
+        return {f"vcmr_t{n}": [_clearest_is_right(episode, n) for episode in episodes] for n in LOOKS}
     hits = {f"vcmr_t{n}": metrics.vcmr_hits(metrics.within(episodes, n), 0.5) for n in LOOKS}
     hits["ver"] = metrics.ver_hits(episodes, 0)
-    if systems.SYSTEMS[name].like in ("sqr", "hqr-reasoned"):
+    if like in REFINING:
         hits["r1"] = metrics.vr_hits(metrics.within(episodes, 1), 1)
+    if name in PREFIXES:
         steps = []  # of half a step each, from the true cast to the one that the reply names; None: it names none
         hits |= {name: [] for name in casts.PAINTED}
         for episode, query in zip(episodes, queries, strict=True):
@@ -119,6 +135,11 @@ def _followed(profile, cell, name):
         hits["cast"] = [step == 0 for step in steps]
         hits["cast_near"] = [step in (0, 1, casts.STEPS - 1) for step in steps]
     return hits
+
+
+def _clearest_is_right(episode, looks):
+    """Return whether the turn with the clearest verdict, of so many, names the right moment."""
+    return premise.answers_right(premise.clearest_turn(episode.turns[:looks]), episode)
 
 
 def translates(reply: str, name: str, colour: str) -> bool:
@@ -362,6 +383,51 @@ THIRD = (
         "casts-whole/sqr/unseen",
         10,
         100,
+    ),
+)
+
+# Written before the systems in it were run, when seeds 42 and 1 of all others were known.
+FOURTH = (
+    _ahead("Rocchio is within 5 points of the query as typed", "casts-whole", "rocchio", "typed", -5, 5),
+    _ahead("Rocchio is within 5 points of the query as typed", "casts-half", "rocchio", "typed", -5, 5),
+    _ahead("static soft tokens, too", "casts-whole", "adapter-static", "typed", -5, 5),
+    _ahead("static soft tokens gain at most 15 points", "same-half", "adapter-static", "typed", -5, 15),
+    _ahead("the best fixed wording is within 5 points", "casts-whole", "hqr-fixed", "typed", -5, 5),
+    _within(
+        "the best wording finds a random wrong film in at most 10 %",
+        "casts-whole",
+        "words-wrong",
+        "r1",
+        0,
+        10,
+    ),
+    _ahead(
+        "the clearest of three verdicts is at most 3 points of VCMR ahead of rank fallback",
+        "casts-whole",
+        "rerank",
+        "walkdown",
+        -100,
+        3,
+        "vcmr_t3",
+    ),
+    _ahead(
+        "at three films SQR gains 10 points of VCMR where it shows no film twice",
+        "same-whole",
+        "sqr-skip",
+        "sqr",
+        10,
+        metric="vcmr_t3",
+    ),
+    _ahead(
+        "it is then within 3 points of rank fallback", "same-whole", "sqr-skip", "walkdown", -3, 3, "vcmr_t3"
+    ),
+    _within(
+        "beside the rejected film, the reply to a film of another camera leaves at most 10 % repaired",
+        "casts-whole",
+        "if-other-reply",
+        "repaired",
+        0,
+        10,
     ),
 )
 

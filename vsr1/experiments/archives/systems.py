@@ -1,12 +1,13 @@
 """Run systems on the four cells of the study, and change what is seen at the moment of refinement.
 
 All systems but `hqr` share one policy, that of `sqr`: it judges, grounds, and reads the cast. They differ in how the
-first ranking is made and in what happens after a rejection.
+first ranking is made and in what happens after a rejection. `rerank` shows the same films as `walkdown`, rejects all,
+and answers by the clearest verdict.
 """
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from vsr1.evaluation import evaluate
 from vsr1.experiments.archives import learning, search
 from vsr1.loop import hqr, records, replies, runner, sqr
 from vsr1.mini.archives import corpus, teacher
-from vsr1.models import embedding, loading, prompt_text
+from vsr1.models import embedding, loading, prompt_text, search_index
+from vsr1.training import query_adapters
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ class Entry:
 
 SYSTEMS = {
     "walkdown": Entry("walkdown"),
-    "adapter-soft": Entry("walkdown", first="adapter-soft"),
-    "oracle-soft": Entry("walkdown", first="oracle-soft"),
+    "rerank": Entry("rerank"),
+    "rocchio": Entry("rocchio"),
+    **{name: Entry("walkdown", first=name) for name in ("adapter-soft", *learning.KINDS)},
     "hqr": Entry("hqr-reasoned", "hqr"),
     "sqr": Entry("sqr"),
     "sqr-skip": Entry("sqr-skip"),  # beyond the paper: no video twice
@@ -75,6 +78,8 @@ def _run(profile, cell, system, weights, first, folder):
     gallery = learning.open_gallery(profile, name, "test")
     queries = search.sample(profile, cell, gallery.queries, gallery.truth)
     kind = runner.find_system(entry.like)
+    if entry.like == "rocchio":
+        kind = replace(kind, feedback=choose_feedback(profile, name))
     engine, agent = runner.load_pair(learning.with_engine(profile), kind, weights)
     rule = kind.display_rule or profile.display_rule
     record = records.Run(cell, "test", system, profile.max_turns, 1, profile.seed, rule)
@@ -83,6 +88,27 @@ def _run(profile, cell, system, weights, first, folder):
         batches = cache.progress(_batches(profile, queries), f"{system} {cell}")
         episodes = [episode for batch in batches for episode in functions.run(batch, record)]
     records.write_episodes(folder / "episodes.jsonl", record, episodes)
+
+
+def choose_feedback(profile, name: str) -> float:
+    """Choose the part of a rejected film's vector that `rocchio` takes off the query's, as on other corpora.
+
+    The best is what brings most failed queries of held-out train archives to rank 1; of equals the smallest.
+    """
+    gallery = learning.open_gallery(profile, name, "train")
+    _, held = learning.split_train(profile, gallery, name)
+
+    def found(feedback):
+        hits = 0
+        for part, rows in gallery.by_archive(held):
+            vecs = gallery.typed([held[row] for row in rows])
+            right, top1 = part.columns([held[row].video for row in rows]), part.scores(vecs).argmax(axis=1)
+            scores = part.scores(runner.move_away(vecs, part.video_vecs[top1], feedback))
+            scores[np.arange(len(rows)), top1] = -np.inf  # it is not shown again
+            hits += int(np.sum(search_index.ranks(scores, right)[top1 != right] == 1))
+        return hits
+
+    return max(query_adapters.FEEDBACK, key=found)
 
 
 def _batches(profile, queries):
@@ -96,6 +122,7 @@ INTERVENTIONS = {
     "own": "its own reply to the film that was rejected",
     "same-archive": "its own reply to another wrong film of the archive",
     "other-archive": "its own reply to a film of another camera",
+    "other-reply": "that same reply, beside the film that was rejected",
     "no-film": "no film and no reply",
     "teacher": "the teacher's reply to the film that was rejected",
     "teacher-wrong-cast": "the same with the cast of another camera in it",
@@ -132,23 +159,29 @@ def _intervene(profile, cell, system, weights, folder):
     queries = search.sample(profile, cell, gallery.queries, gallery.truth)
     first = gallery.ranks(queries, gallery.typed(queries))
     failed = [query for query, rank in zip(queries, first, strict=True) if rank > 1]
-    ranks, casts = {}, {}
+    ranks, casts, said = {}, {}, {}  # said: what was replied to a film of another camera, by query
     with clip_cache.open_clips(profile, name, gallery.vectors.video_ids) as clips:
         for intervention in INTERVENTIONS if system == "sqr" else IN_WORDS:
             ranks[intervention], casts[intervention] = [], []
             for batch in _batches(profile, failed):
-                contexts = [_context(profile, gallery, intervention, query) for query in batch]
+                contexts = [
+                    _context(profile, gallery, intervention, query, said.get(query.id)) for query in batch
+                ]
                 vecs, texts = refine(profile, engine, agent, clips, batch, contexts)
                 ranks[intervention] += gallery.ranks(batch, vecs).tolist()
                 casts[intervention] += [teacher.read_cast(text) for text in texts]
+                if intervention == "other-archive":
+                    said |= {query.id: text for query, text in zip(batch, texts, strict=True)}
     ids = [query.id for query in failed]
     cache.write_json(folder / "ranks.json", {"ids": ids, "ranks": ranks, "casts": casts})
 
 
-def _context(profile, gallery, intervention, query):
+def _context(profile, gallery, intervention, query, said):
     """Return what the policy has before it refines a query.
 
     (id of the film or None, a text in its place or None, the reply in words or None for the policy's own)
+
+    said  its reply to a film of another camera
     """
     rng = np.random.default_rng([profile.seed, 34, query.id])
     part, truth = gallery.part(query), gallery.truth
@@ -158,6 +191,8 @@ def _context(profile, gallery, intervention, query):
         return str(rng.choice([v for v in part.video_ids if v not in (query.video, rejected)])), None, None
     if intervention == "other-archive":
         return str(rng.choice(_elsewhere(gallery, query))), None, None
+    if intervention == "other-reply":
+        return rejected, None, said
     if intervention == "no-film":
         return None, None, ""
     if intervention == "teacher":
