@@ -142,11 +142,21 @@ def test_a_reply_given_back_beside_its_own_film_refines_as_it_did(profile, monke
         part = gallery.part(query)
         return [part.video_ids[int(part.scores(gallery.typed([query])[0]).argmax())]]
 
+    def refine(*args):
+        vecs, texts = plain(*args)
+        made.append(vecs)
+        return vecs, texts
+
+    plain, made = systems._refine_soft, []
     monkeypatch.setattr(systems, "_elsewhere", rejected)
+    monkeypatch.setattr(systems, "_refine_soft", refine)
     weights = str(learning.train(profile, "casts", "sqr"))
     systems._intervene(profile, CELL, "sqr", weights, tmp_path)
     ranks = json.loads((tmp_path / "ranks.json").read_text())["ranks"]
     assert ranks["other-archive"] == ranks["own"] == ranks["other-reply"] and ranks["own"]
+    own, other_archive, other_reply, taught = np.split(np.concatenate(made), 4)
+    assert np.abs(own - other_archive).max() < 1e-5 and np.abs(own - other_reply).max() < 1e-3
+    assert np.abs(own - taught).max() > 0.01  # another reply, other soft tokens
 
 
 def test_a_bound_by_words_is_aimed_at_another_film_of_the_archive_for_its_null(profile):
