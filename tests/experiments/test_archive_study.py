@@ -230,6 +230,7 @@ def test_numbers_are_means_over_seeds_of_the_queries_that_they_name(profile):
             hits[f"{CELL}/{name}"] = {"ids": ids, "r1": "".join(rng.choice(["0", "1"], 40))}
         runs.append({"seed": seed, "commit": "a" * 40, "cells": cells, "hits": hits})
     del runs[1]["hits"][f"{CELL}/adapter-soft"]
+    runs[1]["hits"][f"{CELL}/sqr"]["ver"] = typed  # not measured with the other seed
     numbers = study.summarize(profile, runs)
 
     def share(name, seeds, keep):
@@ -239,6 +240,8 @@ def test_numbers_are_means_over_seeds_of_the_queries_that_they_name(profile):
     sqr, soft = f"{CELL}/sqr", f"{CELL}/adapter-soft"
     assert numbers[f"{sqr}/r1"].value == share(sqr, 2, lambda key: True)
     assert numbers[f"{sqr}/r1"].seeds == (42, 1) and numbers[f"{soft}/r1"].seeds == (42,)
+    assert numbers[f"{sqr}/ver"].seeds == (1,)
+    assert numbers[f"{sqr}/ver"].value == pytest.approx(100 * typed.count("1") / 40)
     assert numbers[f"{sqr}/unseen"].value == share(sqr, 2, lambda key: key % 2 == 1)
     assert numbers[f"{sqr}/seen"].value == share(sqr, 2, lambda key: key % 2 == 0)
     assert numbers[f"{sqr}/repaired"].value == share(sqr, 2, lambda key: typed[key] == "0")

@@ -185,10 +185,11 @@ def summarize(profile, runs: list[dict]) -> dict[str, Estimate]:
     """
     numbers = {}
     for name in dict.fromkeys(name for run in runs for name in run["hits"]):
-        cell, measured = name.split("/")[0], [run for run in runs if name in run["hits"]]
-        for metric in (key for key in measured[0]["hits"][name] if key != "ids"):
+        cell = name.split("/")[0]
+        for metric in dict.fromkeys(key for run in runs for key in run["hits"].get(name, ()) if key != "ids"):
+            measured = _with(runs, metric, name)
             numbers[f"{name}/{metric}"] = _mean(profile, measured, cell, _values(measured, name, metric))
-        if "r1" in measured[0]["hits"][name]:
+        if measured := _with(runs, "r1", name):
             values, unseen = _values(measured, name, "r1"), _unseen(measured[0]["cells"][cell])
             typed = _values(measured[:1], f"{cell}/typed", "r1").iloc[0]  # the same with every seed
             kinds = {"unseen": unseen, "seen": ~unseen, "repaired": typed == 0}
@@ -196,15 +197,18 @@ def summarize(profile, runs: list[dict]) -> dict[str, Estimate]:
                 numbers[f"{name}/{kind}"] = _mean(profile, measured, cell, values.loc[:, chosen])
     for cell in corpus.CELLS:
         for row, control, metric in COMPARED:
-            names = {f"{cell}/{row}", f"{cell}/{control}"}
-            measured = [run for run in runs if run["hits"].keys() >= names]
-            if measured:
+            if measured := _with(runs, metric, f"{cell}/{row}", f"{cell}/{control}"):
                 gains = _values(measured, f"{cell}/{row}", metric) - _values(
                     measured, f"{cell}/{control}", metric
                 )
                 key = f"{cell}/{row}/{metric}_over_{control}"
                 numbers[key] = _mean(profile, measured, cell, gains, "points")
     return numbers
+
+
+def _with(runs, metric, *names):
+    """Return the runs that measured a metric of all named rows."""
+    return [run for run in runs if all(metric in run["hits"].get(name, ()) for name in names)]
 
 
 def _values(runs, name, metric) -> pd.DataFrame:
