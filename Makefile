@@ -54,7 +54,7 @@ exam: setup  ## test claims written in advance on freshly rendered videos, once 
 	@$(VSR1) exam $(ALL)
 	@$(VSR1) report $(ALL)
 
-archives: setup  ## measure with SEEDS when looking at videos pays off, in a second rendered world (an hour each), into results/archives
+archives: setup  ## measure with SEEDS when looking at videos pays off, in a second rendered world (half an hour each), into results/archives
 	@$(VSR1) archives --seeds $(SEEDS)
 
 doctor: setup  ## show what this machine can reproduce, and what is missing

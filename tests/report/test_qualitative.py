@@ -216,7 +216,7 @@ def test_what_differs_in_the_video_found_first_is_marked_in_the_query(run, seen)
         replace(scenes[wrong], moments=(asked,)), replace(scenes[wrong], moments=(nearest,))
     )
     named = [line.split(": ")[1].split()[0] for line in told if " start " not in line and " end " not in line]
-    phrases = {qualitative._phrase(name, asked).lower() for name in named}
+    phrases = {qualitative.phrase(name, asked).lower() for name in named}
     assert phrases and {mark.lower() for mark in seen["charades-1"]["marks"]} == phrases
 
 

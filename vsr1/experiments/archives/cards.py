@@ -44,11 +44,14 @@ class ArchiveCards(qualitative.Cards):
         wanted, shown = self.moments(episode, video)
         names = teacher.differing(wanted, shown) if video else []
         moments = self._asked(episode), wanted, shown
-        return [tuple(qualitative.phrase(name, moment) for moment in moments) for name in names]
+        phrases = (tuple(qualitative.phrase(name, moment) for moment in moments) for name in names)
+        return list(dict.fromkeys(phrases))  # an object and its colour are one phrase
 
     def note(self, episode):
         """Say what the camera does, which neither query nor engine knows."""
         cast = self._cast(episode)
+        if cast == 0:
+            return "The camera shows true colours."
         seen = [f"{colour} looks {casts.seen_colour(colour, cast)}" for colour in casts.CIRCLE]
         return f"The camera shifts colours by {cast / 2:g} steps: {', '.join(seen)}."
 
