@@ -60,13 +60,12 @@ def pair_loss(states: torch.Tensor, heads: torch.Tensor, pairs: list[dict]) -> t
     states  (P, D)
     """
     count = len(attribute_ids()) + 1
-    logits = F.rms_norm(states, states.shape[-1:]) @ heads.T  # (P, 2 (values + 1) + seconds)
+    logits = F.rms_norm(states, states.shape[-1:]) @ heads[: 2 * count].T  # (P, 2 (values + 1))
     loss, accuracies = attribute_loss(logits[:, :count], pairs)
     before = [{"action": pair["before"]} for pair in pairs]
-    before_loss, _ = attribute_loss(logits[:, count : 2 * count], before, ("action",))
-    seconds, second_logits = torch.tensor([pair["second"] for pair in pairs]), logits[:, 2 * count :]
-    accuracies["second"] = (second_logits.argmax(1) == seconds).float().mean()
-    return 1.25 * loss + 0.25 * before_loss + 0.25 * F.cross_entropy(second_logits, seconds), accuracies
+    before_loss, _ = attribute_loss(logits[:, count:], before, ("action",))
+    time_loss, accuracies["second"] = second_loss(states, heads, [pair["second"] for pair in pairs])
+    return 1.25 * loss + 0.25 * before_loss + 0.25 * time_loss, accuracies
 
 
 def target_loss(states: torch.Tensor, heads: torch.Tensor, targets: list[dict]) -> tuple[torch.Tensor, dict]:
@@ -78,18 +77,12 @@ def target_loss(states: torch.Tensor, heads: torch.Tensor, targets: list[dict]) 
     return attribute_loss(logits, targets, ("action", "object"))
 
 
-def lookup_loss(
-    states: torch.Tensor, next_states: torch.Tensor, heads: torch.Tensor, shown: list[world.Moment]
-) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Return (loss of the attributes, loss of the second, accuracies) where a word about the video is to be named.
+def second_loss(
+    states: torch.Tensor, heads: torch.Tensor, seconds: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (loss, accuracy) of the same heads for whole seconds, (M,): of a pair, or of the moment to be looked up.
 
-    states       (M, D): read for the whole second at which the moment shown begins
-    next_states  (M, D) one layer later: read for its attributes
+    states  (M, D)
     """
-    count = len(attribute_ids()) + 1
-    logits = F.rms_norm(states, states.shape[-1:]) @ heads[2 * count :].T
-    seconds = torch.tensor([int(moment.start) for moment in shown])
-    next_logits = F.rms_norm(next_states, next_states.shape[-1:]) @ heads[:count].T
-    loss, accuracies = attribute_loss(next_logits, [vars(moment) for moment in shown])
-    accuracies["second"] = (logits.argmax(1) == seconds).float().mean()
-    return loss, F.cross_entropy(logits, seconds), accuracies
+    logits, right = F.rms_norm(states, states.shape[-1:]) @ heads[-LAST_SECOND:].T, torch.tensor(seconds)
+    return F.cross_entropy(logits, right), (logits.argmax(1) == right).float().mean()

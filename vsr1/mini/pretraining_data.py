@@ -240,17 +240,19 @@ class Examples:
     def judgement(self, count: int, rng, strange: float = 0.0, differ: float = 0.5) -> Example:
         """Draw a query to judge about a window: one in three fits, in the others each attribute differs in one of two.
 
-        strange  how often all attributes differ instead
+        strange  how often all attributes differ instead, but for the action or the object in one of two
         differ   how often one does, where it is not one of two
 
-        Where few attributes ever differ, the word asked for is nearly always the word shown: copying it is cheaper than
-        looking, and was learned for all that changes within a video.
+        By the action or the object the moment can still be found. Where few attributes ever differ, the word asked for
+        is nearly always the word shown: copying it is cheaper than looking, and was learned for all that changes within
+        a video.
         """
         number, clip, moments = self.printed_window(count, rng)
         moment = moments[int(rng.integers(len(moments)))]
         is_strange = bool(strange) and rng.random() < strange
         if is_strange or rng.random() < 2 / 3:
-            names = [name for name in ATTRIBUTES if is_strange or rng.random() < differ]
+            kept = str(rng.choice(("action", "object", "", ""))) if is_strange else ""
+            names = [name for name in ATTRIBUTES if name != kept and (is_strange or rng.random() < differ)]
             moment = change(moment, self.videos.datasets[number], names, rng)
         user = f'Query: "{_caption(moment, rng)}"\nRetrieved video: {{video}}'
         return self._judgement(number, clip, moments, user, moment)

@@ -69,9 +69,10 @@ class PhaseConfig:
     timing: float = 1.0  # the same for whole seconds of a start or an end, of a reply and of its reasoning
     seen: float = 1.0  # the same for the word that a reply says is shown: behind a dash, or behind "is"
     query_word: float = 1.0  # the same for the word it says is asked for
-    strange: float = 0.0  # how often a query to judge shares nothing with the moment it was drawn from,
+    strange: float = (
+        0.0  # how often a query to judge shares next to nothing with the moment it was drawn from,
+    )
     differ: float = 0.5  # and how often one that does not fit differs in an attribute, if not
-    reading: float = 0.0  # weight of reading what is shown behind the layer that looks it up
     neutral: float = 0.0  # how often neutral tokens stand where soft tokens will
     seed: int = 7
 
@@ -165,7 +166,8 @@ class AnswerLoss:
     draw     (frames, rng) -> Example
     heads    with them their loss (`attribute_heads.pair_loss`) on the states half-way up is added
     targets  the heads also read, where a time is to be named, what is asked for
-    lookups  they also read, where a shown word is to be named, when it is shown and, a layer later, all that is
+    lookups  they also read, where a shown word is to be named, when it is shown; and the next layer's attention is
+             paid for going to the pairs of that moment
     """
 
     def __init__(
@@ -192,7 +194,9 @@ class AnswerLoss:
         if read:
             loss = loss + 0.0 * self.heads.sum()  # processes share gradients, whatever their examples
             if any(example.pairs for example in examples):
-                extra, values = self._states(out.hidden_states, batch["input_ids"], answers, inside, examples)
+                extra, values = self._states(
+                    out.hidden_states[HALF], batch["input_ids"], answers, inside, examples
+                )
                 loss, log = loss + extra, log | values
         return loss, log
 
@@ -208,9 +212,8 @@ class AnswerLoss:
         each = F.cross_entropy(logits, answers, reduction="none")
         return (each * weight).sum() / weight.sum(), {"accuracy": _accuracy(logits, answers)}
 
-    def _states(self, layers, ids, answers, inside, examples: list[Example]):
-        """Return the loss of the heads on states (B, length, D) of all layers, and their accuracies."""
-        states = layers[HALF]
+    def _states(self, states, ids, answers, inside, examples: list[Example]):
+        """Return the loss of the heads on states (B, length, D), and their accuracies."""
         labelled = torch.tensor([bool(example.pairs) for example in examples])[:, None]
         pair_ends = (ids == self.task.model.config.vision_end_token_id) & labelled
         pairs = [pair for example in examples for pair in example.pairs]
@@ -225,17 +228,15 @@ class AnswerLoss:
         if self.lookups and len(rows):
             shown = [examples[row].shown for row in rows.tolist()]
             columns = columns - answers.shape[1] + ids.shape[1]  # where the next token is the word shown
-            at_dashes = rows, columns
-            attributes_loss, second_loss, values = attribute_heads.lookup_loss(
-                states[at_dashes], layers[HALF + 1][at_dashes], self.heads, shown
+            second_loss, log["shown_second"] = attribute_heads.second_loss(
+                states[rows, columns], self.heads, [int(moment.start) for moment in shown]
             )
-            loss = loss + second_loss + self.recipe.reading * attributes_loss
-            log |= {f"shown_{name}": value for name, value in values.items()}
             seen = torch.zeros_like(ids, dtype=torch.bool)  # where a pair ends that shows the moment
             moments = [example.shown for example in examples for _ in example.pairs]
             seen[pair_ends] = torch.tensor([_is_within(*both) for both in zip(pairs, moments, strict=True)])
             looks = self._looks(ids, rows, columns, seen)
-            loss, log = loss - (looks + 1e-6).log().mean(), log | {"looks": looks.mean()}
+            loss = loss + second_loss - (looks + 1e-6).log().mean()
+            log["looks"] = looks.mean()
         return loss, log
 
     def _looks(self, ids, rows, columns, seen):
@@ -288,7 +289,7 @@ def judge(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
 
 
 def look(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
-    """Teach it to look up what is shown at the time that its reasoning names, with queries that are no help.
+    """Teach it to look up what is shown at the time that its reasoning names, with queries that are little help.
 
     Of what changes within a video, `judge` hardly learned it: actions stayed the word of the query in nine of ten. What
     a pair of frames shows, and when, can be read half-way up. Here the heads also read there, where a shown word comes

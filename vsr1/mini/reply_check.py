@@ -1,0 +1,107 @@
+"""Check what the replies of the mini policies say of rendered videos, before any training on a data set.
+
+Windows of foundation videos are judged by queries that fit, or differ in one attribute from what they show. Policies
+were trained on these videos, so this says what they learned, not how well they generalise.
+"""
+
+import functools
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vsr1 import cache
+from vsr1.config import PACKAGE, Profile
+from vsr1.loop import moments, replies
+from vsr1.mini import captions, pretraining_data, teacher
+from vsr1.mini.world import ATTRIBUTES, Moment
+from vsr1.models import checkpoints, loading, prompt_text
+
+FILE = PACKAGE / "mini" / "weights" / "replies.json"
+WINDOWS, FRAMES = 96, (24, 64)  # of a data set; fewest and most frames of one
+BATCH = 24
+
+
+def measure(profile: Profile, policies: list[Path], into: Path = FILE) -> None:
+    """Write a row for each policy and data set to `into`, unless it is current.
+
+    right, wrong  percent right verdicts on windows that fit the query, and on those that differ in one attribute
+    false_yes     percent of the attributes that differ which the reply calls the same
+    read          percent of the attributes that differ of which it names what is shown
+    found         percent of right acceptances that name the moment, IoU 0.5
+    """
+    home = profile.data_dir("foundation")
+    pretraining_data.load_videos(profile)
+    inputs = {"policies": {folder.name: loading.version(str(folder)) for folder in policies}}
+    inputs |= {"data": cache.metadata(home / "frames")["key"], "datasets": profile.datasets}
+    inputs["code"] = cache.source_digest(__name__)
+    work = functools.partial(_write_rows, profile, policies)
+    rows = cache.build(home / "replies", inputs, work) / FILE.name
+    if not into.exists() or into.read_bytes() != rows.read_bytes():
+        print(f"replies: {shutil.copy(rows, into)}", flush=True)
+
+
+def _write_rows(profile, policies, folder):
+    rows = [
+        {"policy": policy.name, "dataset": dataset, "windows": WINDOWS}
+        | numbers(profile, str(policy), dataset)
+        for policy in policies
+        for dataset in profile.datasets
+    ]
+    cache.write_json(folder / FILE.name, rows)
+
+
+@torch.no_grad()
+def numbers(profile: Profile, weights: str, dataset: str) -> dict[str, float | None]:
+    """Return the numbers of `measure` for one policy and data set; None of what no reply says anything about."""
+    policy, rng = checkpoints.load(weights, profile), np.random.default_rng(5)
+    videos = pretraining_data.load_videos(profile)
+    settings = policy.model.config.vision_config, profile.max_frame_pixels
+    examples = pretraining_data.Examples(videos, policy.tokenizer, *settings)
+    prompts, facts = [], []
+    while len(prompts) < WINDOWS:
+        clip, query_moment, shown = _draw(examples, dataset, len(prompts) % 2 == 1, rng)
+        query = captions.caption(query_moment, int(rng.integers(captions.STYLES)))
+        prompts.append(policy.prompt(prompt_text.SYSTEM_ZS, query, clip))
+        facts.append((query_moment, shown))
+    said = {"right": [], "wrong": [], "false_yes": [], "read": [], "found": []}
+    for start in range(0, WINDOWS, BATCH):
+        part = slice(start, start + BATCH)
+        completions = policy.reply(prompts[part], max_new_tokens=profile.max_new_tokens)
+        for completion, (query_moment, shown) in zip(completions, facts[part], strict=True):
+            reply = replies.read_reply(completion.text, completion.ids, ended=completion.ended)
+            for name, value in outcomes(reply, query_moment, shown):
+                said[name].append(value)
+    return {name: round(100 * float(np.mean(values)), 1) if values else None for name, values in said.items()}
+
+
+def _draw(examples, dataset, wrong, rng):
+    """Draw (window, the moment asked for, the moment of the window that has most of it)."""
+    while True:
+        count = int(rng.integers(FRAMES[0] // 2, FRAMES[1] // 2 + 1)) * 2
+        number, clip, shown = examples.printed_window(count, rng)
+        if examples.videos.datasets[number] != dataset:
+            continue
+        query_moment = shown[int(rng.integers(len(shown)))]
+        if wrong:
+            query_moment = pretraining_data.change(query_moment, dataset, [str(rng.choice(ATTRIBUTES))], rng)
+        if wrong != (query_moment.attributes() in {moment.attributes() for moment in shown}):
+            return clip, query_moment, teacher.closest(query_moment, shown)
+
+
+def outcomes(reply: replies.Reply, query_moment: Moment, shown: Moment) -> list[tuple[str, bool]]:
+    """Return (name of a number of `measure`, whether it is so) of all that a reply says."""
+    fits = query_moment.attributes() == shown.attributes()
+    said = [("right" if fits else "wrong", reply.matched is fits)]
+    if fits and reply.matched and reply.span:
+        said.append(("found", bool(moments.span_iou(reply.span, (shown.start, shown.end)) >= 0.5)))
+    reasoning = reply.text.partition("</think>")[0].replace("<think>", "")
+    for step in re.split(r"(?<=\.) ", reasoning.strip()):
+        statement = teacher.read_statement(step)
+        if statement and asdict(query_moment)[statement.attribute] != asdict(shown)[statement.attribute]:
+            said.append(("false_yes", statement.same))
+            said.append(("read", statement.shown_word == teacher.word(statement.attribute, shown)))
+    return said
