@@ -401,16 +401,13 @@ def foundation(
     ] = None,
     into: Annotated[Path | None, Option(help="Folder for the models; default: vsr1/mini/weights/.")] = None,
 ):
-    """Pretrain the mini models that ship with the package, and measure engines and policies (3 hours on 2 cores)."""
-    from vsr1.mini import attribute_probe, pretraining, reply_check
+    """Pretrain the mini models that ship with the package, and measure the engines (3 hours on 2 cores)."""
+    from vsr1.mini import attribute_probe, pretraining
 
     phases = pretraining.read_recipes(recipes or pretraining.RECIPES)
     into = into or pretraining.WEIGHTS
     pretraining.pretrain(config.load(profile), phases, into)
     attribute_probe.measure_arena(config.load(profile), phases, into / attribute_probe.ARENA.name)
-    policies = [into / recipe.ships for recipe in phases.values() if recipe.ships.startswith("policy")]
-    if policies:
-        reply_check.measure(config.load(profile), policies, into / reply_check.FILE.name)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen3VLForConditionalGeneration
 
+from benchmarks import replies as windows
 from vsr1 import config
 from vsr1.__main__ import app
 from vsr1.data import annotations, video_reader
@@ -24,7 +25,6 @@ from vsr1.mini import (
     pretraining_data,
     pretraining_tasks,
     renderer,
-    reply_check,
     teacher,
     world,
 )
@@ -246,10 +246,10 @@ def test_what_a_reply_says_is_counted_by_what_the_window_shows(make_task):
     """The teacher's replies are right in all; one that copies the query says yes to what differs."""
     examples, rng = make_task(small()).examples, np.random.default_rng(4)
     for wrong in (False, True) * 6:
-        _, asked, shown = reply_check._draw(examples, "didemo", wrong, rng)
+        _, asked, shown = windows._draw(examples, "didemo", wrong, rng)
         differing = teacher.differing(asked, shown)
         assert bool(differing) == wrong
-        said = reply_check.outcomes(replies.read_reply(teacher.verdict(asked, (shown,)), ()), asked, shown)
+        said = windows.outcomes(replies.read_reply(teacher.verdict(asked, (shown,)), ()), asked, shown)
         right = (
             [("wrong", True), ("false_yes", False), ("read", True)]
             if wrong
@@ -257,7 +257,7 @@ def test_what_a_reply_says_is_counted_by_what_the_window_shows(make_task):
         )
         assert sorted(set(said)) == sorted(right)
         copied = replies.read_reply(teacher.verdict(asked, (asked,)), ())
-        said = reply_check.outcomes(copied, asked, shown)
+        said = windows.outcomes(copied, asked, shown)
         if wrong:
             assert sorted(said) == sorted(
                 [("wrong", False), *[("false_yes", True), ("read", False)] * len(differing)]

@@ -1,62 +1,51 @@
 """Check what the replies of the mini policies say of rendered videos, before any training on a data set.
 
+`python -m benchmarks.replies` writes vsr1/mini/weights/replies.json.
+
 Windows of foundation videos are judged by queries that fit, or differ in one attribute from what they show. Policies
 were trained on these videos, so this says what they learned, not how well they generalise.
 """
 
-import functools
 import re
-import shutil
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from vsr1 import cache
-from vsr1.config import PACKAGE, Profile
+from vsr1 import cache, config
+from vsr1.config import Profile
 from vsr1.loop import moments, replies
-from vsr1.mini import captions, pretraining_data, teacher
+from vsr1.mini import captions, pretraining, pretraining_data, teacher
 from vsr1.mini.world import ATTRIBUTES, Moment
-from vsr1.models import checkpoints, loading, prompt_text
+from vsr1.models import checkpoints, prompt_text
 
-FILE = PACKAGE / "mini" / "weights" / "replies.json"
+FILE = pretraining.WEIGHTS / "replies.json"
 WINDOWS, FRAMES = 96, (24, 64)  # of a data set; fewest and most frames of one
 BATCH = 24
 
 
-def measure(profile: Profile, policies: list[Path], into: Path = FILE) -> None:
-    """Write a row for each policy and data set to `into`, unless it is current.
+def main() -> None:
+    """Write a row for each shipped policy and data set to `FILE`.
 
     right, wrong  percent right verdicts on windows that fit the query, and on those that differ in one attribute
     false_yes     percent of the attributes that differ which the reply calls the same
     read          percent of the attributes that differ of which it names what is shown
     found         percent of right acceptances that name the moment, IoU 0.5
     """
-    home = profile.data_dir("foundation")
-    pretraining_data.load_videos(profile)
-    inputs = {"policies": {folder.name: loading.version(str(folder)) for folder in policies}}
-    inputs |= {"data": cache.metadata(home / "frames")["key"], "datasets": profile.datasets}
-    inputs["code"] = cache.source_digest(__name__)
-    work = functools.partial(_write_rows, profile, policies)
-    rows = cache.build(home / "replies", inputs, work) / FILE.name
-    if not into.exists() or into.read_bytes() != rows.read_bytes():
-        print(f"replies: {shutil.copy(rows, into)}", flush=True)
-
-
-def _write_rows(profile, policies, folder):
+    profile, recipes = config.load("mini"), pretraining.read_recipes()
+    names = [recipe.ships for recipe in recipes.values() if recipe.ships.startswith("policy")]
     rows = [
-        {"policy": policy.name, "dataset": dataset, "windows": WINDOWS}
-        | numbers(profile, str(policy), dataset)
-        for policy in policies
+        {"policy": name, "dataset": dataset, "windows": WINDOWS}
+        | numbers(profile, str(pretraining.WEIGHTS / name), dataset)
+        for name in names
         for dataset in profile.datasets
     ]
-    cache.write_json(folder / FILE.name, rows)
+    cache.write_json(FILE, rows)
 
 
 @torch.no_grad()
 def numbers(profile: Profile, weights: str, dataset: str) -> dict[str, float | None]:
-    """Return the numbers of `measure` for one policy and data set; None of what no reply says anything about."""
+    """Return the numbers of `main` for one policy and data set; None of what no reply says anything about."""
     policy, rng = checkpoints.load(weights, profile), np.random.default_rng(5)
     videos = pretraining_data.load_videos(profile)
     settings = policy.model.config.vision_config, profile.max_frame_pixels
@@ -93,7 +82,7 @@ def _draw(examples, dataset, wrong, rng):
 
 
 def outcomes(reply: replies.Reply, query_moment: Moment, shown: Moment) -> list[tuple[str, bool]]:
-    """Return (name of a number of `measure`, whether it is so) of all that a reply says."""
+    """Return (name of a number of `main`, whether it is so) of all that a reply says."""
     fits = query_moment.attributes() == shown.attributes()
     said = [("right" if fits else "wrong", reply.matched is fits)]
     if fits and reply.matched and reply.span:
@@ -105,3 +94,7 @@ def outcomes(reply: replies.Reply, query_moment: Moment, shown: Moment) -> list[
             said.append(("false_yes", statement.same))
             said.append(("read", statement.shown_word == teacher.word(statement.attribute, shown)))
     return said
+
+
+if __name__ == "__main__":
+    main()
