@@ -251,8 +251,8 @@ class Examples:
         moment = moments[int(rng.integers(len(moments)))]
         is_strange = bool(strange) and rng.random() < strange
         if is_strange or rng.random() < 2 / 3:
-            kept = str(rng.choice(("action", "object", "", ""))) if is_strange else ""
-            names = [name for name in ATTRIBUTES if name != kept and (is_strange or rng.random() < differ)]
+            shared = str(rng.choice(("action", "object", "", ""))) if is_strange else ""
+            names = [name for name in ATTRIBUTES if name != shared and (is_strange or rng.random() < differ)]
             moment = change(moment, self.videos.datasets[number], names, rng)
         user = f'Query: "{_caption(moment, rng)}"\nRetrieved video: {{video}}'
         return self._judgement(number, clip, moments, user, moment)

@@ -38,6 +38,10 @@ class FrameSource:
         """Return {what a query asks for: what a video has in its place}, in words."""
         return qualitative.contrast(*self.moments(episode, video))
 
+    def reasoning(self, episode: Episode, turn: Turn, max_letters: int | None = None):
+        """Return the steps of a reply with what is false of each, as `qualitative.reasoning` does."""
+        return qualitative.reasoning(turn, *self.moments(episode, turn.shown_id), max_letters)
+
     def count_statements(self, episode: Episode) -> tuple[int, int] | None:
         """Count what the replies of a search state, and what of it is false; None where no truth is known."""
         if not self.scenes:
@@ -45,7 +49,7 @@ class FrameSource:
         errors = [
             step_errors
             for turn in episode.turns
-            for step, _, step_errors in qualitative.reasoning(turn, *self.moments(episode, turn.shown_id))
+            for step, _, step_errors in self.reasoning(episode, turn)
             if teacher.read_statement(step)
         ]
         return len(errors), sum(map(bool, errors))
@@ -107,7 +111,7 @@ def _reply(canvas, x, y, source, episode, turn):
         again = f"Turn {turn.t} is turn {first} again, reply and next query; {qualitative.ranks(turn)}."
         y = canvas.write(left, y + 0.06, inner, [(again, ITALIC)])
     else:
-        steps = qualitative.reasoning(turn, *source.moments(episode, turn.shown_id), LONGEST)
+        steps = source.reasoning(episode, turn, LONGEST)
         y = canvas.write(left, y + 0.06, inner, [piece for step in steps for piece in _step(*step)])
         y = canvas.write(left, y + 0.02, inner, _verdict(turn))
         y = _next(canvas, left, y + 0.02, inner, source, episode, turn)
@@ -225,7 +229,7 @@ def _statements(canvas, x, y, width, source, episode, turn):
 
     Without a known truth all of it is one paragraph. Returns the y below.
     """
-    steps = qualitative.reasoning(turn, *source.moments(episode, turn.shown_id), LONGEST)
+    steps = source.reasoning(episode, turn, LONGEST)
     stated, other = [], []
     for step in steps:
         statement = teacher.read_statement(step[0]) if source.scenes else None

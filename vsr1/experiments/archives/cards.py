@@ -33,7 +33,7 @@ class ArchiveCards(qualitative.Cards):
 
     def moments(self, episode, video):
         """Return the moment that a query describes and that of a film, both as the camera shows them."""
-        query_moment = casts.seen_moment(self._asked(episode), self._cast(episode))
+        query_moment = casts.seen_moment(self._query_moment(episode), self._cast(episode))
         return query_moment, video and self.truth.shown_moment(video)
 
     def differences(self, episode, video):
@@ -43,7 +43,7 @@ class ArchiveCards(qualitative.Cards):
         """
         wanted, shown = self.moments(episode, video)
         names = teacher.differing(wanted, shown) if video else []
-        moments = self._asked(episode), wanted, shown
+        moments = self._query_moment(episode), wanted, shown
         phrases = (tuple(qualitative.phrase(name, moment) for moment in moments) for name in names)
         return list(dict.fromkeys(phrases))  # an object and its colour are one phrase
 
@@ -57,10 +57,9 @@ class ArchiveCards(qualitative.Cards):
 
     def reasoning(self, episode, turn):
         """Return the steps of a reply; what it says of the camera is compared with the truth, too."""
-        steps, cast = super().reasoning(episode, turn), self._cast_of(turn.shown_id)
-        return [(step, amiss, errors or misread(step, cast)) for step, amiss, errors in steps]
+        return with_misreadings(super().reasoning(episode, turn), self._cast_of(turn.shown_id))
 
-    def _asked(self, episode):
+    def _query_moment(self, episode):
         return self.scenes[episode.gt_video].moments[0]
 
     def _cast(self, episode):
@@ -68,6 +67,11 @@ class ArchiveCards(qualitative.Cards):
 
     def _cast_of(self, video):
         return self.truth.archive_of[video].cast
+
+
+def with_misreadings(steps, cast: int) -> list[tuple[str, bool, str]]:
+    """Return the steps of `qualitative.reasoning`, those that misread the camera called false, too."""
+    return [(step, amiss, errors or misread(step, cast)) for step, amiss, errors in steps]
 
 
 def misread(step: str, cast: int) -> str:

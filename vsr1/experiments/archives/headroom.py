@@ -76,8 +76,10 @@ def _fixed_hits(profile, name, gallery, queries):
     train = learning.open_gallery(profile, name, "train")
     learn = annotations.evenly_spaced(learning.split_train(profile, train, name)[0], WORDED)
     numbers = range(len(rewrites.wordings(learn[0].text)))
-    found = [np.mean(train.ranks(learn, query_adapters.worded_vecs(engine, n, learn)) == 1) for n in numbers]
-    return gallery.ranks(queries, query_adapters.worded_vecs(engine, int(np.argmax(found)), queries)) == 1
+    recalls = [
+        np.mean(train.ranks(learn, query_adapters.worded_vecs(engine, n, learn)) == 1) for n in numbers
+    ]
+    return gallery.ranks(queries, query_adapters.worded_vecs(engine, int(np.argmax(recalls)), queries)) == 1
 
 
 # --- The known object

@@ -15,7 +15,7 @@ from vsr1.data import video_reader
 from vsr1.evaluation import metrics
 from vsr1.evaluation.statistics import Estimate
 from vsr1.experiments.archives import cards, study, systems
-from vsr1.loop.records import Episode
+from vsr1.loop.records import Episode, Turn
 from vsr1.mini.archives import casts, corpus, source
 from vsr1.report import canvas, plots, search_figures, search_panels
 
@@ -266,6 +266,11 @@ class ArchiveFrames(search_panels.FrameSource):
         archive = self.truth.archive_of[episode.gt_video]
         query_moment = casts.seen_moment(self.scenes[episode.gt_video].moments[0], archive.cast)
         return query_moment, self.truth.shown_moment(video)
+
+    def reasoning(self, episode: Episode, turn: Turn, max_letters: int | None = None):
+        """Return the steps of a reply; what it says of the camera is compared with the truth, too."""
+        steps = super().reasoning(episode, turn, max_letters)
+        return cards.with_misreadings(steps, self.truth.archive_of[turn.shown_id].cast)
 
 
 def draw_searches(profile) -> dict[str, tuple[Figure, str]]:

@@ -98,7 +98,7 @@ def choose_feedback(profile, name: str) -> float:
     gallery = learning.open_gallery(profile, name, "train")
     _, held = learning.split_train(profile, gallery, name)
 
-    def found(feedback):
+    def count_hits(feedback):
         hits = 0
         for part, rows in gallery.by_archive(held):
             vecs = gallery.typed([held[row] for row in rows])
@@ -108,7 +108,7 @@ def choose_feedback(profile, name: str) -> float:
             hits += int(np.sum(search_index.ranks(scores, right)[top1 != right] == 1))
         return hits
 
-    return max(query_adapters.FEEDBACK, key=found)
+    return max(query_adapters.FEEDBACK, key=count_hits)
 
 
 def _batches(profile, queries):
