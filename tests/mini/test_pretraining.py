@@ -32,15 +32,7 @@ from vsr1.mini.archives import casts
 from vsr1.mini.archives import teacher as archive_teacher
 from vsr1.models import embedding, inputs, loading, search_index
 
-SHIPPED = (
-    "backbone",
-    "policy",
-    "policy-archives",
-    "policy-next",
-    "engine-small",
-    "engine-large",
-    "engine-noisy",
-)
+SHIPPED = ("backbone", "policy", "policy-archives", "engine-small", "engine-large", "engine-noisy")
 
 
 @pytest.fixture

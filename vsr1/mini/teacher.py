@@ -112,7 +112,8 @@ def word(name: str, moment: Moment) -> str:
 
 # --- What a reply states, and whether it is true
 
-STATEMENT = re.compile(rf"({'|'.join(('does', *CHECKLIST[1:]))}) (\S+) - (\S+) (yes|no)\.")
+WORDS = r"(\S+(?: \S+)?)"  # one, or the two names of a colour that lies between them
+STATEMENT = re.compile(rf"({'|'.join(('does', *CHECKLIST[1:]))}) {WORDS} - {WORDS} (yes|no)\.")
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,11 @@ class Statement:
 
 
 def read_statement(step: str) -> Statement | None:
-    """Read one step of the reasoning of a reply; None where it is not one of `checklist`."""
+    """Read one step of the reasoning of a reply; None where it is not one of `checklist`.
+
+    >>> read_statement("colour green blue - red no.")
+    Statement(attribute='colour', query_word='green blue', shown_word='red', same=False)
+    """
     if not (match := STATEMENT.fullmatch(step)):
         return None
     label, query_word, shown_word, same = match.groups()
