@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -112,11 +113,23 @@ def test_the_digest_changes_with_every_knob_that_a_result_depends_on_and_with_no
     profile = config.load("mini")
     for field in dataclasses.fields(profile):
         value = getattr(profile, field.name)
-        other = dataclasses.replace(profile, **{field.name: None if value is not None else 0})
+        other = dataclasses.replace(profile, **{field.name: f"{value}, changed"})
         assert (other.digest() == profile.digest()) is (field.name in config.NO_RESULT), field.name
     bound = dataclasses.replace(profile.soft_token_bound, n_soft=5)
     assert dataclasses.replace(profile, soft_token_bound=bound).digest() != profile.digest()
     assert {"parallel_steps", "decode_workers", "threads", "device"} < config.NO_RESULT
+
+
+def test_the_digest_changes_when_a_model_is_trained_again_under_its_name(tmp_path):
+    """Or numbers of the old model would stand in one table with those of the new one."""
+    weights = tmp_path / "model.safetensors"
+    profile = dataclasses.replace(config.load("mini"), policy=str(tmp_path))
+    digests = []
+    for content in (b"first", b"second", b"first"):
+        weights.write_bytes(content)
+        os.utime(weights, ns=(len(digests), len(digests)))
+        digests.append(profile.digest())
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_a_new_knob_with_its_default_changes_no_digest():
@@ -139,9 +152,13 @@ def test_a_new_knob_with_its_default_changes_no_digest():
 
 
 def test_the_committed_studies_belong_to_the_profile_that_ships():
-    profile, studies = config.load("mini"), config.ROOT / "results" / "mini"
-    for path in [*studies.glob("seeds/*.json"), *studies.glob("ablations/*.json")]:
-        assert json.loads(path.read_text())["profile"] == profile.digest(), path.name
+    for name in ("mini", "archives"):
+        profile, results = config.load(name), config.ROOT / "results" / name
+        studies = (
+            path for study in ("seeds", "ablations", "premise") for path in results.glob(f"{study}/*.json")
+        )
+        for path in [*studies, *results.glob("seed-*.json")]:
+            assert json.loads(path.read_text())["profile"] == profile.digest(), path
 
 
 def test_a_seed_given_by_hand_wins_over_the_file():

@@ -264,10 +264,21 @@ class Profile:
     def digest(self) -> str:
         """Hash the knobs that a result depends on to twelve hex digits.
 
-        A knob with its default value counts as if it did not exist, so a new knob changes no digest.
+        A knob with its default value counts as if it did not exist, so a new knob changes no digest. A model that is a
+        folder here counts by its weights: it may be trained again under its name.
         """
         knobs = {name: value for name, value in _set_knobs(self).items() if name not in NO_RESULT}
+        for role in ("engine", "engine_large", "policy"):
+            files = sorted((ROOT / knobs[role]).glob("*.safetensors"))
+            knobs[role] = [knobs[role], *(_weights_digest(file, file.stat().st_mtime_ns) for file in files)]
         return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _weights_digest(file, mtime):
+    """Hash a file of weights; `mtime` only keeps one process from hashing it twice."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _set_knobs(config):
