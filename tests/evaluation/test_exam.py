@@ -24,7 +24,6 @@ def test_every_claim_compares_systems_that_exist_and_has_its_words_in_the_table(
     seed, claims = exam.read()
     assert claims and seed != config.load("mini").world.seed
     for name, claim in claims.items():
-        assert {claim.system, claim.baseline} <= evaluate.RECIPES.keys()
         assert isinstance(claim.predicted, str) or claim.predicted.keys() == set(DATASETS)
         assert results.layouts()["X1"]["systems"][name] == claim.words
     assert results.layouts()["X1"]["systems"].keys() == claims.keys()
@@ -35,6 +34,13 @@ def test_a_wrong_claim_is_one_line_that_names_it(tmp_path):
     path.write_text("world_seed: 3\nclaims: {a: {words: w, system: vsr1, baseline: sft, predicted: maybe}}\n")
     with pytest.raises(InputError, match=r"exam\.yaml: a: predicted.*found 'maybe'"):
         exam.read(path)
+    for system in ("vsr2", "adapter-vec-ft"):  # the second would be fitted to the fresh videos
+        claim = f"{{words: w, system: vsr1, baseline: {system}, predicted: open}}"
+        path.write_text(f"world_seed: 3\nclaims: {{a: {claim}}}\n")
+        with pytest.raises(
+            InputError, match=rf"exam\.yaml: a: baseline: {system} cannot sit the exam; .*vsr1-first"
+        ):
+            exam.read(path)
 
 
 def test_its_videos_are_of_another_world_and_real_videos_have_none():
@@ -72,11 +78,19 @@ def test_a_claim_is_a_difference_on_the_same_queries(world, search_engine, agent
     assert exam.outcome(Estimate(-2.0, 3, (-3.0, -1.0))) == "behind"
 
 
-def test_frozen_soft_tokens_search_the_fresh_gallery_first(world, search_engine, agent, queries, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "like", "trains"),
+    [("adapter-soft-vsr1", "walkdown", ["adapter-soft"]), ("vsr1-first", "sqr-skip", [])],
+)
+def test_frozen_soft_tokens_search_the_fresh_gallery_first(
+    world, search_engine, agent, queries, monkeypatch, name, like, trains
+):
+    stages = []
     monkeypatch.setattr(runner, "load_pair", lambda *_: (search_engine, agent))
-    monkeypatch.setattr(exam.sft, "train", lambda *_: "weights")
-    monkeypatch.setattr(evaluate, "trained_weights", lambda profile, *_: ("walkdown", profile.policy))
-    episodes = exam._run(world, world, "charades", "adapter-soft-vsr1")
+    monkeypatch.setattr(exam.sft, "train", lambda *stage: stages.append(stage[-1]) or "weights")
+    monkeypatch.setattr(evaluate, "trained_weights", lambda profile, *_: (like, profile.policy))
+    episodes = exam._run(world, world, "charades", name)
+    assert stages == trains
     vectors = search_index.load_vectors(embedding.embed_corpus(world, "charades", "test"))
     scores = query_adapters.soft_vecs(search_engine, agent, queries, 3) @ vectors.video_vecs.T
     ranks = search_index.ranks(scores, vectors.columns([query.video for query in queries]))

@@ -61,7 +61,7 @@ def test_what_a_system_is_over_the_loop_is_paired_over_queries(world, search_eng
 
     runs = {"vsr1": system([True, False] * 20), "skip": system([False, True] * 20)}
     runs["walkdown-ft"] = system([True, False] * 20)
-    monkeypatch.setattr(premise, "whole_episodes", lambda profile, dataset, name: runs[name])
+    monkeypatch.setattr(premise.common, "run_episodes", lambda profile, dataset, name, whole: runs[name])
     monkeypatch.setattr(premise.metrics, "verdict", lambda episode, turn: True)
     monkeypatch.setattr(premise.common, "clusters", lambda profile, rows: [row.gt_video for row in rows])
     numbers = premise.look_numbers(world, "charades", tuple(runs))

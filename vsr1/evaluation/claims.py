@@ -61,9 +61,11 @@ def read_claims(path: Path) -> dict[str, Claim]:
 
 
 CLAIMS = read_claims(config.ROOT / "results" / "expected" / "claims.yaml")
-FILES = {"vsr1": "vsr1", "sft": "sft", "walkdown": "walkdown-ft", "zs-walkdown": "walkdown"}
+FILES = {"walkdown": "walkdown-ft", "zs-walkdown": "walkdown"} | {
+    name: name for name in ("sft", "vsr1", "skip")
+}
 FILES |= {name: f"{name}-sample" for name in VARIANTS}  # system: its file of episodes
-CHANGED = {"skip": "vsr1", "no-ret": "no-ret", "no-verif": "no-verif"}  # the same of runs with other knobs
+CHANGED = ("no-ret", "no-verif")  # the final system with other knobs
 
 
 # --- Hits: what each system got right, in the form that committed files of seeds have
@@ -89,8 +91,8 @@ def by_query(system_hits: dict, metric: str) -> dict:
 def hits_of_run(profile: Profile, dataset: str) -> dict:
     """Return what the systems of this run got right, as `tally` does; those without episodes are left out."""
     paths = {name: profile.runs(dataset) / "episodes" / f"{file}.jsonl" for name, file in FILES.items()}
-    for name, file in CHANGED.items():
-        paths[name] = profile.with_overrides(name).runs(dataset) / "episodes" / f"{file}.jsonl"
+    for name in CHANGED:
+        paths[name] = profile.with_overrides(name).runs(dataset) / "episodes" / f"{name}.jsonl"
     runs = {name: records.read_episodes(path) for name, path in paths.items() if path.exists()}
     return {"seed": profile.seed, **tally(profile, dataset, runs)}
 

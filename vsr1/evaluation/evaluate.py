@@ -44,6 +44,7 @@ RECIPES = {
     "hqr-trained": Recipe("hqr-reasoned", "hqr"),
     # Beyond the paper: soft tokens before the first search, then the loop, which shows no video twice.
     "vsr1-first": Recipe("sqr-skip", "vsr1", "vsr1"),
+    "skip": Recipe("sqr-skip", "vsr1"),  # the loop alone, which shows no video twice
 }
 RELEASED = {"sft-released": 1, "vsr1-released": 2}  # the stage whose checkpoint the authors released
 KNOBS = ("video_fps", "max_frames", "max_frame_pixels", "max_new_tokens", "dtype", "eval_batch")

@@ -41,6 +41,15 @@ def read(path: Path = FILE) -> tuple[int, dict[str, ExamClaim]]:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     rows = content["claims"].items()
     claims = {name: config.parse(ExamClaim, row, f"{path.name}: {name}") for name, row in rows}
+    # A first search that is no policy's would be learned on the fresh videos.
+    known = [
+        name for name, recipe in evaluate.RECIPES.items() if recipe.first in (None, *query_adapters.SOFT)
+    ]
+    for name, claim in claims.items():
+        for key in ("system", "baseline"):
+            if getattr(claim, key) not in known:
+                found = f"{path.name}: {name}: {key}: {getattr(claim, key)}"
+                raise InputError(f"{found} cannot sit the exam; take one of {', '.join(known)}")
     return content["world_seed"], claims
 
 
@@ -93,20 +102,22 @@ def fresh_profile(profile, seed: int):
 def _run(profile, fresh, dataset, name):
     """Return the episodes of a system of the profile on the fresh test split, cut to the headline's turns."""
     like, weights = evaluate.trained_weights(profile, dataset, name)
-    gallery = None
-    if evaluate.RECIPES[name].first == "adapter-soft":
-        gallery = _first_searches(fresh, dataset, str(sft.train(profile, dataset, "adapter-soft")))
+    recipe, gallery = evaluate.RECIPES[name], None
+    if recipe.first:
+        same = recipe.first == recipe.policy
+        tokens = weights if same else str(sft.train(profile, dataset, recipe.first))
+        gallery = _first_searches(fresh, dataset, recipe.first, tokens)
     path = evaluate.run_system(fresh, dataset, name, like=like, weights=weights, gallery=gallery)
     return metrics.headline(profile, records.read_episodes(path))
 
 
-def _first_searches(fresh, dataset, weights):
+def _first_searches(fresh, dataset, name, weights):
     """Build the step with the fresh gallery, and its queries as the soft tokens of frozen weights embed them."""
     folder = embedding.embed_corpus(fresh, dataset, "test")
     inputs = {"vectors": cache.metadata(folder).get("key"), "code": cache.source_digest(__name__)}
     inputs["weights"] = cache.metadata(Path(weights)).get("key")
     work = functools.partial(_embed_first, fresh, dataset, weights, folder)
-    return cache.build(fresh.runs(dataset) / "galleries" / "fresh", inputs, work)
+    return cache.build(fresh.runs(dataset) / "galleries" / f"fresh-{name}", inputs, work)
 
 
 def _embed_first(fresh, dataset, weights, vectors, folder):

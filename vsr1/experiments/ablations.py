@@ -111,13 +111,6 @@ def soft_token_depths(profile: Profile, dataset: str, episodes: list[Episode]) -
     return numbers
 
 
-def no_repeat(profile: Profile, dataset: str, whole=False) -> list[Episode]:
-    """Return the episodes of both stages where a rejected video is not shown again; `whole` as of `run_episodes`."""
-    weights = grpo.train(profile, dataset)
-    changed = profile.with_overrides("skip", display_rule="skip_rejected")
-    return common.run_episodes(changed, dataset, "vsr1", whole, like="sqr", weights=str(weights))
-
-
 def run_retries(profile: Profile, dataset: str, system: str, which: str = "engine") -> list[Episode]:
     """Run one system of the retry study: with the policy after both stages for "sqr", with the base policy for HQR."""
     weights = str(grpo.train(profile, dataset)) if system == "sqr" else None

@@ -17,7 +17,7 @@ from vsr1.data import annotations
 from vsr1.evaluation import evaluate, interventions, metrics, statistics
 from vsr1.evaluation.interventions import INTERVENTIONS
 from vsr1.evaluation.statistics import Estimate
-from vsr1.experiments import ablations, common, retrieval, retry
+from vsr1.experiments import common, retrieval, retry
 from vsr1.loop import records
 from vsr1.loop.moments import span_iou
 from vsr1.loop.records import Episode, Turn
@@ -41,13 +41,6 @@ RERANKED = ("rerank-10-ft", "rerank-10-vsr1")
 # --- P1: first searches, and the same number of videos looked at
 
 
-def whole_episodes(profile: Profile, dataset: str, name: str) -> list[Episode]:
-    """Return the episodes of a system with all turns that it has."""
-    if name == "skip":
-        return ablations.no_repeat(profile, dataset, whole=True)
-    return common.run_episodes(profile, dataset, name, whole=True)
-
-
 def first_numbers(profile: Profile, dataset: str, names: tuple[str, ...]) -> dict[str, Estimate]:
     """Measure the first search of all test queries as typed and by adapters (P1).
 
@@ -55,7 +48,7 @@ def first_numbers(profile: Profile, dataset: str, names: tuple[str, ...]) -> dic
     repaired, kept     R@1 of the queries whose first search as typed fails, and of those where it is right
     over-vsr1          R@1 less that of the loop at its end
     """
-    loop = whole_episodes(profile, dataset, "vsr1")
+    loop = common.run_episodes(profile, dataset, "vsr1", whole=True)
     loop_hits = dict(zip([episode.desc_id for episode in loop], metrics.vr_hits(loop, 1), strict=True))
     queries = annotations.read_fig(profile.data_dir(dataset) / "corpus" / "test.jsonl")
     episodes = [_as_episode(profile, dataset, query) for query in queries]
@@ -94,9 +87,9 @@ def look_numbers(profile: Profile, dataset: str, names: tuple[str, ...]) -> dict
     over-vsr1, over-skip   VCMR with all looks less that of the paper's loop, and of the one that shows no video twice
     """
     numbers = {}
-    loops = {name: whole_episodes(profile, dataset, name) for name in ("vsr1", "skip")}
+    loops = {name: common.run_episodes(profile, dataset, name, whole=True) for name in ("vsr1", "skip")}
     for name in names:
-        episodes, row = whole_episodes(profile, dataset, name), f"P1/{dataset}/{name}"
+        episodes, row = common.run_episodes(profile, dataset, name, whole=True), f"P1/{dataset}/{name}"
         for looks in range(1, episodes[0].run.max_turns + 1):
             hits = metrics.vcmr_hits(metrics.within(episodes, looks), 0.5)
             numbers[f"{row}/vcmr@0.5_t{looks}"] = common.estimate(profile, episodes, hits)

@@ -16,7 +16,7 @@ from vsr1.data import annotations
 from vsr1.evaluation import claims, metrics
 from vsr1.evaluation.claims import CLAIMS, METRICS, VARIANTS
 from vsr1.evaluation.statistics import Estimate
-from vsr1.experiments import ablations, common, premise, retrieval, two_stage
+from vsr1.experiments import common, retrieval, two_stage
 from vsr1.loop.records import Episode
 from vsr1.models import embedding, search_index
 from vsr1.report import provenance, results
@@ -31,13 +31,15 @@ def run(profile: Profile, dataset: str, seed: int) -> Path:
     seeded = replace(profile, seed=seed)
     runs = {name: common.run_episodes(seeded, dataset, name, whole=True) for name in ("sft", "vsr1")}
     runs["walkdown"] = common.run_episodes(seeded, dataset, "walkdown-ft")
-    runs["skip"] = ablations.no_repeat(seeded, dataset)
+    runs["skip"] = common.run_episodes(seeded, dataset, "skip")
     runs["zs-walkdown"] = common.run_episodes(profile, dataset, "walkdown")  # greedy: the same for all seeds
     runs |= {name: common.run_sample(profile, dataset, name) for name in VARIANTS}
     record = {"seed": seed, "profile": profile.digest(), "commit": provenance.commit()}
     record |= claims.tally(profile, dataset, runs)
     record["hits"]["twostage"] = _two_stage_hits(seeded, dataset)
-    record["looks"] = {name: look_hits(premise.whole_episodes(seeded, dataset, name)) for name in LOOKED}
+    record["looks"] = {
+        name: look_hits(common.run_episodes(seeded, dataset, name, whole=True)) for name in LOOKED
+    }
     path = profile.results() / "seeds" / f"{dataset}-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     cache.write_json(path, record)

@@ -143,7 +143,7 @@ def _answers(profile, numbers):
 
 def extra_systems() -> list[str]:
     """List the systems that `make premise` evaluates beyond `make paper` and `make ablations`."""
-    evaluated = {"sft", "walkdown-ft", "vsr1-first", *rollout.VARIANTS}
+    evaluated = {"sft", "walkdown-ft", "vsr1-first", "skip", *rollout.VARIANTS}
     return [name for name in RECIPES if name not in evaluated]
 
 
