@@ -6,8 +6,8 @@ learns to *see* (attributes of pairs of frames), to *name* (their captions), the
 first learns video vectors that a linear map from all seven attributes can tell apart (*index*); then its *text* side
 follows that index from captions that are true and coarse: few name a colour.
 The policy is taught to keep in mind what each pair of frames shows (*watch*), to *compare*, to judge, answer and
-rewrite (*instruct*), to *locate* a moment, and to say what it shows, not what is asked for (*judge*). The policy of
-archives also learns what colours look like through a camera (*translate*). *look* is in work.
+rewrite (*instruct*), to *locate* a moment, to say what it shows, not what is asked for (*judge*), and where to *look*
+that up. The policy of archives learns what colours look like through a camera in its place (*translate*).
 """
 
 import json
