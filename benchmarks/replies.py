@@ -2,10 +2,12 @@
 
 `python -m benchmarks.replies` writes vsr1/mini/weights/replies.json.
 
-Windows of foundation videos are judged by queries that fit, or differ in one attribute from what they show. Policies
-were trained on these videos, so this says what they learned, not how well they generalise.
+Windows are judged by queries that fit, or differ in one attribute from what they show. They are of videos that the
+policies were pretrained on (the foundation split), and of some that they never saw (the train split).
 """
 
+import itertools
+import os
 import re
 from dataclasses import asdict
 
@@ -14,18 +16,20 @@ import torch
 
 from vsr1 import cache, config
 from vsr1.config import Profile
+from vsr1.data import video_reader
 from vsr1.loop import moments, replies
-from vsr1.mini import captions, pretraining, pretraining_data, teacher
+from vsr1.mini import captions, pretraining, pretraining_data, renderer, teacher, world
+from vsr1.mini.pretraining_data import FoundationVideos
 from vsr1.mini.world import ATTRIBUTES, Moment
 from vsr1.models import checkpoints, prompt_text
 
 FILE = pretraining.WEIGHTS / "replies.json"
-WINDOWS, FRAMES = 96, (24, 64)  # of a data set; fewest and most frames of one
+WINDOWS, FRAMES = 192, (24, 64)  # of a data set; fewest and most frames of one
 BATCH = 24
 
 
 def main() -> None:
-    """Write a row for each shipped policy and data set to `FILE`.
+    """Write a row for each shipped policy, data set and kind of videos to `FILE`.
 
     right, wrong  percent right verdicts on windows that fit the query, and on those that differ in one attribute
     false_yes     percent of the attributes that differ which the reply calls the same
@@ -34,20 +38,43 @@ def main() -> None:
     """
     profile, recipes = config.load("mini"), pretraining.read_recipes()
     names = [recipe.ships for recipe in recipes.values() if recipe.ships.startswith("policy")]
+    videos = {"pretrained on": pretraining_data.load_videos(profile), "new": load_new_videos(profile)}
     rows = [
-        {"policy": name, "dataset": dataset, "windows": WINDOWS}
-        | numbers(profile, str(pretraining.WEIGHTS / name), dataset)
+        {"policy": name, "videos": kind, "dataset": dataset, "windows": WINDOWS}
+        | numbers(profile, str(pretraining.WEIGHTS / name), videos[kind], dataset)
         for name in names
+        for kind in videos
         for dataset in profile.datasets
     ]
     cache.write_json(FILE, rows)
 
 
+def load_new_videos(profile: Profile) -> FoundationVideos:
+    """Render and decode the train split of every data set, in the form of the foundation split, once."""
+    homes = {name: renderer.render(profile, name) for name in profile.datasets}
+    keys = {"videos": [cache.metadata(home)["key"] for home in homes.values()]}
+    keys |= {"pixels": profile.max_frame_pixels, "code": cache.source_digest(pretraining_data.__name__)}
+
+    def decoded():
+        reader = video_reader.reader_for(profile)
+        for dataset, home in homes.items():
+            scenes = [s for s in world.read_scenes(home.parent / "corpus").values() if s.split == "train"]
+            paths = [home / f"{scene.video}.mp4" for scene in scenes]
+            clips = video_reader.read_videos(paths, reader, os.cpu_count())
+            yield from zip(itertools.repeat(dataset), scenes, clips)
+
+    def work(folder):
+        pretraining_data.write_videos(folder, decoded(), profile.max_frame_pixels)
+
+    return FoundationVideos(cache.build(profile.data_dir("foundation") / "new-frames", keys, work))
+
+
 @torch.no_grad()
-def numbers(profile: Profile, weights: str, dataset: str) -> dict[str, float | None]:
+def numbers(
+    profile: Profile, weights: str, videos: FoundationVideos, dataset: str
+) -> dict[str, float | None]:
     """Return the numbers of `main` for one policy and data set; None of what no reply says anything about."""
     policy, rng = checkpoints.load(weights, profile), np.random.default_rng(5)
-    videos = pretraining_data.load_videos(profile)
     settings = policy.model.config.vision_config, profile.max_frame_pixels
     examples = pretraining_data.Examples(videos, policy.tokenizer, *settings)
     prompts, facts = [], []
