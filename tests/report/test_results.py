@@ -164,9 +164,13 @@ def test_check_fails_on_off_missing_and_unexpected_and_on_nothing_to_check(run, 
 
 def test_an_unreadable_expectation_names_its_file_and_key(run):
     expect(run, {})
-    (results.EXPECTED / "mini.yaml").write_text("reasons: {}\nnumbers: {T1/charades/zs/vr@1: 24.4}")
-    with pytest.raises(InputError, match=r"mini.yaml: T1/charades/zs/vr@1"):
-        results.collect(run)
+    for pair in ("24.4", "[1e-06, exact]"):
+        numbers = f"reasons: {{exact: {{tolerance: 1}}}}\nnumbers: {{T1/charades/zs/vr@1: {pair}}}"
+        (results.EXPECTED / "mini.yaml").write_text(numbers)
+        with pytest.raises(
+            InputError, match=r"mini.yaml: T1/charades/zs/vr@1: expected \[number, one of exact\]"
+        ):
+            results.collect(run)
 
 
 def test_numbers_of_other_knobs_are_left_out_and_named(run, capsys):

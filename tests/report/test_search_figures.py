@@ -284,14 +284,14 @@ def test_a_video_that_cannot_be_read_is_named_so(home, tmp_path, monkeypatch):
 # --- What is found as tokens grow
 
 
-def growing(home, monkeypatch, by_depth, recorded=(25, 2, 1)):
+def growing(home, monkeypatch, by_depth, recorded=(25, 2, 1), rank=25):
     """{name: (figure, caption)} where one search has three videos on top, with these ranks computed."""
     one = next(one for (one,) in search_figures.run_searches(home)["charades"] if one.desc_id == 7)
     names = [one.turns[0].shown_id, one.turns[1].shown_id]
     third = next(v for v in world.read_scenes(home.data_dir("charades") / "corpus") if v not in names)
     tops = (names[0], third, one.gt_video)
-    first = replace(one.turns[0], rank_in=25, rank_by_depth=recorded, top1_by_depth=tops)
-    one = replace(one, rank_orig=25, turns=(first, one.turns[1]))
+    first = replace(one.turns[0], rank_in=rank, rank_by_depth=recorded, top1_by_depth=tops)
+    one = replace(one, rank_orig=rank, turns=(first, one.turns[1]))
     path = home.runs("charades") / "depth_ranks" / "ranks.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"7": dict(zip(tops, by_depth, strict=True))} if by_depth else {}))
@@ -311,6 +311,12 @@ def test_ranks_of_three_videos_are_curves_with_the_best_on_top(home, monkeypatch
     assert curves.get_ylim()[0] > curves.get_ylim()[1]
     assert "rank 25, 2, 1." in made_of["F6"][1] and "the rejected one from 1 to 8" in made_of["F1"][1]
     assert capsys.readouterr().out == ""
+
+
+def test_where_no_search_begins_as_far_back_as_the_paper_s_a_weaker_rule_takes_its_place(home, monkeypatch):
+    made_of = growing(home, monkeypatch, [[1, 7, 8], [3, 1, 2], [7, 2, 1]], recorded=(7, 2, 1), rank=7)
+    assert "rank 7, 2, 1." in made_of["F6"][1] and "a weaker rule" in made_of["F6"][1]
+    assert "a weaker rule" not in growing(home, monkeypatch, [[1, 7, 8], [3, 1, 2], [25, 2, 1]])["F6"][1]
 
 
 @pytest.mark.parametrize("by_depth", [None, [[1, 7, 9], [3, 1, 2], [25, 3, 1]]])

@@ -113,8 +113,11 @@ def expectations(profile: Profile) -> dict | None:
     content = _read_yaml(path)
     reasons = content["reasons"]
     for name, pair in content["numbers"].items():
-        if not (isinstance(pair, list) and len(pair) == 2 and pair[1] in reasons):
-            raise InputError(f"{path}: {name}: expected [value, one of {', '.join(reasons)}], found {pair!r}")
+        fits = isinstance(pair, list) and len(pair) == 2 and pair[1] in reasons
+        if not (fits and isinstance(pair[0], int | float)):  # yaml reads 1e-06 as a text
+            raise InputError(
+                f"{path}: {name}: expected [number, one of {', '.join(reasons)}], found {pair!r}"
+            )
     return {name: (value, reasons[why]["tolerance"]) for name, (value, why) in content["numbers"].items()}
 
 
