@@ -103,7 +103,8 @@ def test_a_teaser_rejects_first():
 
 
 @pytest.mark.parametrize(
-    ("tops", "fits"), [("bcaa", True), ("bbaa", False), ("bac", False), ("bcda", False), ("", False)]
+    ("tops", "fits"),
+    [("bcaa", True), ("bbaa", False), ("bac", False), ("bcda", False), ("bcba", False), ("", False)],
 )
 def test_three_videos_are_on_rank_one_and_the_right_one_last(tops, fits):
     one = FIT["charades"][7][0]

@@ -4,6 +4,7 @@ Where videos are real their frames are not for git: such figures stay in runs/<p
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -62,7 +63,8 @@ def in_two_turns(episode: Episode) -> bool:
 def three_on_top(episode: Episode) -> bool:
     """Return whether three videos are on rank 1 in turn as soft tokens are added at turn 1, the right one last."""
     tops = episode.turns[0].top1_by_depth if episode.turns else ()
-    return len(set(tops)) == 3 and tops[-1] == episode.gt_video
+    in_turn = [video for video, _ in itertools.groupby(tops)]
+    return len(in_turn) == len(set(in_turn)) == 3 and in_turn[-1] == episode.gt_video
 
 
 def _lost(episode):
