@@ -6,8 +6,6 @@ Windows are judged by queries that fit, or differ in one attribute from what the
 policies were pretrained on (the foundation split), and of some that they never saw (the train split).
 """
 
-import itertools
-import os
 import re
 from dataclasses import asdict
 
@@ -16,9 +14,8 @@ import torch
 
 from vsr1 import cache, config
 from vsr1.config import Profile
-from vsr1.data import video_reader
 from vsr1.loop import moments, replies
-from vsr1.mini import captions, pretraining, pretraining_data, renderer, teacher, world
+from vsr1.mini import captions, pretraining, pretraining_data, teacher
 from vsr1.mini.pretraining_data import FoundationVideos
 from vsr1.mini.world import ATTRIBUTES, Moment
 from vsr1.models import checkpoints, prompt_text
@@ -38,7 +35,8 @@ def main() -> None:
     """
     profile, recipes = config.load("mini"), pretraining.read_recipes()
     names = [recipe.ships for recipe in recipes.values() if recipe.ships.startswith("policy")]
-    videos = {"pretrained on": pretraining_data.load_videos(profile), "new": load_new_videos(profile)}
+    splits = {"pretrained on": "foundation", "new": "train"}
+    videos = {kind: pretraining_data.load_videos(profile, split) for kind, split in splits.items()}
     rows = [
         {"policy": name, "videos": kind, "dataset": dataset, "windows": WINDOWS}
         | numbers(profile, str(pretraining.WEIGHTS / name), videos[kind], dataset)
@@ -47,26 +45,6 @@ def main() -> None:
         for dataset in profile.datasets
     ]
     cache.write_json(FILE, rows)
-
-
-def load_new_videos(profile: Profile) -> FoundationVideos:
-    """Render and decode the train split of every data set, in the form of the foundation split, once."""
-    homes = {name: renderer.render(profile, name) for name in profile.datasets}
-    keys = {"videos": [cache.metadata(home)["key"] for home in homes.values()]}
-    keys |= {"pixels": profile.max_frame_pixels, "code": cache.source_digest(pretraining_data.__name__)}
-
-    def decoded():
-        reader = video_reader.reader_for(profile)
-        for dataset, home in homes.items():
-            scenes = [s for s in world.read_scenes(home.parent / "corpus").values() if s.split == "train"]
-            paths = [home / f"{scene.video}.mp4" for scene in scenes]
-            clips = video_reader.read_videos(paths, reader, os.cpu_count())
-            yield from zip(itertools.repeat(dataset), scenes, clips)
-
-    def work(folder):
-        pretraining_data.write_videos(folder, decoded(), profile.max_frame_pixels)
-
-    return FoundationVideos(cache.build(profile.data_dir("foundation") / "new-frames", keys, work))
 
 
 @torch.no_grad()

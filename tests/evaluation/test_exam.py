@@ -79,18 +79,22 @@ def test_a_claim_is_a_difference_on_the_same_queries(world, search_engine, agent
 
 
 @pytest.mark.parametrize(
-    ("name", "like", "trains"),
-    [("adapter-soft-vsr1", "walkdown", ["adapter-soft"]), ("vsr1-first", "sqr-skip", [])],
+    ("name", "like", "tokens_of"),
+    [
+        ("adapter-soft-vsr1", "walkdown", "adapter-soft"),
+        ("vsr1-first", "sqr-skip", "vsr1"),
+        ("vsr1-ft", "walkdown", "vsr1"),
+    ],
 )
 def test_frozen_soft_tokens_search_the_fresh_gallery_first(
-    world, search_engine, agent, queries, monkeypatch, name, like, trains
+    world, search_engine, agent, queries, monkeypatch, name, like, tokens_of
 ):
-    stages = []
+    names = []
     monkeypatch.setattr(runner, "load_pair", lambda *_: (search_engine, agent))
-    monkeypatch.setattr(exam.sft, "train", lambda *stage: stages.append(stage[-1]) or "weights")
+    monkeypatch.setattr(query_adapters, "policy_of", lambda *args: names.append(args[-1]) or "weights")
     monkeypatch.setattr(evaluate, "trained_weights", lambda profile, *_: (like, profile.policy))
     episodes = exam._run(world, world, "charades", name)
-    assert stages == trains
+    assert names == [tokens_of]
     vectors = search_index.load_vectors(embedding.embed_corpus(world, "charades", "test"))
     scores = query_adapters.soft_vecs(search_engine, agent, queries, 3) @ vectors.video_vecs.T
     ranks = search_index.ranks(scores, vectors.columns([query.video for query in queries]))

@@ -184,3 +184,6 @@ def test_render_writes_fig_files_and_a_killed_rendering_goes_on_where_it_stopped
     assert cache.metadata(folder.with_name("videos.partial"))["key"] != key
     again = renderer.render(small, "charades")
     assert {path.name: path.read_bytes() for path in again.glob("*.mp4")} == files
+    more = dataclasses.replace(small, world=dataclasses.replace(small.world, foundation_videos=99))
+    keys = [cache.metadata(renderer.render(run, "charades"))["key"] for run in (small, more)]
+    assert keys[0] == keys[1], "films of pretraining are no part of it"

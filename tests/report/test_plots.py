@@ -1,3 +1,4 @@
+import itertools
 import json
 from dataclasses import replace
 
@@ -243,6 +244,19 @@ def test_no_curve_leaves_its_panel():
             low, high = axes.get_ylim()
             values = np.concatenate([line.get_ydata() for line in axes.lines])
             assert low <= values.min() and values.max() <= high, axes.get_title()
+
+
+@pytest.mark.parametrize("name", plots.FIGURES)
+def test_no_title_or_label_of_an_axis_runs_into_another(name):
+    mini = config.load("mini")
+    numbers, series, key = results.load(mini), results.read(mini, "series"), plots.FIGURES[name][0]
+    shown = [dataset for dataset in mini.datasets if {key.format(dataset)} & {*numbers.index, *series}]
+    figure = plots._render(name, numbers, series, shown)
+    figure.draw_without_rendering()
+    texts = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label)]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+    for (one, box), (other, beside) in itertools.combinations(boxes, 2):
+        assert not box.overlaps(beside), f"{one} and {other}"
 
 
 def test_sheets_and_figures_of_data_sets_that_were_not_run_stay(tmp_path, monkeypatch):

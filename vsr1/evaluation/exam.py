@@ -18,7 +18,7 @@ from vsr1.evaluation import evaluate, metrics, statistics
 from vsr1.evaluation.statistics import Estimate
 from vsr1.loop import records, runner
 from vsr1.models import embedding, search_index
-from vsr1.training import query_adapters, sft
+from vsr1.training import query_adapters
 
 FILE = config.ROOT / "results" / "expected" / "exam.yaml"
 Outcome = Literal["ahead", "behind", "open"]
@@ -48,8 +48,8 @@ def read(path: Path = FILE) -> tuple[int, dict[str, ExamClaim]]:
     for name, claim in claims.items():
         for key in ("system", "baseline"):
             if getattr(claim, key) not in known:
-                found = f"{path.name}: {name}: {key}: {getattr(claim, key)}"
-                raise InputError(f"{found} cannot sit the exam; take one of {', '.join(known)}")
+                line = f"{path.name}: {name}: {key}: {getattr(claim, key)}"
+                raise InputError(f"{line} cannot sit the exam; take one of {', '.join(known)}")
     return content["world_seed"], claims
 
 
@@ -102,11 +102,10 @@ def fresh_profile(profile, seed: int):
 def _run(profile, fresh, dataset, name):
     """Return the episodes of a system of the profile on the fresh test split, cut to the headline's turns."""
     like, weights = evaluate.trained_weights(profile, dataset, name)
-    recipe, gallery = evaluate.RECIPES[name], None
-    if recipe.first:
-        same = recipe.first == recipe.policy
-        tokens = weights if same else str(sft.train(profile, dataset, recipe.first))
-        gallery = _first_searches(fresh, dataset, recipe.first, tokens)
+    first, gallery = evaluate.RECIPES[name].first, None
+    if first:
+        tokens = str(query_adapters.policy_of(profile, dataset, first))
+        gallery = _first_searches(fresh, dataset, first, tokens)
     path = evaluate.run_system(fresh, dataset, name, like=like, weights=weights, gallery=gallery)
     return metrics.headline(profile, records.read_episodes(path))
 

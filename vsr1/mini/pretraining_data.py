@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -84,23 +84,25 @@ class FoundationVideos:
         return list(dict.fromkeys(batch))[:size]
 
 
-def load_videos(profile) -> FoundationVideos:
-    """Render and decode the foundation split of every data set, once."""
-    homes = {name: renderer.render(profile, name, ("foundation",)) for name in profile.datasets}
+def load_videos(profile, split: Literal["foundation", "train"] = "foundation") -> FoundationVideos:
+    """Render and decode a split of every data set, once."""
+    splits = ("foundation",) if split == "foundation" else ("test", "train")  # as they lie together
+    homes = {name: renderer.render(profile, name, splits) for name in profile.datasets}
     keys = {"videos": [cache.metadata(home)["key"] for home in homes.values()]}
     keys |= {"pixels": profile.max_frame_pixels, "code": cache.source_digest(__name__)}
 
     def work(folder):
-        write_videos(folder, _decoded(profile, homes), profile.max_frame_pixels)
+        write_videos(folder, _decoded(profile, homes, split), profile.max_frame_pixels)
 
-    return FoundationVideos(cache.build(profile.data_dir("foundation") / "frames", keys, work))
+    name = "frames" if split == "foundation" else f"frames-{split}"
+    return FoundationVideos(cache.build(profile.data_dir("foundation") / name, keys, work))
 
 
-def _decoded(profile, homes):
-    """Yield (data set, scene, clip) of all videos."""
+def _decoded(profile, homes, split):
+    """Yield (data set, scene, clip) of all videos of a split."""
     reader = video_reader.reader_for(profile)
     for dataset, home in homes.items():
-        scenes = world.read_scenes(home.parent / "corpus").values()
+        scenes = [s for s in world.read_scenes(home.parent / "corpus").values() if s.split == split]
         paths = [home / f"{scene.video}.mp4" for scene in scenes]
         clips = video_reader.read_videos(paths, reader, os.cpu_count())
         clips = cache.progress(clips, f"decode {dataset}", len(paths))
@@ -265,16 +267,16 @@ class Examples:
         """
         cast = int(rng.integers(casts.STEPS))
         colours = [colour for colour in casts.CIRCLE if colour != casts.unseen_colour(cast)]
-        asked = _archive_moment(colours, rng)
+        query_moment = _archive_moment(colours, rng)
         kind, shown = rng.random(), _archive_moment(colours, rng)
         if kind < 0.7:  # of the same family, or the film asked for
             same = world.ATTRIBUTES if kind < 0.3 else ("action", "object", "place", "light")
-            shown = replace(shown, **{name: getattr(asked, name) for name in same})
+            shown = replace(shown, **{name: getattr(query_moment, name) for name in same})
         shown = casts.seen_moment(shown, cast)
         text = captions.caption(shown, int(rng.integers(captions.STYLES)), archives.NAMED)
-        query = captions.caption(asked, int(rng.integers(captions.STYLES)), archives.NAMED)
+        query = captions.caption(query_moment, int(rng.integers(captions.STYLES)), archives.NAMED)
         user = prompt_text.user_message(query, f"{teacher.times(shown)}: {text}")
-        known, dot, rest = archive_teacher.verdict(asked, shown, cast).partition(".")
+        known, dot, rest = archive_teacher.verdict(query_moment, shown, cast).partition(".")
         # What the known colour looks like is given: it cannot be told from here, and guessing it was learned too well.
         return self._example(prompt_text.SYSTEM_ZS, user, rest, given=known + dot)
 

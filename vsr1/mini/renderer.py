@@ -29,7 +29,8 @@ def render(profile, dataset: str, splits=("test", "train")) -> Path:
     sizes = {split: getattr(profile.world, f"{split}_videos") for split in splits}
     queried = profile.world.queried_videos
     home = profile.data_dir(dataset) / ("foundation" if "foundation" in splits else "")
-    inputs = {"world": asdict(profile.world), "dataset": dataset, "splits": list(splits)}
+    unused = {f"{split}_videos": 0 for split in ("test", "train", "foundation") if split not in splits}
+    inputs = {"world": asdict(profile.world) | unused, "dataset": dataset, "splits": list(splits)}
     inputs["code"] = cache.source_digest(__name__)
     write = partial(write_corpus, dataset=dataset, sizes=sizes, seed=profile.world.seed, queried=queried)
     scenes = world.read_scenes(cache.build(home / "corpus", inputs, write))

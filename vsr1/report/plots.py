@@ -622,7 +622,9 @@ def soft_token_bound(numbers: pd.DataFrame, series: dict, datasets: list[str]) -
         free.set(xlabel="step of Adam", ylim=(0, 102))
         _dots(held, numbers, "L1", dataset, labels, "vr@1")
         held.axvline(results.row(numbers, "L1", dataset, "held-plain", "vr@1").value, color=GREY, linewidth=1)
-        held.set(xlabel="heads alone, held out, %")
+    panels[1][len(datasets) // 2].set_xlabel(
+        "heads alone, R@1 on held-out queries, %"
+    )  # as wide as two panels
     panels[0][0].set_ylabel("free soft tokens, R@1, %")
     lines = [Line2D([], [], color=colour, label=label) for label, colour in LAYOUTS.values()]
     lines += [Line2D([], [], color=BLACK, linestyle=line, label=label) for label, line in STARTS.values()]

@@ -237,8 +237,8 @@ class Cards:
         differences = self.differences(soft, video)
         turns = [turn for episode in search.values() for turn in episode.turns]
         updates = [turn.update_text for turn in turns if turn.update_text]
-        asked, wanted, instead = zip(*differences, strict=True) if differences else ((), (), ())
-        phrases = list(asked) if query_moment else dropped(soft.query, updates)
+        query_phrases, wanted, instead = zip(*differences, strict=True) if differences else ((), (), ())
+        phrases = list(query_phrases) if query_moment else dropped(soft.query, updates)
         stills = [self.still(soft.gt_video, soft.gt_span_ms, "wanted", wanted)]
         if video:
             title = "found first" if before > 1 else "found instead"

@@ -61,14 +61,14 @@ def adapt(profile, dataset: str, name: str) -> Path:
         "code": cache.source_digest(__name__),
         "data": sft_data.digest(profile, dataset),  # of replies, which choose the rows, and of families
     }
-    weights = str(_policy(profile, dataset, name)) if name in SOFT else None
+    weights = str(policy_of(profile, dataset, name)) if name in SOFT else None
     inputs["weights"] = weights and loading.version(weights)
     work = functools.partial(_adapt, profile, dataset, name, weights, folders)
     return cache.build(profile.runs(dataset) / "first" / name, inputs, work, distributed=True)
 
 
-def _policy(profile, dataset, name):
-    """Return the checkpoint whose soft tokens `name` stands for, trained now if it is not current."""
+def policy_of(profile, dataset: str, name: str) -> Path:
+    """Return the checkpoint whose soft tokens `name`, one of `SOFT`, stands for; trained now if it is not current."""
     return grpo.train(profile, dataset) if name == "vsr1" else sft.train(profile, dataset, name)
 
 
