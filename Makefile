@@ -46,8 +46,8 @@ ablations: setup  ## run longer studies beyond the paper (hours), and add the re
 	@$(VSR1) ablations $(ALL)
 	@$(VSR1) report $(ALL)
 
-premise: setup  ## measure all baselines without a loop (an hour), and add the results to the report
-	@$(VSR1) premise $(ALL)
+premise: setup  ## measure all baselines without a loop with SEEDS (hours), and add the results to the report
+	@$(VSR1) premise --seeds $(SEEDS) $(ALL)
 	@$(VSR1) report $(ALL)
 
 exam: setup  ## test claims written in advance on freshly rendered videos, once (15 minutes), and add them to the report

@@ -186,9 +186,18 @@ def ablations(profile: Profile = "mini", seed: Seed = None, datasets: Datasets =
 
 
 @app.command()
-def premise(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None, jobs: Jobs = None):
-    """Measure all baselines without a loop, for tables P1 and P2."""
-    return _per_dataset("premise", pipeline.premise, profile, seed, datasets, jobs)
+def premise(
+    seeds: Annotated[
+        list[str] | None, Option("--seeds", metavar="N...", help="Seeds of R4; default: the profile's.")
+    ] = None,
+    profile: Profile = "mini",
+    datasets: Datasets = None,
+    seed: Seed = None,
+    jobs: Jobs = None,
+):
+    """Measure all baselines without a loop, for tables P1 to P4 and R4."""
+    work = functools.partial(pipeline.premise, numbers=_seeds(seeds))
+    return _per_dataset("premise", work, profile, seed, datasets, jobs)
 
 
 @app.command()

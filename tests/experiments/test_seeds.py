@@ -51,6 +51,16 @@ def run(tmp_path, monkeypatch):
     return run
 
 
+def add_looks(run, seed, digest):
+    """Made up answers of a system that only `make premise` looks at."""
+    folder = run.results() / "seeds" / "looks"
+    folder.mkdir(exist_ok=True)
+    content = {"seed": seed, "profile": digest, "commit": f"more-{seed}"}
+    content["looks"] = {"rocchio-ft": looks(np.random.default_rng(seed))}
+    (folder / f"charades-{seed}.json").write_text(json.dumps(content))
+    return content["looks"]["rocchio-ft"]
+
+
 def numbers(run):
     return json.loads(seeds.summarize(run).read_text())["numbers"]
 
@@ -125,6 +135,25 @@ def test_what_a_system_is_over_a_loop_is_paired_by_seed_and_query(run, name):
         if control == "vsr1":
             ends = [recorded[f"{place}/over-vsr1_{key}"]["value"] for key in ("lowest", "highest")]
             assert ends == pytest.approx([min(points), max(points)])
+
+
+def test_what_make_premise_adds_is_compared_over_the_seeds_that_it_came_to(run, capsys):
+    assert "R4/charades/rocchio-ft/over-vsr1" not in numbers(run)
+    added = {seed: add_looks(run, seed, run.digest()) for seed in (1, 3)}
+    add_looks(run, 2, "another")
+    over = numbers(run)["R4/charades/rocchio-ft/over-skip"]
+    assert (
+        "charades-2.json was run with other knobs; make it again with `make premise`"
+        in capsys.readouterr().out
+    )
+    gained = []
+    for seed, mine in added.items():
+        path = run.results() / "seeds" / f"charades-{seed}.json"
+        skip = json.loads(path.read_text())["looks"]["skip"]
+        theirs = dict(zip(skip["ids"], map(int, skip["vcmr@0.5_t3"]), strict=True))
+        gained += [int(hit) - theirs[key] for key, hit in zip(mine["ids"], mine["vcmr@0.5_t3"], strict=True)]
+    assert over["value"] == pytest.approx(100 * np.mean(gained)) and over["seeds"] == [1, 3]
+    assert over["note"] == "committed; made at more-1, more-3"
 
 
 def test_the_numbers_reach_the_report_and_not_those_of_other_knobs(run, capsys):

@@ -207,11 +207,15 @@ def ablations(profile, dataset: str) -> None:
         print(f"ablations {name} {dataset}: done", flush=True)
 
 
-def premise(profile, dataset: str) -> None:
-    """Run the baselines and bounds that `make paper` leaves out; each writes its results when it ends."""
+def premise(profile, dataset: str, numbers: list[int]) -> None:
+    """Run the baselines and bounds that `make paper` leaves out; each writes its results when it ends.
+
+    numbers  seeds with which the systems of R4 are run, none: the profile's; all else has the profile's
+    """
     from vsr1.evaluation import gallery_sizes, oracles
     from vsr1.experiments import common
     from vsr1.experiments import premise as studies
+    from vsr1.experiments import seeds as over_seeds
     from vsr1.experiments import soft_token_bound as bound
 
     def optimise(engine, texts, gallery, right):
@@ -226,6 +230,12 @@ def premise(profile, dataset: str) -> None:
     for name, measure in {"oracles": bounds, "galleries": gallery_sizes.numbers}.items():
         common.record_committed(profile, dataset, measure(profile, dataset), "premise")
         print(f"premise {name} {dataset}: done", flush=True)
+    numbers = numbers or [profile.seed]
+    seeds(profile, dataset, numbers)
+    for seed in numbers:
+        over_seeds.run_more(profile, dataset, seed)
+        over_seeds.summarize(profile)
+        print(f"premise seed {seed} {dataset}: done", flush=True)
 
 
 def exam(profile, dataset: str) -> None:

@@ -108,18 +108,25 @@ def look_numbers(profile: Profile, dataset: str, names: tuple[str, ...]) -> dict
 
 
 def rerank_numbers(profile: Profile, dataset: str) -> dict[str, Estimate]:
-    """Measure VCMR where the clearest verdict among the first k videos answers: k = T and 10 (P1).
+    """Measure VCMR where the clearest verdict among the first k videos answers (P1)."""
+    return {
+        f"P1/{dataset}/{name}/vcmr@0.5_t{profile.max_turns}": common.estimate(profile, episodes, hits)
+        for name, (episodes, hits) in reranked(profile, dataset).items()
+    }
+
+
+def reranked(profile: Profile, dataset: str) -> dict[str, tuple[list[Episode], list[bool]]]:
+    """Return {system: (episodes, hits of VCMR)} where the clearest verdict among k videos answers: k = T and 10.
 
     Whatever the verdict is, the span is the one that the reply names for `matched`.
     """
-    numbers = {}
+    answers = {}
     for name in RERANKED:
         episodes = common.run_episodes(profile, dataset, name, whole=True)
         for k in (profile.max_turns, 10):
             hits = [answers_right(clearest_turn(episode.turns[:k]), episode) for episode in episodes]
-            row = f"P1/{dataset}/{name.replace('-10-', f'-{k}-')}"
-            numbers[f"{row}/vcmr@0.5_t{profile.max_turns}"] = common.estimate(profile, episodes, hits)
-    return numbers
+            answers[name.replace("-10-", f"-{k}-")] = episodes, hits
+    return answers
 
 
 def clearest_turn(turns: tuple[Turn, ...]) -> Turn | None:

@@ -1,7 +1,8 @@
 """Train both stages again with other seeds, on the same corpora and vectors, to tell a result from luck.
 
-results/<profile>/seeds/<dataset>-<N>.json    what each system got right, query by query, and the commit that did it
-results/<profile>/seeds/numbers.json          tables R1, R2 and R4, read by `results.collect` like any other part
+results/<profile>/seeds/<dataset>-<N>.json        what each system got right, query by query, and the commit that did it
+results/<profile>/seeds/looks/<dataset>-<N>.json  the same of the systems that `make premise` adds, by videos looked at
+results/<profile>/seeds/numbers.json              tables R1, R2 and R4, read by `results.collect` like any other part
 """
 
 import json
@@ -16,14 +17,15 @@ from vsr1.data import annotations
 from vsr1.evaluation import claims, metrics
 from vsr1.evaluation.claims import CLAIMS, METRICS, VARIANTS
 from vsr1.evaluation.statistics import Estimate
-from vsr1.experiments import common, retrieval, two_stage
+from vsr1.experiments import common, premise, retrieval, two_stage
 from vsr1.loop.records import Episode
 from vsr1.models import embedding, search_index
 from vsr1.report import provenance, results
 
 CONTROLS = ("vsr1", "skip")  # the paper's loop, and the one that shows no video twice
-# With and without a loop, at equal numbers of videos (R4).
+# With and without a loop, at equal numbers of videos (R4). `make premise` adds all others of P1.
 LOOKED = (*CONTROLS, "vsr1-first", "walkdown-ft", "vsr1-walkdown", "adapter-soft-ft", "adapter-soft-vsr1")
+MORE_LOOKED = tuple(name for name in premise.MORE_SYSTEMS if name not in LOOKED)
 
 
 def run(profile: Profile, dataset: str, seed: int) -> Path:
@@ -37,10 +39,26 @@ def run(profile: Profile, dataset: str, seed: int) -> Path:
     record = {"seed": seed, "profile": profile.digest(), "commit": provenance.commit()}
     record |= claims.tally(profile, dataset, runs)
     record["hits"]["twostage"] = _two_stage_hits(seeded, dataset)
-    record["looks"] = {
-        name: look_hits(common.run_episodes(seeded, dataset, name, whole=True)) for name in LOOKED
-    }
-    path = profile.results() / "seeds" / f"{dataset}-{seed}.json"
+    record["looks"] = _looks(seeded, dataset, LOOKED)
+    return _write(profile.results() / "seeds" / f"{dataset}-{seed}.json", record)
+
+
+def run_more(profile: Profile, dataset: str, seed: int) -> Path:
+    """Do the same with the systems that `make premise` adds, and write their file of hits."""
+    seeded = replace(profile, seed=seed)
+    looks = _looks(seeded, dataset, MORE_LOOKED)
+    for name, (episodes, hits) in premise.reranked(seeded, dataset).items():
+        ids = [episode.desc_id for episode in episodes]
+        looks[name] = {"ids": ids, f"vcmr@0.5_t{profile.max_turns}": claims.digits(hits)}
+    record = {"seed": seed, "profile": profile.digest(), "commit": provenance.commit(), "looks": looks}
+    return _write(profile.results() / "seeds" / "looks" / f"{dataset}-{seed}.json", record)
+
+
+def _looks(seeded, dataset, names):
+    return {name: look_hits(common.run_episodes(seeded, dataset, name, whole=True)) for name in names}
+
+
+def _write(path, record):
     path.parent.mkdir(parents=True, exist_ok=True)
     cache.write_json(path, record)
     return path
@@ -79,7 +97,7 @@ def summarize(profile: Profile) -> Path:
         runs = read_runs(profile)
         numbers = {}
         for dataset in (name for name in profile.datasets if name in runs):
-            note = _note(runs[dataset])
+            note = _note(run["commit"] for run in runs[dataset])
             numbers |= claims.compare(profile, f"R1/{dataset}", runs[dataset], note=note)
             numbers |= mean_numbers(profile, dataset, runs[dataset])
             numbers |= look_numbers(profile, dataset, runs[dataset])
@@ -92,15 +110,28 @@ def summarize(profile: Profile) -> Path:
 
 def read_runs(profile: Profile) -> dict[str, list[dict]]:
     """Read {data set: what each seed got right}; files of other knobs are named and left out."""
-    runs = {}
-    for path in sorted((profile.results() / "seeds").glob("*-*.json")):
+    runs, folder = {}, profile.results() / "seeds"
+    more = _current(profile, folder / "looks", "premise")
+    for path, run in _current(profile, folder, "seeds").items():
+        run["families"] = {int(key): name for key, name in run["families"].items()}  # json has text keys
+        added = more.get(folder / "looks" / path.name, {"looks": {}, "commit": None})
+        run["look_commits"] = dict.fromkeys(run["looks"], run["commit"])
+        run["look_commits"] |= dict.fromkeys(added["looks"], added["commit"])
+        run["looks"] |= added["looks"]
+        runs.setdefault(path.stem.rpartition("-")[0], []).append(run)
+    return runs
+
+
+def _current(profile, folder, command):
+    """Return {path: content} of the files that were run with these knobs."""
+    files = {}
+    for path in sorted(folder.glob("*-*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         if run["profile"] == profile.digest():
-            run["families"] = {int(key): name for key, name in run["families"].items()}  # json has text keys
-            runs.setdefault(path.stem.rpartition("-")[0], []).append(run)
+            files[path] = run
         else:
-            print(f"left out: {path} was run with other knobs; make it again with `make seeds`")
-    return runs
+            print(f"left out: {path} was run with other knobs; make it again with `make {command}`")
+    return files
 
 
 def mean_numbers(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, Estimate]:
@@ -110,7 +141,9 @@ def mean_numbers(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, 
         ids = runs[0]["hits"][system]["ids"]
         for metric in (name for name in METRICS if name in runs[0]["hits"][system] and name != "vr@1_orig"):
             values = _values([run["hits"][system] for run in runs], metric, ids)
-            mean, _ = claims.mean_over_runs(profile, values, ids, runs, note=_note(runs))
+            mean, _ = claims.mean_over_runs(
+                profile, values, ids, runs, note=_note(run["commit"] for run in runs)
+            )
             numbers[f"R2/{dataset}/{system}/{metric}"] = mean
     return numbers
 
@@ -127,27 +160,31 @@ def look_numbers(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, 
     over-vsr1, over-skip   with all of them less that of each loop, paired by seed and query; of the former also the
                            lowest and the highest seed
     """
-    numbers, note = {}, _note(runs)
-    ids = runs[0]["looks"]["vsr1"]["ids"]
-
-    def values(name, metric):
-        return _values([run["looks"][name] for run in runs], metric, ids)
-
-    for name in LOOKED:
-        row = f"R4/{dataset}/{name}"
-        columns = [metric for metric in runs[0]["looks"][name] if metric != "ids"]
+    numbers, ids = {}, runs[0]["looks"]["vsr1"]["ids"]
+    for name in dict.fromkeys(name for run in runs for name in run["looks"]):
+        looked = [run for run in runs if name in run["looks"]]  # `make premise` may not have come to all
+        columns = [metric for metric in looked[0]["looks"][name] if metric != "ids"]
+        note = _note(run["look_commits"][name] for run in looked)
         for metric in columns:
-            mean, _ = claims.mean_over_runs(profile, values(name, metric), ids, runs, note=note)
-            numbers[f"{row}/{metric}"] = mean
-        for control in CONTROLS:
-            if control != name:
-                gains = values(name, columns[-1]) - values(control, columns[-1])
-                mean, _ = claims.mean_over_runs(profile, gains, ids, runs, "points", note)
-                numbers[f"{row}/over-{control}"] = mean
-                if control == "vsr1" and len(runs) > 1:
-                    by_seed = [metrics.percent(seed_gains) for seed_gains in gains]
-                    for key, value in {"lowest": min(by_seed), "highest": max(by_seed)}.items():
-                        numbers[f"{row}/over-vsr1_{key}"] = replace(mean, value=value, ci=None)
+            values = _values([run["looks"][name] for run in looked], metric, ids)
+            mean, _ = claims.mean_over_runs(profile, values, ids, looked, note=note)
+            numbers[f"R4/{dataset}/{name}/{metric}"] = mean
+        for control in (control for control in CONTROLS if control != name):
+            less = _values([run["looks"][control] for run in looked], columns[-1], ids)
+            numbers |= _gains(
+                profile, f"R4/{dataset}/{name}/over-{control}", values - less, ids, looked, note
+            )
+    return numbers
+
+
+def _gains(profile, name, gains, ids, runs, note):
+    """Estimate the mean over runs of paired gains (runs, Q) and, of those over the loop, name the extreme seeds."""
+    mean, _ = claims.mean_over_runs(profile, gains, ids, runs, "points", note)
+    numbers = {name: mean}
+    if name.endswith("over-vsr1") and len(runs) > 1:
+        by_seed = [metrics.percent(seed_gains) for seed_gains in gains]
+        for key, value in {"lowest": min(by_seed), "highest": max(by_seed)}.items():
+            numbers[f"{name}_{key}"] = replace(mean, value=value, ci=None)
     return numbers
 
 
@@ -162,5 +199,5 @@ def mean_of_datasets(profile: Profile, numbers: dict[str, Estimate]) -> dict[str
     return means
 
 
-def _note(runs):
-    return f"committed; made at {', '.join(sorted({run['commit'][:7] for run in runs}))}"
+def _note(commits):
+    return f"committed; made at {', '.join(sorted({commit[:7] for commit in commits}))}"
