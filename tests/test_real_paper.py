@@ -12,7 +12,7 @@ import yaml
 from vsr1 import config
 from vsr1.data import annotations
 from vsr1.mini import renderer, source, world
-from vsr1.report import results
+from vsr1.report import readme, results
 from vsr1.training import released_replies, sft_examples
 
 # What `paper-24gb` takes from the hub, and how much is done of everything: as in `smoke`.
@@ -101,6 +101,14 @@ def test_all_notebooks_run_in_16_bits_without_what_the_renderer_knows(made):
     rungs = {name.split("/")[2] for name in numbers if name.startswith("L1/activitynet")}
     assert "held-scaled-n4-r8" in rungs and not any(name.startswith("overfit-policy") for name in rungs)
     assert not list(clone.rglob("scenes.jsonl")) and not list(clone.rglob("*.failed.ipynb"))
+
+
+def test_the_time_of_make_paper_counts_its_steps_and_no_others(made):
+    origin = json.loads((made[0] / "results/real/provenance.json").read_text())
+    more = "galleries/of-9 seed-42/episodes/vsr1-of-9 seed-42/episodes/rocchio-ft seed-42/first/engine-tuned "
+    more += "seed-42/variants/gdpo/grpo/vsr1 seed-42/hqr seed-1/sft"
+    added = {f"activitynet/{name}": {"minutes": 1} for name in more.split()}
+    assert readme.paper_steps(origin | {"stages": origin["stages"] | added}) == origin["stages"]
 
 
 def test_a_missing_video_is_named_and_its_queries_are_failures(made):

@@ -55,11 +55,8 @@ STEPS = {  # the first part of a step's name: what it does
     "first": "adapters of queries",
     "adapter-soft": "adapters of queries",
     "interventions": "interventions",
-    "rewrites": "HQR, trained",
-    "hqr": "HQR, trained",
-    "oracles": "bounds of rewriting",
-    "galleries": "galleries of other sizes",
 }
+PAPER_VARIANTS = ("no-ret", "no-verif", "large")  # runs with other knobs; the others are of `make ablations`
 
 
 def write(profile: Profile) -> None:
@@ -169,21 +166,21 @@ def _run(profile, numbers):
     counts = Counter(numbers.verdict)
     checked = ", ".join(f"{counts[word]} {word}" for word in results.VERDICTS)
     origin = results.read(profile, "provenance")
-    minutes = sum(step["minutes"] for step in origin["stages"].values())
+    minutes = sum(step["minutes"] for step in paper_steps(origin).values())
     device = "{cpu}, {cores} cores, {memory_gb} GB".format(**origin["device"])
     return (
         f"`make paper` ends with `report: results/{profile.name}/report.html`, "
         f"and `make check` then prints `{checked}`. "
-        f"The steps of the committed run add up to {minutes:.0f} minutes, {profile.parallel_steps} at a time, "
+        f"The steps of the committed run took {minutes:.0f} minutes in all, {profile.parallel_steps} at a time, "
         f"on {device}, {origin['device']['gpu'] or 'no GPU'}, commit {origin['commit'][:7]}."
     )
 
 
 def _time(profile, _):
-    """Show minutes and most memory of the steps of the committed run by kind, and what it ran on."""
+    """Show minutes and most memory of the steps of `make paper` by kind, and what it ran on."""
     origin, minutes, memory = results.read(profile, "provenance"), Counter(), Counter()
-    for name, step in origin["stages"].items():
-        dataset, *parts = (part for part in name.split("/") if not part.startswith("seed-"))
+    for name, step in paper_steps(origin).items():
+        dataset, *parts = (part for part in name.split("/") if part != f"seed-{origin['seed']}")
         kind = STEPS.get(parts[0], parts[0])
         minutes[kind, dataset] += step["minutes"]
         memory[kind] = max(memory[kind], step["peak_mb"] / 1000)
@@ -194,6 +191,26 @@ def _time(profile, _):
     return templates.render(
         "time.txt", profile=profile, rows=rows, origin=origin, total=sum(minutes.values())
     )
+
+
+def paper_steps(origin):
+    """Return the steps of `make paper`; names tell which `make premise`, `make ablations` and `make seeds` add."""
+    systems = extra_systems()
+
+    def added(name):
+        _, *parts = (part for part in name.split("/") if part != f"seed-{origin['seed']}")
+        match parts:
+            case [seed, *_] if seed.startswith("seed-"):
+                return True
+            case ["episodes", system]:
+                return system in systems or "-of-" in system
+            case ["variants", variant, *_]:
+                return variant not in PAPER_VARIANTS
+            case ["first", adapter]:
+                return adapter not in ("adapter-vec", "adapter-soft", "vsr1")
+        return parts[0] not in STEPS and parts[0] != "corpus"
+
+    return {name: step for name, step in origin["stages"].items() if not added(name)}
 
 
 def _older(profile):

@@ -270,19 +270,22 @@ def choose_feedback(profile, dataset: str) -> float:
     """Choose the part of a rejected video's vector that `rocchio` takes off the query's.
 
     The best is what brings most validation queries whose first search failed to rank 1, in the train gallery; of equals
-    the smallest, and 0 without failures.
+    the smallest.
     """
     vectors = read_first(profile, dataset, None, "held")
     queries = [q for q in split_queries(profile, dataset)["held"] if vectors.has_video(q.video)]
     vecs, right = vectors.vecs_of([q.id for q in queries]), vectors.columns([q.video for q in queries])
-    top1 = vectors.scores(vecs).argmax(axis=1)
-    failed = top1 != right
-    if not failed.any():
-        return 0.0
+    return max(FEEDBACK, key=functools.partial(count_repaired, vectors, vecs, right))
 
-    def hits(feedback):
-        scores = vectors.scores(runner.move_away(vecs[failed], vectors.video_vecs[top1[failed]], feedback))
-        scores[np.arange(len(scores)), top1[failed]] = -np.inf  # it is not shown again
-        return (search_index.ranks(scores, right[failed]) == 1).mean()
 
-    return max(FEEDBACK, key=hits)
+def count_repaired(vectors, query_vecs: np.ndarray, right: np.ndarray, feedback: float) -> int:
+    """Count the failed searches that find the right video once part of the top video's vector is taken off.
+
+    vectors     of the gallery: its `scores` and `video_vecs`
+    query_vecs  (Q, D)
+    right       (Q,): columns of the right videos
+    """
+    top1 = vectors.scores(query_vecs).argmax(axis=1)
+    scores = vectors.scores(runner.move_away(query_vecs, vectors.video_vecs[top1], feedback))
+    scores[np.arange(len(scores)), top1] = -np.inf  # it is not shown again
+    return int(np.sum(search_index.ranks(scores, right)[top1 != right] == 1))

@@ -18,7 +18,7 @@ from vsr1.evaluation import evaluate
 from vsr1.experiments.archives import learning, search
 from vsr1.loop import hqr, records, replies, runner, sqr
 from vsr1.mini.archives import corpus, teacher
-from vsr1.models import embedding, loading, prompt_text, search_index
+from vsr1.models import embedding, loading, prompt_text
 from vsr1.training import query_adapters
 
 
@@ -98,17 +98,18 @@ def choose_feedback(profile, name: str) -> float:
     gallery = learning.open_gallery(profile, name, "train")
     _, held = learning.split_train(profile, gallery, name)
 
-    def count_hits(feedback):
-        hits = 0
-        for part, rows in gallery.by_archive(held):
-            vecs = gallery.typed([held[row] for row in rows])
-            right, top1 = part.columns([held[row].video for row in rows]), part.scores(vecs).argmax(axis=1)
-            scores = part.scores(runner.move_away(vecs, part.video_vecs[top1], feedback))
-            scores[np.arange(len(rows)), top1] = -np.inf  # it is not shown again
-            hits += int(np.sum(search_index.ranks(scores, right)[top1 != right] == 1))
-        return hits
+    def count_repaired(feedback):
+        return sum(
+            query_adapters.count_repaired(
+                part,
+                gallery.typed([held[row] for row in rows]),
+                part.columns([held[row].video for row in rows]),
+                feedback,
+            )
+            for part, rows in gallery.by_archive(held)
+        )
 
-    return max(query_adapters.FEEDBACK, key=count_hits)
+    return max(query_adapters.FEEDBACK, key=count_repaired)
 
 
 def _batches(profile, queries):
