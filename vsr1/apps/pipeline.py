@@ -233,9 +233,9 @@ def premise(profile, dataset: str, numbers: list[int]) -> None:
     numbers = numbers or [profile.seed]
     seeds(profile, dataset, numbers)
     for seed in numbers:
-        over_seeds.run_more(profile, dataset, seed)
+        for name in over_seeds.run_more(profile, dataset, seed):
+            print(f"premise seed {seed} {name} {dataset}: done", flush=True)
         over_seeds.summarize(profile)
-        print(f"premise seed {seed} {dataset}: done", flush=True)
 
 
 def exam(profile, dataset: str) -> None:

@@ -6,6 +6,7 @@ results/<profile>/seeds/numbers.json              tables R1, R2 and R4, read by 
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -39,29 +40,39 @@ def run(profile: Profile, dataset: str, seed: int) -> Path:
     record = {"seed": seed, "profile": profile.digest(), "commit": provenance.commit()}
     record |= claims.tally(profile, dataset, runs)
     record["hits"]["twostage"] = _two_stage_hits(seeded, dataset)
-    record["looks"] = _looks(seeded, dataset, LOOKED)
-    return _write(profile.results() / "seeds" / f"{dataset}-{seed}.json", record)
-
-
-def run_more(profile: Profile, dataset: str, seed: int) -> Path:
-    """Do the same with the systems that `make premise` adds, and write their file of hits."""
-    seeded = replace(profile, seed=seed)
-    looks = _looks(seeded, dataset, MORE_LOOKED)
-    for name, (episodes, hits) in premise.reranked(seeded, dataset).items():
-        ids = [episode.desc_id for episode in episodes]
-        looks[name] = {"ids": ids, f"vcmr@0.5_t{profile.max_turns}": claims.digits(hits)}
-    record = {"seed": seed, "profile": profile.digest(), "commit": provenance.commit(), "looks": looks}
-    return _write(profile.results() / "seeds" / "looks" / f"{dataset}-{seed}.json", record)
-
-
-def _looks(seeded, dataset, names):
-    return {name: look_hits(common.run_episodes(seeded, dataset, name, whole=True)) for name in names}
-
-
-def _write(path, record):
+    record["looks"] = {
+        name: look_hits(common.run_episodes(seeded, dataset, name, whole=True)) for name in LOOKED
+    }
+    path = profile.results() / "seeds" / f"{dataset}-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     cache.write_json(path, record)
     return path
+
+
+def run_more(profile: Profile, dataset: str, seed: int) -> Iterator[str]:
+    """Do the same with the systems that `make premise` adds; yield the name of each when its hits are in their file."""
+    seeded = replace(profile, seed=seed)
+    for name in MORE_LOOKED:
+        episodes = common.run_episodes(seeded, dataset, name, whole=True)
+        _add_looks(profile, dataset, seed, {name: look_hits(episodes)})
+        yield name
+    looks = {}
+    for name, (episodes, hits) in premise.reranked(seeded, dataset).items():
+        ids = [episode.desc_id for episode in episodes]
+        looks[name] = {"ids": ids, f"vcmr@0.5_t{profile.max_turns}": claims.digits(hits)}
+    _add_looks(profile, dataset, seed, looks)
+    yield "rerank"
+
+
+def _add_looks(profile, dataset, seed, looks):
+    """Add to the hits of a seed by looks; what other knobs or another commit gave goes."""
+    path = profile.results() / "seeds" / "looks" / f"{dataset}-{seed}.json"
+    record = {"seed": seed, "profile": profile.digest(), "commit": provenance.commit()}
+    with cache.updated_json(path) as content:
+        current = {name: content.get(name) for name in record} == record
+        looks = content.get("looks", {}) | looks if current else looks
+        content.clear()
+        content |= record | {"looks": looks}
 
 
 def _two_stage_hits(profile, dataset):
