@@ -1,7 +1,7 @@
 """Prefill, decode and replay with an explicit KV cache that many continuations can share."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -327,6 +327,32 @@ class Drafter:
         return guesses
 
 
+@dataclass
+class _Reply:
+    """A reply as far as it is decoded."""
+
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    watched: list[list[float]] = field(default_factory=list)
+
+    def goes_on(self, params: SamplingParams) -> bool:
+        """Return whether it takes another token."""
+        return not self.ids or (
+            self.ids[-1] != params.stop_token_id and len(self.ids) < params.max_new_tokens
+        )
+
+    def take(self, tokens, logps, watched, guesses, params: SamplingParams) -> None:
+        """Take the samples up to the first that was guessed wrongly: what is behind it was read in vain."""
+        for token, logp, others, guess in zip(tokens, logps, watched, [*guesses, None], strict=True):
+            if not self.goes_on(params):
+                return
+            self.ids.append(token)
+            self.logps.append(logp)
+            self.watched.append(others)
+            if token != guess:
+                return
+
+
 @torch.no_grad()
 def decode(
     model,
@@ -348,57 +374,44 @@ def decode(
     When more than half of the rows have ended, the others continue alone: one endless reply costs a row, not a batch.
     """
     device, start = last_hidden.device, context.attention_mask.shape[1]
-    ids, logps, watched = ([[] for _ in last_hidden] for _ in range(3))
+    replies = [_Reply() for _ in last_hidden]
     contexts = {}  # {number of a reply that has ended: the context and the row in which it was read}
-    active, guesses = list(range(len(ids))), [[] for _ in ids]  # numbers of the replies in the batch
-    positions = torch.zeros(len(ids), 1, dtype=torch.long)  # (B, L) of the next samples in their replies
+    active, guesses = list(range(len(replies))), [[] for _ in replies]  # numbers of the replies in the batch
+    positions = torch.zeros(len(replies), 1, dtype=torch.long)  # (B, L) of the next samples in their replies
     cache, hidden = inplace_cache(context), last_hidden[:, None]  # (B, L, H)
     while True:
         logp = log_probs(model.lm_head(hidden), params)  # (B, L, vocabulary)
         tokens = _sample_step(logp, draws, active, positions)  # (B, L)
         token_logps = logp.gather(2, tokens[..., None])[..., 0].tolist()
         watched_logps = logp[..., list(params.watched_tokens)].tolist()  # (B, L, W)
-        samples = zip(active, tokens.tolist(), token_logps, watched_logps, guesses, strict=True)
-        for reply, sampled, values, others, guessed in samples:
-            before = len(ids[reply])
-            for token, value, other, guess in zip(sampled, values, others, [*guessed, None], strict=True):
-                if not _goes_on(ids[reply], params):
-                    break
-                ids[reply].append(token)
-                logps[reply].append(value)
-                watched[reply].append(other)
-                if token != guess:
-                    break
-            drafter.learn(ids[reply], before)
-        open_rows = [row for row, reply in enumerate(active) if _goes_on(ids[reply], params)]
+        samples = zip(tokens.tolist(), token_logps, watched_logps, guesses, strict=True)
+        for reply, sampled in zip((replies[number] for number in active), samples, strict=True):
+            before = len(reply.ids)
+            reply.take(*sampled, params)
+            drafter.learn(reply.ids, before)
+        open_rows = [row for row, number in enumerate(active) if replies[number].goes_on(params)]
         if 2 * len(open_rows) < len(active):
             grown = _grown(context, cache, cache.layers[0][0].shape[2])
-            contexts |= {reply: (grown, row) for row, reply in enumerate(active) if row not in open_rows}
+            contexts |= {number: (grown, row) for row, number in enumerate(active) if row not in open_rows}
             if not open_rows:
                 break
             active = [active[row] for row in open_rows]
             index = torch.tensor(open_rows, device=device)
             cache = inplace_cache(grown.rows(index))
             context = Context((), context.attention_mask[index], context.last_position[index])
-        guesses = [drafter.guess(ids[reply]) if _goes_on(ids[reply], params) else [] for reply in active]
+        read = [replies[number] for number in active]
+        guesses = [drafter.guess(reply.ids) if reply.goes_on(params) else [] for reply in read]
         longest = max(map(len, guesses))
         guesses = [guess + [params.stop_token_id] * (longest - len(guess)) for guess in guesses]
-        latest = torch.tensor(
-            [[ids[reply][-1], *guess] for reply, guess in zip(active, guesses, strict=True)]
-        )
-        positions = torch.tensor([[len(ids[reply])] for reply in active]) + torch.arange(longest + 1)
+        latest = torch.tensor([[reply.ids[-1], *guess] for reply, guess in zip(read, guesses, strict=True)])
+        positions = torch.tensor([[len(reply.ids)] for reply in read]) + torch.arange(longest + 1)
         columns = (start - 1 + positions).to(device)
         embeds = model.get_input_embeddings()(latest.to(device))
         _, hidden = _read(model, context, embeds, columns, cache)
     return [
-        Generation(reply, values, *contexts[number], others)
-        for number, (reply, values, others) in enumerate(zip(ids, logps, watched, strict=True))
+        Generation(reply.ids, reply.logps, *contexts[number], reply.watched)
+        for number, reply in enumerate(replies)
     ]
-
-
-def _goes_on(ids, params):
-    """Return whether a reply takes another token."""
-    return not ids or (ids[-1] != params.stop_token_id and len(ids) < params.max_new_tokens)
 
 
 def _sample_step(logp, draws, active, positions):
