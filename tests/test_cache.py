@@ -155,6 +155,22 @@ def test_of_two_processes_with_one_target_the_second_waits(tmp_path):
     assert len(content(tmp_path / "out")) == 40
 
 
+def test_a_list_of_numbers_takes_one_line_and_every_value_comes_back(tmp_path):
+    path = tmp_path / "a.json"
+    value = {
+        "a": [1, -2.5e-7, None, True],
+        "b": [[0, 1], []],
+        "c": ["[\n 1\n]", "x"],
+        "d": [{"e": [3]}],
+        "f": [],
+    }
+    cache.write_json(path, value)
+    assert json.loads(path.read_text()) == value
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    assert '"a": [1, -2.5e-07, null, true],' in lines and "[0, 1]," in lines and '"e": [3]' in lines
+    assert '"x"' in lines  # words stay a line each
+
+
 def test_write_json_leaves_the_old_file_when_the_disk_fills(tmp_path, monkeypatch):
     path = tmp_path / "value.json"
     cache.write_json(path, {"a": 1})

@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import sys
@@ -282,8 +283,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    """Write `value` as json to `path`, complete or not at all."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write `value` as json to `path`, complete or not at all; a list of numbers takes one line."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    # A line never ends inside a string, so nothing but lists can look like this.
+    text = re.sub(r'\[\n([^]["{}]*)\n *\]', lambda numbers: f"[{' '.join(numbers[1].split())}]", text)
+    write_text(path, text + "\n")
 
 
 @contextmanager
