@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -280,6 +281,43 @@ def test_a_first_search_may_come_from_other_vectors_of_the_queries(
     episodes = read_episodes(evaluate.run_system(world, "charades", "adapter-vec-ft"))
     assert [episode.turns[0].shown_id for episode in episodes] == [query.video for query in queries]
     assert {turn.refine_kind for episode in episodes for turn in episode.turns} == {"walkdown"}
+
+
+@pytest.mark.parametrize("name", ["rocchio-ft", "rerank-10-ft", "sft-walkdown"])
+def test_looks_of_another_system_with_the_same_policy_are_not_taken_again(
+    world, search_engine, agent, name, monkeypatch
+):
+    """And give the episodes that looking again gives; the last of them takes those of a loop with soft tokens."""
+    monkeypatch.setattr(evaluate.query_adapters, "choose_feedback", lambda *_: 0.4)
+    monkeypatch.setattr(evaluate.sft, "train", lambda profile, *_: profile.policy)
+    monkeypatch.setattr(runner, "load_pair", lambda *_: (search_engine, agent))
+
+    def look(query, clip):
+        return zlib.crc32(query.encode() + clip.frames.tobytes())
+
+    def reply(_, query, clip):
+        number = look(query, clip) % 97
+        text = REJECT if number % 3 else MATCH
+        return text.replace("<think>", f"<think> {number}").replace("4.0", f"{number}.0")
+
+    def run(name, looks):
+        monkeypatch.setitem(evaluate.RECIPES, name, dataclasses.replace(recipe, looks=looks))
+        return asked(name)
+
+    def asked(name):
+        agent.requests = []
+        episodes = read_episodes(evaluate.run_system(world, "charades", name))
+        looks = {look(query, clip) for _, query, clip in agent.requests}
+        return [plain(episode) for episode in episodes], looks
+
+    agent.script, recipe = reply, evaluate.RECIPES[name]
+    shutil.rmtree(world.runs("charades") / "episodes" / recipe.looks, ignore_errors=True)
+    _, known = asked(recipe.looks)
+    again, all_looks = run(name, None)
+    shared, looks = run(name, recipe.looks)
+    assert shared == again and looks == all_looks - known
+    assert known & all_looks, "nothing was shared"
+    assert len({turn.reply.text for episode in shared for turn in episode.turns if turn.reply}) > 5
 
 
 def test_a_smaller_gallery_is_searched_under_its_own_name(world, agent, run, queries, tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def test_they_are_what_is_searched_and_our_own_are_compared_with_them(profile, r
 def test_only_released_weights_search_them_and_only_where_they_are(profile, released, monkeypatch):
     searched = []
 
-    def run(profile, run, system, weights, vectors, count, first, folder):
+    def run(profile, run, system, weights, vectors, count, first, looks, folder):
         searched.append(vectors.relative_to(profile.data_dir("charades")).as_posix())
         (folder / run_batches.EPISODES).touch()
 

@@ -24,22 +24,25 @@ class Recipe:
     policy: str | None = None  # one of STAGE_1 or a variant of stage 2; None: the profile's policy
     first: str | None = None  # how its first ranking is made, one of `query_adapters.FIRST`; None: as typed
     turns: int | None = None  # videos that it shows at most; None: the profile's
+    looks: str | None = None  # system with the same policy, whose looks are not taken again
 
 
 STAGE_1 = ("sft", "ft", "hqr")
+# {policy: the system of `make paper` that looks at most videos with it}
+LOOKED = {"sft": "sft", "ft": "walkdown-ft", "vsr1": "skip"}
 RECIPES = {
     "sft": Recipe("sqr", "sft"),
     "walkdown-ft": Recipe("walkdown", "ft"),
     **{name: Recipe("sqr", name) for name in rollout.VARIANTS},
     # Baselines without a loop (docs/premise.md): the same policies, the first ranking made another way.
-    **{f"{name}-walkdown": Recipe("walkdown", name) for name in ("sft", "vsr1")},
+    **{f"{name}-walkdown": Recipe("walkdown", name, looks=LOOKED[name]) for name in ("sft", "vsr1")},
     **{
-        f"{first}-{name}": Recipe("walkdown", name, first)
+        f"{first}-{name}": Recipe("walkdown", name, first, looks=LOOKED[name])
         for first in query_adapters.FIRST
         for name in ("ft", "vsr1")
     },
-    **{f"rocchio-{name}": Recipe("rocchio", name) for name in ("ft", "vsr1")},
-    **{f"rerank-10-{name}": Recipe("rerank", name, turns=10) for name in ("ft", "vsr1")},
+    **{f"rocchio-{name}": Recipe("rocchio", name, looks=LOOKED[name]) for name in ("ft", "vsr1")},
+    **{f"rerank-10-{name}": Recipe("rerank", name, turns=10, looks=LOOKED[name]) for name in ("ft", "vsr1")},
     # In words: learns from the rows of stage 1, in as many steps, to write what the engine ranks best.
     "hqr-trained": Recipe("hqr-reasoned", "hqr"),
     # Beyond the paper: soft tokens before the first search, then the loop, which shows no video twice.
@@ -83,6 +86,9 @@ def run_system(
         system = replace(system, feedback=query_adapters.choose_feedback(profile, dataset))
     weights = checkpoints.resolve_checkpoint(str(weights or profile.policy), profile)
     first = recipe.first and query_adapters.adapt(profile, dataset, recipe.first)
+    looks = None
+    if recipe.looks and split == "test" and (gallery or count is None):
+        looks = run_system(profile, dataset, recipe.looks).resolve()
     turns = (recipe.turns or profile.max_turns) if system.refine else 1
     rule = system.display_rule or profile.display_rule
     run = records.Run(dataset, split, name, turns, 1, profile.seed, rule)
@@ -91,6 +97,7 @@ def run_system(
         "vectors": cache.metadata(vectors).get("key"),  # of engine, videos and annotations
         "policy": loading.version(weights),
         "first": first and cache.metadata(first).get("key"),
+        "looks": looks and cache.metadata(looks.parent).get("key"),
         "run": vars(run),
         "system": list(vars(system).values()),
         "queries": [count, profile.val_fraction if split == "held" else None],
@@ -102,7 +109,7 @@ def run_system(
     folder = profile.runs(dataset) / "episodes" / file
     if not (folder / run_batches.EPISODES).exists():  # somebody deleted a damaged file
         (folder / cache.RECORD).unlink(missing_ok=True)
-    work = functools.partial(run_batches.run, profile, run, system, weights, vectors, count, first)
+    work = functools.partial(run_batches.run, profile, run, system, weights, vectors, count, first, looks)
     cache.build(folder, inputs, work, distributed=True)
     link = folder.with_name(f"{file}.jsonl")
     if cache.dist_state().is_main_process:

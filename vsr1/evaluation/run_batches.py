@@ -13,7 +13,15 @@ SPLITS = {"test": "test", "held": "train"}  # the corpus that a split's queries 
 
 
 def run(
-    profile, record: records.Run, system, weights: str, vectors: Path, count, first: Path | None, folder: Path
+    profile,
+    record: records.Run,
+    system,
+    weights: str,
+    vectors: Path,
+    count,
+    first: Path | None,
+    looks: Path | None,
+    folder: Path,
 ) -> None:
     """Fill `folder` with episodes.jsonl and notes.json, `eval_batch` queries at a time.
 
@@ -24,6 +32,7 @@ def run(
     vectors  folder of the vectors of the gallery and the queries
     count    how many queries, spread evenly; None: all
     first    folder of other vectors of the queries, for the first search (`query_adapters.adapt`); None: as typed
+    looks    episodes of another system with the same policy: what it looked at is known
     """
     ranks, queries = cache.dist_state(), read_queries(profile, record, count)
     vectors = search_index.load_vectors(vectors, first and first / f"{record.split}.npz")
@@ -32,7 +41,8 @@ def run(
         runner.warn_engine_mismatch(engine, vectors, queries)
     with clip_cache.open_clips(profile, record.dataset, vectors.video_ids) as clips:
         knobs = replace(profile, max_turns=record.max_turns)
-        functions = runner.EpisodeRunner(knobs, system, engine, policy, vectors, clips)
+        known = looks and records.known_looks(records.read_episodes(looks))
+        functions = runner.EpisodeRunner(knobs, system, engine, policy, vectors, clips, known)
         record = replace(record, carry_blocks=functions.carry, reuse=functions.carry == 1)
         size = profile.eval_batch
         batches = [queries[start : start + size] for start in range(0, len(queries), size)]

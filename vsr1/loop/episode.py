@@ -170,6 +170,7 @@ def _verified_turn(episode, t, video, verification):
         verify_cost=verification.cost,
         verdict_margin=verification.margin,
         forced_span_ms=moments.span_ms(_clamp(verification.forced_span, seconds)),
+        video_seconds=seconds,
     )
 
 

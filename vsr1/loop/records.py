@@ -119,6 +119,7 @@ class Turn:
     reused: bool = False  # an earlier turn of this episode, recorded again: nothing was computed
     verdict_margin: float | None = None  # log P(matched) - log P(not_matched), nats; None: no verdict
     forced_span_ms: tuple[int, int] | None = None
+    video_seconds: float | None = None  # length of the shown video; None: unknown
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,24 @@ class Episode:
 def with_refined_ranking(turn: Turn, ranking: Ranking) -> Turn:
     """Return `turn` with all its fields that say what the refined search found."""
     return replace(turn, rank_out=ranking.rank, ties_out=ranking.ties, top1_out=ranking.top[0])
+
+
+def known_looks(episodes: list[Episode]) -> dict[tuple[int, str], Verification]:
+    """Return {(query, video): what the policy made of it} of all turns; each `state` is that of a video alone.
+
+    A greedy reply rests on the query as typed and the video alone, so another system with the same policy need not
+    look again. What it cost is what it cost then.
+    """
+    looks = {}
+    for episode in episodes:
+        for turn in (turn for turn in episode.turns if turn.reply is not None and not turn.reused):
+            span = turn.forced_span_ms and tuple(time / 1000 for time in turn.forced_span_ms)
+            cost, margin = turn.verify_cost, turn.verdict_margin
+            look = Verification(
+                turn.reply, turn.video_seconds, cost, margin, span, (None, None, turn.shown_id)
+            )
+            looks[episode.desc_id, turn.shown_id] = look
+    return looks
 
 
 # --- Files

@@ -49,6 +49,9 @@ SYSTEMS = {
 }
 
 
+NEEDS_NO_STATE = (None, "walkdown", "rocchio")  # to refine, but for the id of the video
+
+
 def find_system(name: str) -> System:
     """Return the system of SYSTEMS called `name`. Raises InputError."""
     if name not in SYSTEMS:
@@ -67,7 +70,15 @@ class QueryState:
 class EpisodeRunner:
     """Engine, policy and videos as the functions that the loop is handed: `search`, `ask`, `refine`."""
 
-    def __init__(self, profile, system: System, engine, policy, vectors, clips: clip_cache.ClipCache):
+    def __init__(
+        self, profile, system: System, engine, policy, vectors, clips: clip_cache.ClipCache, known=None
+    ):
+        """Hold them ready; `known` has looks of the same policy that are not taken again, as of `records.known_looks`.
+
+        They hold no KV cache and no frames, which sqr and hqr refine from.
+        """
+        assert not known or system.refine in NEEDS_NO_STATE, system
+        self.known = known or {}
         self.system, self.vectors, self.clips = system, vectors, clips
         self.engine, self.policy = engine, policy
         self.max_new_tokens, self.top_k = profile.max_new_tokens, profile.max_turns + 1
@@ -107,7 +118,15 @@ class EpisodeRunner:
         return tuple(v for v in top if v != query.video) if self.system.first == "wrong" else top
 
     def ask(self, pairs) -> list[Verification]:
-        """Let the policy verify and ground each query in its video; decoding the video is not in the seconds."""
+        """Let the policy verify and ground each query in its video, where that is not known."""
+        keys = [(query.id, video) for query, video in pairs]
+        unknown = [pair for key, pair in zip(keys, pairs, strict=True) if key not in self.known]
+        looks = iter(self._look(unknown) if unknown else [])
+        verifications = [self.known[key] if key in self.known else next(looks) for key in keys]
+        return verifications if self.system.accepts else list(map(_rejection, verifications))
+
+    def _look(self, pairs):
+        """Show each video to the policy; decoding it is not in the seconds."""
         clips = self.clips.get([video for _, video in pairs])
         readable = [row for row, clip in enumerate(clips) if clip.problem is None]
         prompts = [self.policy.prompt(self.prompt, pairs[row][0].text, clips[row]) for row in readable]
@@ -127,7 +146,7 @@ class EpisodeRunner:
                 forced_span=span,
                 state=(context, clips[row], pairs[row][1]),
             )
-        return verifications if self.system.accepts else list(map(_rejection, verifications))
+        return verifications
 
     def _forced_spans(self, pairs, prompts, completions):
         """Return the span that each reply would name if it accepted; None unless it rejects the right video."""
