@@ -23,9 +23,10 @@ WORDS = {  # of a claim of the paper, of a control: interval on the claimed side
 }
 LEVEL = 0.05
 # Systems that may look at three videos, and what they are compared by: (table, system, metric).
-LOOP, NO_REPEAT, FT, FALLBACK, TOKENS, TOKENS_FIRST = (
-    ("P1", system, "vcmr@0.5_t3")
-    for system in ("vsr1", "skip", "walkdown-ft", "vsr1-walkdown", "adapter-soft-vsr1", "vsr1-first")
+LOOP, NO_REPEAT, TOKENS_FIRST = (("P1", name, "vcmr@0.5_t3") for name in ("vsr1", "skip", "vsr1-first"))
+FT, FALLBACK, TOKENS, LINEAR, TUNED = (
+    ("P1", name, "vcmr@0.5_t3")
+    for name in ("walkdown-ft", "vsr1-walkdown", "adapter-soft-vsr1", "adapter-vec-ft", "engine-tuned-ft")
 )
 LOOP_END, REFINED = ("P1", "vsr1", "vr@1"), ("P2", "sqr", "vr@1")
 ANSWERS = {  # question: (a system, its control)
@@ -57,6 +58,22 @@ ANSWERS = {  # question: (a system, its control)
         LOOP,
     ),
     "The same, against the loop that shows no video twice (VCMR, three videos)": (TOKENS_FIRST, NO_REPEAT),
+    "A linear map of the query's vector, with rank fallback, against the loop (VCMR, three videos)": (
+        LINEAR,
+        LOOP,
+    ),
+    "A linear map, with rank fallback, against the loop that shows no video twice (VCMR, three videos)": (
+        LINEAR,
+        NO_REPEAT,
+    ),
+    "The same, against soft tokens first, then the loop that shows no video twice (VCMR, three videos)": (
+        LINEAR,
+        TOKENS_FIRST,
+    ),
+    "The engine's text side tuned, with rank fallback, against that loop (VCMR, three videos)": (
+        TUNED,
+        TOKENS_FIRST,
+    ),
     "Shown a random wrong video, against the rejected one (R@1 after a refinement)": (
         ("P2", "sqr-other-video", "vr@1"),
         REFINED,
