@@ -295,9 +295,12 @@ def against(numbers: pd.DataFrame, dataset: str, first, other) -> str:
     pair = [results.best_row(numbers, table, dataset, *key) for table, *key in (first, other)]
     if any(entry is None for entry in pair):
         return "MISSING"
-    text = f"{digits(pair[0]['value'])} against {digits(pair[1]['value'])}"
     gain = results.best_row(numbers, first[0], dataset, first[1], f"over-{other[1]}")
-    return text if gain is None else f"{text}: {points(gain)} {side(gain)}"
+    if gain is None:
+        return f"{digits(pair[0]['value'])} against {digits(pair[1]['value'])}"
+    # Over the seeds of the first: the other one may have been run with more.
+    values = digits(pair[0]["value"]), digits(pair[0]["value"] - gain["value"])
+    return f"{values[0]} against {values[1]}: {points(gain)} {side(gain)}"
 
 
 def side(gain) -> str:
@@ -314,6 +317,8 @@ def basis(profile: Profile, numbers: pd.DataFrame) -> str:
     measured = [dataset for dataset in profile.datasets if (rows.dataset == dataset).any()]
     where = "" if measured == list(profile.datasets) else f" on {', '.join(measured)}"
     means = f"VCMR{where}: means over seeds {', '.join(map(str, seeds))}, whose intervals draw seeds too."
+    fewer = sorted({row.system for row in rows.itertuples() if {*row.seeds} != {*seeds}})
+    means += f" Over fewer of them: {', '.join(fewer)}." if fewer else ""
     return f"{means} All else: seed {profile.seed}."
 
 

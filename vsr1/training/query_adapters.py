@@ -39,7 +39,7 @@ RECIPES = {
     "engine-tuned": ((0.25, 1), (1.0, 1)),
 }
 # Ours: parts of the rejected video's vector that `rocchio` chooses from.
-FEEDBACK = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+FEEDBACK = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 KNOBS = sft.KNOBS + sft.RETRIEVAL_KNOBS + ("max_query_tokens", "instruction")
 
 
