@@ -159,6 +159,7 @@ def agent_run(run):
             numbers[f"P3/{dataset}/vsr1/{level}"] = results.Estimate(50.0 - 10 * place, **spread)
         series |= {f"V5/{dataset}/{system}/roc": [[0, 0], [10, 60], [100, 100]] for system in plots.STAGES}
         names = ("V4/{}/vsr1/stated", "V4/{}/sft/shown_shirt", "V4/{}/vsr1/false_yes_object")
+        names += ("P1/{}/walkdown-ft/vcmr@0.5_t3", "P1/{}/skip/vcmr@0.5_t3", "P1/{}/hqr-fixed-ft/vcmr@0.5_t3")
         names += ("V5/{}/vsr1/accept_wrong", "V5/{}/vsr1/accept_right", "V5/{}/sft/accept_right")
         numbers |= {name.format(dataset): results.Estimate(30.0, **spread) for name in names}
         for name in ("F4/{}/vsr1/d0", "F4/{}/vsr1/d8", "F5/{}/vsr1/vcmr@0.5_t1", "A2/{}/sqr/vr@1_small"):
@@ -190,6 +191,19 @@ def test_a_system_stands_above_what_the_first_search_found_in_each_gallery(agent
     drawn = {line.get_label(): sorted(zip(*line.get_data(), strict=True)) for line in axes.lines}
     assert drawn[plots.GROWN["vsr1"][0]] == [(30.0, 30.0), (50.0, 40.0), (70.0, 50.0)]
     assert drawn[plots.GROWN["hqr-trained"][0]] == [], "not measured: no point, and none at 0"
+
+
+def test_systems_at_equal_looks_stand_over_seeds_where_they_were_run_and_those_without_a_number_nowhere(
+    agent_run,
+):
+    seeds = {"R4/didemo/skip/vcmr@0.5_t3": results.Estimate(44.0, 9, (40.0, 48.0), (1, 42))}
+    results.record(agent_run, "didemo", "seeds", seeds)
+    (axes,) = plots.equal_looks(results.collect(agent_run), {}, ["didemo"]).axes
+    labels = ["the loop, no video twice", "query as typed", "best fixed wording"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == labels
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [dot.get_xdata()[0] for dot in dots] == [44.0, 30.0, 30.0]
+    assert [dot.get_color() for dot in dots] == [plots.BLUE, plots.BLACK, plots.BLACK]
 
 
 def test_a_refinement_without_a_number_has_no_line(agent_run):

@@ -162,16 +162,20 @@ def _bars(axes, numbers, datasets, table, bars):
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=min(3, len(bars)))
 
 
+COLOURS = dict.fromkeys(("sqr", "sqr-untrained", "vsr1", "skip", "vsr1-first"), BLUE)
+COLOURS |= dict.fromkeys([f"hqr-{kind}" for kind in ("blind", "seen", "reasoned", "trained")], GREY)
+
+
 def _dots(axes, numbers, table, dataset, systems, metric, before=None, shift=0.0, colour=None, **props):
     """Draw a row per system, the first on top: its value with interval, and hollow what it was before.
 
     systems   {system: label}
     before    metric of the value before
-    colour    of all of them; None: SQR blue, HQR grey, others black
+    colour    of all of them; None: that of COLOURS, else black
     """
     for row, system in enumerate(systems):
-        row_colour = colour or {"sqr": BLUE, "hqr": GREY}.get(system[:3], BLACK)
-        entry, y = results.row(numbers, table, dataset, system, metric), row + shift
+        row_colour = colour or COLOURS.get(system, BLACK)
+        entry, y = results.best_row(numbers, table, dataset, system, metric), row + shift
         if entry is None:
             continue
         if entry.low is not None:
@@ -417,6 +421,39 @@ def interventions(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> F
     return figure
 
 
+LOOPS = {"vsr1": "the loop", "skip": "the loop, no video twice", "vsr1-first": "the same, soft tokens first"}
+EQUAL_LOOKS = {
+    "hqr-trained": "the loop in trained words",
+    **LOOPS,
+    "rocchio-ft": "Rocchio",
+    "walkdown-ft": "query as typed",
+    "hqr-fixed-ft": "best fixed wording",
+    "adapter-static-ft": "same soft tokens for all",
+    "adapter-soft-ft": "soft tokens, no look",
+    "adapter-vec-ft": "linear map of its vector",
+    "engine-tuned-ft": "engine's text side tuned",
+    "rerank-3-ft": "clearest verdict of 3",
+    "rerank-10-ft": "clearest verdict of 10",
+}
+
+
+def equal_looks(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:
+    """Draw VCMR at three videos, a row a system: loops, then FT down the ranking of a query that never saw a video."""
+    rows = {
+        system: label
+        for system, label in EQUAL_LOOKS.items()
+        if any(results.best_row(numbers, "P1", name, system, "vcmr@0.5_t3") is not None for name in datasets)
+    }
+    figure, (panels,) = _facets(datasets, height=4.4, sharex=True, sharey=True)
+    for axes, dataset in zip(panels, datasets, strict=True):
+        _dots(axes, numbers, "P1", dataset, rows, "vcmr@0.5_t3")
+    panels[len(datasets) // 2].set_xlabel("VCMR at IoU 0.5, %")
+    handles = [Line2D([], [], color=BLUE, marker="o", linestyle="", label="soft tokens, a loop")]
+    handles += [Line2D([], [], color=GREY, marker="o", linestyle="", label="words, a loop")]
+    handles += [Line2D([], [], color=BLACK, marker="o", linestyle="", label="no loop: FT down one ranking")]
+    return _legend(figure, handles, 3)
+
+
 GROWN = {"vsr1-walkdown": ("query as typed, rank fallback", BLACK, "s--")}
 GROWN |= {"adapter-soft-vsr1": ("soft tokens without a loop, rank fallback", ORANGE, "^-")}
 GROWN |= {"hqr-trained": ("rewriting in words, trained, the loop", GREY, "D-")}
@@ -652,6 +689,7 @@ FIGURES = {  # figure: (number or series without which a data set is left out, h
     "F4": ("F4/{}/vsr1/d0", soft_tokens),
     "F5": ("F5/{}/vsr1/vcmr@0.5_t1", turn_counts),
     "A2": ("A2/{}/sqr/vr@1_small", engines),
+    "P1": ("P1/{}/walkdown-ft/vcmr@0.5_t3", equal_looks),
     "P3": ("P3/{}/typed/test", gallery_sizes),
     "H1": ("H1/{}/zs/vr@1", headroom),
     "H2": ("H2/{}/zs/vr@k", retrieval_curves),
