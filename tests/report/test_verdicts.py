@@ -52,8 +52,8 @@ def test_an_answer_to_the_premise_is_over_seeds_where_they_were_run_and_the_page
     words = verdicts.against(frame(numbers), "didemo", *pair)
     assert words == "44.0 against 39.6: +4.4 (+1.0 to +9.0) ahead"
     assert verdicts.basis(profile, frame(numbers)).startswith("VCMR on didemo: means over seeds 1, 2, 42,")
-    fewer = {"R4/didemo/rocchio-ft/vcmr@0.5_t3": Estimate(50.0, 9, seeds=(1, 42))}
-    assert " Over fewer of them: rocchio-ft. All else" in verdicts.basis(profile, frame(numbers | fewer))
+    fewer = {"R4/didemo/adapter-vec-ft/vcmr@0.5_t3": Estimate(50.0, 9, seeds=(1, 42))}
+    assert " Over fewer of them: adapter-vec-ft. All else" in verdicts.basis(profile, frame(numbers | fewer))
     one_seed = frame({name: number for name, number in numbers.items() if name[0] == "P"})
     assert verdicts.against(one_seed, "didemo", *pair) == "40.0 against 36.0: +4.0 (+1.0 to +9.0) ahead"
     assert verdicts.basis(profile, one_seed) == "Seed 42."

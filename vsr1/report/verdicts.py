@@ -310,7 +310,8 @@ def side(gain) -> str:
 
 def basis(profile: Profile, numbers: pd.DataFrame) -> str:
     """Say which seeds the answers to the premise rest on."""
-    rows = numbers[numbers.table == "R4"]
+    answering = {system for pair in ANSWERS.values() for table, system, _ in pair if table == "P1"}
+    rows = numbers[(numbers.table == "R4") & numbers.system.isin(answering)]
     if rows.empty:
         return f"Seed {profile.seed}."
     seeds = sorted({seed for row in rows.seeds for seed in row})
