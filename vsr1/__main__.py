@@ -26,6 +26,7 @@ Datasets = Annotated[
     Option("--datasets", "--dataset", help="Any of charades didemo activitynet; default: the profile's."),
 ]
 Dataset = Annotated[str, Option("--dataset", metavar="NAME", help="One of charades, didemo and activitynet.")]
+Seeds = Annotated[list[str] | None, Option("--seeds", metavar="N...", help="Seeds; default: the profile's.")]
 Jobs = Annotated[
     int | None, Option("--jobs", min=1, help="Number of steps to run at once; default: the profile's.")
 ]
@@ -187,9 +188,7 @@ def ablations(profile: Profile = "mini", seed: Seed = None, datasets: Datasets =
 
 @app.command()
 def premise(
-    seeds: Annotated[
-        list[str] | None, Option("--seeds", metavar="N...", help="Seeds of R4; default: the profile's.")
-    ] = None,
+    seeds: Seeds = None,
     profile: Profile = "mini",
     datasets: Datasets = None,
     seed: Seed = None,
@@ -209,9 +208,7 @@ def exam(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None
 @app.command()
 def archives(
     profile: Profile = "archives",
-    seeds: Annotated[
-        list[str] | None, Option("--seeds", metavar="N...", help="Seeds; default: the profile's.")
-    ] = None,
+    seeds: Seeds = None,
     cells: Annotated[
         list[str] | None, Option(help="Any of same-whole same-half casts-whole casts-half; default: all.")
     ] = None,

@@ -555,11 +555,12 @@ def test_vectors_are_computed_before_a_system_runs_on_them(world, search_engine,
 
 def test_two_processes_may_link_the_same_episodes(tmp_path):
     """The second finds the link of the first, whatever it saw before."""
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        evaluate._link(tmp_path / "zs.jsonl", f"{name}/episodes.jsonl")
-        assert os.readlink(tmp_path / "zs.jsonl") == f"{name}/episodes.jsonl"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second", "zs.jsonl"]
+    (tmp_path / "zs").mkdir()
+    (tmp_path / "zs.jsonl").symlink_to("elsewhere")
+    for _ in range(2):
+        assert evaluate._link(tmp_path / "zs") == tmp_path / "zs.jsonl"
+        assert os.readlink(tmp_path / "zs.jsonl") == "zs/episodes.jsonl"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["zs", "zs.jsonl"]
 
 
 def test_a_policy_without_heads_is_not_evaluated_with_random_ones(world, search_engine, agent, monkeypatch):

@@ -86,9 +86,9 @@ def run_system(
         system = replace(system, feedback=query_adapters.choose_feedback(profile, dataset))
     weights = checkpoints.resolve_checkpoint(str(weights or profile.policy), profile)
     first = recipe.first and query_adapters.adapt(profile, dataset, recipe.first)
-    looks = None
-    if recipe.looks and split == "test" and (gallery or count is None):
-        looks = run_system(profile, dataset, recipe.looks).resolve()
+    # Of all test queries, so a sample alone would cost more than it saves.
+    shares = recipe.looks and split == "test" and (gallery or count is None)
+    looks = run_system(profile, dataset, recipe.looks).resolve() if shares else None
     turns = (recipe.turns or profile.max_turns) if system.refine else 1
     rule = system.display_rule or profile.display_rule
     run = records.Run(dataset, split, name, turns, 1, profile.seed, rule)
@@ -111,10 +111,7 @@ def run_system(
         (folder / cache.RECORD).unlink(missing_ok=True)
     work = functools.partial(run_batches.run, profile, run, system, weights, vectors, count, first, looks)
     cache.build(folder, inputs, work, distributed=True)
-    link = folder.with_name(f"{file}.jsonl")
-    if cache.dist_state().is_main_process:
-        _link(link, Path(file) / run_batches.EPISODES)
-    return link
+    return _link(folder)
 
 
 def trained_weights(profile, dataset: str, name: str) -> tuple[str, str | None]:
@@ -132,9 +129,12 @@ def trained_weights(profile, dataset: str, name: str) -> tuple[str, str | None]:
     return recipe.like, str(stage.train(profile, dataset, recipe.policy))
 
 
-def _link(link, target):
-    """Point `link` at `target`; another process may do the same at the same time."""
-    scratch = link.with_name(f".{link.name}.{os.getpid()}")
-    scratch.unlink(missing_ok=True)
-    scratch.symlink_to(target)
-    os.replace(scratch, link)
+def _link(folder):
+    """Point <folder>.jsonl at the episodes and return it; another process may do the same at the same time."""
+    link = folder.with_name(f"{folder.name}.jsonl")
+    if cache.dist_state().is_main_process:
+        scratch = link.with_name(f".{link.name}.{os.getpid()}")
+        scratch.unlink(missing_ok=True)
+        scratch.symlink_to(Path(folder.name) / run_batches.EPISODES)
+        os.replace(scratch, link)
+    return link
