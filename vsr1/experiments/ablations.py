@@ -52,6 +52,9 @@ LONGER = {  # B1
     # Controls: a policy that moves as far for no reason, and stage 1 continued on the prompts of stage 2.
     "shuffled": Variant({"shuffle_advantages": True}),
     "sft-more": Variant(recipe="sft-more"),
+    # What stage 2 might do with more of it: of its steps, and of the gradient that teaches it to search.
+    "long": Variant({"grpo_steps": 60}),
+    "infonce": Variant({"grpo_infonce_weight": 0.1}),
     "single": Variant(recipe="vsr1-single"),
     "m1": Variant(recipe="m1"),
     "m3": Variant(recipe="m3"),
