@@ -21,8 +21,9 @@ def vectors_of(count, rng):
 def run(tmp_path, monkeypatch):
     rng, stored = np.random.default_rng(0), {}
     load = lambda profile, dataset, split: stored.setdefault(  # noqa: E731
-        (dataset, split), vectors_of(12 if split == "train" else 3, rng)
+        (dataset, split), vectors_of(3 if split == "train" else 12, rng)
     )
+    # Fewer train videos than test videos, as in the profiles: a later block may be shorter than the first.
     monkeypatch.setattr(gallery_growth, "_load", load)
     monkeypatch.setattr(gallery_growth, "BLOCK", 50)  # several blocks
     return fake_profile(tmp_path, monkeypatch)
@@ -40,12 +41,12 @@ def test_a_gallery_grows_by_what_is_real_first(run):
     test = gallery_growth._load(run, "didemo", "test")
     whole = grown(run, test)
     sizes = {name: len(vecs) for name, vecs in whole.items()}
-    assert sizes == {"own": 3, "train": 15, "all": 45, "made": 300}
+    assert sizes == {"own": 12, "train": 15, "all": 45, "made": 1200}
     assert {f"vr@{k}_{name}" for k in (1, 10) for name in sizes} == results.layouts()["B3"]["metrics"].keys()
     alone = grown(dataclasses.replace(run, datasets=("didemo",)), test)
-    assert {name: len(vecs) for name, vecs in alone.items()} == {"own": 3, "train": 15, "made": 300}
+    assert {name: len(vecs) for name, vecs in alone.items()} == {"own": 12, "train": 15, "made": 1200}
     for vecs in whole.values():
-        assert np.array_equal(vecs[:3], test.video_vecs)
+        assert np.array_equal(vecs[:12], test.video_vecs)
         assert np.allclose(np.linalg.norm(vecs, axis=1), 1)
 
 
@@ -55,7 +56,7 @@ def test_made_up_videos_are_those_of_one_draw(run):
     whole = grown(run, test)
     real = whole["train"]
     nearest = (real @ real.T - 2 * np.eye(len(real))).argmax(axis=1)
-    start, pair = rng.integers(0, len(real), (2, 300 - 45))
+    start, pair = rng.integers(0, len(real), (2, 1200 - 45))
     moved = real[start] + real[pair] - real[nearest[pair]]
     assert np.array_equal(whole["made"][45:], moved / np.linalg.norm(moved, axis=1, keepdims=True))
 
@@ -63,7 +64,7 @@ def test_made_up_videos_are_those_of_one_draw(run):
 def test_ranks_in_blocks_are_those_in_the_whole_gallery(run):
     test, rng = gallery_growth._load(run, "didemo", "test"), np.random.default_rng(1)
     queries = {name: vectors_of(9, rng).video_vecs for name in ("none", "sqr")}
-    right = np.arange(9) % 3
+    right = np.arange(9) + 3
     blocks = gallery_growth.galleries(run, "didemo", test)
     ranks, clear = dict(gallery_growth.growing_ranks(queries, blocks, right)), []
     for name, vecs in grown(run, test).items():

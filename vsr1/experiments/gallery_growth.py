@@ -96,7 +96,8 @@ def growing_ranks(
         for block in blocks:
             for system, vecs in queries.items():
                 scores = vecs @ block.T  # (Q, V)
-                scores_right.setdefault(system, scores[np.arange(len(right)), right])
+                if system not in scores_right:
+                    scores_right[system] = scores[np.arange(len(right)), right]
                 ranks[system] += (scores > scores_right[system][:, None]).sum(axis=1)
         yield name, {system: values.copy() for system, values in ranks.items()}
 
