@@ -162,13 +162,25 @@ def test_search_gives_the_ranks_of_a_sort_and_nothing_for_a_video_without_vector
     assert (ranking.rank, ranking.ties, ranking.top) == (67, 32, ("v2", "v5", "v8", "v11"))
 
 
-@pytest.mark.parametrize(("blocks", "turns", "n"), [(1, 3, 3), (2, 3, 3), (3, 4, 3), (1, 3, 1)])
+@pytest.mark.parametrize(
+    ("system", "trained", "blocks", "turns", "n"),
+    [
+        ("sqr", 1, 1, 3, 3),
+        ("sqr", 2, 2, 3, 3),
+        ("sqr", 3, 3, 4, 3),
+        ("sqr", 1, 1, 3, 1),
+        ("sqr-all", 1, 4, 4, 3),
+    ],
+)
 def test_a_soft_query_of_the_loop_is_the_one_made_by_hand_for_one_row(
-    world, search_engine, agent, run, read, queries, blocks, turns, n
+    world, search_engine, agent, run, read, queries, system, trained, blocks, turns, n
 ):
-    """Turn by turn, one query alone: prompt, replay, latents, engine, ranks by a sort."""
-    agent.settings = dataclasses.replace(agent.settings, carry_blocks=blocks, n_soft=n)
-    episodes = run(agent, "sqr", max_turns=turns)
+    """Turn by turn, one query alone: prompt, replay, latents, engine, ranks by a sort.
+
+    blocks  the soft tokens of how many turns stand in a query; `trained`, of how many its policy learned with
+    """
+    agent.settings = dataclasses.replace(agent.settings, carry_blocks=trained, n_soft=n)
+    episodes = run(agent, system, max_turns=turns)
     vectors = search_index.load_vectors(world.data_dir("charades") / "embed" / "engine" / "test")
     films = world.data_dir("charades") / "videos"
     assert len(episodes) == len(queries) > 6 and {episode.stop_reason for episode in episodes} == {"budget"}

@@ -43,6 +43,8 @@ RECIPES = {
     },
     **{f"rocchio-{name}": Recipe("rocchio", name, looks=LOOKED[name]) for name in ("ft", "vsr1")},
     **{f"rerank-10-{name}": Recipe("rerank", name, turns=10, looks=LOOKED[name]) for name in ("ft", "vsr1")},
+    # Soft tokens of all turns stay in the query.
+    **{f"{name}-all": Recipe("sqr-all", name) for name in ("sft", "vsr1")},
     # In words: learns from the rows of stage 1, in as many steps, to write what the engine ranks best.
     "hqr-trained": Recipe("hqr-reasoned", "hqr"),
     # Beyond the paper: soft tokens before the first search, then the loop, which shows no video twice.

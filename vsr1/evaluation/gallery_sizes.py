@@ -20,7 +20,7 @@ from vsr1.models import embedding, search_index
 from vsr1.training import query_adapters
 
 # The policy of both stages judges and grounds in all, but for the one whose rewriting in words is trained.
-SYSTEMS = ("vsr1-walkdown", "adapter-soft-vsr1", "hqr-trained", "vsr1")
+SYSTEMS = ("vsr1-walkdown", "adapter-soft-vsr1", "hqr-trained", "vsr1", "vsr1-all")
 LEVELS = ("asked", "x2", "x4", "test", "train")
 QUERIES = 400  # ours, at most, spread evenly: about as many as the mini test splits have
 

@@ -28,8 +28,9 @@ from vsr1.training import grpo, query_adapters
 FIRST = ("adapter-vec", "adapter-soft", "vsr1")
 SYSTEMS = ("vsr1-first",)
 LOOP = ("walkdown-ft", "sft", "vsr1", "skip")  # what is run anyway; "skip": the loop, no video twice (ours)
+ALL_TOKENS = ("vsr1-all", "sft-all")  # loops that keep the soft tokens of all turns (ours)
 MORE_FIRST = tuple(name for name in query_adapters.FIRST if name not in FIRST)
-MORE_SYSTEMS = tuple(
+MORE_SYSTEMS = ALL_TOKENS + tuple(
     name
     for name, recipe in evaluate.RECIPES.items()
     if (recipe.first or recipe.policy == "hqr" or recipe.like in ("walkdown", "rocchio"))

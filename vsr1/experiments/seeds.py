@@ -23,10 +23,11 @@ from vsr1.loop.records import Episode
 from vsr1.models import embedding, search_index
 from vsr1.report import provenance, results
 
-# The paper's loop, the one that shows no video twice, and that one with soft tokens before the first search.
-CONTROLS = ("vsr1", "skip", "vsr1-first")
+# The loop, the one that shows no video twice, and that one with soft tokens before the first search.
+LOOPS = ("vsr1", "skip", "vsr1-first")
+CONTROLS = (*LOOPS, "vsr1-all")  # and the one that keeps all soft tokens
 # With and without a loop, at equal numbers of videos (R4). `make premise` adds all others of P1.
-LOOKED = (*CONTROLS, "walkdown-ft", "vsr1-walkdown", "adapter-soft-ft", "adapter-soft-vsr1")
+LOOKED = (*LOOPS, "walkdown-ft", "vsr1-walkdown", "adapter-soft-ft", "adapter-soft-vsr1")
 MORE_LOOKED = tuple(name for name in premise.MORE_SYSTEMS if name not in LOOKED)
 
 
@@ -181,7 +182,9 @@ def look_numbers(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, 
             values = _values([run["looks"][name] for run in looked], metric, ids)
             mean, _ = claims.mean_over_runs(profile, values, ids, looked, note=note)
             numbers[f"R4/{dataset}/{name}/{metric}"] = mean
-        for control in (control for control in CONTROLS if control != name):
+        for control in CONTROLS:
+            if control == name or any(control not in run["looks"] for run in looked):
+                continue
             less = _values([run["looks"][control] for run in looked], columns[-1], ids)
             numbers |= _gains(
                 profile, f"R4/{dataset}/{name}/over-{control}", values - less, ids, looked, note

@@ -30,6 +30,7 @@ class System:
     # What the first search shows: "ranked", or the oracle video: "right", or "wrong", the best wrong one.
     first: str = "ranked"
     append_refine: bool = False  # <REFINE> ends every reply: for heads of a model that never says it
+    keep_all: bool = False  # of sqr: soft tokens of all turns stay in the query, however its policy was trained
     accepts: bool = True  # False: every verdict counts as a rejection, for a choice among all that was shown
     feedback: float = 0.0  # of rocchio: how much of a rejected video's vector is taken off the query's
 
@@ -41,6 +42,7 @@ SYSTEMS = {
     "rocchio": System("rocchio", display_rule="skip_rejected", feedback=0.5),
     "sqr": System("sqr"),
     "sqr-skip": System("sqr", display_rule="skip_rejected"),
+    "sqr-all": System("sqr", keep_all=True),
     "sqr-untrained": System("sqr", append_refine=True),
     **{f"hqr-{variant}": System(variant) for variant in ("blind", "seen", "reasoned")},
     **{f"hqr-{variant}-append": System(variant, "append") for variant in ("blind", "seen", "reasoned")},
@@ -83,6 +85,8 @@ class EpisodeRunner:
         self.engine, self.policy = engine, policy
         self.max_new_tokens, self.top_k = profile.max_new_tokens, profile.max_turns + 1
         self.carry = policy.settings.carry_blocks if system.refine == "sqr" else 1
+        if system.keep_all:
+            self.carry = profile.max_turns
         untrained = policy.settings is None or system.append_refine
         self.prompt = prompt_text.SYSTEM_ZS if untrained else policy.settings.system
         self.layout = "plain" if policy.heads is None else "sqr"

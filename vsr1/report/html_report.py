@@ -164,6 +164,15 @@ def show(profile: Profile, *names: str) -> None:
             display(Markdown(f"**{item.id} {item.title}**: missing. {remedy(profile, item)}"))
 
 
+def _measured(answers):
+    """Leave out the rows of `verdicts.answers` that were measured on no data set."""
+    rows = {
+        heading: {words: cells for words, cells in rows.items() if {*cells} != {"MISSING"}}
+        for heading, rows in answers.items()
+    }
+    return {heading: measured for heading, measured in rows.items() if measured}
+
+
 # --- The report
 
 
@@ -178,11 +187,7 @@ def report(profile: Profile) -> Path:
         profile=profile,
         numbers=numbers,
         chapters=chapters(shown),
-        answers={
-            question: cells
-            for question, cells in verdicts.answers(numbers, profile.datasets).items()
-            if {*cells} != {"MISSING"}
-        },
+        answers=_measured(verdicts.answers(numbers, profile.datasets)),
         basis=verdicts.basis(profile, numbers),
         legend=tables.legend(profile),
         samples=qualitative.samples(profile),

@@ -421,7 +421,8 @@ def interventions(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> F
     return figure
 
 
-LOOPS = {"vsr1": "the loop", "skip": "the loop, no video twice", "vsr1-first": "the same, soft tokens first"}
+LOOPS = {"vsr1": "the loop", "vsr1-all": "the loop, all soft tokens kept"}
+LOOPS |= {"skip": "the loop, no video twice", "vsr1-first": "the same, soft tokens first"}
 EQUAL_LOOKS = {
     "hqr-trained": "the loop in trained words",
     **LOOPS,
@@ -458,6 +459,7 @@ GROWN = {"vsr1-walkdown": ("query as typed, rank fallback", BLACK, "s--")}
 GROWN |= {"adapter-soft-vsr1": ("soft tokens without a loop, rank fallback", ORANGE, "^-")}
 GROWN |= {"hqr-trained": ("rewriting in words, trained, the loop", GREY, "D-")}
 GROWN |= {"vsr1": ("VideoSearch-R1, the loop", BLUE, "o-")}
+GROWN |= {"vsr1-all": ("the loop, all soft tokens kept", SKY, "v-")}
 
 
 def gallery_sizes(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> Figure:

@@ -22,7 +22,7 @@ SUMMARY = {  # claim: in the words of somebody who reads about it for the first 
     "ver-ft": "Its verdicts are right more often than FT's (VER)",
     "grpo-vcmr": "Stage 2 adds to stage 1 (VCMR)",
     "sqr-hqr-reasoned": "Soft tokens repair more failed searches than prompted rewrites (R@1)",
-    "turn-3": "A third turn adds next to nothing (VCMR)",
+    "turn-3": "A third turn adds next to nothing, with the latest soft tokens alone (VCMR)",
     "skip-walkdown": "*Ours:* the loop that shows no video twice beats FT with rank fallback (VCMR)",
 }
 PREMISE = {  # in the same table: a number of the premise, (table, system, metric), in points
@@ -138,8 +138,9 @@ def _word(verdict):
 def _answers(profile, numbers):
     """Show what each control of the premise says, a column a data set."""
     lines = [f"|  | {' | '.join(profile.datasets)} |", "| --- |" + " ---: |" * len(profile.datasets)]
-    for question, cells in verdicts.answers(numbers, profile.datasets).items():
-        lines.append(f"| {question} | {' | '.join(cells)} |")
+    for heading, rows in verdicts.answers(numbers, profile.datasets).items():
+        lines.append(f"| **{heading}** |{' |' * len(profile.datasets)}")
+        lines += [f"| {words} | {' | '.join(cells)} |" for words, cells in rows.items()]
     return "\n".join([*lines, "", verdicts.basis(profile, numbers)])
 
 

@@ -22,74 +22,48 @@ WORDS = {  # of a claim of the paper, of a control: interval on the claimed side
     "control": ("ahead", "behind", "inconclusive"),
 }
 LEVEL = 0.05
-# Systems that may look at three videos, and what they are compared by: (table, system, metric).
-LOOP, NO_REPEAT, TOKENS_FIRST = (("P1", name, "vcmr@0.5_t3") for name in ("vsr1", "skip", "vsr1-first"))
-FT, FALLBACK, TOKENS, LINEAR, TUNED = (
-    ("P1", name, "vcmr@0.5_t3")
-    for name in ("walkdown-ft", "vsr1-walkdown", "adapter-soft-vsr1", "adapter-vec-ft", "engine-tuned-ft")
-)
+# Systems that may look at three videos, and the loops that they are set against.
+AT_THREE = {
+    "vsr1-all": "the loop, all soft tokens kept (ours)",
+    "walkdown-ft": "FT with rank fallback",
+    "vsr1-walkdown": "the loop's own policy with rank fallback",
+    "adapter-soft-vsr1": "soft tokens that never look, the same policy with rank fallback",
+    "vsr1-first": "soft tokens first, then the loop that shows no video twice (ours)",
+    "adapter-vec-ft": "a linear map of the query's vector, FT with rank fallback",
+    "engine-tuned-ft": "the engine's text side tuned, FT with rank fallback",
+}
+LOOPS = {
+    "vsr1": ("the loop", tuple(AT_THREE)),
+    "vsr1-all": ("the loop with all its soft tokens kept", ("walkdown-ft", "adapter-soft-vsr1")),
+    "skip": ("the loop that shows no video twice", tuple(AT_THREE)[1:]),
+    "vsr1-first": ("soft tokens first, then that loop", ("adapter-vec-ft", "engine-tuned-ft")),
+}
 LOOP_END, REFINED = ("P1", "vsr1", "vr@1"), ("P2", "sqr", "vr@1")
-ANSWERS = {  # question: (a system, its control)
-    "Soft tokens that never look, at the first search, against the loop at its end (R@1)": (
-        ("P1", "adapter-soft", "first@1"),
-        LOOP_END,
-    ),
-    "A linear map of the query's vector, at the first search, against the loop at its end (R@1)": (
-        ("P1", "adapter-vec", "first@1"),
-        LOOP_END,
-    ),
-    "FT with rank fallback, against the loop (VCMR, three videos)": (FT, LOOP),
-    "The same, against the loop that shows no video twice, which is ours (VCMR, three videos)": (
-        FT,
-        NO_REPEAT,
-    ),
-    "Soft tokens that never look, with rank fallback, against the loop (VCMR, three videos)": (TOKENS, LOOP),
-    "Soft tokens that never look, with rank fallback, against the loop without repeats (VCMR, three videos)": (
-        TOKENS,
-        NO_REPEAT,
-    ),
-    "The loop's own policy with rank fallback, against the loop (VCMR, three videos)": (FALLBACK, LOOP),
-    "The loop's own policy with rank fallback, against the loop without repeats (VCMR, three videos)": (
-        FALLBACK,
-        NO_REPEAT,
-    ),
-    "Soft tokens first, then the loop that shows no video twice, against the loop (VCMR, three videos)": (
-        TOKENS_FIRST,
-        LOOP,
-    ),
-    "The same, against the loop that shows no video twice (VCMR, three videos)": (TOKENS_FIRST, NO_REPEAT),
-    "A linear map of the query's vector, with rank fallback, against the loop (VCMR, three videos)": (
-        LINEAR,
-        LOOP,
-    ),
-    "A linear map, with rank fallback, against the loop that shows no video twice (VCMR, three videos)": (
-        LINEAR,
-        NO_REPEAT,
-    ),
-    "The same, against soft tokens first, then the loop that shows no video twice (VCMR, three videos)": (
-        LINEAR,
-        TOKENS_FIRST,
-    ),
-    "The engine's text side tuned, with rank fallback, against that loop (VCMR, three videos)": (
-        TUNED,
-        TOKENS_FIRST,
-    ),
-    "Shown a random wrong video, against the rejected one (R@1 after a refinement)": (
-        ("P2", "sqr-other-video", "vr@1"),
-        REFINED,
-    ),
-    "Words, trained on the rows of stage 1, against soft tokens of both stages (R@1 after a refinement)": (
-        ("P4", "hqr-trained", "vr@1"),
-        REFINED,
-    ),
-    "The best words, against the same for a wrong video (R@1)": (
-        ("P4", "hqr-oracle", "vr@1"),
-        ("P4", "hqr-oracle-wrong", "vr@1"),
-    ),
-    "The best soft tokens, against the same for a wrong video (R@1)": (
-        ("P4", "soft-oracle", "vr@1"),
-        ("P4", "soft-oracle-wrong", "vr@1"),
-    ),
+ANSWERS = {  # what is measured: {a system, in words: (its number, that of its control)}
+    "R@1 of the first search, against the loop at its end": {
+        "soft tokens that never look": (("P1", "adapter-soft", "first@1"), LOOP_END),
+        "a linear map of the query's vector": (("P1", "adapter-vec", "first@1"), LOOP_END),
+    },
+    **{
+        f"VCMR with three videos, against {words}": {
+            AT_THREE[name]: (("P1", name, "vcmr@0.5_t3"), ("P1", loop, "vcmr@0.5_t3")) for name in systems
+        }
+        for loop, (words, systems) in LOOPS.items()
+    },
+    "R@1 after one refinement of failed searches": {
+        "shown a random wrong video, against the rejected one": (("P2", "sqr-other-video", "vr@1"), REFINED),
+        "words, trained on the rows of stage 1, against soft tokens": (
+            ("P4", "hqr-trained", "vr@1"),
+            REFINED,
+        ),
+        **{
+            f"the best {kind} there are, against the best for a wrong video": (
+                ("P4", f"{oracle}-oracle", "vr@1"),
+                ("P4", f"{oracle}-oracle-wrong", "vr@1"),
+            )
+            for kind, oracle in (("words", "hqr"), ("soft tokens", "soft"))
+        },
+    },
 }
 
 
@@ -310,8 +284,7 @@ def side(gain) -> str:
 
 def basis(profile: Profile, numbers: pd.DataFrame) -> str:
     """Say which seeds the answers to the premise rest on."""
-    answering = {system for pair in ANSWERS.values() for table, system, _ in pair if table == "P1"}
-    rows = numbers[(numbers.table == "R4") & numbers.system.isin(answering)]
+    rows = numbers[(numbers.table == "R4") & numbers.system.isin({*AT_THREE, *LOOPS})]
     if rows.empty:
         return f"Seed {profile.seed}."
     seeds = sorted({seed for row in rows.seeds for seed in row})
@@ -323,9 +296,11 @@ def basis(profile: Profile, numbers: pd.DataFrame) -> str:
     return f"{means} All else: seed {profile.seed}."
 
 
-def answers(numbers: pd.DataFrame, datasets) -> dict[str, list[str]]:
-    """Return {question about the premise: `against` of each data set}."""
+def answers(numbers: pd.DataFrame, datasets) -> dict[str, dict[str, list[str]]]:
+    """Return {what is measured: {a system, in words: `against` of each data set}}."""
     return {
-        question: [against(numbers, dataset, *pair) for dataset in datasets]
-        for question, pair in ANSWERS.items()
+        heading: {
+            words: [against(numbers, dataset, *pair) for dataset in datasets] for words, pair in rows.items()
+        }
+        for heading, rows in ANSWERS.items()
     }

@@ -34,7 +34,7 @@ VARIANTS = {
     "vsr1-single": Variant(1, "frozen", 1),  # M0: the structure of the official code
     "m1": Variant(2, "frozen", 1),
     "vsr1": Variant(2, "aux", 1),  # M2: multi-turn, soft tokens learn
-    "m3": Variant(2, "aux", 2),  # and those of the turn before stay in the query, as in the paper's formula
+    "m3": Variant(2, "aux", 2),  # and those of the turn before stay in the query
     "gauss": Variant(1, "gauss", 1),
 }
 
