@@ -39,7 +39,8 @@ def run(tmp_path, monkeypatch):
             rng = np.random.default_rng([number, seed])
             system_hits = {name: hits(rng) for name in ("vsr1", "sft", "ft", "walkdown", "zs", "zs-walkdown")}
             system_hits |= {
-                name: hits(rng) for name in ("skip", "twostage", "within-1", "within-2", "within-3")
+                name: hits(rng)
+                for name in ("skip", "vsr1-first", "twostage", "within-1", "within-2", "within-3")
             }
             system_hits |= {name: hits(rng, IDS[::3]) for name in claims.VARIANTS}
             shared = IDS[seed:]  # not the same in every seed

@@ -62,7 +62,7 @@ def read_claims(path: Path) -> dict[str, Claim]:
 
 CLAIMS = read_claims(config.ROOT / "results" / "expected" / "claims.yaml")
 FILES = {"walkdown": "walkdown-ft", "zs-walkdown": "walkdown"} | {
-    name: name for name in ("sft", "vsr1", "skip")
+    name: name for name in ("sft", "vsr1", "skip", "vsr1-first")
 }
 FILES |= {name: f"{name}-sample" for name in VARIANTS}  # system: its file of episodes
 CHANGED = ("no-ret", "no-verif")  # the final system with other knobs

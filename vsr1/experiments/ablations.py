@@ -38,6 +38,7 @@ class Variant:
         return "sft" if self.recipe == "sft" else "vsr1"
 
 
+WIDE = {"grpo_prompts_per_step": 32, "grpo_lr": 1.5e-3}
 REWARDS = {  # T2
     "no-ret": Variant({"disabled_rewards": ("retrieval",)}),
     "no-verif": Variant({"disabled_rewards": ("verification",)}),
@@ -55,6 +56,9 @@ LONGER = {  # B1
     # What stage 2 might do with more of it: of its steps, and of the gradient that teaches it to search.
     "long": Variant({"grpo_steps": 60}),
     "infonce": Variant({"grpo_infonce_weight": 0.1}),
+    # Longer steps, with less noise in each, and their control.
+    "wide": Variant(WIDE),
+    "wide-shuffled": Variant(WIDE | {"shuffle_advantages": True}),
     "single": Variant(recipe="vsr1-single"),
     "m1": Variant(recipe="m1"),
     "m3": Variant(recipe="m3"),

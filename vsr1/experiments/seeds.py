@@ -36,7 +36,7 @@ def run(profile: Profile, dataset: str, seed: int) -> Path:
     seeded = replace(profile, seed=seed)
     runs = {name: common.run_episodes(seeded, dataset, name, whole=True) for name in ("sft", "vsr1")}
     runs["walkdown"] = common.run_episodes(seeded, dataset, "walkdown-ft")
-    runs["skip"] = common.run_episodes(seeded, dataset, "skip")
+    runs |= {name: common.run_episodes(seeded, dataset, name) for name in ("skip", "vsr1-first")}
     runs["zs-walkdown"] = common.run_episodes(profile, dataset, "walkdown")  # greedy: the same for all seeds
     runs |= {name: common.run_sample(profile, dataset, name) for name in VARIANTS}
     record = {"seed": seed, "profile": profile.digest(), "commit": provenance.commit()}
@@ -150,7 +150,7 @@ def _current(profile, folder, command):
 def mean_numbers(profile: Profile, dataset: str, runs: list[dict]) -> dict[str, Estimate]:
     """Measure the trained systems, mean over seeds (R2)."""
     numbers = {}
-    for system in ("twostage", "ft", "walkdown", "sft", "vsr1", "skip"):
+    for system in ("twostage", "ft", "walkdown", "sft", "vsr1", "skip", "vsr1-first"):
         ids = runs[0]["hits"][system]["ids"]
         for metric in (name for name in METRICS if name in runs[0]["hits"][system] and name != "vr@1_orig"):
             values = _values([run["hits"][system] for run in runs], metric, ids)

@@ -30,7 +30,7 @@ class System:
     # What the first search shows: "ranked", or the oracle video: "right", or "wrong", the best wrong one.
     first: str = "ranked"
     append_refine: bool = False  # <REFINE> ends every reply: for heads of a model that never says it
-    keep_all: bool = False  # of sqr: soft tokens of all turns stay in the query, however its policy was trained
+    keep_all: bool = False  # of sqr: soft tokens of all turns stay in the query, not as many as was trained
     accepts: bool = True  # False: every verdict counts as a rejection, for a choice among all that was shown
     feedback: float = 0.0  # of rocchio: how much of a rejected video's vector is taken off the query's
 
