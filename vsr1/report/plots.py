@@ -162,7 +162,9 @@ def _bars(axes, numbers, datasets, table, bars):
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=min(3, len(bars)))
 
 
-COLOURS = dict.fromkeys(("sqr", "sqr-untrained", "vsr1", "skip", "vsr1-first"), BLUE)
+LOOPS = {"vsr1": "the loop", "vsr1-all": "the loop, all soft tokens kept"}
+LOOPS |= {"skip": "the loop, no video twice", "vsr1-first": "the same, soft tokens first"}
+COLOURS = dict.fromkeys(("sqr", "sqr-untrained", *LOOPS), BLUE)
 COLOURS |= dict.fromkeys([f"hqr-{kind}" for kind in ("blind", "seen", "reasoned", "trained")], GREY)
 
 
@@ -421,8 +423,6 @@ def interventions(numbers: pd.DataFrame, series: dict, datasets: list[str]) -> F
     return figure
 
 
-LOOPS = {"vsr1": "the loop", "vsr1-all": "the loop, all soft tokens kept"}
-LOOPS |= {"skip": "the loop, no video twice", "vsr1-first": "the same, soft tokens first"}
 EQUAL_LOOKS = {
     "hqr-trained": "the loop in trained words",
     **LOOPS,
