@@ -25,7 +25,7 @@ REVISIONS = "revisions.json"  # in the clone, as `make clean` of runs/ must not 
 # Knobs that no result of a data set depends on, but for the rounding of sums: they enter no key and no digest.
 NO_RESULT = set(
     "name variant part datasets parallel_steps decode_workers threads device save_minutes "
-    "decode_timeout".split()
+    "decode_timeout keep_frames".split()
 )
 
 Dataset = Literal["charades", "didemo", "activitynet"]
@@ -134,6 +134,9 @@ class Profile:
     dtype: Literal["float32", "bfloat16"] = "float32"  # "bf16" at paper scale
     decode_workers: Count = 1  # processes that decode ahead of the engine
     decode_timeout: Positive = 30.0  # seconds for one video; a second attempt gets four times as many
+    keep_frames: bool = (
+        False  # whether frames stay on disk as models see them; 64 of 200,704 pixels are 39 MB
+    )
 
     # The loop.
     max_turns: Count = 3  # T of a run; it holds all shorter ones

@@ -9,8 +9,7 @@ from PIL import Image
 
 from vsr1 import __main__ as cli
 from vsr1 import config
-from vsr1.data import video_reader
-from vsr1.models import inputs
+from vsr1.data import frame_sizes, video_reader
 
 
 def test_it_writes_the_frames_that_the_models_see(tmp_path, capsys):
@@ -23,7 +22,7 @@ def test_it_writes_the_frames_that_the_models_see(tmp_path, capsys):
     written = np.load(tmp_path / "npz")
     assert facts["looks"] == written["timestamps"].tolist() == clip.timestamps.tolist()
     assert facts["decoder"] == "PyAV" and facts["codec"] == "h264" and facts["seconds"] == 10.0
-    frame = inputs.resized(clip.frames[3], [written["frames"].shape[1:3]]).permute(1, 2, 0).numpy()
+    frame = frame_sizes.resized(clip.frames[3], [written["frames"].shape[1:3]]).permute(1, 2, 0).numpy()
     assert (written["frames"][3] == frame).all() and written["frames"][
         0
     ].nbytes <= 3 * profile.max_frame_pixels

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 from vsr1 import config
+from vsr1.data import frame_sizes
 from vsr1.mini import architecture
 from vsr1.models import batching, decoding, engine, inputs, loading
 
@@ -23,7 +24,7 @@ def tiny():
 
 def video_row(tiny, frames, seconds=None, question="Describe what happens when."):
     model, tokenizer = tiny
-    patches, grid = inputs.patchify(frames, model.config.vision_config, inputs.PixelRule(4096))
+    patches, grid = inputs.patchify(frames, model.config.vision_config, frame_sizes.PixelRule(4096))
     timestamps = np.arange(len(frames)) if seconds is None else seconds
     text = inputs.chat(
         tokenizer,
@@ -69,7 +70,7 @@ def test_patches_equal_the_library_s_own_for_a_still_picture(tiny):
         patch_size=16, merge_size=2, temporal_patch_size=2, do_resize=False, image_mean=half, image_std=half
     )(picture, return_tensors="pt")
     config = tiny[0].config.vision_config
-    patches, grid = inputs.patchify(np.stack([picture, picture]), config, inputs.PixelRule(10**6))
+    patches, grid = inputs.patchify(np.stack([picture, picture]), config, frame_sizes.PixelRule(10**6))
     assert grid == tuple(official["image_grid_thw"][0].tolist())
     torch.testing.assert_close(patches, torch.as_tensor(official["pixel_values"]).float(), atol=1e-5, rtol=0)
 
@@ -77,7 +78,7 @@ def test_patches_equal_the_library_s_own_for_a_still_picture(tiny):
 def test_both_frames_of_a_pair_reach_the_patches_in_order(tiny):
     config = tiny[0].config.vision_config
     black, white = np.zeros((1, 64, 64, 3), np.uint8), np.full((1, 64, 64, 3), 255, np.uint8)
-    patches, _ = inputs.patchify(np.concatenate([black, white]), config, inputs.PixelRule(4096))
+    patches, _ = inputs.patchify(np.concatenate([black, white]), config, frame_sizes.PixelRule(4096))
     both = patches.reshape(-1, 3, 2, 16, 16)
     assert (both[:, :, 0] == -1).all() and (both[:, :, 1] == 1).all()
 
@@ -179,7 +180,7 @@ def by_qwen_vl_utils(height, width, frames):
 
 
 def test_small_frames_are_enlarged_and_a_long_video_s_shrunk_once_after_the_other():
-    rule = inputs.PixelRule(786432, 131072, 7864320, 64)
+    rule = frame_sizes.PixelRule(786432, 131072, 7864320, 64)
     assert rule.sizes(240, 320, 30, 32) == [(256, 320), (352, 416)]
     vision = types.SimpleNamespace(patch_size=16, spatial_merge_size=2, temporal_patch_size=2)
     frames = noise(2, 240, 320)
@@ -188,16 +189,18 @@ def test_small_frames_are_enlarged_and_a_long_video_s_shrunk_once_after_the_othe
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
     for size in ((256, 320), (352, 416)):
         pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
-    alone, _ = inputs.patchify(pixels.byte().permute(0, 2, 3, 1).numpy(), vision, inputs.PixelRule(10**7))
+    alone, _ = inputs.patchify(
+        pixels.byte().permute(0, 2, 3, 1).numpy(), vision, frame_sizes.PixelRule(10**7)
+    )
     assert torch.equal(patches, alone)
-    assert inputs.PixelRule(4096).sizes(32, 32, 64, 32) == [(32, 32)], "the mini engine enlarges nothing"
+    assert frame_sizes.PixelRule(4096).sizes(32, 32, 64, 32) == [(32, 32)], "the mini engine enlarges nothing"
 
 
 @pytest.mark.parametrize("size", [(64, 64), (128, 128), (100, 333), (480, 854), (37, 41)])
 def test_frames_shrunk_one_by_one_are_those_shrunk_at_once(size):
     frames = np.random.default_rng(0).integers(0, 256, (6, *size, 3), dtype=np.uint8)
     vision = types.SimpleNamespace(patch_size=16, spatial_merge_size=2, temporal_patch_size=2)
-    patches, (pairs, rows, columns) = inputs.patchify(frames, vision, inputs.PixelRule(9000))
+    patches, (pairs, rows, columns) = inputs.patchify(frames, vision, frame_sizes.PixelRule(9000))
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
     height, width = 16 * rows, 16 * columns
     if (height, width) != size:

@@ -23,7 +23,7 @@ from vsr1.config import ABLATED, ROOT, InputError
 from vsr1.data import official_release, real_datasets
 
 GB = 1024**3
-RENDERED_BYTES = 3 * GB  # ours, rounded up: what runs/ grows to in the mini world, beside checkpoints
+RENDERED_BYTES = 5 * GB  # ours, rounded up: what runs/ grows to in the mini world, beside checkpoints
 MEMORY_GB = {"rendered": 8, "real": 32}  # ours, rounded up
 GPU_GB = 24
 REINSTALL = "rm .venv/.ready; make doctor installs them again"

@@ -9,10 +9,9 @@ from PIL import Image, ImageDraw
 
 from vsr1.apps import folder_index
 from vsr1.config import InputError, Profile
-from vsr1.data import video_reader
+from vsr1.data import frame_sizes, video_reader
 from vsr1.models import engine, inputs
 
-MULTIPLE = 32  # sides of frames: patches of 16 pixels, merged in twos, in Qwen3-VL and the mini models
 COLUMNS, CAPTION = 8, 12  # of the sheet: frames side by side, and pixels for the seconds under each
 
 
@@ -28,7 +27,7 @@ def main(profile: Profile, path: Path, png: Path | None, npz: Path | None, as_js
         clip = reader.read(path)
     facts = describe(clip)
     if clip.problem is None:
-        frames = resized(clip.frames, inputs.PixelRule(profile.max_frame_pixels))
+        frames = frame_sizes.shrink(clip.frames, frame_sizes.PixelRule(profile.max_frame_pixels))
         facts["seen_size"] = "{1}x{0}".format(*frames.shape[1:3])
         facts["engine_size"] = "{1}x{0}".format(*_engine_size(profile, clip.frames))
         facts["looks"] = clip.timestamps.round(3).tolist()
@@ -59,13 +58,7 @@ def describe(clip: video_reader.Clip) -> dict:
 
 def _engine_size(profile, frames):
     """Return (height, width) of a frame for the search engine."""
-    return engine.pixel_rule(profile).sizes(*frames.shape[1:3], len(frames), MULTIPLE)[-1]
-
-
-def resized(frames: np.ndarray, rule: inputs.PixelRule) -> np.ndarray:
-    """Return frames (T, H, W, 3) uint8 in the size in which a model gets them."""
-    sizes = rule.sizes(*frames.shape[1:3], len(frames), MULTIPLE)
-    return np.stack([inputs.resized(frame, sizes).permute(1, 2, 0).byte().numpy() for frame in frames])
+    return engine.pixel_rule(profile).sizes(*frames.shape[1:3], len(frames), frame_sizes.MULTIPLE)[-1]
 
 
 def contact_sheet(frames: np.ndarray, timestamps: np.ndarray) -> Image.Image:

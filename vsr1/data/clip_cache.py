@@ -4,7 +4,7 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
 
-from vsr1.data import annotations, video_reader
+from vsr1.data import annotations, frame_store, video_reader
 
 CLIP_BYTES = 512 * 2**20  # ours: decoded frames that are kept; the mini test videos of one data set fit
 
@@ -37,6 +37,6 @@ class ClipCache:
 @contextmanager
 def open_clips(profile, dataset: str, video_ids):
     """Open the videos of a data set; inside, `clips.get(ids)` gives their clips, which are decoded ahead."""
-    reader = video_reader.reader_for(profile)
+    reader = frame_store.reader_for(profile, dataset)
     with video_reader.reader_pool(reader, profile.decode_workers) as read:
         yield ClipCache(profile.data_dir(dataset) / "videos", video_ids, read)

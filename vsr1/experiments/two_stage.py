@@ -20,7 +20,7 @@ from torch import nn
 
 from vsr1 import cache
 from vsr1.config import InputError, Profile
-from vsr1.data import annotations, source, video_reader
+from vsr1.data import annotations, frame_store, source, video_reader
 from vsr1.data.annotations import Query, evenly_spaced
 from vsr1.evaluation import metrics
 from vsr1.evaluation.statistics import Estimate
@@ -63,7 +63,7 @@ def embed_windows(
     files = [folder / f"windows-{split}-{number:05}.npz" for number in range(len(shards))]
     todo = [(file, shard) for file, shard in zip(files, shards, strict=True) if not file.exists()]
     paths = [video.path for _, shard in todo for video in shard]
-    reader = video_reader.reader_for(profile)
+    reader = frame_store.reader_for(profile, dataset)
     clips = video_reader.read_videos(paths, reader, profile.decode_workers)
     clips = iter(cache.progress(clips, f"windows {dataset} {split}", len(paths)))
     for file, shard in todo:

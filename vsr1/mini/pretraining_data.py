@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vsr1 import cache
-from vsr1.data import video_reader
+from vsr1.data import frame_sizes, video_reader
 from vsr1.mini import architecture, captions, renderer, teacher, world
 from vsr1.mini.archives import casts
 from vsr1.mini.archives import corpus as archives
@@ -116,9 +116,9 @@ def write_videos(folder: Path, videos, max_pixels: int) -> None:
     with open(folder / "frames.raw", "wb") as file:  # they need not fit into memory
         for dataset, scene, clip in videos:
             assert clip.problem is None, (scene.video, clip.problem)
-            size = inputs.resized_size(*clip.frames.shape[1:3], 32, max_pixels)
+            size = frame_sizes.resized_size(*clip.frames.shape[1:3], frame_sizes.MULTIPLE, max_pixels)
             for frame in clip.frames:
-                file.write(inputs.resized(frame, [size]).byte().permute(1, 2, 0).numpy().tobytes())
+                file.write(frame_sizes.resized(frame, [size]).byte().permute(1, 2, 0).numpy().tobytes())
             rows.append((dataset, total, clip.timestamps.round(3).tolist(), asdict(scene)))
             total += len(clip.frames)
     cache.write_json(folder / "index.json", {"size": size, "videos": rows})
@@ -168,7 +168,7 @@ class Examples:
         """Return a prompt and its answer; `{video}` in `user` stands for the clip; `given` is the reply's beginning."""
         video = None
         if clip is not None:
-            rule = inputs.PixelRule(self.max_frame_pixels)
+            rule = frame_sizes.PixelRule(self.max_frame_pixels)
             video = inputs.Video(*inputs.patchify(clip.frames, self.vision_config, rule))
             per_pair = video.tokens_per_pair(self.vision_config.spatial_merge_size)
             user = user.replace("{video}", inputs.video_text(clip.timestamps, per_pair))

@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vsr1 import cache
+from vsr1.data import frame_sizes
 from vsr1.mini import architecture, attribute_heads, pretraining_data
 from vsr1.mini.attribute_heads import attribute_ids, attribute_loss
 from vsr1.mini.pretraining_data import Example, Examples
@@ -349,7 +350,7 @@ def see(task: PretrainingTask, recipe: PhaseConfig, folder: Path) -> None:
             pairs.append(videos.pair_frames(number, first))
             second = videos.timestamps[number][first]
             labels.append(pretraining_data.visible_attributes(videos.scenes[number], second))
-        patches, grid = inputs.patchify(np.concatenate(pairs), tower.config, inputs.PixelRule(10**9))
+        patches, grid = inputs.patchify(np.concatenate(pairs), tower.config, frame_sizes.PixelRule(10**9))
         out = tower(patches, grid_thw=torch.tensor([(1, *grid[1:])] * recipe.batch))
         states = torch.cat([out.pooler_output, *out.deepstack_features], dim=-1).reshape(recipe.batch, -1)
         return attribute_loss(states @ heads.T, labels)

@@ -9,7 +9,7 @@ import numpy as np
 
 from vsr1 import cache
 from vsr1.config import InputError
-from vsr1.data import annotations, source, video_reader
+from vsr1.data import annotations, frame_store, source, video_reader
 from vsr1.models import engine, loading, search_index
 
 # Ours: a file may differ so much from the annotated duration; Charades' own table does by up to 2.45 s (docs/data.md).
@@ -52,7 +52,7 @@ def _embed(profile, dataset, split, which, folder):
     loaded = engine.load(profile, which)
     shards = [videos[start : start + SHARD_SIZE] for start in range(0, len(videos), SHARD_SIZE)]
     files = [folder / f"shard-{number:05}.npz" for number in range(len(shards))]
-    _embed_shards(profile, loaded, home / "videos", shards, files, f"embed {dataset} {split}")
+    _embed_shards(profile, dataset, split, loaded, shards, files)
     processes.wait_for_everyone()
     if not processes.is_main_process:
         return
@@ -77,16 +77,17 @@ def _embed(profile, dataset, split, which, folder):
         file.unlink()
 
 
-def _embed_shards(profile, loaded, folder, shards, files, title):
+def _embed_shards(profile, dataset, split, loaded, shards, files):
     """Embed the shards of this process that have no file yet."""
     processes = cache.dist_state()
     numbers = range(processes.process_index, len(shards), processes.num_processes)
     todo = [number for number in numbers if not files[number].exists()]
     # A video without a file is read under the name it should have: the reader says what is wrong with it.
+    folder = profile.data_dir(dataset) / "videos"
     paths = [video.path or folder / f"{video.id}.mp4" for number in todo for video in shards[number]]
-    reader = video_reader.reader_for(profile)
+    reader = frame_store.reader_for(profile, dataset)
     clips = video_reader.read_videos(paths, reader, profile.decode_workers)
-    clips = iter(cache.progress(clips, title, len(paths)))
+    clips = iter(cache.progress(clips, f"embed {dataset} {split}", len(paths)))
     for number in todo:
         _embed_shard(loaded, shards[number], clips, files[number])
 

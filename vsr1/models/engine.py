@@ -13,7 +13,7 @@ from transformers import Qwen3VLModel
 
 from vsr1 import cache
 from vsr1.config import InputError
-from vsr1.data import video_reader
+from vsr1.data import frame_sizes, video_reader
 from vsr1.models import batching, decoding, inputs, loading
 
 MAX_BATCH_BYTES = 512 * 2**20  # ours: a shard of the mini world, six films of 64 frames in 480p
@@ -135,11 +135,11 @@ class Engine:
         return vecs
 
 
-def pixel_rule(profile) -> inputs.PixelRule:
+def pixel_rule(profile) -> frame_sizes.PixelRule:
     """Return how large the engine of a profile sees frames."""
     most = profile.engine_max_pixels or profile.max_frame_pixels
     least, video = profile.engine_min_pixels, profile.engine_video_pixels
-    return inputs.PixelRule(most, least, video, profile.engine_frame_multiple)
+    return frame_sizes.PixelRule(most, least, video, profile.engine_frame_multiple)
 
 
 def load(profile, which: str = "engine") -> Engine:

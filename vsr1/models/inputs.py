@@ -4,13 +4,14 @@ The library's own processor is not used: it doubles the vision wrapper, needs to
 rate. The layout is that of transformers 4.57.1, which the released weights were trained with; a golden test pins it.
 """
 
-import math
 import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from vsr1.data import frame_sizes
 
 if not torch.cuda.is_available():
     # Else the library copies keys and values for each head that shares them: a quarter of attention's time here.
@@ -61,46 +62,9 @@ def pair_times(timestamps: np.ndarray) -> np.ndarray:
     return timestamps.reshape(-1, 2).mean(axis=1)
 
 
-@dataclass(frozen=True)
-class PixelRule:
-    """How large a model sees the frames of a video; the official engine enlarges small ones (docs/method.md, 3.3)."""
-
-    max_pixels: int  # of a frame
-    min_pixels: int = 0  # of a frame; smaller ones are enlarged
-    video_pixels: int | None = None  # of one frame of each pair, together; None: any number
-    first_multiple: int = 0  # sides are brought to multiples of it before anything else; 0: they are not
-
-    def sizes(self, height: int, width: int, frames: int, multiple: int) -> list[tuple[int, int]]:
-        """Return (height, width) after each step from a frame as it is, for a video of so many frames."""
-        sizes, most = [], self.max_pixels
-        if self.first_multiple:
-            area = self.first_multiple**2  # as of a still picture: 4 to 16384 tokens
-            height, width = resized_size(height, width, self.first_multiple, 16384 * area, 4 * area)
-            sizes.append((height, width))
-        if self.video_pixels is not None:
-            most = max(min(most, 2 * self.video_pixels / frames), int(1.05 * self.min_pixels))
-        return [*sizes, resized_size(height, width, multiple, most, self.min_pixels)]
-
-
-def resized_size(
-    height: int, width: int, multiple: int, max_pixels: float, min_pixels: int = 0
-) -> tuple[int, int]:
-    """Return (height, width) of a frame for the model: multiples of `multiple`, `min_pixels` to `max_pixels`.
-
-    >>> resized_size(128, 128, 32, 4096), resized_size(480, 854, 32, 200704)
-    ((64, 64), (320, 576))
-    """
-    rows, columns = (max(multiple, round(side / multiple) * multiple) for side in (height, width))
-    if rows * columns > max_pixels:
-        shrink = (height * width / max_pixels) ** 0.5
-        rows, columns = (max(multiple, int(side / shrink) // multiple * multiple) for side in (height, width))
-    elif rows * columns < min_pixels:
-        grow = (min_pixels / (height * width)) ** 0.5
-        rows, columns = (math.ceil(side * grow / multiple) * multiple for side in (height, width))
-    return rows, columns
-
-
-def patchify(frames: np.ndarray, config, rule: PixelRule) -> tuple[torch.Tensor, tuple[int, int, int]]:
+def patchify(
+    frames: np.ndarray, config, rule: frame_sizes.PixelRule
+) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """Return patches (P, 3 * 2 * patch * patch) in [-1, 1] and their grid, from frames (T, H, W, 3) uint8, T even.
 
     The order is Qwen2-VL's: pairs of frames, then blocks of merge x merge patches, then the patches of a block.
@@ -109,26 +73,13 @@ def patchify(frames: np.ndarray, config, rule: PixelRule) -> tuple[torch.Tensor,
     assert config.temporal_patch_size == 2 and len(frames) % 2 == 0
     sizes = rule.sizes(*frames.shape[1:3], len(frames), patch * merge)
     height, width = sizes[-1]
-    pixels = torch.stack([resized(frame, sizes) for frame in frames])  # (T, 3, H, W)
+    pixels = torch.stack([frame_sizes.resized(frame, sizes) for frame in frames])  # (T, 3, H, W)
     pixels.div_(127.5).sub_(1)
     rows, columns = height // patch, width // patch
     blocks = pixels.reshape(-1, 2, 3, rows // merge, merge, patch, columns // merge, merge, patch)
     blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     grid = (len(frames) // 2, rows, columns)
     return blocks.reshape(grid[0] * rows * columns, -1), grid
-
-
-def resized(frame: np.ndarray, sizes: list[tuple[int, int]]) -> torch.Tensor:
-    """Bring one frame to each (height, width) in turn, (3, H, W) float32 whole numbers.
-
-    All frames at once would take gigabytes.
-    """
-    pixels = torch.from_numpy(np.require(frame, requirements=["C", "W"])).permute(2, 0, 1).float()
-    for size in sizes:
-        if size != tuple(pixels.shape[1:]):
-            pixels = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
-            pixels = pixels.round().clamp(0, 255)
-    return pixels
 
 
 def collate(prompts: list[Prompt], model, pad: int, prefix: int = 0, pixels=True) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from vsr1.config import InputError
-from vsr1.data import video_reader
+from vsr1.data import frame_sizes, video_reader
 from vsr1.models import decoding, inputs, prompt_text, soft_heads
 
 
@@ -129,7 +129,7 @@ class Policy:
             return inputs.Prompt(self._ids(system, prompt_text.user_message(query, clip)))
         config = self.model.config.vision_config
         if clip not in self.video_cache:
-            patches, grid = inputs.patchify(clip.frames, config, inputs.PixelRule(self.max_frame_pixels))
+            patches, grid = inputs.patchify(clip.frames, config, frame_sizes.PixelRule(self.max_frame_pixels))
             self.video_cache[clip] = inputs.Video(patches, grid)
         video = self.video_cache[clip]
         by_number = self.settings is not None and self.settings.time_axis == "frame_index"

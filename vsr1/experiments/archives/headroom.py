@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vsr1 import cache
-from vsr1.data import annotations, clip_cache
+from vsr1.data import annotations, clip_cache, frame_sizes
 from vsr1.experiments.archives import learning, search
 from vsr1.loop import hqr
 from vsr1.mini import pretraining_data, teacher
@@ -117,7 +117,7 @@ def _read_known(profile, gallery, folder):
 
 def _question(agent, clip, shown):
     """Return a question of pretraining about the trousers of a film."""
-    config, rule = agent.model.config.vision_config, inputs.PixelRule(agent.max_frame_pixels)
+    config, rule = agent.model.config.vision_config, frame_sizes.PixelRule(agent.max_frame_pixels)
     video = inputs.Video(*inputs.patchify(clip.frames, config, rule))
     text = inputs.video_text(clip.timestamps, video.tokens_per_pair(config.spatial_merge_size))
     start, end = (teacher.seconds_text(time) for time in (shown.start, shown.end))
