@@ -42,7 +42,7 @@ seeds: setup  ## retrain and evaluate both stages with SEEDS (hours), and add th
 	@$(VSR1) seeds --seeds $(SEEDS) $(ALL)
 	@$(VSR1) report $(ALL)
 
-ablations: setup  ## run longer studies beyond the paper (an hour), and add the results to the report
+ablations: setup  ## run longer studies beyond the paper (two hours), and add the results to the report
 	@$(VSR1) ablations $(ALL)
 	@$(VSR1) report $(ALL)
 

@@ -182,7 +182,7 @@ def seeds(
 
 @app.command()
 def ablations(profile: Profile = "mini", seed: Seed = None, datasets: Datasets = None, jobs: Jobs = None):
-    """Run longer studies beyond the paper, tables B1 to B3."""
+    """Run longer studies beyond the paper, tables B1 to B4."""
     return _per_dataset("ablations", pipeline.ablations, profile, seed, datasets, jobs)
 
 

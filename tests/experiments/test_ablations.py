@@ -35,12 +35,7 @@ def values(numbers):
 
 def test_soft_tokens_are_counted_over_all_and_over_those_that_refined_at_turn_1(three):
     percent = values(ablations.soft_token_depths(dataclasses.replace(SMOKE, n_soft=3), "charades", three))
-    assert [round(percent[f"vsr1/d{d}"]) for d in range(4)] == [
-        67,
-        67,
-        67,
-        67,
-    ]  # the third at its first search
+    assert [round(percent[f"vsr1/d{d}"]) for d in range(4)] == [67] * 4  # the third at its first search
     assert [percent[f"vsr1-refined/d{d}"] for d in range(4)] == [50, 50, 50, 50]
     assert [percent[f"vsr1-failed/d{d}"] for d in range(4)] == [0, 0, 100, 100]
     nobody = ablations.soft_token_depths(dataclasses.replace(SMOKE, n_soft=3), "charades", three[2:])
@@ -66,11 +61,35 @@ def test_a_variant_trains_what_it_changes_and_starts_from_the_main_run(tmp_path,
 
     monkeypatch.setattr(ablations.sft, "train", lambda profile, dataset: profile.runs(dataset) / "sft")
     monkeypatch.setattr(ablations.grpo, "train", stage_2)
+    monkeypatch.setattr(
+        ablations.grpo, "continue_sft", lambda profile, *rest: stage_2(profile, *rest[:1], "more", *rest[1:])
+    )
     monkeypatch.setattr(common, "run_episodes", lambda profile, dataset, name, like, weights: weights)
-    weights = {name: ablations.run_variant(run, "didemo", name) for name in ("no-ret", "m3", "n2")}
-    assert (weights["no-ret"], weights["m3"]) == ("vsr1", "m3")
-    assert starts == [run.runs("didemo") / "sft"] * 2
+    weights = {
+        name: ablations.run_variant(run, "didemo", name) for name in ("no-ret", "m3", "calm-sft", "n2")
+    }
+    assert (weights["no-ret"], weights["m3"], weights["calm-sft"]) == ("vsr1", "m3", "more")
+    assert starts == [run.runs("didemo") / "sft"] * 3
     assert weights["n2"] == str(run.with_overrides("n2").runs("didemo") / "sft") != str(starts[0])
+
+
+def test_calmer_steps_are_set_against_each_of_their_controls(monkeypatch, three):
+    """Points ahead are those of the two rows; nothing is ahead of itself."""
+    wrong = [
+        episode(n, video, [turn(1, "x", video, 9, True, (0.0, 1.0))], "matched")
+        for n, video in enumerate("abc", 1)
+    ]
+    runs = {"calm": three, "calm-shuffled": wrong, "calm-sft": three}
+    monkeypatch.setattr(ablations, "main_runs", lambda *_: {"zs": wrong, "sft": wrong, "vsr1": three})
+    monkeypatch.setattr(ablations, "run_variant", lambda profile, dataset, name: runs[name])
+    numbers = ablations.calmer_steps(SMOKE, "charades")
+    percent = {name.removeprefix("B4/charades/"): number.value for name, number in numbers.items()}
+    rows = {name.split("/")[0] for name in percent}
+    assert rows == results.layouts()["B4"]["systems"].keys()
+    for row in rows - {"calm"}:
+        for metric in ablations.PARTS:
+            assert percent[f"{row}/{metric}_calm"] == percent[f"calm/{metric}"] - percent[f"{row}/{metric}"]
+    assert percent["calm-shuffled/ver_calm"] == 100 and "calm/ver_calm" not in percent
 
 
 def test_what_is_kept_grows_and_forgets_other_knobs(tmp_path, monkeypatch):
@@ -89,5 +108,5 @@ def test_what_is_kept_grows_and_forgets_other_knobs(tmp_path, monkeypatch):
 
 
 def test_every_variant_has_its_words_where_its_table_is_laid_out():
-    for table, variants in {"T2": ablations.REWARDS, "B1": ablations.LONGER}.items():
+    for table, variants in {"T2": ablations.REWARDS, "B1": ablations.LONGER, "B4": ablations.CALMER}.items():
         assert variants.keys() <= results.layouts()[table]["systems"].keys()

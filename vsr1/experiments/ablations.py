@@ -4,7 +4,7 @@ A variant is the profile with a few knobs changed; what it computes lies in vari
 vectors and all that it does not change with the main run. `make ablations` runs what would take too long for
 `make paper`; its results are committed:
 
-results/<profile>/ablations/<dataset>.json     tables B1 to B3, read by `results.collect` like any other part
+results/<profile>/ablations/<dataset>.json     tables B1 to B4, read by `results.collect` like any other part
 """
 
 from collections.abc import Iterator
@@ -39,6 +39,7 @@ class Variant:
 
 
 WIDE = {"grpo_prompts_per_step": 32, "grpo_lr": 1.5e-3}
+CALM = WIDE | {"grpo_lr": 6e-4, "grpo_steps": 45}  # as far in all, in smaller steps
 REWARDS = {  # T2
     "no-ret": Variant({"disabled_rewards": ("retrieval",)}),
     "no-verif": Variant({"disabled_rewards": ("verification",)}),
@@ -59,7 +60,6 @@ LONGER = {  # B1
     # Longer steps, with less noise in each, and their control.
     "wide": Variant(WIDE),
     "wide-shuffled": Variant(WIDE | {"shuffle_advantages": True}),
-    "calm": Variant(WIDE | {"grpo_lr": 6e-4, "grpo_steps": 45}),  # as far in all, in smaller steps
     "single": Variant(recipe="vsr1-single"),
     "m1": Variant(recipe="m1"),
     "m3": Variant(recipe="m3"),
@@ -68,16 +68,21 @@ LONGER = {  # B1
     "filter": Variant({"ambiguity_filter": 0.0005}, "sft"),
     **{f"n{n}": Variant({"n_soft": n}, "sft") for n in (1, 2, 4)},
 }
+CALMER = {  # B4: stage 2 with more of it, and the controls "shuffled" and "sft-more" with as much
+    "calm": Variant(CALM),
+    "calm-shuffled": Variant(CALM | {"shuffle_advantages": True}),
+    "calm-sft": Variant(CALM, "sft-more"),
+}
 
 
 def run_variant(profile: Profile, dataset: str, name: str) -> list[Episode]:
     """Train a variant unless it is current, and return its test episodes."""
-    variant = (REWARDS | LONGER)[name]
+    variant = (REWARDS | LONGER | CALMER)[name]
     changed = profile.with_overrides(name, **variant.knobs)
     if variant.recipe == "sft":
         weights = sft.train(changed, dataset)
     elif variant.recipe == "sft-more":
-        weights = grpo.continue_sft(profile, dataset)
+        weights = grpo.continue_sft(changed, dataset, sft.train(profile, dataset))
     else:
         weights = grpo.train(changed, dataset, variant.recipe, stage_1=sft.train(profile, dataset))
     return common.run_episodes(changed, dataset, name, like="sqr", weights=str(weights))
@@ -146,7 +151,7 @@ def retry_numbers(profile: Profile, dataset: str, runs: dict[str, list[Episode]]
 
 def run(profile: Profile, dataset: str) -> Iterator[str]:
     """Run the longer studies of one data set, one after the other; yield the name of each when it is recorded."""
-    for study in (longer_turns, gallery_growth.gallery_numbers):
+    for study in (longer_turns, gallery_growth.gallery_numbers, calmer_steps):
         common.record_committed(profile, dataset, study(profile, dataset), "ablations")
         yield study.__name__
     for name in LONGER if dataset == ABLATED else ():
@@ -156,17 +161,31 @@ def run(profile: Profile, dataset: str) -> Iterator[str]:
 
 def variant_numbers(profile: Profile, name: str) -> dict[str, Estimate]:
     """Measure a variant, and how far it is ahead of the main run after the same stage (B1)."""
-    base, runs = LONGER[name].baseline, main_runs(profile, ABLATED)
-    runs = {base: runs[base], name: run_variant(profile, ABLATED, name)}
+    base = LONGER[name].baseline
+    main, variant = main_runs(profile, ABLATED)[base], run_variant(profile, ABLATED, name)
+    numbers = common.estimate_metrics(profile, f"B1/{ABLATED}/{base}", main, PARTS)
+    numbers |= common.estimate_metrics(profile, f"B1/{ABLATED}/{name}", variant, PARTS)
+    lead = _lead(profile, variant, main)
+    return numbers | {f"B1/{ABLATED}/{name}/{metric}_ahead": number for metric, number in lead.items()}
+
+
+def calmer_steps(profile: Profile, dataset: str) -> dict[str, Estimate]:
+    """Measure stage 2 with calmer steps, and how far it is ahead of the main run and of its controls (B4)."""
+    runs = main_runs(profile, dataset) | {name: run_variant(profile, dataset, name) for name in CALMER}
     numbers = {}
-    for system, episodes in runs.items():
-        numbers |= common.estimate_metrics(profile, f"B1/{ABLATED}/{system}", episodes, PARTS)
-    hits = {system: metrics.hits(episodes) for system, episodes in runs.items()}
-    families = common.clusters(profile, runs[name])
-    for metric in PARTS:
-        ahead = statistics.difference(hits[name][metric], hits[base][metric], families, profile)
-        numbers[f"B1/{ABLATED}/{name}/{metric}_ahead"] = ahead
+    for system in ("sft", "vsr1", *CALMER):
+        numbers |= common.estimate_metrics(profile, f"B4/{dataset}/{system}", runs[system], PARTS)
+        if system != "calm":
+            lead = _lead(profile, runs["calm"], runs[system])
+            numbers |= {f"B4/{dataset}/{system}/{metric}_calm": number for metric, number in lead.items()}
     return numbers
+
+
+def _lead(profile, episodes, others):
+    """Return {metric: how far a run is ahead of another of the same queries}, in points."""
+    hits, other_hits = metrics.hits(episodes), metrics.hits(others)
+    families = common.clusters(profile, episodes)
+    return {m: statistics.difference(hits[m], other_hits[m], families, profile) for m in PARTS}
 
 
 def longer_turns(profile: Profile, dataset: str) -> dict[str, Estimate]:

@@ -459,13 +459,15 @@ def _train(profile, dataset, name, stage_1, on_log, folder):
 # --- A control
 
 
-def continue_sft(profile, dataset: str) -> Path:
+def continue_sft(profile, dataset: str, stage_1: Path | None = None) -> Path:
     """Continue stage 1 on the prompts of stage 2, and return the folder of its checkpoint and log.
 
     As many steps on as many prompts, in the same order and at the same rates, but each prompt has one reply to imitate
     and no reward. Where replies come from a file, only prompts of queries that it holds are learned from.
+
+    stage_1  folder of the checkpoint that it starts from, as in `train`
     """
-    stage_1 = sft.train(profile, dataset)
+    stage_1 = stage_1 or sft.train(profile, dataset)
     knobs = KNOBS + sft.KNOBS + sft.RETRIEVAL_KNOBS
     inputs = {
         "sft": cache.metadata(stage_1).get("key"),
