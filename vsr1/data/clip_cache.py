@@ -6,7 +6,8 @@ from pathlib import Path
 
 from vsr1.data import annotations, frame_store, video_reader
 
-CLIP_BYTES = 512 * 2**20  # ours: decoded frames that are kept; the mini test videos of one data set fit
+# Ours: decoded frames that are kept. A policy keeps the patches of each clip as long, four times its frames or more.
+CLIP_BYTES = 192 * 2**20
 
 
 class ClipCache:
