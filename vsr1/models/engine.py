@@ -25,7 +25,7 @@ class Engine:
     """A loaded search engine. Vectors are (rows, D) float32 of length one."""
 
     def __init__(self, profile, model: Qwen3VLModel, tokenizer, name: str):
-        self.model, self.tokenizer, self.name = loading.choose_products(model), tokenizer, name
+        self.model, self.tokenizer, self.name = model, tokenizer, name
         self.instruction, self.max_query_tokens = _sentence(profile.instruction), profile.max_query_tokens
         self.pixels, self.clock = pixel_rule(profile), profile.engine_clock
         self.batch_tokens = profile.batch_tokens

@@ -1,16 +1,13 @@
-"""Load Qwen3-VL models and tokenizers from a folder or the hub, say which revision was used, and make them fast."""
+"""Load Qwen3-VL models and tokenizers from a folder or the hub, and say which revision was used."""
 
-import functools
 import json
 import warnings
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoTokenizer, Qwen3VLModel
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
@@ -183,63 +180,3 @@ def pick_device(wish: str) -> str:
             "device: cuda asked for, but torch sees no GPU; set device: auto or cpu in the profile"
         )
     return ("cuda" if torch.cuda.is_available() else "cpu") if wish == "auto" else wish
-
-
-# --- Matrix products: PyTorch takes those in float32 from MKL, and convolutions from oneDNN
-
-FEW_NUMBERS = 20_480  # up to so many, PyTorch does not hand a convolution to oneDNN
-
-
-def choose_products(model: nn.Module) -> nn.Module:
-    """Let a model's linear layers and patch embeddings take their products from `product`; return the model.
-
-    Weights, their names and gradients stay as they are.
-    """
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = Linear
-        elif type(module) is nn.Conv3d and module.kernel_size == module.stride:
-            module.__class__ = PatchEmbedding
-    return model
-
-
-class Linear(nn.Linear):
-    """A linear layer by `product`."""
-
-    def forward(self, inputs):
-        """Return (..., out) of inputs (..., in)."""
-        return product(inputs, self.weight, self.bias)
-
-
-class PatchEmbedding(nn.Conv3d):
-    """A convolution whose input is one patch, as the matrix product that it is: PyTorch's takes twice as long."""
-
-    def forward(self, patches):
-        """Return (P, H, 1, 1, 1) of patches (P, channels, frames, rows, columns)."""
-        assert patches.shape[2:] == self.kernel_size, patches.shape
-        embedded = product(patches.flatten(1), self.weight.flatten(1), self.bias)
-        return embedded[..., None, None, None]
-
-
-def product(inputs, weight, bias=None) -> torch.Tensor:
-    """Return what `F.linear` does, (..., out), of inputs (..., in), weight (out, in) and bias (out,).
-
-    Where MKL leaves AVX-512 alone it is a convolution of one pixel, which PyTorch hands to oneDNN: half the time.
-    """
-    on_cpu = inputs.device.type == "cpu" and inputs.dtype == weight.dtype == torch.float32
-    if inputs.numel() <= FEW_NUMBERS or not on_cpu or not mkl_lacks_avx512():
-        return F.linear(inputs, weight, bias)
-    pixels = inputs.reshape(1, -1, 1, inputs.shape[-1]).permute(
-        0, 3, 1, 2
-    )  # channels last: nothing is copied
-    # A dilation changes nothing of one pixel, but without it one thread is not given oneDNN.
-    outputs = F.conv2d(pixels, weight[:, :, None, None], bias, dilation=(1, 2))
-    return outputs.permute(0, 2, 3, 1).reshape(*inputs.shape[:-1], -1)
-
-
-@functools.cache
-def mkl_lacks_avx512() -> bool:
-    """Return whether the processor has AVX-512 and is AMD's: MKL uses it on Intel's only."""
-    processor = Path("/proc/cpuinfo")
-    named = processor.exists() and "AuthenticAMD" in processor.read_text()
-    return named and torch.backends.cpu.get_cpu_capability() == "AVX512"

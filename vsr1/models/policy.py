@@ -16,7 +16,7 @@ from torch import nn
 
 from vsr1.config import InputError
 from vsr1.data import frame_sizes, video_reader
-from vsr1.models import decoding, inputs, loading, prompt_text, soft_heads
+from vsr1.models import decoding, inputs, prompt_text, soft_heads
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ class Policy:
         settings: soft_heads.Settings | None,
         max_frame_pixels: int,
     ):
-        self.model, self.tokenizer = loading.choose_products(model), tokenizer
-        self.heads, self.settings = heads, settings
+        self.model, self.tokenizer, self.heads, self.settings = model, tokenizer, heads, settings
         self.max_frame_pixels, self.name = max_frame_pixels, tokenizer.name_or_path or "policy"
         self.adapters = None  # the LoraModel, while it is trained with adapters
         self.video_cache = weakref.WeakKeyDictionary()  # {clip: `inputs.Video`}, as long as the clip is kept

@@ -10,7 +10,7 @@ from peft import LoraConfig, LoraModel
 from vsr1 import cache
 from vsr1.config import InputError
 from vsr1.data import annotations, source
-from vsr1.models import loading, prompt_text
+from vsr1.models import prompt_text
 from vsr1.models.policy import Policy
 
 LORA_SCALE = 2  # ours: alpha over rank, how much an adapter's output counts
@@ -68,7 +68,6 @@ def add_lora(policy: Policy, rank: int, seed: int, mergers=False) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         policy.adapters = LoraModel(policy.model, config, "default")  # changes `policy.model` in place
-    loading.choose_products(policy.model)
     if rows:
         policy.model.lm_head.bias = None  # TRL asks for it, and peft's stand-in has none
 
